@@ -1,0 +1,61 @@
+"""`glm32k COMMAND`: finds the command's module, parses its options, calls it."""
+import argparse
+import importlib
+import sys
+
+from mindformers_glm32k.errors import InputError
+
+# name -> (module, one line of help). A module has add_arguments(parser) and run(args) -> exit status, and
+# imports nothing heavy before run: `glm32k --help` and `glm32k COMMAND --help` answer at once.
+COMMANDS = {
+    "make-data": ("mindformers_glm32k.data.make_data",
+                  "write a small vocabulary and long-context tasks in the LongBench layout"),
+    "convert": ("mindformers_glm32k.weights.convert",
+                "convert a Hugging Face checkpoint to a MindSpore one"),
+}
+
+
+def _build_parser(chosen):
+    parser = argparse.ArgumentParser(prog="glm32k", description="ChatGLM3-6B-32K on MindFormers.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, help_line) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_line, description=help_line[0].upper() + help_line[1:] + ".")
+        if name == chosen:  # only the module of the chosen command is imported
+            importlib.import_module(module).add_arguments(command)
+    return parser
+
+
+def run_command(module, prog, argv=None):
+    """Runs one command module as a program of its own (`python -m MODULE`).
+
+    Args:
+        module: a module with add_arguments(parser) and run(args).
+        prog (str): the name shown in the usage line.
+        argv (list[str] | None): the arguments; those of the process by default.
+
+    Returns:
+        int: the exit status.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=module.__doc__.strip().splitlines()[0])
+    module.add_arguments(parser)
+    return _call(module.run, parser.parse_args(argv))
+
+
+def _call(run, args):
+    try:
+        return run(args) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def main(argv=None):
+    """Entry point of the console command `glm32k`; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    args = _build_parser(chosen).parse_args(argv)
+    return _call(importlib.import_module(COMMANDS[args.command][0]).run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

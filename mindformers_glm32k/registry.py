@@ -1,0 +1,66 @@
+"""The one list of what the plugin adds to MindFormers, and the one place that registers it.
+
+MindFormers has no entry points: its YAMLs name classes that must have been put into `MindFormerRegister`
+before. Importing `mindformers_glm32k` arranges that; see `register_when_imported`.
+"""
+import importlib
+
+import wrapt
+
+MODEL_TYPE = "glm32k"
+TASK = "text_generation"
+
+# (MindFormerModuleType value, class name = registered name, module). None of the names exists upstream.
+ENTRIES = (
+    ("config", "GLM32KConfig", "mindformers_glm32k.config"),
+    ("models", "GLM32KForConditionalGeneration", "mindformers_glm32k.model"),
+    ("tokenizer", "GLM32KTokenizer", "mindformers_glm32k.tokenizer"),
+    ("dataset_loader", "GLM32KDataLoader", "mindformers_glm32k.data.loader"),
+    ("dataset", "GLM32KDataset", "mindformers_glm32k.data.dataset"),
+    ("wrapper", "GLM32KTrainOneStepCell", "mindformers_glm32k.train_step"),
+    ("trainer", "GLM32KTrainer", "mindformers_glm32k.trainer"),
+    ("callback", "GLM32KMonitor", "mindformers_glm32k.monitor"),
+)
+
+
+def load(name):
+    """Imports and returns the registered class `name`; KeyError when the list does not have it."""
+    modules = {entry_name: module for _, entry_name, module in ENTRIES}
+    return getattr(importlib.import_module(modules[name]), name)
+
+
+def register_all():
+    """Puts every entry into MindFormerRegister and the Auto classes. Calling it again changes nothing."""
+    from mindformers.tools.register import MindFormerRegister
+
+    for category, name, _ in ENTRIES:
+        registered = MindFormerRegister.registry.get(category, {}).get(name)
+        if registered is None:
+            MindFormerRegister.register_cls(load(name), module_type=category)
+        elif registered is not load(name):
+            raise RuntimeError(f"MindFormers already has another {category} named {name}: {registered}")
+    _register_auto_classes()
+
+
+def _register_auto_classes():
+    from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from mindformers.mindformer_book import MindFormerBook
+    from mindformers.trainer import trainer as upstream_trainer
+    from mindformers_glm32k.compat import default_yaml
+
+    config, model, tokenizer = (load(name) for name in
+                                ("GLM32KConfig", "GLM32KForConditionalGeneration", "GLM32KTokenizer"))
+    AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        auto_class.register(config, model, exist_ok=True)
+    AutoTokenizer.register(config, slow_tokenizer_class=tokenizer, exist_ok=True)
+    MindFormerBook.get_trainer_support_task_list()[TASK][MODEL_TYPE] = default_yaml()
+    upstream_trainer.SUPPORT_MODEL_NAMES.add(MODEL_TYPE)
+
+
+def register_when_imported():
+    """Registers now if mindformers is loaded, else as soon as somebody imports it.
+
+    Importing mindformers takes five seconds; a program that only prints its help must not pay for it.
+    """
+    wrapt.register_post_import_hook(lambda _: register_all(), "mindformers")

@@ -1,0 +1,28 @@
+"""Causal masks as cheap expressions of positions.
+
+Upstream casts a boolean S x S constant to uint8 and multiplies it by -10000; where the product is computed in
+uint8 it wraps around, masked scores are raised instead of lowered, and tokens see the future without an error.
+These masks are float from the start and are never stored at construction.
+"""
+import mindspore.common.dtype as mstype
+from mindspore import ops
+
+MASKED = -1.0e30  # added to a float32 score: its weight underflows to exactly 0
+
+
+def hides(query_position, key_position):
+    """Which keys a query must not see.
+
+    Args:
+        query_position (Tensor): (Q,) integers.
+        key_position (Tensor): (K,) integers.
+
+    Returns:
+        Tensor: (Q, K) bool, true where the key lies after the query.
+    """
+    return ops.expand_dims(key_position, 0) > ops.expand_dims(query_position, 1)
+
+
+def causal_bias(query_position, key_position):
+    """The mask as a float32 summand of the scores: 0 where visible, MASKED where hidden; shape (Q, K)."""
+    return ops.cast(hides(query_position, key_position), mstype.float32) * MASKED

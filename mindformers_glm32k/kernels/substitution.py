@@ -1,0 +1,51 @@
+"""Which cell upstream's glm2 gets for which of its names while a GLM32K model is constructed.
+
+Upstream's cells name the classes of their parts directly. Replacing a part after construction would lose parameter
+name prefixes, sharding and communication fusion set by the constructors; so the name is bound to our class in the
+module that uses it, for the time of the construction only, and restored afterwards. Nothing stays changed.
+"""
+import contextlib
+
+from mindformers.models.glm2 import glm2, glm2_transformer
+
+from mindformers_glm32k.kernels.attention import CausalAttention
+from mindformers_glm32k.kernels.compressed_attention import CompressedCausalAttention
+from mindformers_glm32k.kernels.norm import RMSNorm
+from mindformers_glm32k.kernels.paged_attention import NoCache, PagedAttention
+from mindformers_glm32k.kernels.split import SplitLastAxis
+
+_PORTABLE = ((glm2_transformer, "ChatGLM2RMSNorm", RMSNorm),
+             (glm2_transformer, "FlashAttention", CausalAttention))
+_ASCEND = ((glm2_transformer, "FlashAttention", CompressedCausalAttention),)
+
+
+@contextlib.contextmanager
+def cells_for(config, backbone):
+    """While open, upstream's glm2 constructors build `backbone` and the cells that `config.cells` asks for.
+
+    Args:
+        config (GLM32KConfig): decides between portable and Ascend cells.
+        backbone (type): the class that takes the place of upstream's ChatGLM2Model.
+    """
+    bindings = ((glm2, "ChatGLM2Model", backbone),) + (_PORTABLE if config.use_portable_cells else _ASCEND)
+    if not config.use_past:
+        bindings += ((glm2_transformer, "InferAttention", NoCache),)
+    elif config.use_portable_cells:
+        bindings += ((glm2_transformer, "InferAttention", PagedAttention),)
+    originals = [(module, name, getattr(module, name)) for module, name, _ in bindings]
+    for module, name, cell in bindings:
+        setattr(module, name, cell)
+    try:
+        yield
+    finally:
+        for module, name, cell in originals:
+            setattr(module, name, cell)
+
+
+def replace_splits(encoder):
+    """Gives every layer of upstream's ChatGLM2Transformer the portable split (a primitive without parameters)."""
+    for layer in encoder.layers:
+        for cell, name in ((layer.self_attention, "split_qkv"), (layer.mlp, "split")):
+            if hasattr(cell, name):
+                delattr(cell, name)
+                setattr(cell, name, SplitLastAxis())

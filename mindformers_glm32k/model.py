@@ -1,0 +1,212 @@
+"""GLM32KForConditionalGeneration: upstream's glm2 stack, with a backbone that keeps no S x S tensor.
+
+Legend: B batch, S tokens of a row, T tokens of a call, H hidden size, V padded vocabulary.
+"""
+import mindspore.common.dtype as mstype
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.communication import get_group_size
+from mindspore.context import ParallelMode
+from mindspore.ops import operations as P
+from mindspore.parallel._utils import _get_parallel_mode
+
+from mindformers.models.glm2.glm2 import (ChatGLM2ForConditionalGeneration, ChatGLM2Model, ChatGLM2Transformer,
+                                          FreqsMgr, GLM2PreTrainedModel, GLMEmbedding, Linear,
+                                          LowerTriangularMaskWithDynamic)
+from mindformers.version_control import get_dropout
+
+from mindformers_glm32k import compat
+from mindformers_glm32k.config import GLM32KConfig
+from mindformers_glm32k.kernels.compressed_attention import compressed_causal_mask
+from mindformers_glm32k.kernels.mask import MASKED, hides
+from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
+
+
+class GLM32KModel(GLM2PreTrainedModel):
+    """Embedding, rotary tables, upstream's ChatGLM2Transformer and output layer under upstream's parameter names.
+
+    Upstream's ChatGLM2Model stores two S x S masks when constructed (8.6 GB at 32768 tokens); this one stores none.
+
+    Args:
+        config (GLM32KConfig): the configuration.
+    """
+
+    config_class = GLM32KConfig
+
+    # The choice of strategies for embedding and output layer is upstream's, whatever the attention.
+    shard_head_tail = ChatGLM2Model.shard_head_tail
+
+    def __init__(self, config):
+        super().__init__(config)
+        parallel = config.parallel_config
+        data, context, model = parallel.data_parallel, parallel.context_parallel, parallel.model_parallel
+        self.seq_length = config.seq_length
+        self.use_past = config.use_past
+        self.use_flash_attention = config.use_flash_attention
+        self.portable = config.use_portable_cells
+        self.mask_dtype = config.compute_dtype
+        self.is_first_iteration = True
+        self.embedding = GLMEmbedding(vocab_table_size=config.vocab_size, embedding_size=config.hidden_size,
+                                      param_init_type=config.param_init_type, parallel_optimizer=True)
+        self.freqs_mgr = FreqsMgr(dim=config.kv_channels // 2, seq_length=config.seq_length,
+                                  rotary_dtype=config.rotary_dtype, base=10000, rope_ratio=config.rope_ratio,
+                                  parallel_config=parallel)
+        self.encoder = ChatGLM2Transformer(config)
+        self.output_layer = Linear(config.hidden_size, config.vocab_size, has_bias=False,
+                                   param_init_type=config.param_init_type, compute_dtype=config.compute_dtype)
+        self.shard_head_tail(config)
+        self.dropout = get_dropout(config.hidden_dropout)
+        rows = context * model if parallel.use_seq_parallel else context
+        self.dropout.dropout.shard(((data, rows, 1),))
+        self.gather = P.Gather()
+        if self.portable:
+            replace_splits(self.encoder)
+        elif self.use_past:
+            self.casual_mask = LowerTriangularMaskWithDynamic(
+                seq_length=config.seq_length, batch_size=config.batch_size * data, compute_type=config.compute_dtype,
+                is_dynamic=config.is_dynamic, pad_token_id=config.pad_token_id,
+                use_flash_attention=config.use_flash_attention, use_past=True)
+        elif self.use_flash_attention:
+            self.compressed_mask = compressed_causal_mask()
+
+    def construct(self, input_ids, batch_valid_length=None, block_tables=None, slot_mapping=None,
+                  prefix_key_values=None):
+        """Hidden states of the last layer after the final norm.
+
+        Inputs:
+            input_ids (Tensor): (B, S); with use_past, prefill (1, T) and decode (B, 1), int32.
+            batch_valid_length (Tensor): (B,) tokens of each prompt so far, with use_past.
+            block_tables (Tensor): (B, blocks), slot_mapping (Tensor): (T,) or (B,): with use_past, see PagedAttention.
+
+        Outputs:
+            Tensor: shape of input_ids + (H,), compute dtype.
+        """
+        if self.use_past:
+            if self.portable:
+                rotary, mask = self._cached(input_ids, batch_valid_length, block_tables)
+            elif self.is_first_iteration:
+                rotary, mask = self.freqs_mgr.prefill(), self.casual_mask.prefill()
+            else:
+                rotary, mask = self.freqs_mgr.increment(batch_valid_length), None
+        else:
+            rotary, mask = self._rotary(input_ids.shape[1]), self._causal_mask(input_ids)
+        hidden = self.dropout(self.embedding(input_ids))
+        return self.encoder(hidden, mask, rotary, batch_valid_length=batch_valid_length, block_tables=block_tables,
+                            slot_mapping=slot_mapping, prefix_key_values=prefix_key_values)
+
+    def _rotary(self, length):
+        """Upstream's tables, all cut to the row's length (upstream cuts two of the three)."""
+        cos, sin, table = self.freqs_mgr(length)
+        if length < self.seq_length:
+            table = table[:length]
+        return cos, sin, table
+
+    def _causal_mask(self, input_ids):
+        """What the attention of this configuration takes: nothing, the compressed mask, or (B, 1, S, S) of 0 and 1."""
+        if self.use_flash_attention:
+            return None if self.portable else self.compressed_mask
+        batch, length = input_ids.shape
+        position = ops.arange(length)
+        mask = ops.cast(hides(position, position), self.mask_dtype).reshape((1, 1, length, length))
+        return ops.tile(mask, (batch, 1, 1, 1))
+
+    def _cached(self, input_ids, batch_valid_length, block_tables):
+        """Rotary factors (T, 1, D) of the call's tokens and the summand of their scores."""
+        if self.is_first_iteration:
+            ends = ops.cumsum(batch_valid_length, 0)
+            token = ops.arange(input_ids.shape[1])
+            # which prompt a token of the flattened row belongs to: the number of prompts that end before it
+            row = ops.cast(ops.expand_dims(token, 1) >= ops.expand_dims(ends, 0), mstype.int32).sum(1)
+            position = token - self.gather(ends - batch_valid_length, row, 0)
+            foreign = ops.expand_dims(row, 0) != ops.expand_dims(row, 1)
+            hidden = ops.logical_or(foreign, hides(token, token))
+        else:
+            position = batch_valid_length - 1
+            slots = block_tables.shape[1] * self.config.block_size
+            hidden = ops.expand_dims(hides(position, ops.arange(slots)), 1)
+        cos = ops.expand_dims(self.gather(self.freqs_mgr.freqs_cos, position, 0), 1)
+        sin = ops.expand_dims(self.gather(self.freqs_mgr.freqs_sin, position, 0), 1)
+        return (cos, sin, sin), ops.cast(hidden, mstype.float32) * MASKED
+
+
+class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
+    """ChatGLM3-6B-32K for training, evaluation and prediction.
+
+    Args:
+        config (GLM32KConfig): the configuration.
+
+    Inputs:
+        input_ids (Tensor): (B, S) int32; with use_past as upstream's generator passes it.
+        labels (Tensor): (B, S) int32, labels[i] is the token that position i predicts, -100 is ignored.
+        input_mask (Tensor): (B, S) float32 weight of each position in the loss; by default 1 where labels != -100.
+        batch_valid_length, block_tables, slot_mapping: with use_past.
+        Others are upstream's, accepted and unused.
+
+    Outputs:
+        - training with labels: Tensor (), the mean loss over the tokens of all devices that hold a part of the batch;
+        - evaluation with labels: logits (B, S+1, V), labels (B, S+1) and input_mask (B, S+1), shifted as upstream's
+          PerplexityMetric undoes it;
+        - without labels: (logits,), float32: (B*S, V), or with use_past (B, V), the last token of each prompt.
+    """
+
+    config_class = GLM32KConfig
+    _support_list = []
+
+    def __init__(self, config, **kwargs):
+        compat.check_layout(config)
+        with cells_for(config, GLM32KModel):
+            # by keyword: upstream's lazy_inline decorator looks for `config` there only
+            super().__init__(config=config, **kwargs)
+        if config.use_portable_cells:
+            self.argmax = compat.portable_argmax
+        self.loss.calculate_per_token_loss = True  # sum and count, so that the mean can be taken over all devices
+        self.per_token = getattr(config, "calculate_per_token_loss", False)
+        self.devices = 1
+        if _get_parallel_mode() == ParallelMode.DATA_PARALLEL and get_group_size() > 1:
+            self.devices = get_group_size()
+            self.sum_over_devices = P.AllReduce()
+
+    def construct(self, input_ids=None, labels=None, input_position=None, position_ids=None, attention_mask=None,
+                  input_embeds=None, init_reset=None, batch_valid_length=None, prefix_key_values=None,
+                  block_tables=None, slot_mapping=None, batch_index=None, zactivate_len=None, input_mask=None):
+        if batch_valid_length is not None:
+            batch_valid_length = batch_valid_length.reshape((-1,))
+        hidden = self.transformer(input_ids, batch_valid_length, block_tables, slot_mapping, prefix_key_values)
+        if self.use_past and self.is_first_iteration:
+            # (1, T, H) -> (1, B, H): the last token of each prompt
+            hidden = self.gather(hidden, ops.cumsum(batch_valid_length, 0) - 1, 1)
+        logits = ops.cast(self.transformer.output_layer(hidden), mstype.float32)
+        if labels is None:
+            return (logits.reshape((-1, self.vocab_size)),)
+        if input_mask is None:
+            input_mask = ops.cast(self.not_equal(labels, -100), mstype.float32)
+        if self.training:
+            return self._loss(logits, labels, input_mask)
+        return self._shifted(logits, labels, input_mask)
+
+    def _loss(self, logits, labels, input_mask):
+        total, count = self.loss(logits.reshape((-1, self.vocab_size)), labels.reshape((-1,)),
+                                 input_mask.reshape((-1,)))
+        if self.per_token:
+            return total, count
+        if self.devices > 1:
+            # The gradients are averaged over devices afterwards: dividing by the mean count makes that the gradient
+            # of the mean over all tokens, however unevenly they lie.
+            count = self.sum_over_devices(ops.stop_gradient(count).reshape((1,)))[0] / self.devices
+        return total / count
+
+    def _shifted(self, logits, labels, input_mask):
+        batch = labels.shape[0]
+        logits = ops.cat((logits, ops.zeros((batch, 1, self.vocab_size), mstype.float32)), 1)
+        labels = ops.cat((ops.zeros((batch, 1), labels.dtype), labels), 1)
+        input_mask = ops.cat((ops.zeros((batch, 1), mstype.float32), input_mask), 1)
+        return logits, labels, input_mask
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        """Upstream's inputs; on portable cells decode reads only the blocks that hold tokens."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if self.use_past and self.config.use_portable_cells and not kwargs.get("prefill"):
+            longest = int(np.max(kwargs["valid_length_each_example"]))
+            used = -(-longest // self.config.block_size)
+            inputs["block_tables"] = Tensor.from_numpy(np.ascontiguousarray(kwargs["block_tables"][:, :used]))
+        return inputs

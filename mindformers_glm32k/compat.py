@@ -3,8 +3,8 @@
 Ledger. Every entry: what differs, in which versions, when it can go.
 
 on_ascend            device_target as a plain string; all versions.
-default_yaml         where `Trainer(model_name='glm32k')` finds its YAML: upstream's book maps names to files.
 """
+import contextlib
 import sys
 from pathlib import Path
 
@@ -17,14 +17,11 @@ def on_ascend():
     return mindspore.get_context("device_target") == "Ascend"
 
 
-def default_yaml():
-    """str: the YAML that stands for the model's name in MindFormers' book of models.
-
-    It lies in research/glm32k of a checkout, or in the environment's share folder of an installed wheel.
-    """
-    name = "finetune_glm32k.yaml"
-    checkout = Path(__file__).resolve().parents[1] / "research" / "glm32k" / name
-    return str(checkout if checkout.is_file() else Path(sys.prefix) / "share" / "mindformers_glm32k" / name)
+def config_folder():
+    """pathlib.Path: the shipped YAMLs and the register hook, in research/glm32k of a checkout or, for an installed
+    wheel, in the environment's share folder."""
+    checkout = Path(__file__).resolve().parents[1] / "research" / "glm32k"
+    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "mindformers_glm32k"
 
 
 def portable_argmax(values, axis=-1):
@@ -61,15 +58,85 @@ def innermost_network(network):
     """The model inside the cells that a trainer wraps around it.
 
     Args:
-        network (Cell): the model, or a chain of `network`, `_backbone` or `pet_model` attributes that ends in it.
+        network (Cell): the model, or a chain of `network` and `_backbone` attributes that ends in it.
 
     Returns:
         Cell
     """
     while True:
-        for name in ("network", "_backbone", "pet_model", "lora_model"):
+        for name in ("network", "_backbone"):
             if hasattr(network, name):
                 network = getattr(network, name)
                 break
         else:
             return network
+
+
+def micro_batches(network):
+    """Number of micro batches that a pipeline's loss is summed over.
+
+    Args:
+        network (Cell): the train-step cell.
+
+    Returns:
+        int: 1 where no pipeline cell is found.
+    """
+    while network is not None:
+        if hasattr(network, "micro_size"):
+            return network.micro_size
+        network = getattr(network, "network", None)
+    return 1
+
+
+def set_output_path(path):
+    """Tells MindFormers where outputs go. Its function is in mindformers.tools in 1.6, in utils.file_utils from 1.8.
+
+    Args:
+        path (str): the folder.
+    """
+    try:
+        from mindformers.utils.file_utils import set_output_path as upstream
+    except ImportError:
+        from mindformers.tools.utils import set_output_path as upstream
+    upstream(path)
+
+
+def checkpoint_path(config):
+    """The checkpoint that a run loads: `load_checkpoint`, which 1.9 moves to `checkpoint.load_path`.
+
+    Args:
+        config (MindFormerConfig): the run's configuration.
+
+    Returns:
+        str | None
+    """
+    section = config.get("checkpoint")
+    return (section.get("load_path") if section else None) or config.get("load_checkpoint") or None
+
+
+@contextlib.contextmanager
+def barrier_on_cpu():
+    """While open, MindFormers' barriers are all-reduces on CPU, where the operator Barrier has no kernel.
+
+    MindFormers waits at barriers while processes load or save checkpoints. All hosts (1.6 to 1.9); can go when
+    MindSpore has a CPU kernel. Outside CPU runs of several processes nothing is touched.
+    """
+    import mindspore
+    from mindspore.communication import GlobalComm, comm_func, get_group_size
+    if mindspore.get_context("device_target") != "CPU" or not GlobalComm.INITED or get_group_size() == 1:
+        yield
+        return
+    upstream = comm_func.barrier
+
+    def barrier(group=GlobalComm.WORLD_COMM_GROUP):
+        mindspore.ops.AllReduce(group=group)(mindspore.Tensor([1.0], mindspore.float32)).asnumpy()
+
+    users = [module for name, module in sys.modules.items()
+             if name.startswith("mindformers.") and getattr(module, "barrier", None) is upstream]
+    for module in users:
+        module.barrier = barrier
+    try:
+        yield
+    finally:
+        for module in users:
+            module.barrier = upstream

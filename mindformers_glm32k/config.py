@@ -11,6 +11,7 @@ from mindformers.models.glm2 import ChatGLM2Config
 from mindformers_glm32k import compat
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.registry import MODEL_TYPE
+from mindformers_glm32k.yaml_values import normalize_values
 
 CELLS = ("auto", "ascend", "portable")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -58,6 +59,8 @@ class GLM32KConfig(ChatGLM2Config):
     _support_list = []
 
     def __init__(self, seq_length=32768, rope_ratio=50, eos_token_id=2, cells="auto", **kwargs):
+        kwargs = normalize_values(dict(kwargs))
+        rope_ratio, eos_token_id = normalize_values([rope_ratio, eos_token_id])
         problems = _unknown_keys(kwargs)
         for derived, field in _DERIVED.items():
             value = kwargs.pop(derived, None)

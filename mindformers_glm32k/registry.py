@@ -4,6 +4,8 @@ MindFormers has no entry points: its YAMLs name classes that must have been put 
 before. Importing `mindformers_glm32k` arranges that; see `register_when_imported`.
 """
 import importlib
+import os
+import sys
 
 import wrapt
 
@@ -46,7 +48,7 @@ def _register_auto_classes():
     from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from mindformers.mindformer_book import MindFormerBook
     from mindformers.trainer import trainer as upstream_trainer
-    from mindformers_glm32k.compat import default_yaml
+    from mindformers_glm32k.compat import config_folder
 
     config, model, tokenizer = (load(name) for name in
                                 ("GLM32KConfig", "GLM32KForConditionalGeneration", "GLM32KTokenizer"))
@@ -54,7 +56,11 @@ def _register_auto_classes():
     for auto_class in (AutoModel, AutoModelForCausalLM):
         auto_class.register(config, model, exist_ok=True)
     AutoTokenizer.register(config, slow_tokenizer_class=tokenizer, exist_ok=True)
-    MindFormerBook.get_trainer_support_task_list()[TASK][MODEL_TYPE] = default_yaml()
+    MindFormerBook.get_trainer_support_task_list()[TASK][MODEL_TYPE] = str(config_folder() / "finetune_glm32k.yaml")
+    # the YAMLs' auto_register looks here unless --register_path said otherwise
+    os.environ.setdefault("REGISTER_PATH", str(config_folder()))
+    # save_pretrained of a tokenizer writes a YAML with a processor around it and looks its name up here.
+    MindFormerBook.get_tokenizer_name_to_processor()[tokenizer.__name__] = "GLMProcessor"
     upstream_trainer.SUPPORT_MODEL_NAMES.add(MODEL_TYPE)
 
 
@@ -63,4 +69,16 @@ def register_when_imported():
 
     Importing mindformers takes five seconds; a program that only prints its help must not pay for it.
     """
-    wrapt.register_post_import_hook(lambda _: register_all(), "mindformers")
+    for module in ("mindformers", *(module for _, _, module in ENTRIES)):
+        wrapt.register_post_import_hook(lambda _: _register_unless_loading(), module)
+
+
+def _register_unless_loading():
+    """Registers, except while one of the modules is half loaded.
+
+    That is so when the program's first import is `mindformers_glm32k.tokenizer`, say (a worker that unpickles a
+    tokenizer does just that): mindformers is then imported from within it. The hook on the module itself follows.
+    """
+    modules = [(sys.modules.get(module), name) for _, name, module in ENTRIES]
+    if "mindformers" in sys.modules and all(module is None or hasattr(module, name) for module, name in modules):
+        register_all()

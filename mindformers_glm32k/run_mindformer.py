@@ -1,0 +1,221 @@
+"""`run_mindformer`: upstream's launcher with the same options and override rules, for installations from wheels.
+
+Upstream keeps run_mindformer.py in its source repository only. Nothing heavy is imported before the options are known
+to be right, so that --help answers at once.
+"""
+import argparse
+import difflib
+import logging
+import os
+import sys
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.yaml_values import normalize_values, parse_value
+
+RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
+
+
+def _boolean(text):
+    value = parse_value(text.capitalize())
+    if not isinstance(value, bool):
+        raise argparse.ArgumentTypeError(f"true or false is needed, got {text!r}")
+    return value
+
+
+def _boolean_or_name(text):
+    return text if not isinstance(parse_value(text.capitalize()), bool) else _boolean(text)
+
+
+def _key_value(text):
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"KEY=VALUE is needed, got {text!r}")
+    return key, value
+
+
+# option, type, dotted key of the configuration that it sets, help
+OVERRIDES = (
+    ("mode", int, "context.mode", "0: graph mode, 1: PyNative mode"),
+    ("device_id", int, "context.device_id", "which device of this machine"),
+    ("device_target", str, "context.device_target", "Ascend or CPU"),
+    ("do_eval", _boolean, "do_eval", "evaluate during training"),
+    ("seed", int, "seed", "seed of the run"),
+    ("use_parallel", _boolean, "use_parallel", "run in several processes (under msrun)"),
+    ("load_checkpoint", str, "load_checkpoint", "checkpoint file or folder"),
+    ("src_strategy_path_or_dir", str, "src_strategy_path_or_dir", "strategy of load_checkpoint"),
+    ("auto_trans_ckpt", _boolean, "auto_trans_ckpt", "transform load_checkpoint to this run's layout"),
+    ("transform_process_num", int, "transform_process_num", "processes of that transformation"),
+    ("only_save_strategy", _boolean, "only_save_strategy", "write the strategy file and leave"),
+    ("resume_training", _boolean_or_name, "resume_training", "resume, from the newest or a named checkpoint"),
+    ("strategy_load_checkpoint", str, "parallel.strategy_ckpt_load_file", "strategy file to load"),
+    ("remote_save_url", str, "remote_save_url", "where outputs are copied to"),
+    ("profile", _boolean, "profile", "profile the run"),
+    ("train_dataset_dir", str, "train_dataset.data_loader.dataset_dir", "training data: file or folder"),
+    ("eval_dataset_dir", str, "eval_dataset.data_loader.dataset_dir", "evaluation data: file or folder"),
+    ("do_sample", _boolean, "model.model_config.do_sample", "sample instead of greedy decoding"),
+    ("epochs", int, "runner_config.epochs", "training epochs"),
+    ("batch_size", int, "runner_config.batch_size", "rows per device and step"),
+    ("gradient_accumulation_steps", int, "runner_config.gradient_accumulation_steps", "micro steps per update"),
+    ("sink_mode", _boolean, "runner_config.sink_mode", "sink several steps to the device"),
+    ("output_dir", str, "output_dir", "folder of all outputs"),
+    ("trust_remote_code", _boolean, "trust_remote_code", "for Hugging Face tokenizers"),
+)
+
+
+def build_parser():
+    """The options of upstream's run_mindformer.py.
+
+    Returns:
+        argparse.ArgumentParser
+    """
+    parser = argparse.ArgumentParser(
+        prog="run_mindformer", allow_abbrev=False,
+        description="Train, evaluate or predict with MindFormers from a YAML configuration.",
+        epilog="Any other key of the YAML is set by its dotted name: --runner_config.epochs 3 or --a.b=value.")
+    parser.add_argument("--config", required=True, help="YAML configuration")
+    parser.add_argument("--run_mode", choices=RUN_MODES, help="what to do; default: the YAML's run_mode")
+    parser.add_argument("--register_path", help="folder of classes that the YAML loads by auto_register")
+    parser.add_argument("--options", nargs="+", type=_key_value, metavar="KEY=VALUE",
+                        help="override keys by their dotted names")
+    parser.add_argument("--num_samples", type=int, help="use so many samples of each data set")
+    parser.add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts, or a file with one a line")
+    parser.add_argument("--predict_batch_size", type=int, help="prompts per batch")
+    parser.add_argument("--modal_type", nargs="+", help="not for text models: refused")
+    parser.add_argument("--adapter_id", nargs="+", help="LoRA adapter of each prompt (slora)")
+    for name, kind, _, text in OVERRIDES:
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    return parser
+
+
+def read_config(argv=None):
+    """Reads the YAML and applies all overrides of a command line.
+
+    Args:
+        argv (list[str] | None): the command line; that of the process by default.
+
+    Returns:
+        MindFormerConfig
+
+    Raises:
+        InputError: missing YAML, a key whose section does not exist, a leftover option without a value.
+    """
+    args, rest = build_parser().parse_known_args(argv)
+    if args.modal_type:
+        raise InputError("--modal_type: GLM32K is a text model; leave the option out")
+    if not os.path.isfile(args.config):
+        raise InputError(f"--config {args.config}: no such file (seen from {os.getcwd()})")
+    leftovers = _pairs(rest)
+    if args.register_path:
+        os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
+        sys.path.append(os.path.abspath(args.register_path))
+
+    from mindformers.tools.register import MindFormerConfig
+    config = MindFormerConfig(args.config, **({"run_mode": args.run_mode} if args.run_mode else {}))
+    normalize_values(config)
+    for name, _, key, _ in OVERRIDES:
+        value = getattr(args, name)
+        if value is not None:
+            set_key(config, key, value, f"--{name}")
+    for key, text in args.options or ():
+        set_key(config, key, parse_value(text), f"--options {key}")
+    if args.num_samples is not None:
+        for section in ("train_dataset", "eval_dataset"):
+            if config.get(section) and config[section].get("data_loader"):
+                set_key(config, f"{section}.data_loader.num_samples", args.num_samples, "--num_samples")
+    if config.run_mode not in RUN_MODES:
+        raise InputError(f"{args.config}: run_mode is {config.run_mode!r}, allowed are {', '.join(RUN_MODES)}")
+    if config.run_mode.startswith("predict"):
+        config.input_data = _prompts(args.predict_data)
+        if args.predict_batch_size is not None:
+            config.predict_batch_size = args.predict_batch_size
+        config.adapter_id = args.adapter_id
+    for key, text in leftovers:
+        set_key(config, key, parse_value(text), f"--{key}")
+    return config
+
+
+def _pairs(rest):
+    """[--a.b, 1, --c=2] -> [(a.b, 1), (c, 2)]"""
+    pairs, words = [], list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise InputError(f"{word!r}: an option starting with -- is needed here")
+        key, sign, value = word[2:].partition("=")
+        if not sign:
+            if not words or words[0].startswith("--"):
+                raise InputError(f"--{key}: a value is needed after it")
+            value = words.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def set_key(config, dotted, value, option):
+    """Sets one key of a nested configuration.
+
+    Args:
+        config (dict): the configuration.
+        dotted (str): e.g. "train_dataset.tokenizer.vocab_file".
+        value: the new value.
+        option (str): the option that the user typed, for messages.
+
+    Raises:
+        InputError: a section on the way does not exist.
+    """
+    *sections, leaf = dotted.split(".")
+    node = config
+    for depth, section in enumerate(sections):
+        if not isinstance(node.get(section), dict):
+            where = ".".join(sections[:depth]) or "the configuration"
+            near = difflib.get_close_matches(section, list(node), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{option}: {where} has no section {section!r}{hint}")
+        node = node[section]
+    if leaf not in node:
+        near = difflib.get_close_matches(leaf, list(node), n=1, cutoff=0.8)
+        if near:
+            logging.getLogger("mindformers").warning(
+                "%s sets a new key %r; did you mean %r, which the YAML has?", option, dotted, near[0])
+    node[leaf] = value
+
+
+def _prompts(predict_data):
+    if predict_data is None:
+        return None
+    texts = [text.replace(r"\n", "\n") for text in predict_data]
+    return texts if len(texts) > 1 else texts[0]
+
+
+def run(config):
+    """Runs what the configuration asks for through MindFormers' Trainer, as upstream's launcher does.
+
+    Args:
+        config (MindFormerConfig): from `read_config`.
+    """
+    from mindformers import Trainer, build_context
+    from mindformers_glm32k.compat import set_output_path
+
+    set_output_path(config.output_dir)
+    build_context(config)
+    trainer = Trainer(config)
+    if config.run_mode in ("train", "finetune"):
+        trainer.train()
+    elif config.run_mode == "eval":
+        trainer.evaluate(eval_checkpoint=config.load_checkpoint)
+    else:
+        trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data,
+                        batch_size=config.predict_batch_size, adapter_id=config.adapter_id)
+
+
+def main(argv=None):
+    """Entry point of the console command; returns the exit status."""
+    try:
+        run(read_config(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

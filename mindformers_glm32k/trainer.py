@@ -1,0 +1,95 @@
+"""GLM32KTrainer: upstream's causal language modeling trainer, which checks its inputs before it starts."""
+import copy
+
+from mindformers.models.build_tokenizer import build_tokenizer
+from mindformers.tools.logger import logger
+from mindformers.trainer import CausalLanguageModelingTrainer
+
+from mindformers_glm32k import compat
+from mindformers_glm32k.checkpoint_check import check_checkpoint
+from mindformers_glm32k.data.dataset import check_vocabulary, row_length
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.predict import ChatPromptTokenizer, read_prompts
+from mindformers_glm32k.yaml_values import normalize_values
+
+
+class GLM32KTrainer(CausalLanguageModelingTrainer):
+    """Training, evaluation and prediction of GLM32K from a MindFormers configuration.
+
+    Before the run starts it reads numbers and null as written (1e-5, None), and refuses with an InputError a
+    vocabulary that does not fit the model, rows longer than seq_length, and a checkpoint with missing, extra or
+    misshapen parameters. Prediction puts prompts into the chat format and returns answers only.
+    """
+
+    def train(self, config=None, **kwargs):
+        normalize_values(config)
+        _check_rows(config, "train_dataset")
+        if config.do_eval:
+            _check_rows(config, "eval_dataset")
+        with compat.barrier_on_cpu():
+            super().train(config=config, **kwargs)
+
+    def evaluate(self, config=None, **kwargs):
+        normalize_values(config)
+        _check_rows(config, "eval_dataset")
+        with compat.barrier_on_cpu():
+            super().evaluate(config=config, **kwargs)
+
+    def predict(self, config=None, input_data=None, network=None, tokenizer=None, batch_size=None, **kwargs):
+        """Answers prompts.
+
+        Args:
+            config (MindFormerConfig): the configuration.
+            input_data (str | list[str]): prompts, or a file with one a line; default config.input_data.
+            network (Cell): the model; built from the configuration by default.
+            tokenizer (GLM32KTokenizer): built from config.processor.tokenizer by default.
+            batch_size (int): prompts per batch.
+
+        Returns:
+            list[dict]: upstream's {"text_generation_text": [answers of a batch]}.
+        """
+        normalize_values(config)
+        prompts = read_prompts(config.input_data if input_data is None else input_data)
+        model = config.model.model_config
+        tokenizer = tokenizer or build_tokenizer(copy.deepcopy(config.processor.tokenizer))
+        check_vocabulary(tokenizer, model.padded_vocab_size)
+        model.eos_token_id = tokenizer.stop_token_ids
+        answer_tokens = model.max_new_tokens or 1
+        if answer_tokens >= model.seq_length:
+            raise InputError(f"model_config.max_new_tokens={answer_tokens}: no room for a prompt in "
+                             f"seq_length={model.seq_length}; lower the one or raise the other")
+        chat = ChatPromptTokenizer(tokenizer.vocab_file, longest_prompt=model.seq_length - answer_tokens)
+        batch_size = batch_size or (model.batch_size if model.use_past else None) or 1
+        missing = -len(prompts) % batch_size  # upstream's pipeline takes whole batches only
+        with compat.barrier_on_cpu():
+            results = self.predict_process(
+                config=config, input_data=prompts + prompts[-1:] * missing, task=self.task, network=network,
+                tokenizer=chat, batch_size=batch_size, **{key: kwargs[key] for key in ("is_full_config",)
+                                                          if key in kwargs})
+        if missing:
+            results[-1]["text_generation_text"] = results[-1]["text_generation_text"][:-missing]
+        answers = [answer for result in results for answer in result["text_generation_text"]]
+        for prompt, answer in zip(prompts, answers):
+            logger.info("prompt: %s\nanswer: %s", prompt, answer)
+        return results
+
+    def create_network(self, default_args=None):
+        network = super().create_network(default_args)
+        if compat.innermost_network(network).config.use_portable_cells:
+            network.argmax = compat.portable_argmax  # a LoRA wrapper generates in the model's place
+        path = compat.checkpoint_path(self.config)
+        if path:
+            check_checkpoint(path, network)
+        return network
+
+
+def _check_rows(config, section):
+    """Vocabulary and row length of one data set against the model."""
+    dataset = config[section]
+    model = config.model.model_config
+    rows = row_length(dataset)
+    if rows > model.seq_length:
+        raise InputError(f"{section}: rows have {rows} tokens (max_source_length {dataset.max_source_length} + "
+                         f"max_target_length {dataset.max_target_length} + 1), more than model_config.seq_length="
+                         f"{model.seq_length}; lower them or raise seq_length")
+    check_vocabulary(build_tokenizer(copy.deepcopy(dataset.tokenizer)), model.padded_vocab_size)

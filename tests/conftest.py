@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: a temporary working directory and the reference data."""
+import random
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"
@@ -20,3 +22,28 @@ def reference():
     if not REFERENCE.is_dir():
         pytest.skip("the reference data (../shared/reference, seen from the project's root) is not on this machine")
     return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def train_vocabulary(tmp_path_factory):
+    """A function that trains a sentencepiece vocabulary of some 400 pieces and returns its file; takes the trainer's
+    options. As in the published one, any byte can be spelled and no text is normalised."""
+    def train(**options):
+        rng = random.Random(0)
+        words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 7))) for _ in range(300)]
+        lines = [" ".join(rng.choices(words, k=8)) + " \u7684\u662f\uff0c 0123456789 <>|/[]\n" for _ in range(200)]
+        path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+        with open(path, "wb") as target:
+            sentencepiece.SentencePieceTrainer.train(**{
+                "sentence_iterator": iter(lines), "model_writer": target, "vocab_size": 400, "model_type": "bpe",
+                "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+                "minloglevel": 2, **options})
+        return path
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def small_vocab_file(train_vocabulary):
+    """A small vocabulary's file; only to be read."""
+    return train_vocabulary()

@@ -1,0 +1,163 @@
+"""The published vocabulary: a sentencepiece model, followed by nine special tokens that no text can produce.
+
+Ids 0 .. n-1 are the pieces of `tokenizer.model` (n = 64789 in the published one), n .. n+8 the special tokens
+in the order of SPECIAL_TOKENS. Needs sentencepiece alone, so that data workers stay light.
+"""
+import re
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import atomic_path, require_file
+
+ROLES = ("system", "user", "assistant", "observation")
+ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
+SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop") + ROLE_TOKENS
+
+WHERE_TO_GET_IT = ("Take tokenizer.model from https://huggingface.co/THUDM/chatglm3-6b-32k, "
+                   "or let `glm32k make-data` write a small one.")
+
+_ROLE_PATTERN = re.compile("(" + "|".join(map(re.escape, ROLE_TOKENS)) + ")")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Vocabulary:
+    """Text <-> ids. Picklable: the sentencepiece model travels with it, the file is not read again.
+
+    Args:
+        path (str | os.PathLike): the `tokenizer.model` file.
+
+    Attributes:
+        special (dict[str, int]): the nine special tokens and their ids.
+        bos_id, eos_id, unk_id (int): 1, 2 and 0 in the published vocabulary; unk serves as padding, too.
+
+    Raises:
+        InputError: the file is missing, empty, no sentencepiece model, or lacks <s>, </s> or <unk>.
+    """
+
+    def __init__(self, path):
+        self.model = _load(path)
+        first = self.model.vocab_size()
+        self.special = {token: first + offset for offset, token in enumerate(SPECIAL_TOKENS)}
+        self.bos_id, self.eos_id, self.unk_id = self.model.bos_id(), self.model.eos_id(), self.model.unk_id()
+        missing = [name for name, index in (("<s>", self.bos_id), ("</s>", self.eos_id), ("<unk>", self.unk_id))
+                   if index < 0]
+        if missing:
+            raise InputError(f"vocabulary file {path}: has no {' and no '.join(missing)}; train it with "
+                             "sentencepiece's default bos_id, eos_id and unk_id")
+        self._special_names = {index: token for token, index in self.special.items()}
+        self._silent = {self.bos_id, self.eos_id, self.unk_id}
+
+    def __len__(self):
+        return self.model.vocab_size() + len(self.special)
+
+    def encode(self, text, parse_roles=False):
+        """Returns the ids (list[int]) of `text`, without prefix or end token.
+
+        Args:
+            text (str): any text. `<|user|>` and the like are plain characters ...
+            parse_roles (bool): ... unless this is True: then the four role tokens become their ids, and each
+                stretch between them is encoded on its own.
+
+        Raises:
+            InputError: `text` is no str, or holds a lone surrogate (half a character, no valid Unicode).
+        """
+        return self._encode(text, parse_roles, int, self.special.get)
+
+    def pieces(self, text, parse_roles=False):
+        """As `encode`, but returns the pieces (list[str])."""
+        return self._encode(text, parse_roles, str, str)
+
+    def _encode(self, text, parse_roles, out_type, role_token):
+        _require_text(text)
+        if not parse_roles:
+            return self.model.encode(text, out_type=out_type)
+        result = []
+        for index, part in enumerate(_ROLE_PATTERN.split(text)):
+            if index % 2:
+                result.append(role_token(part))
+            elif part:
+                result.extend(self.model.encode(part, out_type=out_type))
+        return result
+
+    def encode_batch(self, texts, num_threads=-1):
+        """Encodes many texts at once, in parallel threads; the same ids as `encode` of each.
+
+        Args:
+            texts (Sequence[str]): the texts.
+            num_threads (int): threads to use, -1 for one per core.
+
+        Returns:
+            list[list[int]]: the ids of each text.
+        """
+        texts = list(texts)
+        for text in texts:
+            _require_text(text)
+        return self.model.encode(texts, out_type=int, num_threads=num_threads) if texts else []
+
+    def decode(self, ids, skip_special_tokens=False):
+        """Returns the text of `ids` (Iterable[int]).
+
+        <s>, </s>, <unk> and ids outside the vocabulary (a model's padded rows, -100 in labels) have no text.
+        The nine special tokens are written by name, or left out with `skip_special_tokens`.
+        """
+        ids = [int(index) for index in ids]
+        if skip_special_tokens:
+            ids = [index for index in ids if index not in self._special_names and index not in self._silent]
+        if ids and 0 <= min(ids) and max(ids) < self.model.vocab_size() and self._silent.isdisjoint(ids):
+            return self.model.decode(ids)  # pieces alone, as in long prompts: four times as fast, the same text
+        return self.model.decode_pieces([self._surface(index) for index in ids])
+
+    def _surface(self, index):
+        if index in self._special_names:
+            return self._special_names[index]
+        if index in self._silent or not 0 <= index < self.model.vocab_size():
+            return ""
+        return self.model.id_to_piece(index)
+
+    def token_id(self, token):
+        """Returns the id (int) of a piece or special token; None when there is no such token."""
+        if token in self.special:
+            return self.special[token]
+        index = self.model.piece_to_id(token)
+        if index == self.unk_id and token != self.model.id_to_piece(index):
+            return None
+        return index
+
+    def token(self, index):
+        """Returns the piece or special token (str) of the id `index`; IndexError outside the vocabulary."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"token id {index} is outside the vocabulary of {len(self)} tokens")
+        return self._special_names.get(index) or self.model.id_to_piece(index)
+
+    def save(self, path):
+        """Writes the sentencepiece model to `path`, byte for byte the file it came from."""
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(self.model.serialized_model_proto())
+
+
+def _load(path):
+    path = require_file(path, "vocabulary file", WHERE_TO_GET_IT)
+    try:
+        proto = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"vocabulary file {path}: cannot be read ({error.strerror})") from error
+    if proto.startswith(b"version https://git-lfs"):
+        raise InputError(f"vocabulary file {path}: is a git-lfs pointer, not the file itself; run `git lfs pull`. "
+                         f"{WHERE_TO_GET_IT}")
+    try:
+        return SentencePieceProcessor(model_proto=proto)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:  # its versions disagree on the class
+        raise InputError(f"vocabulary file {path}: is corrupt or no sentencepiece model ({len(proto)} bytes). "
+                         f"{WHERE_TO_GET_IT}") from error
+
+
+def _require_text(text):
+    if not isinstance(text, str):
+        raise InputError(f"a text (str) is needed, found {type(text).__name__}: {text!r:.80}")
+    # sentencepiece refuses these too, but without saying where; JSON files hold them where text was cut by bytes
+    lone = None if text.isascii() else _SURROGATE.search(text)
+    if lone:
+        raise InputError(f"the text holds a lone surrogate U+{ord(lone.group()):04X} at character {lone.start()}, which "
+                         "is half a character and no valid Unicode; remove it or write the whole character")

@@ -1,85 +1,74 @@
 """Converts weights between Hugging Face files and MindSpore checkpoints, without loading the model.
 
 Values are never touched except by --dtype; layouts are moved by whole rows (see names.py), so converting back gives
-the original bits. All tensors of the output have one dtype: MindFormers casts on load to what the config says
-(`param_init_type`, for norms `layernorm_compute_type`), and casting a 16-bit norm up to fp32 is exact.
+the original bits. All tensors of an output have one dtype: MindFormers casts on load to what its config says
+(`param_init_type`, and `layernorm_compute_type` for norms), and casting a 16-bit norm up to fp32 is exact.
 """
+import argparse
 import sys
-from pathlib import Path
 
 from mindformers_glm32k.cli import run_command
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.dtypes import DTYPES, check_dtype
-from mindformers_glm32k.weights.job import Job
-from mindformers_glm32k.weights.layout import FORMATS, index_file, lay_out, parse_size
-from mindformers_glm32k.weights.plan import check_against, make_groups, make_targets, weights_of
-from mindformers_glm32k.weights.sizes import load_config, sizes_from_config, sizes_from_tensors
-from mindformers_glm32k.weights.source import open_source
+from mindformers_glm32k.weights.dtypes import DTYPES
+from mindformers_glm32k.weights.layout import FORMATS
+from mindformers_glm32k.weights.steps import load_hf_weights
+from mindformers_glm32k.weights.to_huggingface import DEFAULT_SHARD, convert_reversed
+from mindformers_glm32k.weights.to_mindspore import convert
 
-
-def convert(input_path, output_path, dtype=None, qkv_concat=True, mlp_concat=True, format=None, max_shard_size=None,
-            workers=2, progress=False):
-    """Converts a Hugging Face checkpoint to a MindSpore one.
-
-    Args:
-        input_path (str | os.PathLike): Hugging Face folder, or one weight or index file.
-        output_path (str | os.PathLike): `.ckpt` or `.safetensors` file to write.
-        dtype (str | None): "fp32", "fp16" or "bf16"; None keeps each tensor's own.
-        qkv_concat, mlp_concat (bool): fused (True, upstream's default) or split projections.
-        format (str | None): "ckpt" or "safetensors"; None decides by the suffix of output_path.
-        max_shard_size (str | int | None): "5GB" and the like; above it the output is sharded, with an index.
-        workers (int): threads.
-        progress (bool): whether to show progress bars.
-
-    Raises:
-        InputError: bad input or options; nothing is left behind.
-    """
-    if dtype is not None:
-        check_dtype(dtype)
-    source = open_source(input_path)
-    weights, skipped = weights_of(source)
-    sizes = sizes_from_config(load_config(source.config), source.config) if source.config else sizes_from_tensors(weights)
-    check_against(sizes, weights, source.path)
-    output = Path(output_path)
-    format = format or ("safetensors" if output.suffix == ".safetensors" else "ckpt")
-    if format not in FORMATS:
-        raise InputError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
-    if output.suffix != "." + format:
-        output = output.with_name(f"{output.name}.{format}")
-    targets = make_targets(sizes, weights, "mindspore", qkv_concat, mlp_concat, dtype)
-    groups = make_groups(sizes, weights, targets)
-    files = lay_out(targets, format, output.stem, output.suffix, parse_size(max_shard_size), {"format": "ms"})
-    index = index_file(files, targets, output.stem, output.suffix)
-    job = Job(output.parent, output.name, files, groups, workers, progress)
-    job.run()
-    job.publish([index] if index else [])
+__all__ = ["convert", "convert_reversed", "load_hf_weights"]
 
 
 def _boolean(text):
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise ValueError(text)
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: True or False is needed")
+    return text.lower() == "true"
 
 
 def add_arguments(parser):
     """Adds the command's options."""
-    parser.add_argument("--model", help="accepted for the model card's command line; must be glm-n when given")
-    parser.add_argument("--input_path", required=True, help="Hugging Face folder, or one weight or index file")
-    parser.add_argument("--output_path", required=True, help="file to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
-    parser.add_argument("--format", choices=FORMATS, help="default: by the suffix of --output_path, else ckpt")
-    parser.add_argument("--qkv_concat", type=_boolean, default=True, metavar="True|False", help="default: True")
-    parser.add_argument("--mlp_concat", type=_boolean, default=True, metavar="True|False", help="default: True")
-    parser.add_argument("--max_shard_size", help="such as 5GB; default: one file")
+    def option(name, text, **settings):
+        parser.add_argument(name, help=text, **settings)
+
+    option("--model", "not needed; taken so that upstream's command lines work", choices=("glm-n", "glm32k"))
+    option("--input_path", "Hugging Face folder or file; with --reversed the checkpoint", required=True)
+    option("--output_path", "checkpoint file to write; with --reversed a folder", required=True)
+    option("--reversed", "from MindSpore to Hugging Face", action="store_true")
+    option("--dtype", "default: as stored", choices=DTYPES)
+    option("--format", "default: by the suffix of --output_path, else ckpt", choices=FORMATS)
+    option("--qkv_concat", "Q, K, V in one tensor; default: as the YAML of --config says, else True", type=_boolean,
+           metavar="True|False")
+    option("--mlp_concat", "likewise for gate and up of the MLP", type=_boolean, metavar="True|False")
+    option("--max_shard_size", f"such as 5GB; default: one file, with --reversed {DEFAULT_SHARD}")
+    option("--config", "config.json or MindFormers YAML; default: what lies beside the weights")
+    option("--hf_naming", "names that --reversed writes: the published model's (default) or transformers' own glm",
+           choices=("chatglm", "glm"), default="chatglm")
+    option("--hf_files", "with --reversed: the original folder, to take config, tokenizer and model code from")
+    option("--workers", "threads; default 2", type=int, default=2)
+    option("--no_crc", "do not compare the checksums that .bin files carry", action="store_true")
 
 
 def run(args):
-    """Runs the command."""
-    convert(args.input_path, args.output_path, args.dtype, args.qkv_concat, args.mlp_concat, args.format,
-            args.max_shard_size, progress=True)
-    print(f"wrote {args.output_path}")
+    """Runs the command; returns its exit status."""
+    common = dict(dtype=args.dtype, config=args.config, workers=args.workers, progress=True)
+    try:
+        if args.reversed:
+            if args.format == "ckpt" or args.qkv_concat is not None or args.mlp_concat is not None:
+                raise InputError("--reversed writes safetensors in the layout of --hf_naming: leave --format, "
+                                 "--qkv_concat and --mlp_concat out")
+            report = convert_reversed(
+                args.input_path, args.output_path, hf_naming=args.hf_naming, hf_files=args.hf_files,
+                max_shard_size=args.max_shard_size or DEFAULT_SHARD, **common)
+        else:
+            report = convert(
+                args.input_path, args.output_path, qkv_concat=args.qkv_concat, mlp_concat=args.mlp_concat,
+                format=args.format, max_shard_size=args.max_shard_size, check_crc=not args.no_crc, **common)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    written = report["output"]
+    print(f"{len(report['tensors'])} tensors, {report['tensor_bytes']:,} bytes, verified: {written['path']} "
+          f"({len(written['files'])} file(s))")
+    return 0
 
 
 if __name__ == "__main__":

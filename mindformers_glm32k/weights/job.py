@@ -32,8 +32,8 @@ class Job:
     """One conversion into a working folder.
 
     Args:
-        folder (pathlib.Path): where the output goes.
-        label (str): the output's name; the working folder is `.label.partial`.
+        work (pathlib.Path): the working folder, on the same disk as the destination.
+        destination (pathlib.Path): the folder that takes the files in the end; created then.
         files (list[layout.OutputFile]): what to write.
         groups (list[plan.Group]): how.
         workers (int): threads; reading, casting, hashing and writing all run outside Python's lock.
@@ -41,9 +41,9 @@ class Job:
         check_crc (bool): whether to compare the checksums that .bin files carry.
     """
 
-    def __init__(self, folder, label, files, groups, workers=2, progress=True, check_crc=True):
-        self.folder, self.files, self.groups, self.workers = Path(folder), files, groups, workers
-        self.work = self.folder / f".{label}.partial"
+    def __init__(self, work, destination, files, groups, workers=2, progress=True, check_crc=True):
+        self.work, self.destination = Path(work), Path(destination)
+        self.files, self.groups, self.workers = files, groups, workers
         self.progress, self.check_crc = progress, check_crc
         self._places = {name: (file, segments) for file in files for name, segments in file.segments.items()}
         self._lock = threading.Lock()
@@ -72,7 +72,8 @@ class Job:
             except OSError as error:
                 self.discard()
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise InputError(f"{self.folder}: the disk is full; free some space or choose another folder") from error
+                    raise InputError(f"{self.destination}: the disk is full; free some space or choose another folder"
+                                     ) from error
                 raise
             except Exception:
                 self.discard()
@@ -86,9 +87,12 @@ class Job:
         """
         for name, text in extra:
             (self.work / name).write_text(text, encoding="utf-8")
-        for name in [file.name for file in self.files] + [name for name, _ in extra]:
+        names = [file.name for file in self.files] + [name for name, _ in extra]
+        for name in names:
             _flush(self.work / name)
-            os.replace(self.work / name, self.folder / name)
+        self.destination.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            os.replace(self.work / name, self.destination / name)
         self.discard()
 
     def discard(self):
@@ -96,14 +100,14 @@ class Job:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _check_space(self):
-        existing = self.folder
+        existing = self.work.parent
         while not existing.exists():
             existing = existing.parent
         needed = sum(file.size for file in self.files) + _SPARE_BYTES
         held = sum(path.stat().st_blocks * 512 for path in self.work.glob("*")) if self.work.is_dir() else 0
         free = shutil.disk_usage(existing).free
         if needed - held > free:
-            raise InputError(f"{self.folder}: {needed - held:,} bytes are needed, {free:,} are free on that disk; "
+            raise InputError(f"{self.destination}: {needed - held:,} bytes are needed, {free:,} are free on that disk; "
                              "free some space or choose another folder")
 
     @contextlib.contextmanager
@@ -202,8 +206,8 @@ class Job:
                     bar.update(len(view))
         for source, found in checks.items():
             if source.crc32 is not None and self.check_crc and found != source.crc32:
-                raise InputError(f"{source.file}: key {source.name!r} is corrupt: the file's checksum (CRC-32) of it is "
-                                 f"{source.crc32:08x}, its bytes give {found:08x}; download it again")
+                raise InputError(f"{source.file}: key {source.name!r} is corrupt: the file's checksum (CRC-32) of it "
+                                 f"is {source.crc32:08x}, its bytes give {found:08x}; download it again")
         return {name: digest.hexdigest() for name, digest in digests.items()}
 
     def _verify(self, digests):
@@ -211,7 +215,7 @@ class Job:
         expected = {target.name: target for group in self.groups for target in group.targets}
         tensors = [tensor for file in self.files for tensor in read_file(self.work / file.name)]
         if sorted(tensor.name for tensor in tensors) != sorted(expected):
-            raise InputError(f"{self.work}: the written files do not list the tensors that were written; try another disk")
+            raise InputError(f"{self.work}: the files do not list the tensors that were written; try another disk")
         bar = tqdm(total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, desc="verify",
                    disable=not self.progress)
 

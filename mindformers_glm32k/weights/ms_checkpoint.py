@@ -7,9 +7,12 @@ all tensors in memory; here the framing is written by hand, so that the content 
 With crc_check the file ends in `crc_num` and ten bytes.
 """
 import os
+from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import require_file
 from mindformers_glm32k.weights.dtypes import FROM_MINDSPORE, ITEM_SIZE, TO_MINDSPORE
+from mindformers_glm32k.weights.safetensors_file import read_header
 from mindformers_glm32k.weights.tensors import StoredTensor, element_count, open_for_reading
 
 SLICE_BYTES = 512 << 20  # content of one value; MindSpore cuts at the same size
@@ -53,6 +56,24 @@ def _varint(value):
 
 def _field(number, payload):
     return bytes([number << 3 | _LENGTH_DELIMITED]) + _varint(len(payload)) + payload
+
+
+def read_index(path):
+    """Lists names, shapes and dtypes of a checkpoint file without loading any value.
+
+    Args:
+        path (str | os.PathLike): a `.ckpt` or `.safetensors` file.
+
+    Returns:
+        dict[str, tuple[tuple[int, ...], str]]: name -> (shape, dtype) in file order; dtypes are "fp32", "fp16",
+        "bf16", and for others the format's own word ("Int32", "I64", "str").
+
+    Raises:
+        InputError: missing, empty, of another format, or broken.
+    """
+    path = require_file(path, "checkpoint", "Give a .ckpt or .safetensors file")
+    reader = read_header if path.suffix == ".safetensors" else read_ckpt
+    return {tensor.name: (tensor.shape, tensor.dtype) for tensor in reader(Path(path))}
 
 
 def read_ckpt(path):

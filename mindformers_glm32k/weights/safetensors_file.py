@@ -103,7 +103,8 @@ def build_header(entries, metadata):
     header, offsets, position = {"__metadata__": metadata}, [], 0
     for name, shape, dtype in entries:
         nbytes = element_count(shape) * ITEM_SIZE[dtype]
-        header[name] = {"dtype": TO_SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        header[name] = {"dtype": TO_SAFETENSORS[dtype], "shape": list(shape),
+                        "data_offsets": [position, position + nbytes]}
         offsets.append(position)
         position += nbytes
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")

@@ -115,7 +115,8 @@ def _choose(folder):
     for pattern in _PATTERNS:
         found = sorted(folder.glob(pattern))
         if found and pattern.endswith(INDEX_SUFFIX) and len(found) > 1:
-            raise InputError(f"{folder}: {len(found)} index files ({', '.join(p.name for p in found)}): give the one meant")
+            raise InputError(f"{folder}: {len(found)} index files ({', '.join(path.name for path in found)}): give the "
+                             "one meant")
         if found:
             return found
     raise InputError(f"{folder}: no weight files (*.safetensors, pytorch_model*.bin, *.ckpt) in this folder")

@@ -1,0 +1,48 @@
+"""The report of a conversion: what was read, what was written, and a checksum of every tensor."""
+import json
+
+from mindformers_glm32k.files import atomic_path
+from mindformers_glm32k.weights.sizes import sizes_as_dict
+
+
+def make_report(source, output, files, groups, digests, skipped, sizes, config):
+    """Collects the report.
+
+    Args:
+        source (source.Source): what was read.
+        output (pathlib.Path): as named to the user.
+        files (list[layout.OutputFile]), groups (list[plan.Group]): what was written.
+        digests (dict[str, str]): SHA-256 of each tensor's values.
+        skipped (list[str]): names in the source that are no weights.
+        sizes (sizes.Sizes): of the model.
+        config (dict | None): its config.json, for the way back.
+
+    Returns:
+        dict: JSON-ready.
+    """
+    holder = {name: file.name for file in files for name in file.segments}
+    tensors = {}
+    for group in groups:
+        for target in group.targets:
+            tensors[target.name] = {
+                "file": holder[target.name], "shape": list(target.shape), "dtype": target.dtype,
+                "sha256": digests[target.name],
+                "from": list(dict.fromkeys(move.source.name for move in group.moves if move.target is target)),
+            }
+    order = [name for file in files for name in file.segments]
+    return {
+        "source": {"path": str(source.path), "files": {file.name: file.stat().st_size for file in source.files}},
+        "output": {"path": str(output), "files": {file.name: file.size for file in files}},
+        "checksum": "sha256 of the little-endian values, without the file format's framing",
+        "tensor_bytes": sum(target.nbytes for group in groups for target in group.targets),
+        "sizes": sizes_as_dict(sizes),
+        "skipped": skipped,
+        "huggingface_config": config,
+        "tensors": {name: tensors[name] for name in order},
+    }
+
+
+def write_report(path, report):
+    """Writes a report as JSON; readers never see half of it."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,75 @@
+"""From Hugging Face files to a MindSpore checkpoint."""
+from pathlib import Path
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.hf_config import read_config
+from mindformers_glm32k.weights.job import Job
+from mindformers_glm32k.weights.layout import FORMATS, index_file, lay_out, parse_size
+from mindformers_glm32k.weights.plan import check_against, make_groups, make_targets
+from mindformers_glm32k.weights.report import make_report, write_report
+from mindformers_glm32k.weights.sizes import sizes_from_config, sizes_from_tensors
+from mindformers_glm32k.weights.steps import open_weights, refuse_overwriting, run_job
+
+
+def convert(input_path, output_path, dtype=None, qkv_concat=None, mlp_concat=None, format=None, max_shard_size=None,
+            config=None, workers=2, check_crc=True, progress=False):
+    """Converts a Hugging Face checkpoint to a MindSpore one.
+
+    Args:
+        input_path (str | os.PathLike): Hugging Face folder, or one weight or index file.
+        output_path (str | os.PathLike): `.ckpt` or `.safetensors` file to write.
+        dtype (str | None): "fp32", "fp16" or "bf16"; None keeps each tensor's own.
+        qkv_concat, mlp_concat (bool | None): fused or split projections; None takes what a YAML `config` says, else
+            True, upstream's default.
+        format (str | None): "ckpt" or "safetensors"; None decides by the suffix of output_path, else "ckpt".
+        max_shard_size (str | int | None): "5GB" and the like; above it the output is sharded, with an index.
+        config (str | os.PathLike | None): config.json or MindFormers YAML; by default the source's config.json, and
+            without one the sizes come from the tensors.
+        workers (int): threads.
+        check_crc (bool): whether to compare the checksums that .bin files carry.
+        progress (bool): whether to show progress bars.
+
+    Returns:
+        dict: the report, as written to OUT.report.json beside the output.
+
+    Raises:
+        InputError: bad input or options; nothing is left behind.
+    """
+    source, weights, skipped = open_weights(input_path, dtype, workers)
+    output, format = _output_file(output_path, format)
+    sizes, fields, layout = _sizes(source, weights, config or source.config)
+    check_against(sizes, weights, source.path)
+    qkv_concat = layout.get("qkv_concat", True) if qkv_concat is None else qkv_concat
+    mlp_concat = layout.get("mlp_concat", True) if mlp_concat is None else mlp_concat
+    targets = make_targets(sizes, weights, "mindspore", qkv_concat, mlp_concat, dtype)
+    groups = make_groups(sizes, weights, targets)
+    files = lay_out(targets, format, output.stem, output.suffix, parse_size(max_shard_size), {"format": "ms"})
+    refuse_overwriting(source, [output.parent / file.name for file in files])
+    index = index_file(files, targets, output.stem, output.suffix)
+    job = Job(output.parent / f".{output.name}.partial", output.parent, files, groups, workers, progress, check_crc)
+    report = make_report(source, output, files, groups, run_job(job), skipped, sizes, fields)
+    write_report(output.with_suffix(".report.json"), report)
+    job.publish([index] if index else [])
+    return report
+
+
+def _sizes(source, weights, config):
+    """Returns sizes, config.json fields (None when unknown) and the layout that a YAML names."""
+    if config is None:
+        return sizes_from_tensors(weights), None, {}
+    fields, layout = read_config(config)
+    return sizes_from_config(fields, config), fields, layout
+
+
+def _output_file(path, format):
+    output = Path(path)
+    format = format or ("safetensors" if output.suffix == ".safetensors" else "ckpt")
+    if format not in FORMATS:
+        raise InputError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
+    if output.suffix in {f".{name}" for name in FORMATS if name != format}:
+        raise InputError(f"{output}: the suffix contradicts format {format}; change one of them")
+    if output.suffix != "." + format:
+        output = output.with_name(f"{output.name}.{format}")  # as mindspore.save_checkpoint does
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder, a file name is needed")
+    return output, format

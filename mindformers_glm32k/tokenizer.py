@@ -1,9 +1,11 @@
 """GLM32KTokenizer: the published ChatGLM3 tokenizer as a MindFormers tokenizer.
 
 The ids come from `vocabulary.py` and `chat.py`; this module is the interface that MindFormers' YAMLs, Auto
-classes, Trainer and pipelines expect (its chat methods are in `chat_input.py`). Upstream's ChatGLM3Tokenizer is not its base: it pads on the right,
-cannot parse role tokens when asked to, drops special tokens' text on decoding, and gives <sop>, <eop> and <pad>
-ids beyond the vocabulary.
+classes, Trainer and pipelines expect (its chat methods are in `chat_input.py`).
+
+Upstream's ChatGLM3Tokenizer is not its base (1.6 to 1.9 alike): it pads on the right, never parses role tokens,
+keeps their names in decoded answers, takes one message in apply_chat_template, cannot be saved as YAML, and lists
+<sop> and <eop> as added tokens with the ids of <|assistant|> and <|observation|>.
 """
 import difflib
 from numbers import Integral

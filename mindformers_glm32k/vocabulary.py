@@ -159,5 +159,5 @@ def _require_text(text):
     # sentencepiece refuses these too, but without saying where; JSON files hold them where text was cut by bytes
     lone = None if text.isascii() else _SURROGATE.search(text)
     if lone:
-        raise InputError(f"the text holds a lone surrogate U+{ord(lone.group()):04X} at character {lone.start()}, which "
-                         "is half a character and no valid Unicode; remove it or write the whole character")
+        raise InputError(f"the text holds a lone surrogate U+{ord(lone.group()):04X} at character {lone.start()}, "
+                         "which is half a character and no valid Unicode; remove it or write the whole character")

@@ -4,11 +4,8 @@ import os
 
 from mindformers_glm32k.errors import InputError
 
-# What a training checkpoint holds beside the weights: optimizer states and the trainer's counters.
+# Optimizer states that a training checkpoint holds beside the weights.
 _STATE_PREFIXES = ("adam_m.", "adam_v.", "moments.", "moment1.", "moment2.", "accu_grads.", "exp_avg.", "exp_avg_sq.")
-_STATES = frozenset(("epoch_num", "step_num", "global_step", "loss_scale", "learning_rate", "scale_sense", "lr",
-                     "current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power",
-                     "weight_decay", "network_step"))
 _SHOWN = 5
 
 
@@ -32,7 +29,7 @@ def check_checkpoint(path, network):
     wanted, optional = _parameters(network)
     problems = []
     missing = [name for name in wanted if name not in stored]
-    extra = [name for name in stored if name not in wanted and name not in optional and not _is_state(name)]
+    extra = [name for name in stored if name not in wanted and name not in optional and not _is_state(name, stored[name])]
     shapes = [f"{name} is {stored[name]} in the file, {shape} in the model"
               for name, shape in {**wanted, **optional}.items() if name in stored and stored[name] != shape]
     for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", shapes)):
@@ -45,8 +42,9 @@ def check_checkpoint(path, network):
                          "either layout)")
 
 
-def _is_state(name):
-    return name in _STATES or name.startswith(_STATE_PREFIXES)
+def _is_state(name, shape):
+    """Whether an entry is an optimizer state or one of the trainer's counters: scalars such as epoch_num."""
+    return name.startswith(_STATE_PREFIXES) or ("." not in name and shape in ((), (1,)))
 
 
 def _parameters(network):

@@ -85,7 +85,7 @@ class GLM32KMonitor(Callback):
 
     @staticmethod
     def _global_step(arguments):
-        step = getattr(getattr(arguments, "optimizer", None), "global_step", None)
+        step = getattr(getattr(arguments.network, "optimizer", None), "global_step", None)
         return int(step.asnumpy().reshape(-1)[0]) if step is not None else 0
 
     def _rows_before(self, step):

@@ -122,6 +122,10 @@ def read_config(argv=None):
         for section in ("train_dataset", "eval_dataset"):
             if config.get(section) and config[section].get("data_loader"):
                 set_key(config, f"{section}.data_loader.num_samples", args.num_samples, "--num_samples")
+    if isinstance(config.load_checkpoint, str) and config.load_checkpoint:
+        if not os.path.exists(config.load_checkpoint):
+            raise InputError(f"load_checkpoint {config.load_checkpoint}: no such file or folder (seen from "
+                             f"{os.getcwd()}); training leaves its checkpoints in output/checkpoint/rank_N")
     if config.run_mode not in RUN_MODES:
         raise InputError(f"{args.config}: run_mode is {config.run_mode!r}, allowed are {', '.join(RUN_MODES)}")
     if config.run_mode.startswith("predict"):

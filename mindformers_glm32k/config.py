@@ -20,7 +20,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 _HOST_KEYS = frozenset((
     "name_or_path", "_name_or_path", "_commit_hash", "pretrained_model_dir", "mindformers_version",
     "tokenizer_class", "architectures", "is_encoder_decoder", "is_sample_acceleration", "quantization_config",
-    "quantization", "pet_config", "moe_config", "dataset_config", "calculate_per_token_loss", "disable_lazy_inline",
+    "quantization", "pet_config", "moe_config", "monitor_config", "dataset_config", "calculate_per_token_loss", "disable_lazy_inline",
     "model_type", "type", "auto_map", "auto_register", "max_position_embeddings", "input_sliced_sig",
     "parallel_decoding_params", "use_eod_attn_mask_compression", "track_max_attention_logit", "generation_config",
     "llm_backend", "parallel_optimizer", "num_samples",

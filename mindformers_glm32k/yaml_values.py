@@ -7,6 +7,7 @@ import re
 
 import yaml
 
+_NULLS = ("", "~", "null", "Null", "NULL")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -39,14 +40,17 @@ def parse_value(text):
         text (str): as typed, e.g. "3", "1e-5", "True", "None", "[1, 2]", "a/path".
 
     Returns:
-        int, float, bool, None, list, dict or str; text that YAML would turn into anything else stays text.
+        int, float, bool or None; a list or dict where the text starts with [ or {; else the text itself, or what its
+        quotes enclose.
     """
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, dict) and not text.lstrip().startswith("{"):
-        return text
-    if not isinstance(value, (int, float, bool, list, dict, str, type(None))):
+    starts_as = {list: "[", dict: "{", str: "'\""}.get(type(value), "")
+    if starts_as and not (text and text[0] in starts_as):
+        # YAML would take comments, anchors and block signs out of a path or a sentence
+        value = text
+    if value is None and text not in _NULLS or not isinstance(value, (int, float, list, dict, str, type(None))):
         return text
     return normalize_values(value)

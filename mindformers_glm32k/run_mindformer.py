@@ -4,12 +4,14 @@ Upstream keeps run_mindformer.py in its source repository only. Nothing heavy is
 to be right, so that --help answers at once.
 """
 import argparse
-import difflib
-import logging
 import os
 import sys
 
+import yaml
+
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import require_file
+from mindformers_glm32k.overrides import pairs, reject_misspelt, set_key
 from mindformers_glm32k.yaml_values import normalize_values, parse_value
 
 RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
@@ -97,21 +99,25 @@ def read_config(argv=None):
         MindFormerConfig
 
     Raises:
-        InputError: missing YAML, a key whose section does not exist, a leftover option without a value.
+        InputError: a missing or broken YAML, a key whose section does not exist, a misspelt option, a leftover option
+            without a value.
     """
     args, rest = build_parser().parse_known_args(argv)
     if args.modal_type:
         raise InputError("--modal_type: GLM32K is a text model; leave the option out")
-    if not os.path.isfile(args.config):
-        raise InputError(f"--config {args.config}: no such file (seen from {os.getcwd()})")
-    leftovers = _pairs(rest)
+    _check_yaml(args.config)
+    leftovers = pairs(rest)
     if args.register_path:
         os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
         sys.path.append(os.path.abspath(args.register_path))
 
     from mindformers.tools.register import MindFormerConfig
-    config = MindFormerConfig(args.config, **({"run_mode": args.run_mode} if args.run_mode else {}))
+    try:
+        config = MindFormerConfig(args.config, **({"run_mode": args.run_mode} if args.run_mode else {}))
+    except (KeyError, TypeError, ValueError, OSError) as error:  # a section of a wrong type or with unknown keys
+        raise InputError(f"{args.config}: {error.args[0] if len(error.args) == 1 else error}") from error
     normalize_values(config)
+    reject_misspelt(leftovers, config, [name for name in vars(args) if name != "config"])
     for name, _, key, _ in OVERRIDES:
         value = getattr(args, name)
         if value is not None:
@@ -138,49 +144,19 @@ def read_config(argv=None):
     return config
 
 
-def _pairs(rest):
-    """[--a.b, 1, --c=2] -> [(a.b, 1), (c, 2)]"""
-    pairs, words = [], list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise InputError(f"{word!r}: an option starting with -- is needed here")
-        key, sign, value = word[2:].partition("=")
-        if not sign:
-            if not words or words[0].startswith("--"):
-                raise InputError(f"--{key}: a value is needed after it")
-            value = words.pop(0)
-        pairs.append((key, value))
-    return pairs
-
-
-def set_key(config, dotted, value, option):
-    """Sets one key of a nested configuration.
-
-    Args:
-        config (dict): the configuration.
-        dotted (str): e.g. "train_dataset.tokenizer.vocab_file".
-        value: the new value.
-        option (str): the option that the user typed, for messages.
-
-    Raises:
-        InputError: a section on the way does not exist.
-    """
-    *sections, leaf = dotted.split(".")
-    node = config
-    for depth, section in enumerate(sections):
-        if not isinstance(node.get(section), dict):
-            where = ".".join(sections[:depth]) or "the configuration"
-            near = difflib.get_close_matches(section, list(node), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{option}: {where} has no section {section!r}{hint}")
-        node = node[section]
-    if leaf not in node:
-        near = difflib.get_close_matches(leaf, list(node), n=1, cutoff=0.8)
-        if near:
-            logging.getLogger("mindformers").warning(
-                "%s sets a new key %r; did you mean %r, which the YAML has?", option, dotted, near[0])
-    node[leaf] = value
+def _check_yaml(path):
+    """InputError for what MindFormers passes over (a file by another name) or breaks off at (no mapping in it)."""
+    require_file(path, "--config", f"Give a YAML file (relative paths are seen from {os.getcwd()}).")
+    if not path.endswith((".yaml", ".yml")):
+        raise InputError(f"--config {path}: MindFormers reads files that end in .yaml or .yml; rename it")
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--config {path}: a mapping of keys to values is needed, found "
+                         f"{'comments alone' if found is None else type(found).__name__}")
 
 
 def _prompts(predict_data):

@@ -171,6 +171,9 @@ def run(config):
 
     Args:
         config (MindFormerConfig): from `read_config`.
+
+    Returns:
+        list[dict] | None: the answers of a prediction, as GLM32KTrainer.predict returns them.
     """
     from mindformers import Trainer, build_context
     from mindformers_glm32k.compat import set_output_path
@@ -183,8 +186,9 @@ def run(config):
     elif config.run_mode == "eval":
         trainer.evaluate(eval_checkpoint=config.load_checkpoint)
     else:
-        trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data,
-                        batch_size=config.predict_batch_size, adapter_id=config.adapter_id)
+        return trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data,
+                               batch_size=config.predict_batch_size, adapter_id=config.adapter_id)
+    return None
 
 
 def main(argv=None):

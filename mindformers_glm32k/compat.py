@@ -39,19 +39,25 @@ def portable_argmax(values, axis=-1):
     return Tensor(array.argmax(axis))
 
 
-def check_layout(config):
-    """Refuses parallel layouts that the plugin does not build.
+def check_buildable(config):
+    """Refuses what the plugin or the device cannot run.
 
     Args:
         config (GLM32KConfig): with its parallel_config.
 
     Raises:
-        InputError: a layout key and what to set instead.
+        InputError: the key and what to set instead.
     """
     parallel = config.parallel_config
     if getattr(parallel, "seq_split_num", 1) > 1:
         raise InputError(f"parallel_config.seq_split_num={parallel.seq_split_num}: sequence pipelines are not "
                          "supported; set it to 1 and use context_parallel for long rows")
+    from mindspore import dtype
+    if config.use_portable_cells and not on_ascend():
+        for name in ("param_init_type", "compute_dtype", "layernorm_compute_type", "residual_dtype", "rotary_dtype"):
+            if getattr(config, name) == dtype.bfloat16:
+                raise InputError(f"model_config.{name}=bfloat16: MindSpore has no bfloat16 MatMul, Gather or Softmax "
+                                 "on CPU; use float32 or float16")
 
 
 def innermost_network(network):

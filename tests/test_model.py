@@ -1,0 +1,214 @@
+"""GLM32KForConditionalGeneration against the published model's golden outputs (fp32, CPU)."""
+import mindspore as ms
+import mindspore.common.dtype as mstype
+import numpy as np
+import pytest
+from mindformers.models.glm2 import glm2_transformer
+
+from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.kernels import attention
+from mindformers_glm32k.weights.names import name_of, slot_of
+
+NO_STOP = [1023]  # an id that the golden continuations do not contain: generation runs to its limit
+
+
+@pytest.fixture(scope="module")
+def golden(reference):
+    return np.load(reference / "tiny_hf" / "golden.npz")
+
+
+@pytest.fixture(scope="module")
+def weights(reference):
+    """Hugging Face tensors by name, float32."""
+    from mindformers_glm32k.weights.convert import load_hf_weights
+    return {name: np.asarray(values, np.float32) for name, values in
+            load_hf_weights(reference / "tiny_hf" / "hf_safetensors_fp32")}
+
+
+@pytest.fixture
+def build(reference, weights):
+    """A function that builds the tiny published model with its weights; keyword arguments override its config."""
+    def build_model(mode=ms.GRAPH_MODE, spoil=None, **overrides):
+        ms.set_context(mode=mode)
+        fields = dict(param_init_type="float32", compute_dtype="float32", seq_length=64)
+        fields.update(overrides)
+        config = GLM32KConfig.from_huggingface(reference / "tiny_hf" / "hf_safetensors_fp32", **fields)
+        network = GLM32KForConditionalGeneration(config)
+        set_weights(network, spoil(weights) if spoil else weights)
+        network.set_train(False)
+        return network
+    yield build_model
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+def set_weights(network, weights):
+    """Puts Hugging Face tensors into a network of either layout; every parameter must find its values."""
+    config = network.config
+    query = config.num_attention_heads * config.kv_channels
+    key = config.multi_query_group_num * config.kv_channels
+    pieces = {"wq": (0, query), "wk": (query, query + key), "wv": (query + key, query + 2 * key),
+              "dense_left": (0, config.ffn_hidden_size), "dense_right": (config.ffn_hidden_size, None)}
+    for parameter in network.get_parameters():
+        if parameter.name.endswith("_cache"):
+            continue
+        name, cut = hf_name(parameter.name), slice(None)
+        for part, (start, stop) in pieces.items():
+            if f".{part}." in parameter.name:
+                cut = slice(start, stop)
+        parameter.set_data(ms.Tensor(weights[name][cut], parameter.dtype))
+
+
+def hf_name(name):
+    """Hugging Face name of the tensor that holds a parameter of either layout."""
+    for part in ("wq", "wk", "wv"):
+        name = name.replace(f".{part}.", ".query_key_value.")
+    for part in ("dense_left", "dense_right"):
+        name = name.replace(f".{part}.", ".dense_h_to_4h.")
+    return name.replace("embedding.embedding_weight", "embedding.word_embeddings.weight")
+
+
+def shifted(golden):
+    """Labels in the alignment of the model: labels[i] is the token after position i."""
+    labels = golden["labels_unshifted"]
+    return np.concatenate([labels[:, 1:], np.full((len(labels), 1), -100)], 1).astype(np.int32)
+
+
+def logits_of(network, ids):
+    return network(ms.Tensor(ids.astype(np.int32)))[0].asnumpy().reshape(*ids.shape, -1)
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
+@pytest.mark.parametrize("concat, flash", [(True, True), (False, False)])
+def test_logits_loss_and_gradients(build, golden, mode, concat, flash):
+    network = build(mode, qkv_concat=concat, mlp_concat=concat, use_flash_attention=flash)
+    assert np.abs(logits_of(network, golden["input_ids"]) - golden["logits"]).max() < 1e-4
+
+    network.set_train(True)
+    parameters = network.trainable_params()
+    loss, gradients = ms.value_and_grad(network, None, parameters)(
+        ms.Tensor(golden["input_ids"].astype(np.int32)), ms.Tensor(shifted(golden)))
+    assert abs(float(loss) / float(golden["loss"]) - 1) < 1e-5
+    squares = {}
+    for parameter, gradient in zip(parameters, gradients):
+        name = hf_name(parameter.name)
+        squares[name] = squares.get(name, 0.0) + float((gradient.asnumpy().astype(np.float64) ** 2).sum())
+        if concat and f"grad:{name}" in golden:
+            np.testing.assert_allclose(gradient.asnumpy(), golden[f"grad:{name}"], atol=1e-4)
+    norms = {key[len("gradnorm:"):]: float(golden[key]) for key in golden.files if key.startswith("gradnorm:")}
+    assert squares.keys() == norms.keys()
+    for name, square in squares.items():
+        assert np.sqrt(square) == pytest.approx(norms[name], rel=1e-3), name
+
+
+def test_known_wrong_rope_ratio_is_caught(build, golden):
+    assert np.abs(logits_of(build(rope_ratio=1), golden["input_ids"]) - golden["logits"]).max() > 1e-2
+
+
+def test_known_wrong_mask_is_caught(build, golden, monkeypatch):
+    visible = lambda query, key: attention.ops.zeros((query.shape[0], key.shape[0]), mstype.float32)
+    monkeypatch.setattr(attention, "causal_bias", visible)
+    network = build(use_flash_attention=True)
+    assert np.abs(logits_of(network, golden["input_ids"]) - golden["logits"]).max() > 1e-1
+
+
+def test_known_wrong_split_of_qkv_is_caught(build, golden):
+    def swapped(weights):  # key and value exchanged inside the fused weight
+        query, key = 64, 32
+        order = np.r_[0:query, query + key:query + 2 * key, query:query + key]
+        return {name: values[order] if "query_key_value" in name else values for name, values in weights.items()}
+
+    assert np.abs(logits_of(build(spoil=swapped), golden["input_ids"]) - golden["logits"]).max() > 1e-1
+
+
+def test_token_before_a_change_keeps_its_logits(build, golden):
+    network = build(use_flash_attention=False)
+    ids = golden["input_ids"][:1]
+    changed = ids.copy()
+    changed[:, 40:] = (changed[:, 40:] + 1) % 1000
+    before, after = logits_of(network, ids), logits_of(network, changed)
+    np.testing.assert_array_equal(before[:, :40], after[:, :40])
+    assert np.abs(before[:, 40:] - after[:, 40:]).max() > 1e-2
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
+@pytest.mark.parametrize("use_past", [True, False])
+def test_greedy_output_is_identical(build, golden, mode, use_past):
+    network = build(mode, use_past=use_past, is_dynamic=use_past, num_blocks=16, batch_size=2)
+    outputs = network.generate(golden["greedy_prompt"].tolist(), max_new_tokens=48, do_sample=False,
+                               eos_token_id=NO_STOP)
+    for ours, theirs in zip(outputs, golden["greedy_output"]):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_prompts_of_different_lengths_in_one_batch(build, golden):
+    network = build(use_past=True, is_dynamic=True, num_blocks=16)
+    prompts = [golden["greedy_prompt"][0].tolist(), golden["greedy_prompt"][1][:9].tolist()]
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=NO_STOP)
+    alone = [network.generate([prompt], **options)[0] for prompt in prompts]
+    together = network.generate([prompts[0], prompts[1] + [0] * 7], **options)
+    for ours, theirs in zip(together, alone):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_evaluation_with_labels_is_shifted_for_perplexity(build, golden):
+    network = build()
+    ids = golden["input_ids"].astype(np.int32)
+    logits, labels, mask = (x.asnumpy() for x in network(ms.Tensor(ids), ms.Tensor(shifted(golden))))
+    assert logits.shape == (2, 65, 1024) and labels.shape == mask.shape == (2, 65)
+    kept = mask[:, 1:] == 1
+    rows = logits[:, :-1][kept].astype(np.float64)
+    picked = rows[np.arange(len(rows)), labels[:, 1:][kept]]
+    loss = (np.log(np.exp(rows).sum(-1)) - picked).mean()
+    assert loss == pytest.approx(float(golden["loss"]), rel=1e-5)
+
+
+def test_rows_may_be_shorter_than_seq_length(build, golden):
+    network = build(seq_length=1024)
+    assert np.abs(logits_of(network, golden["input_ids"]) - golden["logits"]).max() < 1e-4
+
+
+def test_half_precision_stays_near(build, golden):
+    network = build(param_init_type="float16", compute_dtype="float16")
+    logits = logits_of(network, golden["input_ids"])
+    assert logits.dtype == np.float32
+    assert 0 < np.abs(logits - golden["logits"]).max() < 0.15
+
+
+def test_bfloat16_is_refused_where_there_are_no_kernels(build):
+    with pytest.raises(InputError, match="compute_dtype=bfloat16"):
+        build(compute_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("cells", ["portable", "ascend"])
+@pytest.mark.parametrize("flash", [True, False])
+def test_no_square_tensor_is_created_at_construction(cells, flash):
+    length = 3001
+    config = GLM32KConfig(num_layers=1, hidden_size=64, num_attention_heads=4, kv_channels=16, ffn_hidden_size=64,
+                          padded_vocab_size=512, seq_length=length, cells=cells, use_flash_attention=flash)
+    network = GLM32KForConditionalGeneration(config)
+    for _, cell in network.cells_and_names():
+        for name, value in vars(cell).items():
+            if isinstance(value, (ms.Tensor, np.ndarray)):
+                assert np.prod(value.shape) < length * length, (type(cell).__name__, name, value.shape)
+
+
+def test_ascend_cells_are_upstreams():
+    config = GLM32KConfig(num_layers=1, hidden_size=64, num_attention_heads=4, kv_channels=16, ffn_hidden_size=64,
+                          padded_vocab_size=512, seq_length=128, cells="ascend", use_flash_attention=True)
+    layer = GLM32KForConditionalGeneration(config).transformer.encoder.layers[0]
+    assert type(layer.input_layernorm) is glm2_transformer.ChatGLM2RMSNorm
+    assert isinstance(layer.self_attention.flash_attention, glm2_transformer.FlashAttention)
+    assert type(layer.self_attention.split_qkv).__name__ == "SplitWithSize"
+
+
+@pytest.mark.parametrize("concat", [True, False])
+def test_parameter_names_are_upstreams(reference, concat):
+    config = GLM32KConfig.from_huggingface(reference / "tiny_hf" / "hf_safetensors_fp32", seq_length=64,
+                                           qkv_concat=concat, mlp_concat=concat)
+    names = {parameter.name for parameter in GLM32KForConditionalGeneration(config).get_parameters()}
+    assert {name_of(slot_of(name), "mindspore") for name in names} == names
+    expected = ("query_key_value.weight", "query_key_value.bias") if concat else \
+        ("wq.weight", "wq.bias", "wk.weight", "wk.bias", "wv.weight", "wv.bias")
+    assert {name.split("self_attention.")[1] for name in names if "layers.2.self_attention" in name} == \
+        {*expected, "dense.weight"}

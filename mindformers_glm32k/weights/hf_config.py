@@ -151,7 +151,8 @@ def find_config(option, source, inferred):
     """
     stem = source.path.with_suffix("") if source.path.is_file() else source.path
     report = stem.with_name(stem.name.replace(".ckpt.index", "").replace(".safetensors.index", "") + ".report.json")
-    for path in (option, source.config, report if report.is_file() else None):
+    kept = report.is_file() and load_config(report).get("huggingface_config")
+    for path in (option, source.config, report if kept else None):
         if path is not None:
             fields = read_config(path)[0]
             wrong = differences(sizes_from_config(fields, path), inferred)

@@ -23,7 +23,7 @@ from mindformers_glm32k.weights.dtypes import ITEM_SIZE, cast, count_overflow
 from mindformers_glm32k.weights.source import read_file
 from mindformers_glm32k.weights.tensors import StoredTensor
 
-_CHUNK_BYTES = 8 << 20  # of source values; a worker holds this a few times
+_CHUNK_BYTES = 2 << 20  # of source values; with what is made of it, it fits a core's cache
 _SPARE_BYTES = 16 << 20  # of disk beyond the output itself: journal, report, file system
 _PLAN_VERSION = 1
 
@@ -67,7 +67,10 @@ class Job:
                 digests = self._resume()
                 self.resumed_groups = sum(1 for group in self.groups if group.targets[0].name in digests)
                 self._write(digests)
-                self._verify(digests)
+                with ThreadPoolExecutor(1) as flusher:  # the disk is busy while the processor compares
+                    flushed = flusher.submit(self._flush)
+                    self._verify(digests)
+                    flushed.result()
                 return digests
             except OSError as error:
                 self.discard()
@@ -88,8 +91,6 @@ class Job:
         for name, text in extra:
             (self.work / name).write_text(text, encoding="utf-8")
         names = [file.name for file in self.files] + [name for name, _ in extra]
-        for name in names:
-            _flush(self.work / name)
         self.destination.mkdir(parents=True, exist_ok=True)
         for name in names:
             os.replace(self.work / name, self.destination / name)
@@ -235,6 +236,11 @@ class Job:
         with bar:
             self._in_parallel(check, tensors)
 
+    def _flush(self):
+        for file in self.files:
+            with open(self.work / file.name, "rb+") as handle:
+                os.fsync(handle.fileno())
+
     def _in_parallel(self, function, items):
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(function, item) for item in items]
@@ -254,8 +260,3 @@ def _write_exactly(handle, view, offset):
     while view:
         count = os.pwrite(handle, view, offset)
         view, offset = view[count:], offset + count
-
-
-def _flush(path):
-    with open(path, "rb+") as handle:
-        os.fsync(handle.fileno())

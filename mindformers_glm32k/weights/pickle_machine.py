@@ -94,8 +94,8 @@ class Machine:
         return items[::-1]
 
     # Names follow pickletools' opcodes in lower case.
-    _op_binunicode = _op_short_binunicode = _op_binunicode8 = _op_unicode = _push
-    _op_binint = _op_binint1 = _op_binint2 = _op_int = _op_long1 = _op_binfloat = _push
+    _op_binunicode = _op_short_binunicode = _op_binunicode8 = _push
+    _op_binint = _op_binint1 = _op_binint2 = _op_long1 = _op_binfloat = _push
 
     def _op_proto(self, _):
         pass
@@ -173,7 +173,7 @@ class Machine:
     def _op_binput(self, index):
         self.memo[index] = self.stack[-1]
 
-    _op_long_binput = _op_put = _op_binput
+    _op_long_binput = _op_binput
 
     def _op_memoize(self, _):
         self.memo[len(self.memo)] = self.stack[-1]
@@ -181,7 +181,7 @@ class Machine:
     def _op_binget(self, index):
         self.stack.append(self.memo[index])
 
-    _op_long_binget = _op_get = _op_binget
+    _op_long_binget = _op_binget
 
     def _op_global(self, argument):
         self._global(*argument.split(" ", 1))

@@ -48,7 +48,9 @@ class StoredTensor:
             position += nbytes
 
     def chunks(self, chunk_bytes, start=0, stop=None):
-        """Yields the bytes [start, stop) of the values in order, as arrays of the carrier dtype.
+        """Yields the bytes [start, stop) of the values in order, as flat arrays of the carrier dtype.
+
+        The arrays share one buffer: each is valid until the next is asked for.
 
         Args:
             chunk_bytes (int): the most bytes to hold at a time (tensors with strides: at least one row).
@@ -62,14 +64,14 @@ class StoredTensor:
             yield from self._strided_chunks(chunk_bytes, start, stop)
             return
         chunk_bytes = max(chunk_bytes - chunk_bytes % 8, 8)
+        buffer = np.empty(min(chunk_bytes, stop - start), np.uint8)
         with open_for_reading(self.file) as handle:
             for low in range(start, stop, chunk_bytes):
-                buffer = np.empty(min(chunk_bytes, stop - low), np.uint8)
-                filled = 0
-                for offset, nbytes in self.ranges(low, low + buffer.size):
-                    read_exactly(handle, offset, memoryview(buffer)[filled:filled + nbytes], self)
+                chunk, filled = buffer[:min(chunk_bytes, stop - low)], 0
+                for offset, nbytes in self.ranges(low, low + chunk.size):
+                    read_exactly(handle, offset, memoryview(chunk)[filled:filled + nbytes], self)
                     filled += nbytes
-                yield buffer.view(CARRIER[self.dtype])
+                yield chunk.view(CARRIER[self.dtype])
 
     def _strided_chunks(self, chunk_bytes, start, stop):
         item = ITEM_SIZE[self.dtype]
@@ -84,8 +86,11 @@ class StoredTensor:
 
     def load(self):
         """Returns the whole tensor as an array of the carrier dtype (bf16: uint16 bit patterns)."""
-        parts = list(self.chunks(1 << 24))
-        flat = np.concatenate(parts) if parts else np.empty(0, CARRIER[self.dtype])
+        flat = np.empty(element_count(self.shape), CARRIER[self.dtype])
+        filled = 0
+        for values in self.chunks(1 << 20):
+            flat[filled:filled + values.size] = values
+            filled += values.size
         return flat.reshape(self.shape)
 
 

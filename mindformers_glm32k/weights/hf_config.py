@@ -40,6 +40,7 @@ _GLM_FIELDS = {
     "tie_word_embeddings": "tie_word_embeddings", "use_cache": "use_cache", "torch_dtype": "torch_dtype",
 }
 _ROPE_BASE = 10000.0
+_STOP_TOKENS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 _MODEL_CONFIG_LAYOUT = ("qkv_concat", "mlp_concat")
 
 
@@ -60,6 +61,8 @@ def to_glm(fields):
     config.update({glm: fields[chatglm] for chatglm, glm in _GLM_FIELDS.items() if chatglm in fields})
     if not fields.get("multi_query_attention", True):
         config["num_key_value_heads"] = fields["num_attention_heads"]
+    if fields.get("padded_vocab_size") == PUBLISHED["padded_vocab_size"] and fields.get("eos_token_id") == 2:
+        config["eos_token_id"] = list(_STOP_TOKENS)  # in a chat the model ends its turn with the next one's role token
     return config
 
 
@@ -82,6 +85,8 @@ def to_chatglm(config, path):
                          f"{config.get('partial_rotary_factor')!r} and {config.get('hidden_act')!r}")
     fields = dict(PUBLISHED, rope_ratio=int(ratio) if ratio == int(ratio) else ratio)
     fields.update({chatglm: config[glm] for chatglm, glm in _GLM_FIELDS.items() if glm in config})
+    if fields["eos_token_id"] == list(_STOP_TOKENS):
+        fields["eos_token_id"] = _STOP_TOKENS[0]
     fields.pop("_name_or_path")
     return fields
 

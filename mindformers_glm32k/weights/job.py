@@ -160,6 +160,8 @@ class Job:
         todo = [group for group in self.groups if not all(target.name in digests for target in group.targets)]
         total = sum(target.nbytes for group in self.groups for target in group.targets)
         left = sum(target.nbytes for group in todo for target in group.targets)
+        if left < total and self.progress:
+            print(f"{self.work}: {total - left:,} of {total:,} bytes were written by an earlier run; going on from there")
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=total, initial=total - left, unit="B", unit_scale=True,
                                            desc="convert", disable=not self.progress))

@@ -1,12 +1,13 @@
 """Answers prompts with a GLM32K checkpoint, all in batches through `generate`; only the answers go to stdout.
 
-MindFormers logs to stdout; its lines, and those of the libraries below it, go to the --log file instead.
+MindFormers logs to stdout; its lines, and those of the libraries below it (which come until the process ends), go to
+the --log file instead.
 """
 import argparse
-import contextlib
 import os
 import sys
 import time
+import traceback
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.run_mindformer import read_config, run
@@ -63,40 +64,41 @@ def answer(args):
     return [text for result in run(config) for text in result["text_generation_text"]]
 
 
-@contextlib.contextmanager
-def logged(path):
-    """While open, whatever any library of this process writes to stdout or stderr goes into the file `path`."""
+def take_streams(path):
+    """Sends everything that any library of this process writes to stdout or stderr into a file, until it ends.
+
+    Args:
+        path (str): the log file.
+
+    Returns:
+        tuple[TextIO, TextIO]: the stdout and the stderr of before.
+    """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(number) for number in (1, 2)]
+    kept = tuple(os.fdopen(os.dup(number), "w", encoding="utf-8", buffering=1) for number in (1, 2))
     with open(path, "wb") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, copy in zip((1, 2), kept):
-                os.dup2(copy, number)
-                os.close(copy)
+    return kept
 
 
 def main(argv=None):
     """Entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
-    print(f"answering, log: {args.log}", file=sys.stderr)
+    answers_to, messages_to = take_streams(args.log)
+    print(f"answering, log: {args.log}", file=messages_to)
     started = time.perf_counter()
     try:
-        with logged(args.log):
-            answers = answer(args)
+        answers = answer(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=messages_to)
         return 2
+    except Exception:
+        traceback.print_exc(file=messages_to)
+        print(f"error: prediction failed; log: {args.log}", file=messages_to)
+        return 1
     for text in answers:
-        print(text)
-    print(f"{len(answers)} answers in {time.perf_counter() - started:.1f} s, loading included", file=sys.stderr)
+        print(text, file=answers_to)
+    print(f"{len(answers)} answers in {time.perf_counter() - started:.1f} s, loading included", file=messages_to)
     return 0
 
 

@@ -36,8 +36,7 @@ log=output/predict/predict.log
 "$python" "$folder/run_glm32k_generate.py" --config_path "$config" --load_checkpoint "$checkpoint" \
     --vocab_file "$tokenizer" --log "$log" -- "$@"
 status=$?
-if ((status > 2)) || ((status == 1)); then
-    [[ -f $log ]] && tail -n 15 "$log" >&2
-    echo "error: prediction ended with status $status; log: $log" >&2
+if ((status > 128)); then  # killed: nothing had a chance to say so
+    echo "error: prediction was killed by signal $((status - 128)) (9: out of memory?); log: $log" >&2
 fi
 exit "$status"

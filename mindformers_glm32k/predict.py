@@ -65,8 +65,11 @@ def read_prompts(input_data):
         InputError: nothing given, an empty prompt, an empty file, or not text.
     """
     if isinstance(input_data, str) and os.path.isfile(input_data):
-        with open(input_data, encoding="utf-8") as file:
-            prompts = [line.rstrip("\n").replace(r"\n", "\n") for line in file if line.strip()]
+        try:
+            with open(input_data, encoding="utf-8") as file:
+                prompts = [line.rstrip("\n").replace(r"\n", "\n") for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{input_data}: not UTF-8 ({error}); convert the file") from error
         if not prompts:
             raise InputError(f"{input_data}: no prompts; write one a line")
         return prompts

@@ -6,6 +6,7 @@ before. Importing `mindformers_glm32k` arranges that; see `register_when_importe
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import wrapt
 
@@ -69,16 +70,25 @@ def register_when_imported():
 
     Importing mindformers takes five seconds; a program that only prints its help must not pay for it.
     """
-    for module in ("mindformers", *(module for _, _, module in ENTRIES)):
-        wrapt.register_post_import_hook(lambda _: _register_unless_loading(), module)
+    package = Path(__file__).parent
+    for module in ("mindformers", *(_module_name(path, package) for path in package.rglob("*.py"))):
+        wrapt.register_post_import_hook(_register_unless_loading, module)
 
 
-def _register_unless_loading():
-    """Registers, except while one of the modules is half loaded.
+def _module_name(path, package):
+    return ".".join((package.name, *path.relative_to(package).with_suffix("").parts))
+
+
+def _register_unless_loading(loaded):
+    """Registers, except while other modules of the package are half loaded; the hook on those follows.
 
     That is so when the program's first import is `mindformers_glm32k.tokenizer`, say (a worker that unpickles a
-    tokenizer does just that): mindformers is then imported from within it. The hook on the module itself follows.
+    tokenizer does just that): mindformers is then imported from within it.
+
+    Args:
+        loaded (module): the one that has just been loaded; Python still counts it among those being loaded.
     """
-    modules = [(sys.modules.get(module), name) for _, name, module in ENTRIES]
-    if "mindformers" in sys.modules and all(module is None or hasattr(module, name) for module, name in modules):
+    half_loaded = [name for name, module in list(sys.modules.items()) if name.startswith(__package__ + ".")
+                   and module is not loaded and getattr(module.__spec__, "_initializing", False)]
+    if "mindformers" in sys.modules and not half_loaded:
         register_all()

@@ -1,0 +1,104 @@
+import os
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn
+
+from mindformers_glm32k import compat
+
+from conftest import ROOT
+
+
+class Wrapper(nn.Cell):
+    def __init__(self, network, name="network"):
+        super().__init__()
+        setattr(self, name, network)
+
+
+@pytest.mark.parametrize("target, ascend", [("CPU", False), ("Ascend", True), ("GPU", False)])
+def test_on_ascend(target, ascend, monkeypatch):
+    monkeypatch.setattr(ms, "get_context", {"device_target": target}.get)
+    assert compat.on_ascend() is ascend
+
+
+def test_config_folder_of_a_checkout():
+    assert compat.config_folder() == ROOT / "research" / "glm32k"
+    assert (compat.config_folder() / "register_glm32k.py").is_file()
+
+
+def test_config_folder_of_a_wheel(tmp_path, monkeypatch):
+    monkeypatch.setattr(compat, "__file__", str(tmp_path / "site-packages" / "mindformers_glm32k" / "compat.py"))
+    monkeypatch.setattr(compat.sys, "prefix", str(tmp_path))
+    assert compat.config_folder() == tmp_path / "share" / "mindformers_glm32k"
+
+
+def test_portable_argmax():
+    values = np.random.default_rng(0).normal(size=(3, 17)).astype(np.float32)
+    for given in (values, ms.Tensor(values)):
+        found = compat.portable_argmax(given)
+        assert isinstance(found, ms.Tensor) and found.asnumpy().tolist() == values.argmax(-1).tolist()
+    assert compat.portable_argmax(values, axis=0).asnumpy().tolist() == values.argmax(0).tolist()
+
+
+def test_innermost_network():
+    model = nn.Dense(2, 2)
+    assert compat.innermost_network(model) is model
+    assert compat.innermost_network(Wrapper(Wrapper(model, "_backbone"))) is model
+
+
+def test_micro_batches():
+    model = nn.Dense(2, 2)
+    pipeline = Wrapper(model)
+    assert compat.micro_batches(Wrapper(pipeline)) == 1
+    pipeline.micro_size = 16
+    assert compat.micro_batches(Wrapper(pipeline)) == 16
+    assert compat.micro_batches(pipeline) == 16
+
+
+def test_set_output_path(tmp_path, monkeypatch):
+    from mindformers.tools.utils import get_output_root_path
+    monkeypatch.setenv("LOCAL_DEFAULT_PATH", "elsewhere")
+    compat.set_output_path(str(tmp_path / "results"))
+    assert get_output_root_path() == os.path.realpath(tmp_path / "results")
+
+
+@pytest.mark.parametrize("config, path", [
+    ({}, None), ({"load_checkpoint": ""}, None), ({"load_checkpoint": "a.ckpt"}, "a.ckpt"),
+    ({"load_checkpoint": "", "checkpoint": {"load_path": "b"}}, "b"),
+    ({"load_checkpoint": "a.ckpt", "checkpoint": {"load_path": ""}}, "a.ckpt"),
+    ({"load_checkpoint": "a.ckpt", "checkpoint": None}, "a.ckpt")])
+def test_checkpoint_path(config, path):
+    assert compat.checkpoint_path(config) == path
+
+
+def modules_with_barrier():
+    """The modules of MindFormers that wait at MindSpore's barrier, as far as they are loaded."""
+    import sys
+
+    import mindformers  # noqa: F401, loads them
+    from mindspore.communication import comm_func
+    found = [module for name, module in list(sys.modules.items())
+             if name.startswith("mindformers.") and getattr(module, "barrier", None) is comm_func.barrier]
+    assert found
+    return found, comm_func.barrier
+
+
+def test_barriers_stay_in_one_process():
+    modules, upstream = modules_with_barrier()
+    with compat.barrier_on_cpu():
+        assert all(module.barrier is upstream for module in modules)
+
+
+@pytest.mark.parametrize("target, replaced", [("CPU", True), ("Ascend", False)])
+def test_barriers_of_several_processes(target, replaced, monkeypatch):
+    modules, upstream = modules_with_barrier()
+    import mindspore.communication
+    monkeypatch.setattr(mindspore.communication.GlobalComm, "INITED", True)
+    monkeypatch.setattr(mindspore.communication, "get_group_size", lambda: 2)
+    monkeypatch.setattr(ms, "get_context", {"device_target": target}.get)
+    with pytest.raises(KeyError):
+        with compat.barrier_on_cpu():
+            assert all((module.barrier is not upstream) == replaced for module in modules)
+            raise KeyError
+    assert all(module.barrier is upstream for module in modules)

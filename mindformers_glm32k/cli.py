@@ -12,6 +12,8 @@ COMMANDS = {
                   "write a small vocabulary and long-context tasks in the LongBench layout"),
     "convert": ("mindformers_glm32k.weights.convert",
                 "convert a Hugging Face checkpoint to a MindSpore one"),
+    "dryrun": ("mindformers_glm32k.dryrun.command",
+               "compile the program of every NPU on this machine and report its memory, traffic and work"),
 }
 
 
@@ -38,7 +40,15 @@ def run_command(module, prog, argv=None):
     """
     parser = argparse.ArgumentParser(prog=prog, description=module.__doc__.strip().splitlines()[0])
     module.add_arguments(parser)
-    return _call(module.run, parser.parse_args(argv))
+    return _call(module.run, _parse(parser, module, argv))
+
+
+def _parse(parser, module, argv):
+    """A module with TAKES_OVERRIDES gets the options it does not know as `args.overrides`; to others they are errors."""
+    if not getattr(module, "TAKES_OVERRIDES", False):
+        return parser.parse_args(argv)
+    args, args.overrides = parser.parse_known_args(argv)
+    return args
 
 
 def _call(run, args):
@@ -53,8 +63,10 @@ def main(argv=None):
     """Entry point of the console command `glm32k`; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    args = _build_parser(chosen).parse_args(argv)
-    return _call(importlib.import_module(COMMANDS[args.command][0]).run, args)
+    parser = _build_parser(chosen)
+    module = importlib.import_module(COMMANDS[chosen][0]) if chosen in COMMANDS else None
+    args = _parse(parser, module, argv)
+    return _call(module.run, args)
 
 
 if __name__ == "__main__":

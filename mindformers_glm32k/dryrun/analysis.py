@@ -1,0 +1,73 @@
+"""From a compiled program to the figures of the report: one dictionary per rank, ready for JSON."""
+from mindformers_glm32k.dryrun import collectives, flops, memory
+from mindformers_glm32k.dryrun.mindir import read_program
+from mindformers_glm32k.dryrun.sources import SourceLines
+from mindformers_glm32k.dryrun.trace import trace_program
+
+LARGEST = 10
+
+
+def analyze(path, text_folder, rank, stage):
+    """Reads one program.
+
+    Args:
+        path (pathlib.Path): MindIR file.
+        text_folder (pathlib.Path): where the frontend wrote the program as text.
+        rank (int), stage (int): whose program it is.
+
+    Returns:
+        dict: see README of the report's JSON in `report.py`; all sizes in bytes of one device, all counts of one step.
+    """
+    trace = trace_program(read_program(path))
+    sources = SourceLines(text_folder)
+    used = memory.measure(trace)
+    operations = flops.count(trace)
+    peak = used.peak_event
+    return {
+        "rank": rank,
+        "stage": stage,
+        "parameter_bytes": used.parameters["weights"],
+        "parameter_count": used.parameter_count,
+        "accumulator_bytes": used.parameters["accumulators"],
+        "optimizer_bytes": used.parameters["optimizer"],
+        "cache_bytes": used.parameters["cache"],
+        "other_parameter_bytes": used.parameters["other"],
+        "constant_bytes": used.constants,
+        "input_bytes": used.inputs,
+        "activation_peak_bytes": used.activation_peak,
+        "total_bytes": used.total,
+        "peak_at": sources.of(peak.node) if peak else "",
+        "logits_bytes": _logits(trace, used),
+        "flops": sum(operations.values()),
+        "flops_by_part": {f"{what}_{part}": value for (what, part), value in sorted(operations.items())},
+        "collectives": [
+            {"kind": item.kind, "group_ranks": list(item.group_ranks), "dtype": item.dtype, "bytes": item.bytes,
+             "count": item.count, "purpose": item.purpose, "part": item.part}
+            for item in collectives.list_collectives(trace, rank)],
+        "largest_tensors": _largest(trace.activations + trace.constants, sources),
+        "at_peak": _largest(used.at_peak, sources),
+        "operations": len(trace.events),
+        "doubts": trace.doubts,
+    }
+
+
+def _largest(buffers, sources):
+    """The largest distinct tensors: one entry per shape, dtype and source line, with how many there are."""
+    groups = {}
+    for buffer in sorted(buffers, key=lambda item: -item.spec.bytes):
+        operation = buffer.event.node.op if buffer.event else buffer.kind
+        source = sources.of(buffer.event.node) if buffer.event else buffer.name.rsplit(":", 1)[-1]
+        key = (buffer.spec.shape, buffer.spec.dtype, operation, source)
+        if key not in groups and len(groups) == LARGEST:
+            break
+        groups.setdefault(key, [buffer, 0])[1] += 1
+    return [{"shape": list(shape), "dtype": dtype, "bytes": buffer.spec.bytes, "operation": operation, "source": source,
+             "count": count} for (shape, dtype, operation, source), (buffer, count) in groups.items()]
+
+
+def _logits(trace, used):
+    """Bytes of the buffers alive at the peak that the output layer and the loss made."""
+    def is_logits(scope):
+        return "output_layer" in scope or "CrossEntropy" in scope or "/loss-" in scope
+
+    return sum(buffer.spec.bytes for buffer in used.at_peak if buffer.event and is_logits(buffer.event.node.scope))

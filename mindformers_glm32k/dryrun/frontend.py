@@ -1,0 +1,185 @@
+"""Lets a MindSpore without an NPU plugin compile what an Ascend NPU would run. The one file that reaches into MindSpore.
+
+It acts only in the process that calls `install`, a worker of the dry run; nothing else imports it.
+
+Ledger. What is reached into, why, in which versions it was seen working, when it goes. Frontend here means: parsing, type
+inference, sharding, pipeline split, optimizer sharding, recomputation, insertion and fusion of communication. It is part of
+every wheel and needs no device; what follows only passes the checks that stand before it.
+
+MsContext::seter_       The std::function that refuses a device target whose plugin is not loaded, exported by
+                        libmindspore_core.so. It is set to empty (32 zero bytes), which means: take the name as it is.
+                        MindSpore 2.7.0, 2.7.2, 2.9.0 (x86-64). Not touched where the Ascend plugin is loaded.
+                        Goes when MindSpore compiles for Ascend without CANN (MS_SIMULATION_LEVEL asks for it today).
+hccl_test hook          _comm_helper._HCCL_TEST_AVAILABLE and .hccl: MindSpore's own stand-in for the communication library in
+                        its tests; it answers rank, size and groups. set_hccl_test_avaible lets device_num exceed the
+                        devices present. Same versions; goes with the above.
+communication.init      does nothing: there is nobody to talk to. set_device and set_memory likewise: tensors and cells are
+                        built on the CPU, and only `compile` sees Ascend.
+_CellGraphExecutor      `compile` is wrapped to switch the target around it and to hand the compiled program to the worker.
+                        `get_func_graph_proto(phase, "mind_ir")` gives the program. All versions.
+MS_DEV_PRECOMPILE_ONLY  stops after the frontend; without it the backend is asked for a device.
+MS_DEV_DUMP_IR_PASSES   "validate" writes the validated program as text, the only form that has source lines.
+"""
+import contextlib
+import ctypes
+import os
+import sys
+import types
+from pathlib import Path
+
+WORLD_GROUP = "hccl_world_group"
+_SETTER = "_ZN9mindspore9MsContext6seter_E"
+_SETTER_BYTES = 32  # sizeof(std::function) in libstdc++
+
+
+class FrontendUnavailable(RuntimeError):
+    """This MindSpore build does not allow compiling for an NPU that is not there. The message is one sentence."""
+
+
+def environment(rank, world, dump_folder):
+    """What a worker's environment must hold before MindSpore is imported.
+
+    Args:
+        rank (int), world (int): which NPU of how many.
+        dump_folder (pathlib.Path): the validated program is written below it as text.
+
+    Returns:
+        dict[str, str]
+    """
+    return {"MS_DEV_PRECOMPILE_ONLY": "1", "RANK_ID": str(rank), "RANK_SIZE": str(world), "DEVICE_NUM": str(world),
+            "MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_SAVE_GRAPHS": "2", "MS_DEV_SAVE_GRAPHS_PATH": str(dump_folder)}
+
+
+def install(rank, world, on_compiled):
+    """Prepares this process; call it before mindformers is imported.
+
+    Args:
+        rank (int): the NPU whose program is compiled.
+        world (int): number of NPUs.
+        on_compiled (callable): gets (cell, phase, program) after every compile; program is MindIR as bytes.
+
+    Raises:
+        FrontendUnavailable: the symbol that this rests on is not in this build.
+    """
+    if os.environ.get("MS_DEV_PRECOMPILE_ONLY") != "1":
+        raise RuntimeError("the environment of `environment` must be set before MindSpore is imported")
+    import mindspore
+    import mindspore.communication as communication
+    from mindspore.communication import management
+    from mindspore.nn import cell as cell_module
+
+    if not _plugin_loaded():
+        _forget_device_check(mindspore)
+    _answer_for_the_cluster(rank, world)
+    for module, name in ((communication, "init"), (management, "init"), (mindspore, "set_device"),
+                         (mindspore.runtime, "set_memory")):
+        setattr(module, name, lambda *args, **kwargs: None)
+    _keep_cpu_as_target(mindspore)
+    executor = cell_module._cell_graph_executor
+    _wrap_compile(type(executor), executor._graph_executor, rank, on_compiled)
+
+
+def input_shapes(dataset):
+    """Shapes of one step's inputs as the compiler must see them: of the whole batch, as in a run with data sinking.
+
+    Args:
+        dataset (Dataset): yields batches.
+
+    Returns:
+        list[list[int]]
+    """
+    from mindspore.parallel import _utils
+    shapes = dataset.output_shapes()
+    if _utils._need_to_full():
+        return _utils._to_full_shapes(shapes, _utils._get_device_num())
+    return shapes
+
+
+def _plugin_loaded():
+    from mindspore._c_expression import MSContext
+    return MSContext.get_instance().is_ascend_plugin_loaded()
+
+
+def _forget_device_check(mindspore):
+    library = Path(mindspore.__file__).parent / "lib" / "libmindspore_core.so"
+    try:
+        setter = (ctypes.c_char * _SETTER_BYTES).in_dll(ctypes.CDLL(str(library)), _SETTER)
+    except (OSError, ValueError) as error:
+        raise FrontendUnavailable(
+            f"MindSpore {mindspore.__version__} on {sys.platform} does not let its frontend compile for Ascend without an "
+            "Ascend plugin (known to work: 2.7.0 to 2.9.0 for Linux x86-64).") from error
+    ctypes.memset(ctypes.addressof(setter), 0, _SETTER_BYTES)
+
+
+def _answer_for_the_cluster(rank, world):
+    """Rank, size and group queries, answered as on `rank` of `world`.
+
+    The frontend names a group "<size>-<hash>" and asks its size while it inserts collectives.
+    """
+    from mindspore.communication import _comm_helper
+    groups = {WORLD_GROUP: list(range(world))}
+
+    def size(group=WORLD_GROUP):
+        group = group or WORLD_GROUP
+        return len(groups[group]) if group in groups else int(group.split("-")[0])
+
+    def rank_in(group=WORLD_GROUP):
+        members = groups.get(group or WORLD_GROUP, ())
+        return members.index(rank) if rank in members else 0
+
+    def create(group, size_or_ranks=None, ranks=None, **named):
+        groups[group] = list(ranks or named.get("rank_ids") or size_or_ranks)
+
+    _comm_helper.hccl = types.SimpleNamespace(
+        get_rank_id=rank_in, get_local_rank_id=lambda group=WORLD_GROUP: rank, get_rank_size=size,
+        get_local_rank_size=size, create_group=create, destroy_group=lambda group: groups.pop(group, None),
+        get_world_rank_from_group_rank=lambda group, index: groups[group][index],
+        get_group_rank_from_world_rank=lambda world_rank, group: groups[group].index(world_rank))
+    _comm_helper._HCCL_TEST_AVAILABLE = True
+    _comm_helper.GlobalComm.INITED = True
+
+
+def _keep_cpu_as_target(mindspore):
+    """`set_context` without the entries that ask for a device; MindFormers 1.6 to 1.9 pass them from the YAML."""
+    from mindspore import context
+    original = context.set_context
+
+    def set_context(**entries):
+        for name in ("device_target", "device_id", "max_device_memory", "memory_optimize_level", "ascend_config",
+                     "mempool_block_size", "save_graphs", "save_graphs_path"):
+            entries.pop(name, None)
+        original(**entries)
+
+    context.set_context = mindspore.set_context = set_context
+    original(save_graphs=2, save_graphs_path=os.environ["MS_DEV_SAVE_GRAPHS_PATH"])
+
+
+@contextlib.contextmanager
+def _target_ascend():
+    from mindspore._c_expression import MSContext
+    instance = MSContext.get_instance()
+    instance.set_device_target_inner("Ascend")
+    try:
+        yield
+    finally:
+        instance.set_device_target_inner("CPU")
+
+
+def _wrap_compile(executor_class, graph_executor, rank, on_compiled):
+    original = executor_class.compile
+
+    def compile_for_ascend(self, cell, *args, phase="predict", **kwargs):
+        from mindspore import context
+        from mindspore._c_expression import AutoParallelContext
+        # build_context leaves the rank at 0, and every process would get the program of stage 0; setting it resets
+        # the permission for device_num
+        if context.get_auto_parallel_context("parallel_mode") != "stand_alone":
+            context.set_auto_parallel_context(global_rank=rank)
+            AutoParallelContext.get_instance().set_hccl_test_avaible(True)
+        with _target_ascend():
+            full_phase, is_new = original(self, cell, *args, phase=phase, **kwargs)
+        if is_new:
+            on_compiled(cell, full_phase, lambda: graph_executor.get_func_graph_proto(full_phase, "mind_ir"))
+        return full_phase, is_new
+
+    executor_class.compile = compile_for_ascend

@@ -1,0 +1,161 @@
+#!/bin/bash
+# From a machine with nothing but Python to a fine-tuned tiny GLM32K that answers; see `usage`.
+
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/examples/glm32k/quickstart.sh [OUTPUT_DIR] [--venv DIR]
+
+  OUTPUT_DIR   where data, checkpoint, curve, answers and logs go. Default: output/quickstart in the project
+  --venv DIR   a virtual environment to use. Default: .venv in the project, made when it is not there; one that is
+               there and has everything is used as it is
+
+Python 3.9 to 3.12 with its venv module is needed. PYTHON=/path/to/python3.11 chooses one.
+TEXT
+}
+
+output="" venv=""
+while (($#)); do
+    case $1 in
+        -h | --help) usage; exit 0 ;;
+        --venv) [[ -n ${2:-} ]] || { echo "error: --venv needs a folder" >&2; exit 2; }; venv=$2; shift 2 ;;
+        -*) usage >&2; echo "error: unknown option $1" >&2; exit 2 ;;
+        *) [[ -z $output ]] || { usage >&2; echo "error: one OUTPUT_DIR, got also $1" >&2; exit 2; }
+           output=$1; shift ;;
+    esac
+done
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+mkdir -p "${output:=$root/output/quickstart}" || exit 1
+output=$(cd "$output" && pwd)
+configs=$root/research/glm32k
+data=$output/data logs=$output/logs
+mkdir -p "$logs" || exit 1
+venv=${venv:-$root/.venv}
+
+STAGES=5
+stage=0 begun=$SECONDS
+say() { printf '[%3d s] %s\n' $((SECONDS - begun)) "$*"; }
+next() { stage=$((stage + 1)); say "$stage/$STAGES $*"; }
+fail() {  # MESSAGE [LOG]
+    if [[ -s ${2:-} ]]; then
+        echo "----- the end of $2 -----" >&2
+        grep -v '^\[INFO\] ' "$2" | tail -n 15 >&2
+    fi
+    echo "error: stage $stage/$STAGES: $1${2:+; log: $2}" >&2
+    exit 1
+}
+
+# ---- 1: virtual environment
+next "virtual environment: $venv"
+if [[ ! -x $venv/bin/python ]]; then
+    [[ ! -e $venv ]] || [[ -d $venv && -z $(ls -A "$venv") ]] ||
+        fail "$venv has no bin/python and is not empty; remove it or give another --venv"
+    usable='import sys, venv, ensurepip; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))'
+    python=""
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.10 python3.9 python3 python; do
+        command -v "$candidate" > /dev/null && "$candidate" -c "$usable" 2> /dev/null && { python=$candidate; break; }
+    done
+    [[ -n $python ]] || fail "no Python 3.9 to 3.12 with venv found (on Debian: apt install python3-venv)"
+    "$python" -m venv "$venv" > "$logs/venv.log" 2>&1 || fail "cannot make it with $python" "$logs/venv.log"
+fi
+export PATH=$venv/bin:$PATH VIRTUAL_ENV=$venv
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+# ---- 2: packages
+has_all='import importlib.util as u, sys
+sys.exit(any(u.find_spec(name) is None for name in "mindspore mindformers sentencepiece matplotlib pytest".split()))'
+if python -c "$has_all"; then
+    next "packages: all there"
+else
+    next "packages: downloading and installing MindSpore, MindFormers and what they need (3.2 GB on disk) …"
+    python -m pip install -e "$root[test]" > "$logs/install.log" 2>&1 || fail "pip install" "$logs/install.log"
+fi
+pair=$(python -c 'from importlib.metadata import version as v
+print("MindFormers", v("mindformers"), "on MindSpore", v("mindspore"))') || fail "the installation is not complete"
+say "    $pair"
+
+# ---- 3: data
+next "data: a small vocabulary and key-value retrieval tasks in the LongBench layout"
+python -m mindformers_glm32k.cli make-data --output_dir "$data" > "$logs/make_data.log" 2>&1 ||
+    fail "make-data" "$logs/make_data.log"
+only() {  # PATTERN: the one file of the data that matches
+    local found=("$data"/$1)
+    [[ ${#found[@]} -eq 1 && -s ${found[0]} ]] || fail "$data/$1: one file expected" "$logs/make_data.log"
+    echo "${found[0]}"
+}
+train=$(only '*train*.jsonl') || exit 1
+held_out=$(only '*eval*.jsonl') || exit 1
+vocabulary=$(only 'tokenizer.model') || exit 1
+say "    $(wc -l < "$train") rows to train on, $(wc -l < "$held_out") held out: $data"
+
+# ---- 4: fine-tuning
+next "fine-tuning finetune_glm32k_tiny_cpu.yaml"
+log=$logs/finetune.log
+rm -rf "$output/checkpoint" "$output"/loss_curve.*
+cd "$output" || exit 1  # what MindFormers writes into the current folder
+python -m mindformers_glm32k.run_mindformer --config "$configs/finetune_glm32k_tiny_cpu.yaml" --run_mode finetune \
+    --train_dataset_dir "$train" --train_dataset.tokenizer.vocab_file "$vocabulary" --output_dir "$output" \
+    > "$log" 2>&1 < /dev/null &
+training=$!
+trap 'kill "$training" 2> /dev/null; exit 130' INT TERM
+progress='s/.*Epoch:\[ *\([0-9]*\)\/ *\([0-9]*\)\], step:\[ *\([0-9]*\)\/ *\([0-9]*\)\], loss:\[*\([0-9.]*\).*/'
+progress+='epoch \1 of \2, step \3 of \4: loss \5/p'
+shown="" last=$SECONDS
+while kill -0 "$training" 2> /dev/null; do
+    sleep 1
+    if ((SECONDS - last >= 10)); then
+        now=$(grep -a 'Epoch:\[' "$log" | tail -n 1 | sed -n "$progress")
+        [[ -n $now && $now != "$shown" ]] && { say "    $now"; shown=$now; }
+        last=$SECONDS
+    fi
+done
+wait "$training" || fail "fine-tuning" "$log"
+trap - INT TERM
+say "    $(sed -n 's/.*INFO - training: \(.*\); curve: .*/\1/p' "$log" | tail -n 1)"
+checkpoint=$(ls -t "$output"/checkpoint/rank_0/*.ckpt 2> /dev/null | head -n 1)
+[[ -s $checkpoint ]] || fail "fine-tuning left no checkpoint" "$log"
+[[ -s $output/loss_curve.png ]] || fail "fine-tuning left no loss curve" "$log"
+
+# ---- 5: prediction
+next "answers to held-out questions"
+python - "$held_out" "$output/prompts.txt" <<'PYTHON' || fail "cannot read $held_out"
+import json
+import sys
+
+with open(sys.argv[1], encoding="utf-8") as rows, open(sys.argv[2], "w", encoding="utf-8") as prompts:
+    for line in rows:
+        print(json.loads(line)["content"].replace("\n", r"\n"), file=prompts)
+PYTHON
+bash "$root/scripts/examples/glm32k/run_glm32k_predict.sh" "$configs/predict_glm32k_tiny_cpu.yaml" \
+    "$checkpoint" "$vocabulary" "$output/prompts.txt" > "$output/answers.txt" 2> "$logs/predict.log" ||
+    fail "prediction" "$logs/predict.log"
+python - "$held_out" "$output/answers.txt" <<'PYTHON' || fail "the answers do not fit the questions"
+import json
+import sys
+
+with open(sys.argv[1], encoding="utf-8") as rows:
+    wanted = [json.loads(line)["summary"].strip() for line in rows]
+with open(sys.argv[2], encoding="utf-8") as file:
+    answers = file.read().split("\n")[:-1]
+if len(answers) != len(wanted):
+    sys.exit(f"{len(answers)} lines of answers to {len(wanted)} questions")
+for want, got in list(zip(wanted, answers))[:5]:
+    print(f"            wanted {want!r}, answered {got!r}")
+right = sum(want == got.strip() for want, got in zip(wanted, answers))
+print(f"            {right} of {len(wanted)} held-out answers are right")
+PYTHON
+
+cat <<TEXT
+
+done in $((SECONDS - begun)) s
+  checkpoint  $checkpoint
+  loss curve  $output/loss_curve.png, $output/loss_curve.csv
+  answers     $output/answers.txt (questions: $held_out)
+  logs        $logs
+
+ask it yourself:  . $venv/bin/activate
+                  bash $root/scripts/examples/glm32k/run_glm32k_predict.sh \\
+                      $configs/predict_glm32k_tiny_cpu.yaml \\
+                      $checkpoint \\
+                      $vocabulary "YOUR QUESTION"
+run the tests:    cd $root && $venv/bin/python -m pytest
+TEXT

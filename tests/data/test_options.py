@@ -1,0 +1,26 @@
+"""Keys and values of the data sections."""
+import pytest
+
+from mindformers_glm32k.data import options
+from mindformers_glm32k.errors import InputError
+
+
+def test_unknown_keys_come_with_the_nearest_known_one():
+    options.reject_unknown({"shuffle": 1}, ("shuffle", "seed"), "data_loader")
+    with pytest.raises(InputError, match="data_loader: unknown key 'shufle', did you mean 'shuffle'?"):
+        options.reject_unknown({"shufle": 1}, ("shuffle", "seed"), "data_loader")
+
+
+@pytest.mark.parametrize("check", [
+    lambda: options.whole_number("8", "batch_size", 1), lambda: options.whole_number(0, "batch_size", 1),
+    lambda: options.whole_number(True, "batch_size", 1), lambda: options.whole_number(None, "batch_size", 1),
+    lambda: options.boolean("False", "batch_size"), lambda: options.choice("a", "batch_size", ("b",))])
+def test_wrong_values_are_named(check):
+    with pytest.raises(InputError, match="batch_size"):
+        check()
+
+
+def test_right_values_come_back():
+    assert options.whole_number(8, "x", 1) == 8
+    assert options.boolean(False, "x") is False
+    assert options.choice("b", "x", ("a", "b")) == "b"

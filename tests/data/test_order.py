@@ -1,0 +1,31 @@
+"""Epoch orders over ranks."""
+import pytest
+
+from mindformers_glm32k.data.order import EpochSampler
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_ranks_share_the_order_of_one_process(shuffle):
+    alone = EpochSampler(12, shuffle, seed=3)
+    ranks = [EpochSampler(12, shuffle, seed=3, num_shards=3, shard_id=rank) for rank in range(3)]
+    for _ in range(4):
+        whole, parts = list(alone), [list(rank) for rank in ranks]
+        assert [sample for places in zip(*parts) for sample in places] == whole
+        assert sorted(whole) == list(range(12))
+
+
+def test_orders_change_with_epoch_and_seed_alone():
+    first, second = (list(EpochSampler(50, True, seed=seed)) for seed in (0, 1))
+    again = EpochSampler(50, True, seed=0)
+    assert list(again) == first != second
+    assert list(again) != first
+    assert list(EpochSampler(5, False)) == [0, 1, 2, 3, 4]
+
+
+def test_ranks_have_equally_many_samples_when_they_do_not_divide():
+    ranks = [EpochSampler(11, True, num_shards=4, shard_id=rank) for rank in range(4)]
+    for _ in range(3):
+        parts = [list(rank) for rank in ranks]
+        assert [len(part) for part in parts] == [2] * 4
+        assert len({sample for part in parts for sample in part}) == 8
+    assert ranks[0].get_num_samples() == 2

@@ -69,29 +69,31 @@ def innermost_network(network):
     Returns:
         Cell
     """
-    while True:
-        for name in ("network", "_backbone"):
-            if hasattr(network, name):
-                network = getattr(network, name)
-                break
-        else:
-            return network
+    return list(_wrapped_cells(network))[-1]
 
 
 def micro_batches(network):
-    """Number of micro batches that a pipeline's loss is summed over.
+    """Number of micro batches whose losses are added up: by a pipeline, gradient accumulation, interleaved copies.
 
     Args:
         network (Cell): the train-step cell.
 
     Returns:
-        int: 1 where no pipeline cell is found.
+        int: 1 where the loss is that of a whole batch, or a mean over all tokens (calculate_per_token_loss).
     """
+    cells = list(_wrapped_cells(network))
+    if any(getattr(cell, "calculate_per_token_loss", False) for cell in cells):
+        return 1
+    parts = {name: getattr(cell, name) for name in ("micro_size", "interleave_num") for cell in cells
+             if hasattr(cell, name)}
+    return parts.get("micro_size", 1) * parts.get("interleave_num", 1)
+
+
+def _wrapped_cells(network):
+    """The cell, the cell that it wraps, and so on."""
     while network is not None:
-        if hasattr(network, "micro_size"):
-            return network.micro_size
-        network = getattr(network, "network", None)
-    return 1
+        yield network
+        network = next((getattr(network, name) for name in ("network", "_backbone") if hasattr(network, name)), None)
 
 
 def set_output_path(path):
@@ -118,6 +120,18 @@ def checkpoint_path(config):
     """
     section = config.get("checkpoint")
     return (section.get("load_path") if section else None) or config.get("load_checkpoint") or None
+
+
+def set_checkpoint_path(config, path):
+    """Sets what checkpoint_path gives, in every place that the host may read it from.
+
+    Args:
+        config (MindFormerConfig): the run's configuration, changed.
+        path (str): the checkpoint.
+    """
+    config.load_checkpoint = path
+    if config.get("checkpoint"):
+        config.checkpoint.load_path = path
 
 
 @contextlib.contextmanager

@@ -35,7 +35,6 @@ class GLM32KMonitor(Callback):
         self.output_dir = output_dir or get_output_root_path()
         self.per_print_times = max(1, int(per_print_times))
         self.rows = []
-        self.skipped = 0
         self.started = None
         self.step_before = 0
 
@@ -45,11 +44,8 @@ class GLM32KMonitor(Callback):
         rank = get_rank() if GlobalComm.INITED else 0
         stages = ms.get_auto_parallel_context("pipeline_stages")
         self.writes = rank == (devices - devices // stages if stages > 1 else 0)
-        self.micro_batches = compat.micro_batches(arguments.train_network) if stages > 1 else 1
-        tokens = int(np.prod(arguments.train_dataset.output_shapes()[0]))
-        # in data parallel each device reads its own rows; otherwise all devices share the rows of the data set
-        shared = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
-        self.tokens_per_step = tokens / devices if shared else tokens
+        self.micro_batches = compat.micro_batches(arguments.train_network)
+        self.tokens_per_step = int(np.prod(arguments.train_dataset.output_shapes()[0])) / _sharers(devices)
         self.step_before = arguments.cur_step_num
         self.rows = self._rows_before(self._global_step(arguments))
 
@@ -62,12 +58,12 @@ class GLM32KMonitor(Callback):
         steps = max(1, arguments.cur_step_num - self.step_before)  # a sink holds several
         self.step_before = arguments.cur_step_num
         loss, overflow, scale, rate, norm = (_number(value) for value in _five(arguments.net_outputs))
+        overflow = overflow > 0  # NaN: a train step without the check
         throughput = self.tokens_per_step * steps / seconds
         step = self.rows[-1]["step"] + steps if self.rows else self._global_step(arguments) or steps
-        self.rows.append(dict(zip(COLUMNS, (step, loss / self.micro_batches, rate, norm, scale, bool(overflow),
+        self.rows.append(dict(zip(COLUMNS, (step, loss / self.micro_batches, rate, norm, scale, overflow,
                                             throughput))))
         if overflow:
-            self.skipped += 1
             logger.warning("step %d skipped: its gradients are not finite (loss %g, loss scale now %g)", step,
                            loss, scale)
         if len(self.rows) % self.per_print_times == 0:
@@ -78,10 +74,11 @@ class GLM32KMonitor(Callback):
     def on_train_end(self, run_context):
         if not self.writes or not self.rows:
             return
+        skipped = sum(row["overflow"] for row in self.rows)
         speed = np.median([row["tokens_per_second_per_device"] for row in self.rows[1:] or self.rows])
         table, picture = self._save_table(), self._save_picture()
         logger.info("training: %d steps, %d skipped, loss %.4f -> %.4f, median %.1f tokens/s/p; curve: %s, %s",
-                    len(self.rows), self.skipped, self.rows[0]["loss"], self.rows[-1]["loss"], speed, table, picture)
+                    self.rows[-1]["step"], skipped, self.rows[0]["loss"], self.rows[-1]["loss"], speed, table, picture)
 
     @staticmethod
     def _global_step(arguments):
@@ -89,13 +86,14 @@ class GLM32KMonitor(Callback):
         return int(step.asnumpy().reshape(-1)[0]) if step is not None else 0
 
     def _rows_before(self, step):
-        """The rows that a resumed run continues: those up to its first step."""
+        """The rows that a resumed run continues: those of its `step` updates. Skipped steps are none."""
         path = os.path.join(self.output_dir, "loss_curve.csv")
         if step == 0 or not os.path.isfile(path):
             return []
         with open(path, newline="", encoding="utf-8") as file:
             rows = [{column: _parse(column, text) for column, text in row.items()} for row in csv.DictReader(file)]
-        return [row for row in rows if row["step"] <= step]
+        skipped = np.cumsum([row["overflow"] for row in rows])
+        return [row for row, before in zip(rows, skipped) if row["step"] - before <= step]
 
     def _save_table(self):
         path = os.path.join(self.output_dir, "loss_curve.csv")
@@ -124,6 +122,17 @@ class GLM32KMonitor(Callback):
             figure.savefig(temporary, bbox_inches="tight")
         pyplot.close(figure)
         return path
+
+
+def _sharers(devices):
+    """How many devices read the same rows. In data parallel each reads its own; in the semi-automatic modes all read
+    the whole batch, or as the first dimension of dataset_strategy says."""
+    if ms.get_auto_parallel_context("parallel_mode") not in ("semi_auto_parallel", "auto_parallel"):
+        return 1
+    strategy = ms.get_auto_parallel_context("dataset_strategy")
+    if ms.get_auto_parallel_context("full_batch") or strategy == "full_batch":
+        return devices
+    return 1 if isinstance(strategy, str) else devices // strategy[0][0]
 
 
 def _five(outputs):

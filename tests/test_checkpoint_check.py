@@ -17,7 +17,8 @@ class Network(nn.Cell):
         self.transformer = nn.CellList([nn.Dense(hidden, hidden) for _ in range(2)])
         self.embedding = Parameter(Tensor(np.zeros((8, hidden), np.float32)), name="embedding.weight")
         if adapters:
-            self.mindpet_delta_lora_a = Parameter(Tensor(np.zeros((2, hidden), np.float32)), name="mindpet_delta_lora_a")
+            self.mindpet_delta_lora_a = Parameter(Tensor(np.zeros((2, hidden), np.float32)),
+                                                  name="mindpet_delta_lora_a")
         if cache:
             self.key_cache = Parameter(Tensor(np.zeros((2, hidden), np.float32)), name="key_cache")
 
@@ -61,10 +62,12 @@ def test_missing_extra_and_misshapen_are_named_at_once(name):
 
 def test_another_size_of_model_names_the_first_few():
     message = refusal(save(values(Network(hidden=6))), Network(hidden=4))
-    assert "5 of another shape: " in message and "embedding.weight is (8, 6) in the file, (8, 4) in the model" in message
+    assert "5 of another shape: " in message
+    assert "embedding.weight is (8, 6) in the file, (8, 4) in the model" in message
     message = refusal(save({}, num=3), Network())
     assert "5 missing: " in message
-    message = refusal(save(values(Network(), **{f"layer{i}__weight": np.zeros(2, np.float32) for i in range(7)})), Network())
+    extra = {f"layer{i}__weight": np.zeros(2, np.float32) for i in range(7)}
+    message = refusal(save(values(Network(), **extra)), Network())
     assert "7 not in the model: " in message and "and 2 more" in message
 
 

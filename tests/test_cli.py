@@ -103,8 +103,8 @@ def test_exit_status_is_the_commands(returned, status, capsys):
 def test_each_command_is_a_program_of_its_own(name):
     """`python -m MODULE` and `glm32k NAME` are the same."""
     module = importlib.import_module(cli.COMMANDS[name][0])
-    done = subprocess.run([sys.executable, "-m", module.__name__, "--help"], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-m", module.__name__, "--help"], capture_output=True, text=True,
+                          check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
 

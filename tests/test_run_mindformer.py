@@ -15,8 +15,8 @@ YAML = str(ROOT / "research" / "glm32k" / "finetune_glm32k_tiny_cpu.yaml")
 PREDICT_YAML = str(ROOT / "research" / "glm32k" / "predict_glm32k_tiny_cpu.yaml")
 
 # the options of run_mindformer.py in MindFormers' source repository, branches r1.6.0 to r1.8.0
-UPSTREAM_OPTIONS = """config mode device_id device_target run_mode do_eval train_dataset_dir eval_dataset_dir predict_data
-    modal_type predict_batch_size adapter_id load_checkpoint src_strategy_path_or_dir auto_trans_ckpt
+UPSTREAM_OPTIONS = """config mode device_id device_target run_mode do_eval train_dataset_dir eval_dataset_dir
+    predict_data modal_type predict_batch_size adapter_id load_checkpoint src_strategy_path_or_dir auto_trans_ckpt
     transform_process_num only_save_strategy resume_training strategy_load_checkpoint remote_save_url seed use_parallel
     profile options epochs batch_size gradient_accumulation_steps sink_mode num_samples output_dir register_path
     do_sample trust_remote_code""".split()
@@ -101,8 +101,8 @@ def test_wrong_option_values_are_usage_errors(argv, capsys):
 # --- any other key, by its dotted name ---
 
 @pytest.mark.parametrize("text, value", [
-    ("7", 7), ("1e-5", 1e-5), ("None", None), ("null", None), ("True", True), ("false", False), ("[0.9, 0.95]", [0.9, 0.95]),
-    ("dir/with #sign", "dir/with #sign"), ("-1", -1), ("a=b", "a=b"), ("", None)])
+    ("7", 7), ("1e-5", 1e-5), ("None", None), ("null", None), ("True", True), ("false", False),
+    ("[0.9, 0.95]", [0.9, 0.95]), ("dir/with #sign", "dir/with #sign"), ("-1", -1), ("a=b", "a=b"), ("", None)])
 @pytest.mark.parametrize("joined", [False, True], ids=["--key value", "--key=value"])
 def test_dotted_keys(text, value, joined):
     key = "--train_dataset.tokenizer.vocab_file"
@@ -179,7 +179,8 @@ def test_a_new_key_close_to_a_known_one_is_taken_with_a_warning(monkeypatch):
     ("- a\n- b\n", "a mapping of keys to values is needed, found list"),
     ("seed: 0\nmodel: {a: [1\n", "not YAML"),
     ("seed: 0\nrun_mode: finetune\n\tx: 1\n", "line 3"),
-    ("run_mode: finetune\nrunner_config: {epoch: 3}\nmodel: {model_config: {}}\ntrainer: {type: x}\n", "unexpected key: epoch"),
+    ("run_mode: finetune\nrunner_config: {epoch: 3}\nmodel: {model_config: {}}\ntrainer: {type: x}\n",
+     "unexpected key: epoch"),
     ("run_mode: finetune\nrunner_config: 3\n", "should be a dict"),
     ("run_mode: finetune\ncallbacks: {type: x}\n", "should be a list"),
     ("run_mode: finetune\nmodel: {arch: {type: x}}\n", "missing a required key"),
@@ -208,7 +209,8 @@ def test_a_yaml_by_another_name(capsys):
 
 def test_numbers_and_null_as_written():
     with open(YAML, encoding="utf-8") as file:
-        text = file.read().replace("learning_rate: 2.0e-3", "learning_rate: 2e-3").replace("total_steps: -1", "total_steps: None")
+        text = file.read()
+    text = text.replace("learning_rate: 2.0e-3", "learning_rate: 2e-3").replace("total_steps: -1", "total_steps: None")
     config = read(config=write_yaml(text))
     assert config.lr_schedule.learning_rate == 2e-3 and config.lr_schedule.total_steps is None
 

@@ -1,5 +1,5 @@
 """From a compiled program to the figures of the report: one dictionary per rank, ready for JSON."""
-from mindformers_glm32k.dryrun import collectives, flops, memory
+from mindformers_glm32k.dryrun import collectives, flops, memory, work
 from mindformers_glm32k.dryrun.mindir import read_program
 from mindformers_glm32k.dryrun.sources import SourceLines
 from mindformers_glm32k.dryrun.trace import trace_program
@@ -40,6 +40,7 @@ def analyze(path, text_folder, rank, stage):
         "logits_bytes": _logits(trace, used),
         "flops": sum(operations.values()),
         "flops_by_part": {f"{what}_{part}": value for (what, part), value in sorted(operations.items())},
+        "work": work.measure(trace),
         "collectives": [
             {"kind": item.kind, "group_ranks": list(item.group_ranks), "dtype": item.dtype, "bytes": item.bytes,
              "count": item.count, "purpose": item.purpose, "part": item.part}

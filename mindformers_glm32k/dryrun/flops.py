@@ -5,7 +5,7 @@ from mindformers_glm32k.dryrun.trace import Literal
 
 MATRIX_PRODUCTS = ("MatMul", "BatchMatMul", "MatMulExt", "BatchMatMulExt", "Dense")
 # FlashAttentionScoreGrad recomputes the scores and makes four products of the forward's size: 5 where that has 2.
-_ATTENTION = {"FlashAttentionScore": 4, "FlashAttentionScoreGrad": 10}
+ATTENTION = {"FlashAttentionScore": 4, "FlashAttentionScoreGrad": 10}
 
 
 def count(trace):
@@ -24,16 +24,22 @@ def count(trace):
     counts = defaultdict(int)
     for event in trace.events:
         if event.node.op in MATRIX_PRODUCTS:
-            counts["matmul", event.part] += _product(event)
-        elif event.node.op in _ATTENTION:
-            counts["attention", event.part] += _ATTENTION[event.node.op] * _pairs(event)
+            counts["matmul", event.part] += of_product(event)
+        elif event.node.op in ATTENTION:
+            counts["attention", event.part] += of_attention(event)
     return dict(counts)
 
 
-def _product(event):
+def of_product(event):
+    """int: FLOPs of one matrix product."""
     result, left = event.writes[0].spec, event.reads[0].spec
     elements = result.bytes // result.itemsize
     return 2 * elements * left.shape[-2 if _transposes_left(event) else -1]
+
+
+def of_attention(event):
+    """int: FLOPs of one attention kernel over all pairs of positions."""
+    return ATTENTION[event.node.op] * _pairs(event)
 
 
 def _transposes_left(event):

@@ -1,0 +1,98 @@
+"""Figures of a deep program from two shallow ones: everything that a layer adds is added again for each layer more."""
+from mindformers_glm32k.errors import InputError
+
+LAYERS = (2, 4)  # layers of each stage in the programs that are compiled
+_SAME = frozenset(("rank", "stage"))
+_MEASURED = frozenset(("compile_seconds", "peak_rss_bytes"))
+
+
+def layers_of_stages(config):
+    """Layers of each pipeline stage.
+
+    Args:
+        config (dict): the merged configuration.
+
+    Returns:
+        list[int]
+
+    Raises:
+        InputError: a setting differs from layer to layer, so that shallow programs say nothing about it.
+    """
+    model = config["model"]["model_config"]
+    stages = int((config.get("parallel_config") or {}).get("pipeline_stage") or 1) if config.get("use_parallel") else 1
+    for name in ("recompute", "select_recompute", "select_comm_recompute"):
+        value = (config.get("recompute_config") or {}).get(name)
+        if isinstance(value, (list, tuple, dict)):
+            raise InputError(f"--quick: recompute_config.{name} is {value!r}, another value for some layers; "
+                             "compile at full depth (without --quick) or give one value for all layers")
+    if int(model.get("pp_interleave_num") or 1) > 1:
+        raise InputError("--quick: model_config.pp_interleave_num is above 1; compile at full depth (without --quick)")
+    offset = model.get("offset") or 0
+    offsets = list(offset) if isinstance(offset, (list, tuple)) else [int(offset)] * stages
+    if len(offsets) != stages:
+        raise InputError(f"--quick: model_config.offset {offset!r} has {len(offsets)} entries, "
+                         f"parallel_config.pipeline_stage is {stages}")
+    layers = [int(model["num_layers"]) // stages + more for more in offsets]
+    if sum(layers) != int(model["num_layers"]):
+        raise InputError(f"--quick: model_config.num_layers {model['num_layers']} is not the sum of {layers} layers on "
+                         f"{stages} stages; set model_config.offset")
+    return layers
+
+
+def overrides_for(layers_of_a_stage, stages):
+    """run_mindformer's options for a shallow model.
+
+    Args:
+        layers_of_a_stage (int), stages (int): of the program to compile.
+
+    Returns:
+        list[str]
+    """
+    return ["--model.model_config.num_layers", str(layers_of_a_stage * stages), "--model.model_config.offset", "0"]
+
+
+def extrapolate(shallow, deeper, layers):
+    """The program of a stage with more layers.
+
+    Args:
+        shallow (dict), deeper (dict): of the report, with LAYERS[0] and LAYERS[1] layers.
+        layers (int): of the stage that is asked for.
+
+    Returns:
+        dict: like them; every count and size extrapolated, lists of tensors those of the deeper program, what the compile took
+        the sum or the larger of both, and "extrapolated": {"from_layers", "to_layers"}.
+    """
+    steps = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
+
+    def number(first, second):
+        return max(round(first + (second - first) * steps), 0)
+
+    def merge(first, second):
+        if isinstance(second, dict):
+            return {key: merge(first.get(key, type(value)()), value) for key, value in second.items()}
+        if isinstance(second, (int, float)) and not isinstance(second, bool):
+            return number(first, second)
+        return second
+
+    result = {key: value if key in _SAME or key in _MEASURED else merge(shallow.get(key), value)
+              for key, value in deeper.items() if key != "collectives"}
+    result["compile_seconds"] = round(shallow["compile_seconds"] + deeper["compile_seconds"], 2)
+    result["peak_rss_bytes"] = max(shallow["peak_rss_bytes"], deeper["peak_rss_bytes"])
+    result["collectives"] = _collectives(shallow["collectives"], deeper["collectives"], number)
+    result["extrapolated"] = {"from_layers": list(LAYERS), "to_layers": layers}
+    return result
+
+
+def _collectives(first, second, number):
+    def by_key(items):
+        return {(item["kind"], tuple(item["group_ranks"]), item["dtype"], item["purpose"], item["part"]): item
+                for item in items}
+
+    first, second = by_key(first), by_key(second)
+    result = []
+    for key in {**second, **first}:
+        sizes = {name: number(first.get(key, {}).get(name, 0), second.get(key, {}).get(name, 0))
+                 for name in ("bytes", "count")}
+        if sizes["count"]:
+            result.append({**(second.get(key) or first[key]), **sizes})
+    return sorted(result, key=lambda item: -item["bytes"])

@@ -4,19 +4,19 @@ Legend: B batch, S tokens of a row, T tokens of a call, H hidden size, V padded 
 """
 import mindspore.common.dtype as mstype
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Layout, Tensor, ops
 from mindspore.communication import get_group_size
 from mindspore.context import ParallelMode
 from mindspore.ops import operations as P
 from mindspore.parallel._utils import _get_parallel_mode
 
-from mindformers.models.glm2.glm2 import (ChatGLM2ForConditionalGeneration, ChatGLM2Model, ChatGLM2Transformer,
-                                          FreqsMgr, GLM2PreTrainedModel, GLMEmbedding, Linear,
-                                          LowerTriangularMaskWithDynamic)
+from mindformers.models.glm2.glm2 import (ChatGLM2ForConditionalGeneration, ChatGLM2Transformer, FreqsMgr,
+                                          GLM2PreTrainedModel, GLMEmbedding, Linear, LowerTriangularMaskWithDynamic)
 from mindformers.version_control import get_dropout
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.config import GLM32KConfig
+from mindformers_glm32k.kernels.chunked_loss import ChunkedLoss
 from mindformers_glm32k.kernels.compressed_attention import compressed_causal_mask
 from mindformers_glm32k.kernels.mask import MASKED, hides
 from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
@@ -32,9 +32,6 @@ class GLM32KModel(GLM2PreTrainedModel):
     """
 
     config_class = GLM32KConfig
-
-    # The choice of strategies for embedding and output layer is upstream's, whatever the attention.
-    shard_head_tail = ChatGLM2Model.shard_head_tail
 
     def __init__(self, config):
         super().__init__(config)
@@ -54,7 +51,7 @@ class GLM32KModel(GLM2PreTrainedModel):
         self.encoder = ChatGLM2Transformer(config)
         self.output_layer = Linear(config.hidden_size, config.vocab_size, has_bias=False,
                                    param_init_type=config.param_init_type, compute_dtype=config.compute_dtype)
-        self.shard_head_tail(config)
+        self._shard(parallel)
         self.dropout = get_dropout(config.hidden_dropout)
         rows = context * model if parallel.use_seq_parallel else context
         self.dropout.dropout.shard(((data, rows, 1),))
@@ -68,6 +65,31 @@ class GLM32KModel(GLM2PreTrainedModel):
                 use_flash_attention=config.use_flash_attention, use_past=True)
         elif self.use_flash_attention:
             self.compressed_mask = compressed_causal_mask()
+
+    def _shard(self, parallel):
+        """Tokens over dp x cp everywhere, the vocabulary of the output layer over mp, the residual along the sequence.
+
+        Upstream splits the output layer over all ranks of a stage unless vocab_emb_dp is set, and so gathers the
+        hidden states of every micro batch over dp; and it leaves the residual of context parallel ranks whole.
+        """
+        data, context, model = parallel.data_parallel, parallel.context_parallel, parallel.model_parallel
+        rows = context * model if parallel.use_seq_parallel else context
+        vocabulary = model if self.config.vocab_size % model == 0 else 1
+        self.output_layer.shard(strategy_matmul=((data * context, 1), (vocabulary, 1)))
+        self.embedding.gather.shard(((1, 1), (data, context)))
+        heads = "mp" if self.config.multi_query_group_num % model == 0 else "None"
+        repeated = Layout((data, context, model), ("dp", "cp", "mp"))("dp", heads, "None", "cp")
+        for layer in self.encoder.layers:
+            if context > 1:
+                layer.add.shard(((data, rows, 1), (data, rows, 1)))
+            # where key-value heads are repeated; upstream's layout is written for one layout of eight ranks
+            layer.self_attention.tile_kv.shard((repeated,), (repeated,))
+        self.embedding.pipeline_stage = 0
+        if parallel.pipeline_stage > 1:
+            self.embedding.set_comm_fusion(2)
+            self.output_layer.pipeline_stage = parallel.pipeline_stage - 1
+        else:
+            self.embedding.set_comm_fusion(parallel.gradient_aggregation_group)
 
     def construct(self, input_ids, batch_valid_length=None, block_tables=None, slot_mapping=None,
                   prefix_key_values=None):
@@ -89,17 +111,10 @@ class GLM32KModel(GLM2PreTrainedModel):
             else:
                 rotary, mask = self.freqs_mgr.increment(batch_valid_length), None
         else:
-            rotary, mask = self._rotary(input_ids.shape[1]), self._causal_mask(input_ids)
+            rotary, mask = self.freqs_mgr(input_ids.shape[1]), self._causal_mask(input_ids)
         hidden = self.dropout(self.embedding(input_ids))
         return self.encoder(hidden, mask, rotary, batch_valid_length=batch_valid_length, block_tables=block_tables,
                             slot_mapping=slot_mapping, prefix_key_values=prefix_key_values)
-
-    def _rotary(self, length):
-        """Upstream's tables, all cut to the row's length (upstream cuts two of the three)."""
-        cos, sin, table = self.freqs_mgr(length)
-        if length < self.seq_length:
-            table = table[:length]
-        return cos, sin, table
 
     def _causal_mask(self, input_ids):
         """What the attention of this configuration takes: nothing, the compressed mask, or (B, 1, S, S) of 0 and 1."""
@@ -159,7 +174,8 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
             super().__init__(config=config, **kwargs)
         if config.use_portable_cells:
             self.argmax = compat.portable_argmax
-        self.loss.calculate_per_token_loss = True  # sum and count, so that the mean can be taken over all devices
+        self.loss = ChunkedLoss(config)
+        self.transformer.output_layer.recompute()
         self.per_token = getattr(config, "calculate_per_token_loss", False)
         self.devices = 1
         if _get_parallel_mode() == ParallelMode.DATA_PARALLEL and get_group_size() > 1:
@@ -175,18 +191,17 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         if self.use_past and self.is_first_iteration:
             # (1, T, H) -> (1, B, H): the last token of each prompt
             hidden = self.gather(hidden, ops.cumsum(batch_valid_length, 0) - 1, 1)
+        if labels is not None and input_mask is None:
+            input_mask = ops.cast(self.not_equal(labels, -100), mstype.float32)
+        if labels is not None and self.training:
+            return self._loss(hidden, labels, input_mask)
         logits = ops.cast(self.transformer.output_layer(hidden), mstype.float32)
         if labels is None:
             return (logits.reshape((-1, self.vocab_size)),)
-        if input_mask is None:
-            input_mask = ops.cast(self.not_equal(labels, -100), mstype.float32)
-        if self.training:
-            return self._loss(logits, labels, input_mask)
         return self._shifted(logits, labels, input_mask)
 
-    def _loss(self, logits, labels, input_mask):
-        total, count = self.loss(logits.reshape((-1, self.vocab_size)), labels.reshape((-1,)),
-                                 input_mask.reshape((-1,)))
+    def _loss(self, hidden, labels, input_mask):
+        total, count = self.loss(self.transformer.output_layer, hidden, labels, input_mask)
         if self.per_token:
             return total, count
         if self.devices > 1:

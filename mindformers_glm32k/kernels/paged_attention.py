@@ -13,6 +13,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 from mindspore.ops import operations as P
 
+from mindformers_glm32k.kernels.rotary import swap_matrix
+
 
 class RotaryByPosition(nn.Cell):
     """Rotates pairs (x[2i], x[2i+1]) by the angle of their token's position.
@@ -27,11 +29,7 @@ class RotaryByPosition(nn.Cell):
 
     def __init__(self, head_dim, dtype):
         super().__init__()
-        swap = np.zeros((head_dim, head_dim), np.float32)
-        even = np.arange(0, head_dim, 2)
-        swap[even + 1, even] = -1.0
-        swap[even, even + 1] = 1.0
-        self.swap = Tensor(swap, dtype)
+        self.swap = Tensor(swap_matrix(head_dim), dtype)
         self.matmul = P.MatMul()
         self.head_dim = head_dim
 

@@ -12,6 +12,7 @@ from mindformers_glm32k.kernels.attention import CausalAttention
 from mindformers_glm32k.kernels.compressed_attention import CompressedCausalAttention
 from mindformers_glm32k.kernels.norm import RMSNorm
 from mindformers_glm32k.kernels.paged_attention import NoCache, PagedAttention
+from mindformers_glm32k.kernels.rotary import RotaryEmbedding
 from mindformers_glm32k.kernels.split import SplitLastAxis
 
 _PORTABLE = ((glm2_transformer, "ChatGLM2RMSNorm", RMSNorm),
@@ -27,7 +28,8 @@ def cells_for(config, backbone):
         config (GLM32KConfig): decides between portable and Ascend cells.
         backbone (type): the class that takes the place of upstream's ChatGLM2Model.
     """
-    bindings = ((glm2, "ChatGLM2Model", backbone),) + (_PORTABLE if config.use_portable_cells else _ASCEND)
+    bindings = (_PORTABLE if config.use_portable_cells else _ASCEND) + (
+        (glm2, "ChatGLM2Model", backbone), (glm2_transformer, "RotaryPosEmb", lambda: RotaryEmbedding(config)))
     if not config.use_past:
         bindings += ((glm2_transformer, "InferAttention", NoCache),)
     elif config.use_portable_cells:

@@ -1,0 +1,59 @@
+"""Output layer and cross-entropy over chunks of tokens, so that the logits of a whole row never exist in training.
+
+At 32768 tokens and 65024 words the logits take 4.3 GB in float16, and upstream's loss keeps four float32 copies of
+them. Here a chunk's logits are recomputed in its backward pass and gone before the next chunk.
+
+Legend: B batch, S tokens of a row, H hidden size.
+"""
+import copy
+
+from mindspore import nn, ops
+from mindformers.core.loss import CrossEntropyLoss
+
+
+class ChunkedLoss(nn.Cell):
+    """Weighted sum of the token losses, and the sum of the weights.
+
+    Args:
+        config (GLM32KConfig): loss_chunk_size and the layout: tokens over dp x cp, vocabulary over mp.
+
+    Inputs:
+        output_layer (Cell): hidden states -> logits; an input because a LoRA adapter may take its place, and because
+            a cell that holds it would rename its parameter. For its memory to be freed it must be in recompute mode.
+        hidden (Tensor): (B, S, H).
+        labels (Tensor): (B, S) int32; anything where the weight is 0.
+        weights (Tensor): (B, S) float32.
+
+    Outputs:
+        tuple[Tensor]: sum, count.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        parallel = copy.deepcopy(config.parallel_config)
+        self.context = parallel.context_parallel
+        self.chunk_size = config.loss_chunk_size
+        parallel.data_parallel *= parallel.context_parallel
+        parallel.context_parallel = 1
+        if config.vocab_size % parallel.model_parallel:
+            parallel.model_parallel = 1
+        self.loss = CrossEntropyLoss(parallel_config=parallel, calculate_per_token_loss=True)
+        self.loss.recompute()
+
+    def construct(self, output_layer, hidden, labels, weights):
+        batch, length, width = hidden.shape
+        # a context parallel rank holds a run of tokens; chunks are cut inside the runs, so that nothing moves
+        runs, run_length = batch * self.context, length // self.context
+        hidden = hidden.reshape((runs, run_length, width))
+        labels = labels.reshape((runs, run_length))
+        weights = weights.reshape((runs, run_length))
+        total, count = 0.0, 0.0
+        for start in range(0, run_length, self.chunk_size):
+            stop = min(start + self.chunk_size, run_length)
+            tokens = hidden[:, start:stop].reshape((-1, width))
+            if start > 0:
+                tokens = ops.depend(tokens, total)  # one chunk after the other
+            chunk_total, chunk_count = self.loss(output_layer(tokens), labels[:, start:stop].reshape((-1,)),
+                                                 weights[:, start:stop].reshape((-1,)))
+            total, count = total + chunk_total, count + chunk_count
+        return total, count

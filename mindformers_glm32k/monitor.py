@@ -12,6 +12,7 @@ from mindformers.tools.logger import logger
 from mindformers.tools.utils import get_output_root_path
 
 from mindformers_glm32k import compat
+from mindformers_glm32k.data.options import whole_number
 from mindformers_glm32k.files import atomic_path
 
 COLUMNS = ("step", "loss", "learning_rate", "global_norm", "loss_scale", "overflow", "tokens_per_second_per_device")
@@ -27,13 +28,12 @@ class GLM32KMonitor(Callback):
     Args:
         output_dir (str): folder of the curve. Default: MindFormers' output folder.
         per_print_times (int): log every so many steps, >= 1. Default 1.
-        **_: what MindFormers adds for its own callbacks.
     """
 
-    def __init__(self, output_dir=None, per_print_times=1, **_):
+    def __init__(self, output_dir=None, per_print_times=1):
         super().__init__()
         self.output_dir = output_dir or get_output_root_path()
-        self.per_print_times = max(1, int(per_print_times))
+        self.per_print_times = whole_number(per_print_times, "GLM32KMonitor.per_print_times", 1)
         self.rows = []
         self.started = None
         self.step_before = 0

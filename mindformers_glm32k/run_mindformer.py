@@ -16,6 +16,9 @@ from mindformers_glm32k.yaml_values import normalize_values, parse_value
 
 RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
 
+# one of these is in the environment of a process that msrun, a rank table's launcher or mpirun started
+_LAUNCHERS = ("MS_ROLE", "RANK_TABLE_FILE", "RANK_ID", "OMPI_COMM_WORLD_RANK")
+
 
 def _boolean(text):
     value = parse_value(text.capitalize())
@@ -177,7 +180,13 @@ def run(config):
     """
     from mindformers import Trainer, build_context
     from mindformers_glm32k.compat import set_output_path
+    from mindformers_glm32k.config_check import check_config
 
+    if config.trainer.type == "GLM32KTrainer":
+        check_config(config, config.run_mode)
+    if config.use_parallel and not any(name in os.environ for name in _LAUNCHERS):
+        raise InputError("use_parallel: True needs several processes; start them with scripts/msrun_launcher.sh, or "
+                         "set use_parallel: False")
     set_output_path(config.output_dir)
     build_context(config)
     trainer = Trainer(config)

@@ -1,0 +1,157 @@
+"""Checks a run's configuration before anything is built: sections, types of values, names of classes and their keys.
+
+MindFormers finds such mistakes late, one at a time and in its own words, or passes over them: its train-step cell
+takes any key.
+"""
+import difflib
+import inspect
+import numbers
+
+from mindformers_glm32k.errors import InputError
+
+
+def _is_int(least):
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(least):
+    return lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and value >= least
+
+
+def _is_bool(value):
+    return isinstance(value, bool)
+
+
+def _is_scale(value):
+    return isinstance(value, dict) or _is_number(0)(value)
+
+
+def _is_float(value):
+    return isinstance(value, float) and value >= 0
+
+
+def _is_pair_of_shares(value):
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_float(part) and 0 < part < 1 for part in value)
+
+
+_NUMBER = (_is_number(0), "a number of at least 0")
+_COUNT = (_is_int(1), "a whole number of at least 1")
+_FLOAT = (_is_float, "a number of at least 0, written with a decimal point")  # MindSpore's optimizers insist on it
+_BOOL = (_is_bool, "true or false")
+
+# dotted key -> (test, what is allowed). Keys that are missing or null are MindFormers' to fill in, but for _NEEDED.
+VALUES = {
+    "seed": (_is_int(0), "a whole number of at least 0"),
+    **{key: _BOOL for key in ("use_parallel", "auto_trans_ckpt", "only_save_strategy", "do_eval")},
+    "runner_config.epochs": _COUNT, "runner_config.batch_size": _COUNT,
+    "runner_config.gradient_accumulation_steps": _COUNT, "runner_config.sink_mode": _BOOL,
+    "runner_config.sink_size": (lambda value: _is_int(1)(value) or value == -1, "a whole number of at least 1, or -1"),
+    "lr_schedule.learning_rate": _NUMBER, "lr_schedule.lr_end": _NUMBER, "lr_schedule.warmup_ratio": _NUMBER,
+    "lr_schedule.warmup_steps": (_is_int(0), "a whole number of at least 0"),
+    "lr_schedule.total_steps": (_is_int(-1), "a whole number of steps, or -1 for all of the run"),
+    "optimizer.betas": (_is_pair_of_shares, "a list of two numbers between 0 and 1"), "optimizer.eps": _FLOAT,
+    "optimizer.weight_decay": _FLOAT,
+    "runner_wrapper.use_clip_grad": _BOOL, "runner_wrapper.max_grad_norm": _NUMBER,
+    "runner_wrapper.scale_sense": (_is_scale, "a number or a section with the type of a loss scale cell"),
+}
+_NEEDED = ("runner_config.epochs", "runner_config.batch_size")
+
+# sections of each kind of run, with MindFormers' category of the class that `type` names, if it names one
+_MODEL = {"model": None, "model.model_config": "config", "model.arch": "models"}
+_TRAIN = {"train_dataset": None, "train_dataset.data_loader": "dataset_loader", "train_dataset.tokenizer": "tokenizer",
+          "train_dataset_task": "dataset", "runner_config": None, "runner_wrapper": "wrapper", "optimizer": "optimizer",
+          "lr_schedule": "lr"}
+_EVALUATE = {"eval_dataset": None, "eval_dataset.data_loader": "dataset_loader", "eval_dataset.tokenizer": "tokenizer",
+             "eval_dataset_task": "dataset"}
+_PREDICT = {"processor": None, "processor.tokenizer": "tokenizer"}
+
+
+def check_config(config, run_mode, built=()):
+    """Checks what a run needs; everything that is wrong with it is named at once.
+
+    Args:
+        config (MindFormerConfig): the configuration, its values normalized.
+        run_mode (str): "train", "finetune", "eval" or "predict".
+        built (Iterable[str]): sections that are not read, because the caller brings an object for them.
+
+    Raises:
+        InputError: sections missing, values of a wrong type, classes that are not registered, keys that a class does
+            not have; the model's fields as GLM32KConfig checks them.
+    """
+    from mindformers_glm32k.registry import load
+
+    sections = dict(_MODEL)
+    if run_mode in ("train", "finetune"):
+        sections.update(_TRAIN, **(_EVALUATE if config.do_eval is True else {}))
+    elif run_mode == "eval":
+        sections.update(_EVALUATE)
+    else:
+        sections.update(_PREDICT)
+    sections = {key: category for key, category in sections.items()
+                if not any(key == name or key.startswith((name + ".", name + "_task")) for name in built)}
+    problems = []
+    for key, category in sections.items():
+        section, parent = _value(config, key), key.rpartition(".")[0]
+        if parent and not isinstance(_value(config, parent), dict):
+            continue  # named already
+        if category == "tokenizer" and hasattr(section, "build_chat_input"):
+            continue  # Trainer(tokenizer=…) puts the object there
+        if not isinstance(section, dict):
+            problems.append(f"{key}: a section of keys is needed, found {section!r}")
+        elif category:
+            problems += _class_problems(section, category, key)
+    for key, (fits, allowed) in VALUES.items():
+        value, section = _value(config, key), key.rpartition(".")[0]
+        read = not section or (section in sections and isinstance(_value(config, section), dict))
+        if read and (value is not None or key in _NEEDED) and not fits(value):
+            problems.append(f"{key}: {value!r} is not {allowed}")
+    if "optimizer" in sections:
+        for index, callback in enumerate(config.callbacks or ()):
+            problems += _class_problems(callback, "callback", f"callbacks.{index}")
+    if problems:
+        raise InputError("configuration: " + "; ".join(problems))
+    if "model" in sections and config.model.model_config.type == "GLM32KConfig":
+        load("GLM32KConfig")(**config.model.model_config)
+
+
+def _value(config, dotted):
+    for key in dotted.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def _class_problems(section, category, key):
+    """What is wrong with `type` and the other keys of a section that a class is built from."""
+    from mindformers.tools.register import MindFormerRegister
+
+    name = section.get("type") if isinstance(section, dict) else None
+    classes = MindFormerRegister.registry.get(category, {})
+    if name not in classes:
+        return [f"{key}.type: no {category} class is registered as {name!r}{_similar(str(name), classes)}"]
+    if category not in ("optimizer", "callback", "wrapper"):
+        return []  # these take further keys, or check theirs themselves
+    known, closed = _constructor_keys(classes[name])
+    if not closed and category != "wrapper":
+        return []
+    return [f"{key}: {name} has no key {unknown!r}{_similar(unknown, known)}"
+            for unknown in section if unknown not in known | {"type"}]
+
+
+def _similar(word, known):
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _constructor_keys(cls):
+    """Names that a class takes by keyword, those that it passes on to its bases included; whether that is all."""
+    names = set()
+    for base in cls.__mro__:
+        constructor = vars(base).get("__init__") or vars(base).get("__new__")
+        if constructor is None:
+            continue
+        parameters = inspect.signature(constructor).parameters.values()
+        names.update(parameter.name for parameter in parameters
+                     if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY))
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+            return names, True
+    return names, False

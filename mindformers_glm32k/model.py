@@ -175,7 +175,7 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         if config.use_portable_cells:
             self.argmax = compat.portable_argmax
         self.loss = ChunkedLoss(config)
-        self.transformer.output_layer.recompute()
+        self.transformer.output_layer.recompute()  # see ChunkedLoss: keeps the chunks' weight gradients apart
         self.per_token = getattr(config, "calculate_per_token_loss", False)
         self.devices = 1
         if _get_parallel_mode() == ParallelMode.DATA_PARALLEL and get_group_size() > 1:

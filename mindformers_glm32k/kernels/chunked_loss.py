@@ -1,7 +1,9 @@
-"""Output layer and cross-entropy over chunks of tokens, so that the logits of a whole row never exist in training.
+"""Output layer and cross-entropy over chunks of tokens, so that what the loss keeps in float32 is a chunk's.
 
-At 32768 tokens and 65024 words the logits take 4.3 GB in float16, and upstream's loss keeps four float32 copies of
-them. Here a chunk's logits are recomputed in its backward pass and gone before the next chunk.
+At 32768 tokens and 65024 words a card's logits take 4.3 GB in float16, and upstream's loss keeps four float32 copies
+of them (34 GB). Here the copies are recomputed chunk by chunk in the backward pass. The half-precision logits stay.
+Where the output layer itself is not marked for recompute, or a cell around both is, the compiler joins the chunks'
+weight gradients into one product over a copy of all their logit gradients: twice the memory (found by the dry run).
 
 Legend: B batch, S tokens of a row, H hidden size.
 """
@@ -19,7 +21,7 @@ class ChunkedLoss(nn.Cell):
 
     Inputs:
         output_layer (Cell): hidden states -> logits; an input because a LoRA adapter may take its place, and because
-            a cell that holds it would rename its parameter. For its memory to be freed it must be in recompute mode.
+            a cell that holds it would rename its parameter.
         hidden (Tensor): (B, S, H).
         labels (Tensor): (B, S) int32; anything where the weight is 0.
         weights (Tensor): (B, S) float32.

@@ -1,8 +1,23 @@
 """The one place that knows MindFormers and MindSpore versions and their differences.
 
-Ledger. Every entry: what differs, in which versions, when it can go.
+Ledger: what differs or stands in the way, where, why we act, and when the entry can go. Nothing of MindFormers is
+changed on disk; what is bound to another name is bound back.
 
-on_ascend            device_target as a plain string; all versions.
+| entry | what and why | versions | can go |
+|---|---|---|---|
+| set_output_path | moved from mindformers.tools to mindformers.utils.file_utils in 1.8 | 1.6 | with 1.6 |
+| checkpoint_path | 1.9 moves load_checkpoint to checkpoint.load_path | 1.9 | with 1.8 |
+| portable_argmax | the generator's mint.argmax has no CPU kernel; an attribute of our model | all | with a kernel |
+| barrier_on_cpu | Barrier has no CPU kernel; the name is bound to an all-reduce during a CPU run | all | with a kernel |
+| check_buildable | sequence pipelines are not built; MindSpore has no bfloat16 kernels on CPU | all | with kernels |
+| kernels/substitution.py | names bound while a model is constructed: S x S masks, NPU-only kernels, unsharded
+  operators of upstream's glm2 | all | with cells that take their parts as arguments |
+| kernels/compressed_attention.py | upstream's glm2 offers FlashAttention's sparse modes 0 and 3 only, and a layout
+  of the mask with four axes | all | with sparse_mode 2 upstream |
+| train_step.py | the overflow check reads NPU status registers (NPUGetFloatStatusV2) | all | with a check that runs
+  everywhere |
+| finetune_glm32k_cp8.yaml | check_rules warns that glm2 repeats KV heads for ulysses_cp, then raises all the same;
+  hybrid_cp of full degree is the same layout | all | when it no longer raises |
 """
 import contextlib
 import sys

@@ -39,6 +39,9 @@ _GLM_FIELDS = {
     "seq_length": "max_position_embeddings", "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id",
     "tie_word_embeddings": "tie_word_embeddings", "use_cache": "use_cache", "torch_dtype": "torch_dtype",
 }
+# Written even where the ChatGLM file leaves them to its code: transformers' defaults are those of another model.
+_FILLED_IN = ("attention_dropout", "add_qkv_bias", "layernorm_epsilon", "seq_length", "eos_token_id", "pad_token_id",
+              "tie_word_embeddings", "use_cache")
 _ROPE_BASE = 10000.0
 _STOP_TOKENS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 _MODEL_CONFIG_LAYOUT = ("qkv_concat", "mlp_concat")
@@ -56,6 +59,7 @@ def to_glm(fields):
     Returns:
         dict
     """
+    fields = {**{key: PUBLISHED[key] for key in _FILLED_IN}, **fields}
     config = {"model_type": "glm", "architectures": ["GlmForCausalLM"], "hidden_act": "silu",
               "partial_rotary_factor": 0.5, "rope_theta": _ROPE_BASE * fields.get("rope_ratio", 1)}
     config.update({glm: fields[chatglm] for chatglm, glm in _GLM_FIELDS.items() if chatglm in fields})

@@ -2,15 +2,15 @@
 
 Everything is written in a hidden folder beside the output. Its journal gets a line when a group of tensors is
 written, so a killed conversion goes on where it stopped; files move to their final names after every tensor has
-been read back and its SHA-256 compared with that of the values computed.
+been read back and compared with the values computed.
 """
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import zlib
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import ITEM_SIZE, cast, count_overflow
+from mindformers_glm32k.weights.lock import lock_file
 from mindformers_glm32k.weights.source import read_file
 from mindformers_glm32k.weights.tensors import StoredTensor
 
@@ -48,39 +49,44 @@ class Job:
         self._places = {name: (file, segments) for file in files for name, segments in file.segments.items()}
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self.resumed_groups = 0
+
+    def __enter__(self):
+        self.work.parent.mkdir(parents=True, exist_ok=True)
+        self._lock_file = lock_file(self.work.with_name(self.work.name + ".lock"))
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is not None and issubclass(kind, Exception):  # a kill or Ctrl-C leaves the folder for the next run
+            self.discard()
+        os.unlink(self._lock_file.name)
+        self._lock_file.close()
 
     def run(self):
-        """Writes and verifies all files in the working folder.
+        """Writes and verifies all files in the working folder; to be called within `with job:`.
 
         Returns:
-            dict[str, str]: the SHA-256 of each tensor's values (little-endian bytes, without framing).
+            dict[str, list]: SHA-256 (hexadecimal) and CRC-32 (number) of each tensor's values, the little-endian
+            bytes without framing.
 
         Raises:
             InputError: no space, a corrupt source, values that the dtype cannot hold, or an output that reads back
                 differently. The working folder is gone then; after a kill it stays, for the next run to resume.
         """
-        self._check_space()
-        self.work.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            try:
-                digests = self._resume()
-                self.resumed_groups = sum(1 for group in self.groups if group.targets[0].name in digests)
-                self._write(digests)
-                with ThreadPoolExecutor(1) as flusher:  # the disk is busy while the processor compares
-                    flushed = flusher.submit(self._flush)
-                    self._verify(digests)
-                    flushed.result()
-                return digests
-            except OSError as error:
-                self.discard()
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise InputError(f"{self.destination}: the disk is full; free some space or choose another folder"
-                                     ) from error
-                raise
-            except Exception:
-                self.discard()
-                raise
+        try:
+            self._check_space()
+            self.work.mkdir(exist_ok=True)
+            digests = self._resume()
+            self._write(digests)
+            with ThreadPoolExecutor(1) as flusher:  # the disk is busy while the processor compares
+                flushed = flusher.submit(self._flush)
+                self._verify(digests)
+                flushed.result()
+            return digests
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise InputError(f"{self.destination}: the disk is full; free some space or choose another folder"
+                                 ) from error
+            raise
 
     def publish(self, extra=()):
         """Moves the verified files to their final names, in order, then the `extra` ones, then cleans up.
@@ -111,16 +117,7 @@ class Job:
             raise InputError(f"{self.destination}: {needed - held:,} bytes are needed, {free:,} are free on that disk; "
                              "free some space or choose another folder")
 
-    @contextlib.contextmanager
-    def _locked(self):
-        with open(self.work / "lock", "w", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"{self.work}: another conversion to this output is running") from error
-            yield
-
-    def _fingerprint(self):
+    def fingerprint(self):
         """What must be equal for a partial output to be gone on with: sources, options and layout."""
         plan = [_PLAN_VERSION, [[file.name, file.size, sorted(file.segments.items())] for file in self.files]]
         for path in sorted({source.file for group in self.groups for source in group.sources}):
@@ -134,7 +131,7 @@ class Job:
     def _resume(self):
         """Returns the digests of what an earlier run finished; prepares the folder afresh where nothing fits."""
         stamp, journal = self.work / "plan", self.work / "journal"
-        fingerprint = self._fingerprint()
+        fingerprint = self.fingerprint()
         fits = stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint and all(
             (self.work / file.name).is_file() and (self.work / file.name).stat().st_size == file.size
             for file in self.files)
@@ -146,8 +143,7 @@ class Job:
             journal.write_bytes(b"".join(line + b"\n" for line in lines))
             return digests
         for path in self.work.iterdir():
-            if path.name != "lock":
-                path.unlink()
+            path.unlink()
         for file in self.files:
             with open(self.work / file.name, "wb") as handle:
                 os.truncate(handle.fileno(), file.size)
@@ -161,7 +157,8 @@ class Job:
         total = sum(target.nbytes for group in self.groups for target in group.targets)
         left = sum(target.nbytes for group in todo for target in group.targets)
         if left < total and self.progress:
-            print(f"{self.work}: {total - left:,} of {total:,} bytes were written by an earlier run; going on from there")
+            print(f"{self.work}: {total - left:,} of {total:,} bytes were written by an earlier run; going on from "
+                  "there", file=sys.stderr)
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=total, initial=total - left, unit="B", unit_scale=True,
                                            desc="convert", disable=not self.progress))
@@ -179,9 +176,12 @@ class Job:
 
     def _write_group(self, group, handles, bar):
         digests = {target.name: hashlib.sha256() for target in group.targets}
-        checks = dict.fromkeys(group.sources, 0)
+        sums = dict.fromkeys(digests, 0)  # CRC-32 of what is written
+        checks = dict.fromkeys(group.sources, 0)  # CRC-32 of what is read
         for move in group.moves:
             source, target = move.source, move.target
+            checked = source.crc32 is not None and self.check_crc
+            copied = len(group.moves) == 1 and source.dtype == target.dtype
             file, segments = self._places[target.name]
             output = StoredTensor(target.name, target.shape, target.dtype, self.work / file.name, segments)
             handle = handles[file.name].fileno()
@@ -191,7 +191,7 @@ class Job:
             for values in source.chunks(_CHUNK_BYTES, start, stop):
                 if self._stop.is_set():
                     return {}
-                if source.crc32 is not None and self.check_crc:
+                if checked:
                     checks[source] = zlib.crc32(values, checks[source])
                 result = cast(values, source.dtype, target.dtype)
                 lost = count_overflow(values, result, source.dtype, target.dtype)
@@ -200,6 +200,7 @@ class Job:
                                      f"{target.dtype}; choose bf16 or fp32")
                 view = memoryview(result).cast("B")
                 digests[target.name].update(view)
+                sums[target.name] = checks[source] if checked and copied else zlib.crc32(view, sums[target.name])
                 written = 0
                 for offset, nbytes in output.ranges(position, position + len(view)):
                     _write_exactly(handle, view[written:written + nbytes], offset)
@@ -211,10 +212,10 @@ class Job:
             if source.crc32 is not None and self.check_crc and found != source.crc32:
                 raise InputError(f"{source.file}: key {source.name!r} is corrupt: the file's checksum (CRC-32) of it "
                                  f"is {source.crc32:08x}, its bytes give {found:08x}; download it again")
-        return {name: digest.hexdigest() for name, digest in digests.items()}
+        return {name: [digest.hexdigest(), sums[name]] for name, digest in digests.items()}
 
     def _verify(self, digests):
-        """Reads every output file back with the readers that anyone would use, and compares."""
+        """Reads every output file back with the readers that anyone would use, and compares the CRC-32."""
         expected = {target.name: target for group in self.groups for target in group.targets}
         tensors = [tensor for file in self.files for tensor in read_file(self.work / file.name)]
         if sorted(tensor.name for tensor in tensors) != sorted(expected):
@@ -223,15 +224,15 @@ class Job:
                    disable=not self.progress)
 
         def check(tensor):
-            digest = hashlib.sha256()
+            found = 0
             for values in tensor.chunks(_CHUNK_BYTES):
                 if self._stop.is_set():
                     return
-                digest.update(values)
+                found = zlib.crc32(values, found)
                 with self._lock:
                     bar.update(values.nbytes)
             target = expected[tensor.name]
-            if (tensor.shape, tensor.dtype, digest.hexdigest()) != (target.shape, target.dtype, digests[tensor.name]):
+            if (tensor.shape, tensor.dtype, found) != (target.shape, target.dtype, digests[tensor.name][1]):
                 raise InputError(f"{tensor.file.name}: key {tensor.name!r} reads back differently from what was "
                                  "written (faulty disk or memory, or the file was touched); convert again")
 

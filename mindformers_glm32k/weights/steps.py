@@ -1,4 +1,5 @@
 """Steps that both directions of a conversion share."""
+import contextlib
 import os
 
 import numpy as np
@@ -42,10 +43,12 @@ def open_weights(input_path, dtype, workers):
     return (source, *weights_of(source))
 
 
-def run_job(job):
-    """Runs a Job; a folder or disk that cannot be written becomes an InputError. Returns the digests."""
+@contextlib.contextmanager
+def open_job(job):
+    """Enters a Job; a folder or disk that cannot be written becomes an InputError."""
     try:
-        return job.run()
+        with job:
+            yield job
     except OSError as error:
         raise InputError(f"{error.filename or job.destination}: cannot be written ({error.strerror})") from error
 

@@ -11,7 +11,7 @@ from mindformers_glm32k.weights.layout import index_file, lay_out, parse_size
 from mindformers_glm32k.weights.plan import check_against, make_groups, make_targets
 from mindformers_glm32k.weights.report import make_report, write_report
 from mindformers_glm32k.weights.sizes import sizes_from_tensors
-from mindformers_glm32k.weights.steps import open_weights, refuse_overwriting, run_job
+from mindformers_glm32k.weights.steps import open_job, open_weights, refuse_overwriting
 
 DEFAULT_SHARD = "5GB"  # as transformers' save_pretrained
 _COMPANIONS = ("*.py", "tokenizer*", "special_tokens_map.json", "generation_config.json", "*LICENSE*")
@@ -56,10 +56,11 @@ def convert_reversed(input_path, output_path, dtype=None, hf_naming="chatglm", m
     index = index_file(files, targets, stem, ".safetensors")
     main_dtype = dtype or Counter(target.dtype for target in targets).most_common(1)[0][0]
     work = (output if output.is_dir() else output.parent) / f".{output.name}.partial"
-    job = Job(work, output, files, groups, workers, progress)
-    report = make_report(source, output, files, groups, run_job(job), skipped, sizes, fields)
-    write_report(output.with_name(output.name + ".report.json"), report)
-    job.publish([("config.json", config_text(fields, hf_naming, main_dtype))] + ([index] if index else []))
+    texts = [("config.json", config_text(fields, hf_naming, main_dtype))] + ([index] if index else [])
+    with open_job(Job(work, output, files, groups, workers, progress)) as job:
+        report = make_report(source, output, job, job.run(), skipped, sizes, fields)
+        job.publish(texts)
+        write_report(output.with_name(output.name + ".report.json"), report)
     if hf_files:
         _copy_companions(Path(hf_files), output, hf_naming)
     return report

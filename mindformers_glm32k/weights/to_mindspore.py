@@ -1,4 +1,5 @@
 """From Hugging Face files to a MindSpore checkpoint."""
+import glob
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
@@ -6,13 +7,14 @@ from mindformers_glm32k.weights.hf_config import read_config
 from mindformers_glm32k.weights.job import Job
 from mindformers_glm32k.weights.layout import FORMATS, index_file, lay_out, parse_size
 from mindformers_glm32k.weights.plan import check_against, make_groups, make_targets
-from mindformers_glm32k.weights.report import make_report, write_report
+from mindformers_glm32k.weights.report import is_done, load_report, make_report, write_report
 from mindformers_glm32k.weights.sizes import sizes_from_config, sizes_from_tensors
-from mindformers_glm32k.weights.steps import open_weights, refuse_overwriting, run_job
+from mindformers_glm32k.weights.source import INDEX_SUFFIX
+from mindformers_glm32k.weights.steps import open_job, open_weights, refuse_overwriting
 
 
 def convert(input_path, output_path, dtype=None, qkv_concat=None, mlp_concat=None, format=None, max_shard_size=None,
-            config=None, workers=2, check_crc=True, progress=False):
+            config=None, workers=2, check_crc=True, progress=False, reuse=False):
     """Converts a Hugging Face checkpoint to a MindSpore one.
 
     Args:
@@ -28,6 +30,7 @@ def convert(input_path, output_path, dtype=None, qkv_concat=None, mlp_concat=Non
         workers (int): threads.
         check_crc (bool): whether to compare the checksums that .bin files carry.
         progress (bool): whether to show progress bars.
+        reuse (bool): whether to leave an output alone that an earlier conversion of the same files made.
 
     Returns:
         dict: the report, as written to OUT.report.json beside the output.
@@ -45,11 +48,16 @@ def convert(input_path, output_path, dtype=None, qkv_concat=None, mlp_concat=Non
     groups = make_groups(sizes, weights, targets)
     files = lay_out(targets, format, output.stem, output.suffix, parse_size(max_shard_size), {"format": "ms"})
     refuse_overwriting(source, [output.parent / file.name for file in files])
+    _refuse_older_shards(output, files)
     index = index_file(files, targets, output.stem, output.suffix)
-    job = Job(output.parent / f".{output.name}.partial", output.parent, files, groups, workers, progress, check_crc)
-    report = make_report(source, output, files, groups, run_job(job), skipped, sizes, fields)
-    write_report(output.with_suffix(".report.json"), report)
-    job.publish([index] if index else [])
+    work, report_path = output.parent / f".{output.name}.partial", output.with_suffix(".report.json")
+    job = Job(work, output.parent, files, groups, workers, progress, check_crc)
+    with open_job(job):
+        if reuse and is_done(job, report_path):
+            return load_report(report_path)
+        report = make_report(source, output, job, job.run(), skipped, sizes, fields)
+        job.publish([index] if index else [])
+        write_report(report_path, report)  # last: it vouches for what lies there
     return report
 
 
@@ -73,3 +81,14 @@ def _output_file(path, format):
     if output.is_dir():
         raise InputError(f"{output}: is a folder, a file name is needed")
     return output, format
+
+
+def _refuse_older_shards(output, files):
+    """Shards and index of an earlier conversion with another shard size would be taken for part of this one."""
+    ours = {file.name for file in files} | ({output.name + INDEX_SUFFIX} if len(files) > 1 else set())
+    pattern = f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*{output.suffix}"
+    found = [path.name for path in [*output.parent.glob(pattern), output.with_name(output.name + INDEX_SUFFIX)]
+             if path.exists() and path.name not in ours]
+    if found:
+        raise InputError(f"{output.parent}: holds shards of an earlier conversion ({', '.join(sorted(found)[:5])}); "
+                         "remove them or choose another output path")

@@ -132,7 +132,9 @@ def write_folder(folder, config, tensors, kind, shards=2, place=None):
     (folder / "config.json").write_text(json.dumps(dict(
         {"model_type": "chatglm", "multi_query_attention": True, "add_qkv_bias": True, "layernorm_epsilon": 1e-5,
          "rope_ratio": 50, "seq_length": 32768, "eos_token_id": 2, "pad_token_id": 0}, **config)))
-    names = [f"{stem}{suffix}"] if shards == 1 else [f"{stem}-{n:05d}-of-{shards:05d}{suffix}" for n in range(1, shards + 1)]
+    names = [f"{stem}-{number:05d}-of-{shards:05d}{suffix}" for number in range(1, shards + 1)]
+    if shards == 1:
+        names = [f"{stem}{suffix}"]
     place = place or {name: shard_of(name, config, shards) for name in tensors}
     for number, file in enumerate(names):
         write(folder / file, {name: values for name, values in tensors.items() if place[name] == number})

@@ -1,4 +1,4 @@
-"""Conversion both ways: equal values from both kinds of files, and the original bits back for every dtype and layout."""
+"""Conversion both ways: equal values from both kinds of files, the original bits back for every dtype and layout."""
 import itertools
 import json
 import subprocess
@@ -110,6 +110,7 @@ def test_control_a_wrong_name_is_noticed(tmp_path, monkeypatch):
 
 def test_report_and_index(tiny, tmp_path):
     import hashlib
+    import zlib
     report = convert(tiny / "hf_bin_fp16", tmp_path / "out.ckpt", dtype="fp32", max_shard_size="300KB")
     assert json.loads((tmp_path / "out.report.json").read_text()) == report
     index = json.loads((tmp_path / "out.ckpt.index.json").read_text())
@@ -118,7 +119,8 @@ def test_report_and_index(tiny, tmp_path):
     assert sorted(set(index["weight_map"].values())) == sorted(report["output"]["files"])
     for name, tensor in open_source(tmp_path / "out.ckpt.index.json").tensors.items():
         entry = report["tensors"][name]
-        assert entry["sha256"] == hashlib.sha256(tensor.load().tobytes()).hexdigest()
+        data = tensor.load().tobytes()
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest() and entry["crc32"] == f"{zlib.crc32(data):08x}"
         assert (entry["file"], entry["shape"], entry["dtype"]) == (tensor.file.name, list(tensor.shape), "fp32")
         assert index["weight_map"][name] == tensor.file.name
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -195,7 +197,8 @@ def test_command_line(tiny, tmp_path, capsys):
                  "--dtype", "fp32", "--qkv_concat", "False"]
     assert cli.main(["convert", *arguments]) == 0
     assert "36 tensors, 1,043,712 bytes, verified: out.ckpt" in capsys.readouterr().out
-    assert cli.main(["convert", "--reversed", "--input_path", "out.ckpt", "--output_path", "hf", "--dtype", "fp16"]) == 0
+    back = ["--reversed", "--input_path", "out.ckpt", "--output_path", "hf", "--dtype", "fp16"]
+    assert cli.main(["convert", *back]) == 0
     assert read_all(tmp_path / "hf") == read_all(tiny / "hf_bin_fp16")
     assert cli.main(["convert", "--input_path", "nowhere", "--output_path", "x.ckpt"]) == 2
     assert capsys.readouterr().err.strip().endswith("error: nowhere: no such file or folder")
@@ -203,7 +206,8 @@ def test_command_line(tiny, tmp_path, capsys):
 
 def test_module_and_upstream_style_script_run(tiny, tmp_path):
     from conftest import ROOT
-    for number, program in enumerate((["-m", command.__name__], [str(ROOT / "research" / "glm32k" / "convert_weight.py")])):
+    script = str(ROOT / "research" / "glm32k" / "convert_weight.py")
+    for number, program in enumerate((["-m", command.__name__], [script])):
         result = subprocess.run(
             [sys.executable, *program, "--model", "glm-n", "--input_path", str(tiny / "hf_safetensors_fp32"),
              "--output_path", f"out{number}.ckpt", "--dtype", "fp16"], capture_output=True, text=True, cwd=tmp_path,
@@ -237,6 +241,10 @@ def test_outputs_that_would_do_harm(tiny, tmp_path):
     write_folder(tmp_path / "other", TINY, random_values(chatglm_shapes(TINY), "fp16"), "bin")
     with pytest.raises(InputError, match="already holds other weights"):
         convert_reversed(tmp_path / "hf", tmp_path / "other")
+    convert(tmp_path / "hf", tmp_path / "many.ckpt", max_shard_size="100KB")
+    convert(tmp_path / "hf", tmp_path / "many.ckpt", max_shard_size="100KB")
+    with pytest.raises(InputError, match="holds shards of an earlier conversion"):
+        convert(tmp_path / "hf", tmp_path / "many.ckpt")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         convert_reversed(tmp_path / "hf", tmp_path / "file")

@@ -15,6 +15,7 @@ FIRST, SECOND = "00001-of-00002", "00002-of-00002"
 SAFE, BIN = "model-{}.safetensors", "pytorch_model-{}.bin"
 QKV = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
 DENSE = "transformer.encoder.layers.2.self_attention.dense.weight"
+HALVES = np.zeros((64, 64), np.float16)
 
 
 def rewrite(folder, kind, change):
@@ -79,14 +80,15 @@ DAMAGES = {
         "bin", lambda f: ((f / BIN.format(SECOND)).unlink(), (f / "pytorch_model.bin.index.json").unlink()),
         r"1 of 2 shards are missing: pytorch_model-00002-of-00002.bin"),
     "truncated safetensors": ("safetensors", lambda f: cut(f / SAFE.format(SECOND), -1000),
-                              r"00002-of-00002.safetensors: the file is cut off: \d+ bytes, \d+ expected; key '.*' is the first"),
+                              r"00002-of-00002.safetensors: the file is cut off: \d+ bytes, \d+ expected; key '.*' is "
+                              r"the first"),
     "safetensors cut in the header": ("safetensors", lambda f: cut(f / SAFE.format(FIRST), 100),
                                       r"00001-of-00002.safetensors: not a safetensors file, or cut off in its header"),
     "truncated .bin": ("bin", lambda f: cut(f / BIN.format(SECOND), -1000),
                        r"pytorch_model-00002-of-00002.bin: the file is cut off or corrupt"),
     "flipped bits in a .bin": ("bin", lambda f: flip_value(f / BIN.format(FIRST)),
-                               r"pytorch_model-00001-of-00002.bin: key 'transformer.embedding.word_embeddings.weight' is "
-                               r"corrupt: the file's checksum \(CRC-32\) of it is [0-9a-f]{8}, its bytes give [0-9a-f]{8}"),
+                               r"00001-of-00002.bin: key 'transformer.embedding.word_embeddings.weight' is corrupt: "
+                               r"the file's checksum \(CRC-32\) of it is [0-9a-f]{8}, its bytes give [0-9a-f]{8}"),
     "corrupt safetensors header": ("safetensors", lambda f: flip_header(f / SAFE.format(FIRST)),
                                    r"00001-of-00002.safetensors: key '.*': corrupt entry"),
     "overlapping tensors": ("safetensors", lambda f: move_offsets(f / SAFE.format(FIRST)),
@@ -105,13 +107,13 @@ DAMAGES = {
     "a key nobody expects": ("safetensors", lambda f: rewrite(f, "safetensors", set_value(
         "transformer.encoder.layers.3.input_layernorm.weight", np.zeros(64, np.float16))),
         r"'transformer.encoder.layers.3.input_layernorm.weight' is left over: a model of 3 layers has no such"),
-    "an unknown key": ("bin", lambda f: rewrite(f, "bin", set_value("transformer.extra.weight", np.zeros(4, np.float16))),
+    "an unknown key": ("bin", lambda f: rewrite(f, "bin", set_value("transformer.extra.weight", HALVES[0])),
                        r"pytorch_model-00002-of-00002.bin: 'transformer.extra.weight' is not a weight of ChatGLM3"),
     "a key missing everywhere": ("bin", lambda f: rewrite(f, "bin", lambda tensors: tensors.pop(DENSE)),
                                  rf"missing: '{DENSE}' or 'model.layers.2.self_attn.o_proj.weight'"),
-    "wrong shape": ("safetensors", lambda f: rewrite(f, "safetensors", set_value(DENSE, np.zeros((64, 32), np.float16))),
+    "wrong shape": ("safetensors", lambda f: rewrite(f, "safetensors", set_value(DENSE, HALVES[:, :32])),
                     rf"00002-of-00002.safetensors: key '{DENSE}' has shape \(64, 32\), expected \(64, 64\)"),
-    "quantized weights": ("safetensors", lambda f: rewrite(f, "safetensors", set_value(DENSE, np.zeros((64, 64), np.int64))),
+    "quantized weights": ("safetensors", lambda f: rewrite(f, "safetensors", set_value(DENSE, HALVES.astype(np.int64))),
                           rf"key '{DENSE}' has dtype I64, fp32, fp16, bf16 are understood; quantized"),
     "another model's config": ("bin", lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="llama")),
                                r"config.json: model_type is 'llama'"),
@@ -124,7 +126,8 @@ DAMAGES = {
     "index that leaves the folder": ("bin", lambda f: edit_json(
         f / "pytorch_model.bin.index.json", lambda c: c["weight_map"].update({DENSE: "../other/x.bin"})),
         r"index.json: not a usable index.*a file in the same folder"),
-    "empty shard": ("safetensors", lambda f: cut(f / SAFE.format(FIRST), 0), r"00001-of-00002.safetensors: the file is empty"),
+    "empty shard": ("safetensors", lambda f: cut(f / SAFE.format(FIRST), 0),
+                    r"00001-of-00002.safetensors: the file is empty"),
     "Git LFS pointer": ("safetensors", lambda f: (f / SAFE.format(FIRST)).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n"),
         r"00001-of-00002.safetensors: a Git LFS pointer.*git lfs pull"),

@@ -32,7 +32,8 @@ def test_fp32_to_bf16_is_the_nearest_and_ties_go_to_even():
     with np.errstate(over="ignore", invalid="ignore"):
         down = np.abs(values.astype(np.float64) - bf16_value(below).astype(np.float64))
         # The neighbour above the largest value is infinity in the format but 2^128 for the purpose of rounding.
-        up_value = np.where(np.isinf(bf16_value(above)), np.copysign(2.0**128, values), bf16_value(above).astype(np.float64))
+        up_value = bf16_value(above).astype(np.float64)
+        up_value = np.where(np.isinf(up_value), np.copysign(2.0**128, values), up_value)
         up = np.abs(up_value - values.astype(np.float64))
     expected = np.where(down < up, below, np.where(up < down, above, np.where(below % 2 == 0, below, above)))
     assert np.array_equal(result, expected)

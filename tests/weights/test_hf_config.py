@@ -23,6 +23,13 @@ def test_glm_is_the_inverse_of_chatglm():
     assert sizes_from_config(native, "a") == sizes_from_config(PUBLISHED, "b")
 
 
+def test_what_the_file_leaves_out_is_not_left_to_another_model_s_defaults():
+    sizes = {key: PUBLISHED[key] for key in ("hidden_size", "num_layers", "num_attention_heads", "kv_channels",
+                                              "ffn_hidden_size", "padded_vocab_size", "multi_query_group_num")}
+    native = to_glm(sizes)
+    assert (native["pad_token_id"], native["rms_norm_eps"], native["attention_bias"]) == (0, 1e-5, True)
+
+
 def test_settings_that_chatglm_has_not():
     with pytest.raises(InputError, match="partial_rotary_factor"):
         to_chatglm(dict(to_glm(PUBLISHED), partial_rotary_factor=1.0), "config.json")

@@ -65,7 +65,8 @@ def test_read_index_of_a_training_checkpoint(tmp_path):
 
 def test_read_index_of_safetensors(tmp_path):
     path = tmp_path / "model.safetensors"
-    write_safetensors(path, {"w": np.zeros((2, 3), np.float16), "b": np.zeros(4, np.uint16), "n": np.zeros(2, np.int64)})
+    write_safetensors(path, {"w": np.zeros((2, 3), np.float16), "b": np.zeros(4, np.uint16),
+                             "n": np.zeros(2, np.int64)})
     assert read_index(path) == {"w": ((2, 3), "fp16"), "b": ((4,), "bf16"), "n": ((2,), "I64")}
 
 
@@ -82,7 +83,7 @@ def test_every_cut_of_a_checkpoint_is_an_input_error(tmp_path):
             read_index(cut)
 
 
-@pytest.mark.parametrize("data", (b"PK\x03\x04 a zip", b"<html>", b"\x00" * 64, b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"))
+@pytest.mark.parametrize("data", (b"PK\x03\x04 a zip", b"<html>", b"\x00" * 64, b"\x0a" + b"\xff" * 10))
 def test_other_files_are_input_errors(tmp_path, data):
     path = tmp_path / "other.ckpt"
     path.write_bytes(data)

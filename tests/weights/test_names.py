@@ -8,7 +8,8 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.names import NAMINGS, Slot, name_of, slot_of, slots
 
 
-@pytest.mark.parametrize("naming, qkv_concat, mlp_concat", list(itertools.product(NAMINGS, (True, False), (True, False))))
+@pytest.mark.parametrize("naming, qkv_concat, mlp_concat",
+                         list(itertools.product(NAMINGS, (True, False), (True, False))))
 def test_reverse_is_inverse(naming, qkv_concat, mlp_concat):
     expected = slots(12, True, qkv_concat, mlp_concat)
     names = [name_of(slot, naming) for slot in expected]

@@ -11,6 +11,7 @@ import pytest
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import job
 from mindformers_glm32k.weights.convert import convert
+from mindformers_glm32k.weights.lock import Busy, lock_file
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder
 
@@ -20,6 +21,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 from mindformers_glm32k.weights import job
 from mindformers_glm32k.weights.convert import convert
+from mindformers_glm32k.weights.lock import Busy, lock_file
 write, verify = job.Job._write_group, job.Job._verify
 job.Job._write_group = lambda *args: (time.sleep(0.01), write(*args))[1]
 job.Job._verify = lambda *args: (time.sleep(0.1), verify(*args))[1]
@@ -137,12 +139,10 @@ def test_a_partial_that_lost_data_is_found_out(source, tmp_path, monkeypatch):
 
 
 def test_two_at_once_are_refused(source, tmp_path):
-    import fcntl
-    partial = tmp_path / ".out.ckpt.partial"
-    partial.mkdir()
-    with open(partial / "lock", "w", encoding="utf-8") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another conversion to this output is running"):
+    lock = tmp_path / ".out.ckpt.partial.lock"
+    with lock_file(lock):
+        with pytest.raises(Busy, match="another conversion to this output is running"):
             convert(source, tmp_path / "out.ckpt")
-        assert partial.exists()
-    convert(source, tmp_path / "out.ckpt")
+        assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == [lock.name]
+    convert(source, tmp_path / "out.ckpt")  # the file is there, nobody holds it
+    assert not lock.exists()

@@ -27,7 +27,8 @@ def test_views_of_storages(tmp_path):
     base = np.arange(24, dtype=np.float32)
     path = tmp_path / "views.bin"
     write_torch(path, {"whole": base, "rows": base, "turned": base, "scalar": base[:1]}, views={
-        "whole": (0, (4, 6), (6, 1)), "rows": (6, (2, 6), (6, 1)), "turned": (0, (6, 4), (1, 6)), "scalar": (0, (), ())})
+        "whole": (0, (4, 6), (6, 1)), "rows": (6, (2, 6), (6, 1)), "turned": (0, (6, 4), (1, 6)),
+        "scalar": (0, (), ())})
     tensors = {tensor.name: tensor for tensor in read_torch(path)}
     matrix = base.reshape(4, 6)
     assert np.array_equal(tensors["whole"].load(), matrix) and tensors["whole"].crc32 is not None
@@ -134,7 +135,8 @@ def test_old_format_and_other_files(tmp_path):
         read_torch(page)
     packed = tmp_path / "packed.bin"
     write_torch(tmp_path / "plain.bin", {"w": np.zeros(200, np.float32)})
-    with zipfile.ZipFile(tmp_path / "plain.bin") as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+    with zipfile.ZipFile(tmp_path / "plain.bin") as source, \
+            zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
             target.writestr(name, source.read(name))
     with pytest.raises(InputError, match="packed.bin: key 'w': .*compressed"):

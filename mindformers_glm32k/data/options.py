@@ -1,5 +1,6 @@
 """Checks of configuration keys and values that the data classes share."""
 import difflib
+import multiprocessing
 
 from mindformers_glm32k.errors import InputError
 
@@ -40,3 +41,16 @@ def choice(value, name, allowed):
     if value not in allowed:
         raise InputError(f"{name}: {value!r} is not one of {', '.join(map(str, allowed))}")
     return value
+
+
+def workers(value, name):
+    """Threads or processes to use: `value`, but no more than there are cores, which MindSpore refuses.
+
+    Args:
+        value (int): what the YAML asks for, >= 1.
+        name (str): the key, for the message.
+
+    Returns:
+        int
+    """
+    return min(whole_number(value, name, 1), multiprocessing.cpu_count())

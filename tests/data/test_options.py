@@ -1,4 +1,6 @@
 """Keys and values of the data sections."""
+import multiprocessing
+
 import pytest
 
 from mindformers_glm32k.data import options
@@ -24,3 +26,10 @@ def test_right_values_come_back():
     assert options.whole_number(8, "x", 1) == 8
     assert options.boolean(False, "x") is False
     assert options.choice("b", "x", ("a", "b")) == "b"
+
+
+def test_no_more_workers_than_cores():
+    assert options.workers(1, "x") == 1
+    assert options.workers(10000, "x") == multiprocessing.cpu_count()
+    with pytest.raises(InputError, match="num_parallel_workers: 0"):
+        options.workers(0, "num_parallel_workers")

@@ -1,0 +1,107 @@
+"""GLM32KDataLoader: the `data_loader` section of the YAML."""
+import numpy as np
+from mindspore.dataset import GeneratorDataset
+
+from mindformers_glm32k.data.options import boolean, choice, reject_unknown, whole_number, workers
+from mindformers_glm32k.data.order import EpochSampler
+from mindformers_glm32k.data.source import AUTO, LAYOUTS, SampleSource
+from mindformers_glm32k.errors import InputError
+
+# column name -> what it holds of sample number `index`
+COLUMNS = {
+    "prompt": lambda source, index: np.array(source[index].prompt),
+    "answer": lambda source, index: np.array(source[index].answer),
+    "sample": lambda source, index: np.array(index, np.int64),
+}
+_KEYS = ("type", "dataset_dir", "shuffle", "origin_columns", "layout", "prompt_config_file", "num_samples",
+         "num_shards", "shard_id", "seed", "column_names", "phase", "version", "num_parallel_workers",
+         "python_multiprocessing")
+
+
+class GLM32KDataLoader:
+    """Questions with answers from JSON lines, as a MindSpore dataset.
+
+    Calling it returns a `GeneratorDataset`, as MindFormers' own loaders do; `samples_of` returns the `SampleSource`
+    behind it, which maps sample numbers to samples.
+
+    Args:
+        dataset_dir (str): a file, or a folder whose *.jsonl are read in the order of their names.
+        shuffle (bool): a new order in each epoch. Default False.
+        origin_columns (list[str]): the fields of AdGen lines. Default ["content", "summary"].
+        layout (str): "adgen", "longbench", or "auto" (default): by the first record of each file.
+        prompt_config_file (str | None): LongBench's dataset2prompt.json; needed for its layout.
+        num_samples (int | None): read only the first samples, this many, >= 1.
+        num_shards (int | None): number of ranks that share the samples, >= 1. Default: not shared.
+        shard_id (int | None): this rank, 0 <= shard_id < num_shards.
+        seed (int): determines the shuffled orders, >= 0. Default 0.
+        column_names (list[str]): any of "prompt", "answer" (texts, the default) and "sample" (the number).
+        phase (str | None): "train" or "eval", as MindFormers' YAMLs say it; both are read alike.
+        version (int | None): MindFormers' choice of a row format; taken and not used, there is one format.
+        num_parallel_workers (int): threads or processes that read, >= 1, at most the number of cores. Default 1.
+        python_multiprocessing (bool): processes instead of threads. Default False.
+
+    Raises:
+        InputError: unknown keys, wrong values, files missing or empty, lines not fit for use.
+    """
+
+    def __new__(cls, dataset_dir=None, shuffle=False, origin_columns=("content", "summary"), layout=AUTO,
+                prompt_config_file=None, num_samples=None, num_shards=None, shard_id=None, seed=0,
+                column_names=("prompt", "answer"), phase=None, version=None, num_parallel_workers=1,
+                python_multiprocessing=False, **unknown):
+        from mindformers.tools.logger import logger
+        reject_unknown(unknown, _KEYS, "data_loader")
+        boolean(shuffle, "data_loader.shuffle")
+        boolean(python_multiprocessing, "data_loader.python_multiprocessing")
+        choice(layout, "data_loader.layout", LAYOUTS)
+        choice(phase, "data_loader.phase", (None, "train", "eval"))
+        if not _names(origin_columns) or len(origin_columns) != 2:
+            raise InputError(f"data_loader.origin_columns: {origin_columns!r} is not a list of two names, "
+                             "that of the question's field and that of the answer's")
+        if not _names(column_names) or not set(column_names) <= set(COLUMNS):
+            raise InputError(f"data_loader.column_names: {column_names!r} is not a list of names out of "
+                             f"{', '.join(COLUMNS)}")
+        for name, value, least in (("num_samples", num_samples, 1), ("num_shards", num_shards, 1),
+                                   ("shard_id", shard_id, 0), ("seed", seed, 0)):
+            if value is not None:
+                whole_number(value, f"data_loader.{name}", least)
+        num_shards, shard_id = num_shards or 1, shard_id or 0
+        if shard_id >= num_shards:
+            raise InputError(f"data_loader.shard_id: {shard_id} is not below num_shards={num_shards}")
+
+        source = SampleSource(dataset_dir, tuple(origin_columns), layout, prompt_config_file, num_samples)
+        for path, file_layout, size in source.files():
+            logger.info("%s: %d rows, layout %s", path, size, file_layout)
+        if len(source) < num_shards:
+            raise InputError(f"data_loader.dataset_dir {dataset_dir}: {len(source)} rows are not enough for "
+                             f"{num_shards} ranks; give more rows or use fewer ranks")
+        if len(source) % num_shards:
+            logger.info("%d of %d rows are left out in each epoch, so that %d ranks have equally many",
+                        len(source) % num_shards, len(source), num_shards)
+        return GeneratorDataset(
+            _Columns(source, tuple(column_names)), list(column_names),
+            sampler=EpochSampler(len(source), shuffle, seed or 0, num_shards, shard_id),
+            num_parallel_workers=workers(num_parallel_workers or 1, "data_loader.num_parallel_workers"),
+            python_multiprocessing=python_multiprocessing)
+
+
+def samples_of(dataset):
+    """The SampleSource of a dataset that GLM32KDataLoader made; None for any other."""
+    columns = getattr(dataset, "source", None)
+    return columns.samples if isinstance(columns, _Columns) else None
+
+
+class _Columns:
+    """What GeneratorDataset draws from: the chosen columns of one sample."""
+
+    def __init__(self, samples, names):
+        self.samples, self._names = samples, names
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return tuple(COLUMNS[name](self.samples, int(index)) for name in self._names)
+
+
+def _names(value):
+    return isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value)

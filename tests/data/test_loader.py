@@ -1,0 +1,82 @@
+"""The data_loader section of the YAML."""
+import json
+
+import pytest
+from mindformers.dataset.dataloader import build_dataset_loader
+
+from mindformers_glm32k.data.loader import GLM32KDataLoader, samples_of
+from mindformers_glm32k.errors import InputError
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"content": f"q{n}", "summary": f"a{n}"}) + "\n" for n in range(10)))
+    return str(path)
+
+
+def rows(dataset, epochs=1):
+    iterator = dataset.create_dict_iterator(num_epochs=epochs, output_numpy=True)
+    return [[{name: value.item() for name, value in row.items()} for row in iterator] for _ in range(epochs)]
+
+
+def test_mindformers_builds_it_from_the_yaml_section(data):
+    dataset = build_dataset_loader({"type": "GLM32KDataLoader", "dataset_dir": data, "shuffle": False,
+                                    "phase": "train", "version": 3, "origin_columns": ["content", "summary"]})
+    assert dataset.get_dataset_size() == 10
+    assert rows(dataset)[0][:2] == [{"prompt": "q0", "answer": "a0"}, {"prompt": "q1", "answer": "a1"}]
+    assert len(samples_of(dataset)) == 10 and samples_of(object()) is None
+
+
+def test_shuffling_depends_on_the_seed_alone(data):
+    def prompts(**options):
+        return [[row["prompt"] for row in epoch]
+                for epoch in rows(GLM32KDataLoader(data, shuffle=True, **options), 2)]
+    once = prompts(seed=1)
+    assert once == prompts(seed=1) == prompts(seed=1, num_parallel_workers=2) != prompts(seed=2)
+    assert once[0] != once[1] and sorted(once[0]) == sorted(once[1]) == [f"q{n}" for n in range(10)]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_two_ranks_see_each_sample_once(data, shuffle):
+    ranks = [rows(GLM32KDataLoader(data, shuffle=shuffle, num_shards=2, shard_id=rank), 3) for rank in range(2)]
+    for first, second in zip(*ranks):
+        assert len(first) == len(second) == 5
+        assert sorted(row["prompt"] for row in first + second) == [f"q{n}" for n in range(10)]
+
+
+def test_a_resumed_run_goes_on_with_the_next_sample(data):
+    whole = rows(GLM32KDataLoader(data, shuffle=True), 3)
+    resumed = GLM32KDataLoader(data, shuffle=True)
+    resumed.set_init_step(13)  # as MindFormers' trainer does: one epoch and three samples are done
+    iterator = resumed.create_dict_iterator(num_epochs=3, output_numpy=True)
+    assert [[row["prompt"].item() for row in iterator] for _ in range(2)] == [
+        [row["prompt"] for row in whole[1][3:]], [row["prompt"] for row in whole[2]]]
+
+
+def test_num_samples_and_other_columns(data):
+    dataset = GLM32KDataLoader(data, shuffle=True, num_samples=3, column_names=["sample"])
+    assert sorted(row["sample"] for row in rows(dataset)[0]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"shufle": True}, "unknown key 'shufle', did you mean 'shuffle'"),
+    ({"shuffle": "True"}, "data_loader.shuffle: 'True'"),
+    ({"layout": "adgn"}, "data_loader.layout: 'adgn' is not one of auto, adgen, longbench"),
+    ({"phase": "dev"}, "data_loader.phase"),
+    ({"origin_columns": ["content"]}, "data_loader.origin_columns"),
+    ({"origin_columns": "content"}, "data_loader.origin_columns"),
+    ({"column_names": ["input_ids"]}, "data_loader.column_names"),
+    ({"num_samples": 0}, "data_loader.num_samples: 0"),
+    ({"num_shards": 2, "shard_id": 2}, "data_loader.shard_id: 2"),
+    ({"num_shards": 11, "shard_id": 0}, "10 rows are not enough for 11 ranks"),
+    ({"origin_columns": ["question", "summary"]}, "train.jsonl: line 1: has the fields 'content', 'summary'"),
+])
+def test_wrong_options_are_named(data, options, message):
+    with pytest.raises(InputError, match=message):
+        GLM32KDataLoader(data, **options)
+
+
+def test_through_mindformers_a_wrong_option_is_still_an_input_error(data):
+    with pytest.raises(InputError, match="unknown key 'dataset_file'"):
+        build_dataset_loader({"type": "GLM32KDataLoader", "dataset_dir": data, "dataset_file": data})

@@ -6,12 +6,9 @@ round, it leaves the MLP at its random start without a word; it refuses a fused 
 prediction, holds whole shards in memory and reads no .bin files. Here every layout, naming and file kind is converted
 by the same checked conversion as `glm32k convert`.
 """
-import json
-import os
 import time
 from pathlib import Path
 
-from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.weights.layout import FORMATS
 from mindformers_glm32k.weights.lock import Busy
 from mindformers_glm32k.weights.names import name_of, slot_of
@@ -72,18 +69,12 @@ def checkpoint_to_load(path, output_dir, format="ckpt", qkv_concat=True, mlp_con
         return path
     format = format if format in FORMATS else "ckpt"
     folder = Path(output_dir) / FOLDER
-    # MindFormers cuts a whole .ckpt as that of a run with one rank, whole safetensors with a map of their files.
+    # MindFormers cuts a whole .ckpt as that of a run with one rank, whole safetensors as the one file of a folder.
     file = folder / ("rank_0" if cut_later and format == "ckpt" else "") / f"model.{format}"
     while True:
         try:
-            report = convert(path, file, qkv_concat=qkv_concat, mlp_concat=mlp_concat, reuse=True)
+            convert(path, file, qkv_concat=qkv_concat, mlp_concat=mlp_concat, reuse=True)
             break
         except Busy:
             time.sleep(_WAIT_SECONDS)
-    if not cut_later:
-        return str(file)
-    if format == "safetensors":
-        names = {name: entry["file"] for name, entry in report["tensors"].items()}
-        with atomic_path(folder / "param_name_map.json") as temporary:
-            temporary.write_text(json.dumps(names, indent=1), encoding="utf-8")
-    return os.fspath(folder)
+    return str(folder if cut_later else file)

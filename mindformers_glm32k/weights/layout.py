@@ -7,7 +7,6 @@ from typing import Dict, Tuple
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.ms_checkpoint import frame
 from mindformers_glm32k.weights.safetensors_file import build_header
-from mindformers_glm32k.weights.source import INDEX_SUFFIX
 
 FORMATS = ("ckpt", "safetensors")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -89,19 +88,17 @@ def _place_safetensors(name, targets, metadata):
     return OutputFile(name, len(header) + sum(target.nbytes for target in targets), ((0, header),), segments)
 
 
-def index_file(files, targets, stem, suffix):
+def index_text(files):
     """The index of a sharded checkpoint in Hugging Face's layout.
 
     Args:
-        files (list[OutputFile]), targets (list[plan.Target]): as laid out.
-        stem, suffix (str): as for lay_out.
+        files (list[OutputFile]): as laid out.
 
     Returns:
-        tuple[str, str] | None: file name and text; None for a single file.
+        str | None: JSON; None for a single file, which needs no index.
     """
     if len(files) == 1:
         return None
     weight_map = {name: file.name for file in files for name in file.segments}
-    text = json.dumps({"metadata": {"total_size": sum(target.nbytes for target in targets)},
-                       "weight_map": weight_map}, indent=2)
-    return stem + suffix + INDEX_SUFFIX, text + "\n"
+    total = sum(length for file in files for places in file.segments.values() for _, length in places)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"

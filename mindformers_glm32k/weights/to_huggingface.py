@@ -7,13 +7,14 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.weights.hf_config import config_text, find_config
 from mindformers_glm32k.weights.job import Job
-from mindformers_glm32k.weights.layout import index_file, lay_out, parse_size
+from mindformers_glm32k.weights.layout import index_text, lay_out, parse_size
 from mindformers_glm32k.weights.plan import check_against, make_groups, make_targets
 from mindformers_glm32k.weights.report import make_report, write_report
 from mindformers_glm32k.weights.sizes import sizes_from_tensors
 from mindformers_glm32k.weights.steps import open_job, open_weights, refuse_overwriting
 
 DEFAULT_SHARD = "5GB"  # as transformers' save_pretrained
+_INDEX = "model.safetensors.index.json"
 _COMPANIONS = ("*.py", "tokenizer*", "special_tokens_map.json", "generation_config.json", "*LICENSE*")
 
 
@@ -53,10 +54,10 @@ def convert_reversed(input_path, output_path, dtype=None, hf_naming="chatglm", m
     files = lay_out(targets, "safetensors", stem, ".safetensors", parse_size(max_shard_size), {"format": "pt"})
     refuse_overwriting(source, [output / file.name for file in files])
     _refuse_strangers(output, files)
-    index = index_file(files, targets, stem, ".safetensors")
+    index = index_text(files)
     main_dtype = dtype or Counter(target.dtype for target in targets).most_common(1)[0][0]
     work = (output if output.is_dir() else output.parent) / f".{output.name}.partial"
-    texts = [("config.json", config_text(fields, hf_naming, main_dtype))] + ([index] if index else [])
+    texts = [("config.json", config_text(fields, hf_naming, main_dtype))] + ([(_INDEX, index)] if index else [])
     with open_job(Job(work, output, files, groups, workers, progress)) as job:
         report = make_report(source, output, job, job.run(), skipped, sizes, fields)
         job.publish(texts)
@@ -68,7 +69,7 @@ def convert_reversed(input_path, output_path, dtype=None, hf_naming="chatglm", m
 
 def _refuse_strangers(folder, files):
     """Weight files of another kind in the folder would be loaded instead of, or mixed with, the new ones."""
-    ours = {file.name for file in files} | ({"model.safetensors.index.json"} if len(files) > 1 else set())
+    ours = {file.name for file in files} | ({_INDEX} if len(files) > 1 else set())
     found = [path.name for pattern in ("*.safetensors*", "pytorch_model*", "*.bin") for path in folder.glob(pattern)
              if path.name not in ours] if folder.is_dir() else []
     if found:

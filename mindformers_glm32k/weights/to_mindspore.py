@@ -5,12 +5,14 @@ from pathlib import Path
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.hf_config import read_config
 from mindformers_glm32k.weights.job import Job
-from mindformers_glm32k.weights.layout import FORMATS, index_file, lay_out, parse_size
+from mindformers_glm32k.weights.layout import FORMATS, index_text, lay_out, parse_size
 from mindformers_glm32k.weights.plan import check_against, make_groups, make_targets
 from mindformers_glm32k.weights.report import is_done, load_report, make_report, write_report
 from mindformers_glm32k.weights.sizes import sizes_from_config, sizes_from_tensors
 from mindformers_glm32k.weights.source import INDEX_SUFFIX
 from mindformers_glm32k.weights.steps import open_job, open_weights, refuse_overwriting
+
+_PARAM_NAME_MAP = "param_name_map.json"  # where load_distributed_checkpoint looks which file holds a parameter
 
 
 def convert(input_path, output_path, dtype=None, qkv_concat=None, mlp_concat=None, format=None, max_shard_size=None,
@@ -49,14 +51,15 @@ def convert(input_path, output_path, dtype=None, qkv_concat=None, mlp_concat=Non
     files = lay_out(targets, format, output.stem, output.suffix, parse_size(max_shard_size), {"format": "ms"})
     refuse_overwriting(source, [output.parent / file.name for file in files])
     _refuse_older_shards(output, files)
-    index = index_file(files, targets, output.stem, output.suffix)
+    index = index_text(files)
+    names = [output.name + INDEX_SUFFIX] + ([_PARAM_NAME_MAP] if format == "safetensors" else [])
     work, report_path = output.parent / f".{output.name}.partial", output.with_suffix(".report.json")
     job = Job(work, output.parent, files, groups, workers, progress, check_crc)
     with open_job(job):
         if reuse and is_done(job, report_path):
             return load_report(report_path)
         report = make_report(source, output, job, job.run(), skipped, sizes, fields)
-        job.publish([index] if index else [])
+        job.publish([(name, index) for name in names] if index else [])
         write_report(report_path, report)  # last: it vouches for what lies there
     return report
 

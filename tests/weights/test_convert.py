@@ -127,6 +127,18 @@ def test_report_and_index(tiny, tmp_path):
         [*report["output"]["files"], "out.ckpt.index.json", "out.report.json"])
 
 
+def test_mindspore_finds_parameters_in_sharded_safetensors(tiny, tmp_path):
+    """load_distributed_checkpoint reads a folder of safetensors by param_name_map.json; uncut, without a strategy."""
+    import mindspore
+    convert(tiny / "hf_bin_fp16", tmp_path / "cut" / "out.safetensors", max_shard_size="300KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 2
+    mindspore.load_distributed_checkpoint(
+        network=None, predict_strategy=None, format="safetensors", unified_safetensors_dir=str(tmp_path / "cut"),
+        dst_safetensors_dir=str(tmp_path / "loaded"), rank_id=0)
+    written = read_all(next((tmp_path / "loaded").rglob("*.safetensors")))
+    assert written == read_all(tmp_path / "cut" / "out.safetensors.index.json")
+
+
 def test_the_safetensors_library_reads_what_is_written(tiny, tmp_path):
     from safetensors import safe_open
     convert_reversed(tiny / "hf_bin_fp16", tmp_path / "hf", dtype="fp32")

@@ -3,6 +3,7 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
@@ -12,35 +13,91 @@ TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 
 
 def add_arguments(parser):
-    parser.add_argument("--config", required=True, help="YAML of the run, as for run_mindformer")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="YAML of the run, as for run_mindformer")
+    what.add_argument("--compare", nargs="+", metavar="YAML_OR_FOLDER",
+                      help="several layouts side by side, with an estimate of their speed: YAMLs, or output folders of dry runs")
     parser.add_argument("--rank", default="stages",
                         help="whose program: 'stages' (default: one rank per pipeline stage), 'all', or a number")
     parser.add_argument("--output_dir", default="./dryrun", help="folder of the report (default ./dryrun)")
     parser.add_argument("--keep_programs", action="store_true", help="keep each program (MindIR) in OUTPUT_DIR/programs")
+    parser.add_argument("--quick", action="store_true",
+                        help="compile 2 and 4 layers per stage and extrapolate to all layers; no strategy files")
     parser.epilog = "Any other option is run_mindformer's: --run_mode predict, --parallel_config.data_parallel 4, …"
 
 
 def run(args):
-    from mindformers_glm32k.dryrun.layout import layout_of
-    from mindformers_glm32k.dryrun.workers import WorkerFailed, read_config
+    from mindformers_glm32k.dryrun.workers import WorkerFailed
 
-    launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as work:
-            config = read_config(launcher_arguments, Path(work).resolve())
-        layout = layout_of(config)
-        ranks = ranks_asked_for(args.rank, layout)
-        programs = compile_and_analyze(ranks, layout, output, launcher_arguments, args.keep_programs)
+        if args.compare:
+            from mindformers_glm32k.dryrun.compare import compare
+            print(compare(args.compare, output, lambda config, folder: make_report(
+                config, args.overrides, folder, keep_programs=args.keep_programs, quick=args.quick)))
+            return 0
+        make_report(args.config, args.overrides, output, args.rank, args.keep_programs, args.quick)
     except WorkerFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report = {"world_size": layout.world, "layout": layout.describe(), "config": args.config, "programs": programs}
-    with atomic_path(output / "report.json") as path:
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"report: {output / 'report.json'}")
     return 0
+
+
+def make_report(config_file, overrides, output, rank="stages", keep_programs=False, quick=False):
+    """Compiles the programs of a configuration and writes the report.
+
+    Args:
+        config_file (str): YAML.
+        overrides (list[str]): run_mindformer's other options.
+        output (pathlib.Path): the report and what belongs to it go there.
+        rank (str): whose programs, see `ranks_asked_for`.
+        keep_programs (bool): whether the MindIR files are kept.
+        quick (bool): compile few layers and extrapolate.
+
+    Returns:
+        dict: the report.
+    """
+    from mindformers_glm32k.dryrun.layout import layout_of
+    from mindformers_glm32k.dryrun.workers import read_config
+
+    launcher_arguments = ["--config", str(Path(config_file).resolve()), *overrides]
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as work:
+        config = read_config(launcher_arguments, Path(work).resolve())
+    layout = layout_of(config)
+    ranks = ranks_asked_for(rank, layout)
+    if quick:
+        programs = compile_shallow(config, ranks, layout, output, launcher_arguments)
+    else:
+        programs = compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs)
+    report = {"world_size": layout.world, "layout": layout.describe(), "layout_sizes": asdict(layout),
+              "tokens_per_step": layout.tokens_per_step, "run_mode": config["run_mode"], "config": config_file,
+              "programs": programs}
+    with atomic_path(output / "report.json") as path:
+        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return report
+
+
+def compile_shallow(config, ranks, layout, output, launcher_arguments):
+    """Like `compile_and_analyze`, extrapolated from programs of few layers; stages that have no more are compiled as they are.
+
+    Raises:
+        InputError: the configuration does not allow it, see `quick.layers_of_stages`.
+    """
+    from mindformers_glm32k.dryrun import quick
+
+    layers = quick.layers_of_stages(config)
+    if max(layers) <= quick.LAYERS[1]:
+        return compile_and_analyze(ranks, layout, output, launcher_arguments)
+    compiled = []
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as work:
+        for few in quick.LAYERS:
+            shallow = replace(layout, layers=few * layout.stages)
+            arguments = [*launcher_arguments, *quick.overrides_for(few, layout.stages)]
+            compiled.append(compile_and_analyze(ranks, shallow, Path(work) / str(few), arguments))
+    return [quick.extrapolate(*pair, layers[pair[0]["stage"]]) for pair in zip(*compiled)]
 
 
 def ranks_asked_for(text, layout):

@@ -22,8 +22,8 @@ def run_dryrun(output, *options, config=CONFIG, **overrides):
     Returns:
         subprocess.CompletedProcess
     """
-    command = [sys.executable, "-m", "mindformers_glm32k.cli", "dryrun", "--config", str(config), "--output_dir",
-               str(output), *options]
+    command = [sys.executable, "-m", "mindformers_glm32k.cli", "dryrun", *(["--config", str(config)] if config else []),
+               "--output_dir", str(output), *options]
     for key, value in {**OVERRIDES, **overrides}.items():
         command += [f"--{key.replace('__', '.')}", str(value)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},

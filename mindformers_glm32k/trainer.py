@@ -7,31 +7,39 @@ from mindformers.trainer import CausalLanguageModelingTrainer
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.checkpoint_check import check_checkpoint
+from mindformers_glm32k.config_check import check_config
 from mindformers_glm32k.data.dataset import check_vocabulary, row_length
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.predict import ChatPromptTokenizer, read_prompts
+from mindformers_glm32k.weights.direct_loading import checkpoint_to_load
 from mindformers_glm32k.yaml_values import normalize_values
 
 
 class GLM32KTrainer(CausalLanguageModelingTrainer):
     """Training, evaluation and prediction of GLM32K from a MindFormers configuration.
 
-    Before the run starts it reads numbers and null as written (1e-5, None), and refuses with an InputError a
-    vocabulary that does not fit the model, rows longer than seq_length, and a checkpoint with missing, extra or
-    misshapen parameters. Prediction puts prompts into the chat format and returns answers only.
+    Before the run starts it reads numbers and null as written (1e-5, None), and refuses with an InputError values of
+    a wrong type, a vocabulary that does not fit the model, rows longer than seq_length, and a checkpoint with missing,
+    extra or misshapen parameters. Prediction puts prompts into the chat format and returns answers only.
     """
 
     def train(self, config=None, **kwargs):
         normalize_values(config)
-        _check_rows(config, "train_dataset")
-        if config.do_eval:
+        check_config(config, "train", _built(kwargs, "train_dataset"))
+        _convert_huggingface_folder(config)
+        if kwargs.get("dataset") is None:
+            _check_rows(config, "train_dataset")
+        if config.do_eval and kwargs.get("eval_dataset") is None:
             _check_rows(config, "eval_dataset")
         with compat.barrier_on_cpu():
             super().train(config=config, **kwargs)
 
     def evaluate(self, config=None, **kwargs):
         normalize_values(config)
-        _check_rows(config, "eval_dataset")
+        check_config(config, "eval", _built(kwargs, "eval_dataset"))
+        _convert_huggingface_folder(config)
+        if kwargs.get("dataset") is None:
+            _check_rows(config, "eval_dataset")
         with compat.barrier_on_cpu():
             super().evaluate(config=config, **kwargs)
 
@@ -49,6 +57,8 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
             list[dict]: upstream's {"text_generation_text": [answers of a batch]}.
         """
         normalize_values(config)
+        check_config(config, "predict", () if tokenizer is None else ("processor",))
+        _convert_huggingface_folder(config)
         prompts = read_prompts(config.input_data if input_data is None else input_data)
         model = config.model.model_config
         tokenizer = tokenizer or build_tokenizer(copy.deepcopy(config.processor.tokenizer))
@@ -81,6 +91,24 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         if path:
             check_checkpoint(path, network)
         return network
+
+
+def _convert_huggingface_folder(config):
+    """A Hugging Face folder in load_checkpoint becomes a checkpoint in the model's layout, whatever its kind."""
+    path, model = compat.checkpoint_path(config), config.model.model_config
+    chosen = checkpoint_to_load(
+        path, config.output_dir or "./output", config.get("load_ckpt_format"), model.get("qkv_concat", True),
+        model.get("mlp_concat", True), bool(config.auto_trans_ckpt))
+    if chosen != path:
+        logger.info("%s is a Hugging Face folder; loading %s, converted from it", path, chosen)
+        compat.set_checkpoint_path(config, chosen)
+
+
+def _built(arguments, dataset):
+    """Sections for which the caller of `train` or `evaluate` brings an object."""
+    names = {"dataset": (dataset,), "eval_dataset": ("eval_dataset",), "wrapper": ("runner_wrapper",),
+             "optimizer": ("optimizer", "lr_schedule")}
+    return [name for argument, sections in names.items() if arguments.get(argument) is not None for name in sections]
 
 
 def _check_rows(config, section):

@@ -14,6 +14,8 @@ COMMANDS = {
                 "convert a Hugging Face checkpoint to a MindSpore one"),
     "dryrun": ("mindformers_glm32k.dryrun.command",
                "compile the program of every NPU on this machine and report its memory, traffic and work"),
+    "strategy": ("mindformers_glm32k.dryrun.strategy",
+                 "write the parallel strategy files of all NPUs, without an NPU"),
 }
 
 

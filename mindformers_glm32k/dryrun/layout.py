@@ -11,6 +11,7 @@ class Layout:
         micro_batches (int): per step, of a pipeline; 1 without one.
         rows (int): rows of seq_length tokens that a step reads over all devices.
         seq_length (int), layers (int): of the model.
+        widths (tuple[int]): sizes of the model's other axes: hidden, MLP, vocabulary, on a device too.
     """
 
     data_parallel: int
@@ -21,6 +22,7 @@ class Layout:
     rows: int
     seq_length: int
     layers: int
+    widths: tuple = ()
 
     @property
     def world(self):
@@ -35,6 +37,11 @@ class Layout:
         """range: the ranks of a stage."""
         size = self.world // self.stages
         return range(stage * size, (stage + 1) * size)
+
+    @property
+    def lengths(self):
+        """tuple[int]: sizes that an axis of positions has on a device."""
+        return self.seq_length, self.seq_length // self.context_parallel
 
     @property
     def tokens_per_step(self):
@@ -71,4 +78,8 @@ def layout_of(config):
     micro = size("micro_batch_num") if pp > 1 else 1
     rows = size("batch_size", runner) * dp * micro * size("gradient_accumulation_steps", runner)
     rows *= size("micro_batch_interleave_num", config)
-    return Layout(dp, mp, cp, pp, micro, rows, int(model["seq_length"]), int(model["num_layers"]))
+    widths = [int(model[name]) for name in ("hidden_size", "ffn_hidden_size", "padded_vocab_size")]
+    widths += [2 * widths[1], (int(model["num_attention_heads"]) + 2 * int(model["multi_query_group_num"]))
+               * int(model["kv_channels"])]
+    widths += [width // mp for width in widths]
+    return Layout(dp, mp, cp, pp, micro, rows, int(model["seq_length"]), int(model["num_layers"]), tuple(widths))

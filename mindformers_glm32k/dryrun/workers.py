@@ -4,12 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_glm32k.dryrun import frontend
+from mindformers_glm32k.dryrun.layout import layout_of
+from mindformers_glm32k.dryrun.layout_checks import check_layout
 from mindformers_glm32k.dryrun.worker import CONFIG_FILE, NOTE, RECORD_FILE
 from mindformers_glm32k.errors import InputError
 
@@ -40,7 +43,8 @@ class WorkerFailed(RuntimeError):
 
 
 def read_config(launcher_arguments, folder):
-    """The configuration as run_mindformer merges it, read in a process of its own: MindFormers writes logs when imported.
+    """The configuration as run_mindformer merges it, read in a process of its own: MindFormers writes logs when
+    imported.
 
     Args:
         launcher_arguments (list[str]): run_mindformer's.
@@ -58,6 +62,26 @@ def read_config(launcher_arguments, folder):
     if status != 0:
         raise _failure("the configuration could not be read", status, folder / "log_config.txt")
     return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def read_layout(launcher_arguments, devices=None):
+    """The configuration and its layout, checked.
+
+    Args:
+        launcher_arguments (list[str]): run_mindformer's.
+        devices (int | None): NPUs of the run, where known.
+
+    Returns:
+        tuple[Layout, dict]: the layout, the merged configuration.
+
+    Raises:
+        InputError: what run_mindformer or `check_layout` would refuse.
+        WorkerFailed: anything else.
+    """
+    with tempfile.TemporaryDirectory(prefix="glm32k_config_") as folder:
+        config = read_config(launcher_arguments, Path(folder).resolve())
+    check_layout(config, devices)
+    return layout_of(config), config
 
 
 def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, on_done=None):
@@ -159,7 +183,8 @@ class _Progress:
 
     def _left(self):
         each = sum(self.seen) / len(self.seen) if self.seen else self.expected
-        current = 0 if len(self.seen) > self.ranks.index(self.rank) else max(each - (time.monotonic() - self.started), 0)
+        is_done = len(self.seen) > self.ranks.index(self.rank)
+        current = 0 if is_done else max(each - (time.monotonic() - self.started), 0)
         seconds = current + each * (len(self.ranks) - self.ranks.index(self.rank) - 1)
         return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 

@@ -1,4 +1,4 @@
-"""A tiny GLM32K and the command that compiles it."""
+"""A tiny GLM32K and the commands that compile it."""
 import os
 import subprocess
 import sys
@@ -14,17 +14,25 @@ OVERRIDES = {
     "model.model_config.ffn_hidden_size": FFN, "model.model_config.padded_vocab_size": VOCABULARY,
     "train_dataset.max_source_length": 40, "train_dataset.max_target_length": 23,
 }
+# optimizer sharding at this size (KB), and in a pipeline
+SHARDED = {"parallel__parallel_optimizer_config": "{parallel_optimizer_threshold: 1}"}
+PIPELINE = {"parallel_config__pipeline_stage": 2, "parallel_config__micro_batch_num": 4, **SHARDED}
 
 
-def run_dryrun(output, *options, config=CONFIG, **overrides):
-    """Runs `glm32k dryrun` in a process of its own; __ in an override's name stands for a dot.
+def run_command(command, *options, config=CONFIG, **overrides):
+    """Runs `glm32k COMMAND` on the tiny model in a process of its own; __ in an override's name stands for a dot.
 
     Returns:
         subprocess.CompletedProcess
     """
-    command = [sys.executable, "-m", "mindformers_glm32k.cli", "dryrun", *(["--config", str(config)] if config else []),
-               "--output_dir", str(output), *options]
+    command = [sys.executable, "-m", "mindformers_glm32k.cli", command, *(["--config", str(config)] if config else []),
+               *options]
     for key, value in {**OVERRIDES, **overrides}.items():
         command += [f"--{key.replace('__', '.')}", str(value)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           check=False)
+
+
+def run_dryrun(output, *options, config=CONFIG, **overrides):
+    """`glm32k dryrun --output_dir output`; see `run_command`."""
+    return run_command("dryrun", "--output_dir", str(output), *options, config=config, **overrides)

@@ -1,0 +1,91 @@
+"""Write the parallel strategy files of all NPUs of a layout, without an NPU."""
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from mindformers_glm32k.dryrun.command import copy_atomically
+from mindformers_glm32k.errors import InputError
+
+TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
+FILE_NAME = "ckpt_strategy_rank_{}.ckpt"  # the run's own name, which transform_ckpt looks for
+
+
+def add_arguments(parser):
+    parser.add_argument("--config", required=True, help="YAML of the run, as for run_mindformer")
+    parser.add_argument("--output", required=True, help="folder of the files ckpt_strategy_rank_N.ckpt")
+    parser.add_argument("--devices", type=int, help="NPUs of the run; a layout of another size is refused")
+    parser.epilog = ("Any other option is run_mindformer's. The files are what --src_ckpt_strategy and "
+                     "--dst_ckpt_strategy of `python -m mindformers.tools.transform_ckpt` take.")
+
+
+def run(args):
+    from mindformers_glm32k.dryrun.workers import WorkerFailed, read_layout
+
+    launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
+    output = Path(args.output)
+    try:
+        layout, _ = read_layout(launcher_arguments, args.devices)
+        if layout.world == 1:
+            raise InputError(f"{args.config}: one NPU (use_parallel is false, or all of parallel_config is 1) has no "
+                             "strategy; its checkpoints are whole")
+        _refuse_other_layouts(output, layout)
+        written = write_strategies(layout, output, launcher_arguments)
+    except WorkerFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(written)} strategy files ({layout.describe()}): {output}")
+    return 0
+
+
+def write_strategies(layout, output, launcher_arguments):
+    """Compiles one rank of each stage and writes the files of all ranks.
+
+    A strategy file says how each parameter of a stage is cut, not which cut this rank holds: ranks of a stage have
+    equal files, byte for byte.
+
+    Args:
+        layout (Layout): of the configuration.
+        output (pathlib.Path): folder of the files.
+        launcher_arguments (list[str]): run_mindformer's.
+
+    Returns:
+        list[pathlib.Path]: by rank.
+    """
+    from mindformers_glm32k.dryrun.workers import run_workers
+
+    with tempfile.TemporaryDirectory(prefix="glm32k_strategy_") as work:
+        kept = Path(work) / "kept"
+        kept.mkdir()
+
+        def keep(compiled):
+            shutil.copyfile(strategy_file(compiled.folder, compiled.rank), kept / str(layout.stage_of(compiled.rank)))
+            shutil.rmtree(compiled.folder)
+
+        run_workers([layout.ranks_of(stage)[0] for stage in range(layout.stages)], layout, Path(work).resolve(),
+                    launcher_arguments, strategy_only=True, on_done=keep)
+        written = [output / FILE_NAME.format(rank) for rank in range(layout.world)]
+        for rank, path in enumerate(written):  # all or none: nothing is written before the last compile
+            copy_atomically(kept / str(layout.stage_of(rank)), path)
+    return written
+
+
+def strategy_file(folder, rank):
+    """pathlib.Path: the file that a worker of `rank` left below its folder."""
+    return folder / "output" / "strategy" / FILE_NAME.format(rank)
+
+
+def _refuse_other_layouts(output, layout):
+    """transform_ckpt merges all files of a folder: those of a larger layout would be mixed in."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file, a folder is needed")
+    expected = {FILE_NAME.format(rank) for rank in range(layout.world)}
+    others = sorted(path.name for path in output.glob("ckpt_strategy_rank_*.ckpt") if path.name not in expected)
+    if others:
+        raise InputError(f"--output {output}: holds {others[0]} of a layout with more than {layout.world} NPUs; give "
+                         "another folder")
+
+
+if __name__ == "__main__":
+    from mindformers_glm32k.cli import run_command
+    sys.exit(run_command(sys.modules[__name__], "glm32k strategy"))

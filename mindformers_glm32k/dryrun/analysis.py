@@ -3,23 +3,28 @@ from mindformers_glm32k.dryrun import collectives, flops, memory, work
 from mindformers_glm32k.dryrun.mindir import read_program
 from mindformers_glm32k.dryrun.sources import SourceLines
 from mindformers_glm32k.dryrun.trace import trace_program
+from mindformers_glm32k.dryrun.warnings import LARGE_CONSTANT
 
 LARGEST = 10
+_COMPRESSED_MASK = (2048, 2048)  # of the flash attention kernel, the same for every length
 
 
-def analyze(path, text_folder, rank, stage):
+def analyze(path, text_folder, rank, stage, lengths=(), widths=()):
     """Reads one program.
 
     Args:
         path (pathlib.Path): MindIR file.
         text_folder (pathlib.Path): where the frontend wrote the program as text.
         rank (int), stage (int): whose program it is.
+        lengths (Container[int]): sizes that an axis of positions has; tensors with two such axes are looked for.
+        widths (Container[int]): sizes of the model's other axes, which are not to be taken for the length.
 
     Returns:
         dict: see README of the report's JSON in `report.py`; all sizes in bytes of one device, all counts of one step.
     """
-    trace = trace_program(read_program(path))
-    sources = SourceLines(text_folder)
+    program = read_program(path)
+    trace = trace_program(program)
+    sources = SourceLines(text_folder, program)
     used = memory.measure(trace)
     operations = flops.count(trace)
     peak = used.peak_event
@@ -47,9 +52,30 @@ def analyze(path, text_folder, rank, stage):
             for item in collectives.list_collectives(trace, rank)],
         "largest_tensors": _largest(trace.activations + trace.constants, sources),
         "at_peak": _largest(used.at_peak, sources),
+        "square_tensors": _largest([buffer for buffer in trace.activations + trace.constants + trace.inputs
+                                    if is_square(buffer.spec.shape, lengths, widths)], sources),
+        "large_constants": _largest([buffer for buffer in trace.constants
+                                     if buffer.spec.bytes > LARGE_CONSTANT], sources),
         "operations": len(trace.events),
         "doubts": trace.doubts,
     }
+
+
+def is_square(shape, lengths, widths=()):
+    """Whether a tensor's last two axes are both positions of a row, as those of scores and masks are.
+
+    Args:
+        shape (tuple[int]): of the tensor.
+        lengths (Container[int]): sizes that an axis of positions has.
+        widths (Container[int]): other sizes of the model; when a length is one of them, only tensors of four axes
+        count.
+
+    Returns:
+        bool
+    """
+    if len(shape) < 2 or shape == _COMPRESSED_MASK or not all(size in lengths for size in shape[-2:]):
+        return False
+    return len(shape) >= 4 or not any(size in widths for size in shape[-2:])
 
 
 def _largest(buffers, sources):

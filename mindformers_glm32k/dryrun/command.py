@@ -1,5 +1,4 @@
 """Compile the program of every NPU on this machine and report its memory, traffic and work."""
-import json
 import shutil
 import sys
 import tempfile
@@ -16,11 +15,14 @@ def add_arguments(parser):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="YAML of the run, as for run_mindformer")
     what.add_argument("--compare", nargs="+", metavar="YAML_OR_FOLDER",
-                      help="several layouts side by side, with an estimate of their speed: YAMLs, or output folders of dry runs")
+                      help="several layouts side by side, with an estimate of their speed: YAMLs, or output folders "
+                           "of dry runs")
     parser.add_argument("--rank", default="stages",
                         help="whose program: 'stages' (default: one rank per pipeline stage), 'all', or a number")
+    parser.add_argument("--devices", type=int, help="NPUs of the run; a layout of another size is refused")
     parser.add_argument("--output_dir", default="./dryrun", help="folder of the report (default ./dryrun)")
-    parser.add_argument("--keep_programs", action="store_true", help="keep each program (MindIR) in OUTPUT_DIR/programs")
+    parser.add_argument("--keep_programs", action="store_true",
+                        help="keep each program (MindIR) in OUTPUT_DIR/programs")
     parser.add_argument("--quick", action="store_true",
                         help="compile 2 and 4 layers per stage and extrapolate to all layers; no strategy files")
     parser.epilog = "Any other option is run_mindformer's: --run_mode predict, --parallel_config.data_parallel 4, …"
@@ -36,15 +38,15 @@ def run(args):
             print(compare(args.compare, output, lambda config, folder: make_report(
                 config, args.overrides, folder, keep_programs=args.keep_programs, quick=args.quick)))
             return 0
-        make_report(args.config, args.overrides, output, args.rank, args.keep_programs, args.quick)
+        make_report(args.config, args.overrides, output, args.rank, args.keep_programs, args.quick, args.devices)
     except WorkerFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"report: {output / 'report.json'}")
+    print(f"report: {output / 'report.md'} (figures: report.json)")
     return 0
 
 
-def make_report(config_file, overrides, output, rank="stages", keep_programs=False, quick=False):
+def make_report(config_file, overrides, output, rank="stages", keep_programs=False, quick=False, devices=None):
     """Compiles the programs of a configuration and writes the report.
 
     Args:
@@ -54,18 +56,16 @@ def make_report(config_file, overrides, output, rank="stages", keep_programs=Fal
         rank (str): whose programs, see `ranks_asked_for`.
         keep_programs (bool): whether the MindIR files are kept.
         quick (bool): compile few layers and extrapolate.
+        devices (int | None): NPUs of the run; a layout of another size is refused.
 
     Returns:
         dict: the report.
     """
-    from mindformers_glm32k.dryrun.layout import layout_of
-    from mindformers_glm32k.dryrun.workers import read_config
+    from mindformers_glm32k.dryrun.report import write_report
+    from mindformers_glm32k.dryrun.workers import read_layout
 
     launcher_arguments = ["--config", str(Path(config_file).resolve()), *overrides]
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as work:
-        config = read_config(launcher_arguments, Path(work).resolve())
-    layout = layout_of(config)
+    layout, config = read_layout(launcher_arguments, devices)
     ranks = ranks_asked_for(rank, layout)
     if quick:
         programs = compile_shallow(config, ranks, layout, output, launcher_arguments)
@@ -74,13 +74,13 @@ def make_report(config_file, overrides, output, rank="stages", keep_programs=Fal
     report = {"world_size": layout.world, "layout": layout.describe(), "layout_sizes": asdict(layout),
               "tokens_per_step": layout.tokens_per_step, "run_mode": config["run_mode"], "config": config_file,
               "programs": programs}
-    with atomic_path(output / "report.json") as path:
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_report(report, config, output)
     return report
 
 
 def compile_shallow(config, ranks, layout, output, launcher_arguments):
-    """Like `compile_and_analyze`, extrapolated from programs of few layers; stages that have no more are compiled as they are.
+    """Like `compile_and_analyze`, extrapolated from programs of few layers; stages that have no more are compiled as
+    they are.
 
     Raises:
         InputError: the configuration does not allow it, see `quick.layers_of_stages`.
@@ -134,10 +134,9 @@ def compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs
         keep_programs (bool): whether the MindIR files are kept.
 
     Returns:
-        list[dict]: one per rank, see `analysis.analyze`.
+        list[dict]: one per rank, of prediction with a cache two (prefill, increment); see `analysis.analyze`.
     """
     from mindformers_glm32k.dryrun.analysis import analyze
-    from mindformers_glm32k.dryrun.worker import PROGRAM_FILE
     from mindformers_glm32k.dryrun.workers import run_workers
 
     programs = []
@@ -147,13 +146,15 @@ def compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs
         record, folder = compiled.record, compiled.folder
         for strategy in (folder / "output" / "strategy").glob("ckpt_strategy_rank_*.ckpt"):
             copy_atomically(strategy, output / "strategy" / strategy.name)
-        program = analyze(folder / PROGRAM_FILE, folder / "text", compiled.rank, layout.stage_of(compiled.rank))
-        programs.append({"rank": compiled.rank, "stage": program.pop("stage"),
-                         "compile_seconds": record["compile_seconds"], "peak_rss_bytes": record["peak_rss_bytes"],
-                         **{key: value for key, value in program.items() if key != "rank"},
-                         "stand_ins": record["stand_ins"], "inputs": record.get("inputs")})
-        if keep_programs:
-            copy_atomically(folder / PROGRAM_FILE, output / "programs" / f"rank_{compiled.rank}.mindir")
+        for entry in record["programs"]:
+            program = analyze(folder / entry["file"], folder / "text", compiled.rank, layout.stage_of(compiled.rank),
+                              layout.lengths, layout.widths)
+            programs.append({"rank": program.pop("rank"), "stage": program.pop("stage"), "phase": entry["phase"],
+                             "compile_seconds": entry["compile_seconds"], "peak_rss_bytes": record["peak_rss_bytes"],
+                             **program, "stand_ins": record["stand_ins"], "inputs": record.get("inputs")})
+            if keep_programs:
+                name = f"rank_{compiled.rank}{'' if entry['phase'] == 'train' else '_' + entry['phase']}.mindir"
+                copy_atomically(folder / entry["file"], output / "programs" / name)
         shutil.rmtree(folder)
 
     with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as work:

@@ -1,18 +1,18 @@
-"""Floating point operations of a traced program, counted from the shapes of its matrix products and attention kernels."""
+"""Floating point operations of a traced program, from the shapes of its matrix products and attention kernels."""
 from collections import defaultdict
 
 from mindformers_glm32k.dryrun.trace import Literal
 
 MATRIX_PRODUCTS = ("MatMul", "BatchMatMul", "MatMulExt", "BatchMatMulExt", "Dense")
 # FlashAttentionScoreGrad recomputes the scores and makes four products of the forward's size: 5 where that has 2.
-ATTENTION = {"FlashAttentionScore": 4, "FlashAttentionScoreGrad": 10}
+ATTENTION = {"FlashAttentionScore": 4, "FlashAttentionScoreGrad": 10, "PagedAttention": 4}
 
 
 def count(trace):
     """Counts a multiply-add as two; elementwise work is left out.
 
-    Attention is counted over all pairs of positions, as is usual; a kernel that skips what a causal mask hides does about
-    half of that.
+    Attention is counted over all pairs of positions, as is usual; a kernel that skips what a causal mask hides does
+    about half of that.
 
     Args:
         trace (Trace): from `trace_program`.
@@ -51,9 +51,19 @@ def _transposes_left(event):
     return bool(attributes.get("transpose_a", attributes.get("transpose_x1", False)))
 
 
+def position_axis(query):
+    """int: which axis of an attention operand counts positions: of TH 0, of BSH 1, of BNSD 2."""
+    return len(query.shape) - 2
+
+
 def _pairs(event):
-    """batch x query positions x key positions x query width (heads x head size)."""
-    query, key = event.reads[0].spec.shape, event.reads[1].spec.shape
-    if len(query) == 3:  # BSH
-        return query[0] * query[1] * query[2] * key[1]
-    return query[0] * query[1] * query[2] * query[3] * key[2]  # BNSD
+    """Sum over the rows of a batch of query positions x key positions x query width (heads x head size).
+
+    Prompts that lie behind each other in one TH operand are taken for one: their lengths are known only at run time.
+    Paged attention is counted over all slots of its block tables.
+    """
+    query, key = event.reads[0].spec, event.reads[1].spec
+    elements = query.bytes // query.itemsize
+    if event.node.op == "PagedAttention":  # keys: (blocks, block size, heads, head size); tables: (batch, blocks)
+        return elements * key.shape[1] * event.reads[3].spec.shape[-1]
+    return elements * key.shape[position_axis(query)]

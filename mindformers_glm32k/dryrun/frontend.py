@@ -1,21 +1,25 @@
-"""Lets a MindSpore without an NPU plugin compile what an Ascend NPU would run. The one file that reaches into MindSpore.
+"""Lets a MindSpore without an NPU plugin compile what an Ascend NPU would run. The one file that reaches into
+MindSpore.
 
 It acts only in the process that calls `install`, a worker of the dry run; nothing else imports it.
 
-Ledger. What is reached into, why, in which versions it was seen working, when it goes. Frontend here means: parsing, type
-inference, sharding, pipeline split, optimizer sharding, recomputation, insertion and fusion of communication. It is part of
-every wheel and needs no device; what follows only passes the checks that stand before it.
+Ledger. What is reached into, why, in which versions it was seen working, when it goes. Frontend here means: parsing,
+type inference, sharding, pipeline split, optimizer sharding, recomputation, insertion and fusion of communication. It
+is part of every wheel and needs no device; what follows only passes the checks that stand before it.
 
 MsContext::seter_       The std::function that refuses a device target whose plugin is not loaded, exported by
                         libmindspore_core.so. It is set to empty (32 zero bytes), which means: take the name as it is.
                         MindSpore 2.7.0, 2.7.2, 2.9.0 (x86-64). Not touched where the Ascend plugin is loaded.
                         Goes when MindSpore compiles for Ascend without CANN (MS_SIMULATION_LEVEL asks for it today).
-hccl_test hook          _comm_helper._HCCL_TEST_AVAILABLE and .hccl: MindSpore's own stand-in for the communication library in
+hccl_test hook          _comm_helper._HCCL_TEST_AVAILABLE and .hccl: MindSpore's own stand-in for the communication
+library in
                         its tests; it answers rank, size and groups. set_hccl_test_avaible lets device_num exceed the
                         devices present. Same versions; goes with the above.
-communication.init      does nothing: there is nobody to talk to. set_device and set_memory likewise: tensors and cells are
+communication.init      does nothing: there is nobody to talk to. set_device and set_memory likewise: tensors and cells
+are
                         built on the CPU, and only `compile` sees Ascend.
-_CellGraphExecutor      `compile` is wrapped to switch the target around it and to hand the compiled program to the worker.
+_CellGraphExecutor      `compile` is wrapped to switch the target around it and to hand the compiled program to the
+worker.
                         `get_func_graph_proto(phase, "mind_ir")` gives the program. All versions.
 MS_DEV_PRECOMPILE_ONLY  stops after the frontend; without it the backend is asked for a device.
 MS_DEV_DUMP_IR_PASSES   "validate" writes the validated program as text, the only form that has source lines.
@@ -24,6 +28,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -56,7 +61,7 @@ def install(rank, world, on_compiled):
     Args:
         rank (int): the NPU whose program is compiled.
         world (int): number of NPUs.
-        on_compiled (callable): gets (cell, phase, program) after every compile; program is MindIR as bytes.
+        on_compiled (callable): gets (cell, phase, program, seconds) after every compile; program() is MindIR as bytes.
 
     Raises:
         FrontendUnavailable: the symbol that this rests on is not in this build.
@@ -106,8 +111,8 @@ def _forget_device_check(mindspore):
         setter = (ctypes.c_char * _SETTER_BYTES).in_dll(ctypes.CDLL(str(library)), _SETTER)
     except (OSError, ValueError) as error:
         raise FrontendUnavailable(
-            f"MindSpore {mindspore.__version__} on {sys.platform} does not let its frontend compile for Ascend without an "
-            "Ascend plugin (known to work: 2.7.0 to 2.9.0 for Linux x86-64).") from error
+            f"MindSpore {mindspore.__version__} on {sys.platform} does not let its frontend compile for Ascend without "
+            "an Ascend plugin (known to work: 2.7.0 to 2.9.0 for Linux x86-64).") from error
     ctypes.memset(ctypes.addressof(setter), 0, _SETTER_BYTES)
 
 
@@ -176,10 +181,12 @@ def _wrap_compile(executor_class, graph_executor, rank, on_compiled):
         if context.get_auto_parallel_context("parallel_mode") != "stand_alone":
             context.set_auto_parallel_context(global_rank=rank)
             AutoParallelContext.get_instance().set_hccl_test_avaible(True)
+        started = time.monotonic()
         with _target_ascend():
             full_phase, is_new = original(self, cell, *args, phase=phase, **kwargs)
         if is_new:
-            on_compiled(cell, full_phase, lambda: graph_executor.get_func_graph_proto(full_phase, "mind_ir"))
+            on_compiled(cell, full_phase, lambda: graph_executor.get_func_graph_proto(full_phase, "mind_ir"),
+                        time.monotonic() - started)
         return full_phase, is_new
 
     executor_class.compile = compile_for_ascend

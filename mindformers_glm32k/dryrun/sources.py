@@ -13,12 +13,37 @@ class SourceLines:
 
     Args:
         folder (pathlib.Path): holds the text that the frontend wrote, in any sub-folder; none is fine too.
+        program (Program | None): the program whose nodes are looked up.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, program=None):
         self.lines = {}
         for path in sorted(Path(folder).rglob("*validate*.ir")):
             self._read(path)
+        self.by_cell = {}
+        for scope, lines in self.lines.items():
+            if lines:
+                self.by_cell.setdefault(_operation(scope), lines)
+        if program is not None:
+            self._renumber(program)
+
+    def _renumber(self, program):
+        """Operations of a kind in a cell are numbered on from text to program: the n-th there is the n-th here."""
+        def by_kind(scopes):
+            kinds = {}
+            for scope in set(scopes):
+                kind, _, number = scope.rpartition("-op")
+                if kind and number.isdigit():
+                    kinds.setdefault(kind, []).append(int(number))
+            return {kind: sorted(numbers) for kind, numbers in kinds.items()}
+
+        there = by_kind(node.scope for graph in (program.main, *program.graphs.values()) for node in graph.nodes)
+        renumbered = {}
+        for kind, numbers in by_kind(self.lines).items():
+            if len(there.get(kind, ())) == len(numbers):
+                for old, new in zip(numbers, there[kind]):
+                    renumbered[f"{kind}-op{new}"] = self.lines[f"{kind}-op{old}"]
+        self.lines = renumbered
 
     def _read(self, path):
         scope = None
@@ -34,7 +59,8 @@ class SourceLines:
                 elif scope is not None:
                     found = _LINE.search(line)
                     if found:
-                        self.lines[scope].append(found.groups())
+                        path, number, code = found.groups()
+                        self.lines[scope].append((path, number, code.split("/<~~", 1)[0]))  # a remark of the frontend's
 
     def of(self, node):
         """The innermost line in MindFormers or this package, else in MindSpore, else the scope.
@@ -45,12 +71,24 @@ class SourceLines:
         Returns:
             str: "package/file.py:LINE text", or the node's scope where no line is known.
         """
-        calls = [(_short(path), line, text) for path, line, text in self.lines.get(node.scope, ())]
+        lines = self.lines.get(node.scope) or self.by_cell.get(_operation(node.scope), ())
+        calls = [(_short(path), line, text) for path, line, text in lines]
         ours = [call for call in calls if call[0].startswith(_OURS)]
         if not calls:
             return node.scope or node.op
         path, line, text = (ours or calls)[-1]
         return f"{path}:{line} {text.strip()}"
+
+
+def _operation(scope):
+    """(cell, operator) of the forward that an operation, its copy for recomputation or its gradient comes from."""
+    cell, _, name = scope.rpartition("/")
+    cell = cell[len("Gradients/"):] if cell.startswith("Gradients/") else cell
+    cell = cell[len("recompute_"):] if cell.startswith("recompute_") else cell
+    parent, _, last = cell.rpartition("/")
+    if last.startswith("Grad_"):
+        return parent, last[len("Grad_"):]
+    return cell, re.sub(r"-op\d+$", "", name)
 
 
 def _short(path):

@@ -23,6 +23,8 @@ def fill(config, folder, batch_rows):
         list[str]: one sentence for the report, or nothing.
     """
     missing = []
+    if config.run_mode.startswith("predict") and not config.input_data:
+        config.input_data = TEXT  # the worker sets the prompts' lengths
     for section, key, make in _inputs(config):
         given = section.get(key)
         if not isinstance(given, str):

@@ -1,17 +1,16 @@
-"""One process, one NPU's program: runs `run_mindformer` with the user's YAML and options, and stops after the compile."""
+"""One process, one NPU's program: runs `run_mindformer` with the user's YAML and options, and stops once compiled."""
 import argparse
 import contextlib
 import json
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 
-from mindformers_glm32k.dryrun import frontend, stand_in
+from mindformers_glm32k.dryrun import frontend, prediction, stand_in
 from mindformers_glm32k.errors import InputError
 
-PROGRAM_FILE = "program.mindir"
+PROGRAM_FILE = "program.mindir"  # behind the name of its phase
 RECORD_FILE = "record.json"
 CONFIG_FILE = "config.json"
 NOTE = "dryrun: "  # a line of standard output that starts so is for the command that started this process
@@ -32,16 +31,21 @@ class Recorder:
     def __init__(self, folder, keep_program):
         self.folder = folder
         self.keep_program = keep_program
-        self.started = time.monotonic()
-        self.record = {"stand_ins": [], "compile_seconds": None, "programs": []}
+        self.seconds = 0.0
+        self.record = {"stand_ins": [], "programs": []}
 
-    def compiled(self, cell, phase, program):
+    def compiled(self, cell, phase, program, seconds):
         """Called by the frontend after each compile."""
-        entry = {"cell": type(cell).__name__, "phase": phase.split(".")[0]}
+        name = "train" if cell.training else prediction.phase_name(phase.split(".")[0], cell.config.use_past)
+        note("compiled" if name is None else f"{name} compiled")
+        self.seconds += seconds
+        if name is None:
+            return
+        entry = {"cell": type(cell).__name__, "phase": name, "compile_seconds": round(self.seconds, 2)}
+        self.seconds = 0.0
         if self.keep_program:
-            name = PROGRAM_FILE if not self.record["programs"] else f"{len(self.record['programs'])}_{PROGRAM_FILE}"
-            (self.folder / name).write_bytes(program())
-            entry["file"] = name
+            entry["file"] = f"{name}_{PROGRAM_FILE}"
+            (self.folder / entry["file"]).write_bytes(program())
         self.record["programs"].append(entry)
 
     def finish(self):
@@ -68,9 +72,7 @@ def _compile_instead_of_training(recorder):
                   zip(frontend.input_shapes(train_dataset), train_dataset.output_types())]
         recorder.record["inputs"] = [list(value.shape) for value in inputs]
         note("compile")
-        started = time.monotonic()
         network.compile(*inputs)
-        recorder.record["compile_seconds"] = round(time.monotonic() - started, 2)
         recorder.finish()
 
     Model.train = train
@@ -128,6 +130,7 @@ def compile_program(folder, rank, world, keep_program, launcher_arguments):
     config, recorder.record["stand_ins"] = _read(folder, launcher_arguments)
     os.chdir(folder)  # what upstream writes into the working directory stays here
     _compile_instead_of_training(recorder)
+    prediction.Generation(recorder.finish).install()
     note("build")
     with contextlib.suppress(Finished):
         run_mindformer.run(config)

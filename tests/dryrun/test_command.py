@@ -24,7 +24,8 @@ def test_says_what_stands_in_for_missing_files(report):
 
 
 def test_nothing_else_is_left(pipeline):
-    assert sorted(path.name for path in pipeline.iterdir()) == ["log", "programs", "report.json", "strategy"]
+    assert sorted(path.name for path in pipeline.iterdir()) == [
+        "log", "programs", "report.json", "report.md", "report.png", "strategy"]
 
 
 def test_strategy_files_hold_the_layout_of_every_parameter_of_the_stage(pipeline):

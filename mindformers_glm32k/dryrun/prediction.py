@@ -1,0 +1,81 @@
+"""Prediction in a dry run: upstream's generator is driven through its two graphs, and no token is computed.
+
+The generator compiles "prefill" (prompts in one flattened row) and "increment" (one token of each prompt) with shapes
+that stay open. A program without shapes has no memory to measure: after the two that an NPU gets, the same two are
+compiled once more with the longest prompts that fit, and these are the ones that the report reads.
+"""
+import numpy as np
+
+SIZED = "sized"
+
+
+class Generation:
+    """Takes the place of `generate` and of what it would do with results.
+
+    Args:
+        finish (callable): called when all graphs are compiled.
+    """
+
+    def __init__(self, finish):
+        self.finish = finish
+        self.calls_left = 0
+        self.sized = False
+
+    def install(self):
+        """Replaces the generator's methods in this process."""
+        from mindformers.generation.text_generator import GenerationMixin
+        generate, driver = GenerationMixin.generate, self
+
+        def compile_both(model, input_ids, **options):
+            config = model.config
+            rows = len(np.atleast_2d(np.asarray(input_ids)))
+            prompts = np.ones((rows, longest_prompt(config)), np.int32)
+            for driver.sized in (False, True) if config.use_past else (False,):
+                driver.calls_left = 2 if config.use_past else 1
+                if driver.sized:
+                    driver.close_shapes(model)
+                generate(model, prompts, **options)
+            driver.finish()
+
+        GenerationMixin.generate = compile_both
+        GenerationMixin.postprocess = self.next_tokens
+
+    @staticmethod
+    def close_shapes(model):
+        """Lets the next compile see the shapes that it is called with, under phases of their own."""
+        model._dynamic_shape_inputs = None
+        model.set_dynamic_inputs = lambda **_: None
+        model._set_network_phase(SIZED)
+        model._exec_add_flags = True
+
+    def next_tokens(self, *_, input_ids, is_finished, **__):
+        """What upstream's postprocess returns, for any token that ends nothing, until all graphs were called."""
+        self.calls_left -= 1
+        return [1] * len(input_ids), None, None, [self.calls_left == 0] * len(is_finished)
+
+
+def longest_prompt(config):
+    """Tokens of a prompt that leave room for the answer.
+
+    Args:
+        config (GLM32KConfig): the model's.
+
+    Returns:
+        int
+    """
+    return max(config.seq_length - (config.max_new_tokens or 1), 1)
+
+
+def phase_name(phase, use_past):
+    """The report's name of a phase, or None where the program has open shapes and another of the same graph follows.
+
+    Args:
+        phase (str): MindSpore's.
+        use_past (bool): whether prefill and increment are separate graphs.
+
+    Returns:
+        str | None
+    """
+    if not use_past:
+        return "predict"
+    return phase.rsplit("_", 1)[0] if phase.endswith("_" + SIZED) else None

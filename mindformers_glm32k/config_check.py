@@ -130,7 +130,7 @@ def _class_problems(section, category, key):
         return [f"{key}.type: no {category} class is registered as {name!r}{_similar(str(name), classes)}"]
     if category not in ("optimizer", "callback", "wrapper"):
         return []  # these take further keys, or check theirs themselves
-    known, closed = _constructor_keys(classes[name])
+    known, closed = constructor_keys(classes[name])
     if not closed and category != "wrapper":
         return []
     return [f"{key}: {name} has no key {unknown!r}{_similar(unknown, known)}"
@@ -142,8 +142,16 @@ def _similar(word, known):
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def _constructor_keys(cls):
-    """Names that a class takes by keyword, those that it passes on to its bases included; whether that is all."""
+def constructor_keys(cls):
+    """What a class can be built with.
+
+    Args:
+        cls (type): the class.
+
+    Returns:
+        tuple[set[str], bool]: names that it takes by keyword, those that it passes on to its bases included; and
+        whether that is all (False: it takes any).
+    """
     names = set()
     for base in cls.__mro__:
         constructor = vars(base).get("__init__") or vars(base).get("__new__")

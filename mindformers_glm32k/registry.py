@@ -18,6 +18,7 @@ ENTRIES = (
     ("config", "GLM32KConfig", "mindformers_glm32k.config"),
     ("models", "GLM32KForConditionalGeneration", "mindformers_glm32k.model"),
     ("tokenizer", "GLM32KTokenizer", "mindformers_glm32k.tokenizer"),
+    ("processor", "GLM32KProcessor", "mindformers_glm32k.processor"),
     ("dataset_loader", "GLM32KDataLoader", "mindformers_glm32k.data.loader"),
     ("dataset", "GLM32KDataset", "mindformers_glm32k.data.dataset"),
     ("wrapper", "GLM32KTrainOneStepCell", "mindformers_glm32k.train_step"),
@@ -61,7 +62,7 @@ def _register_auto_classes():
     # the YAMLs' auto_register looks here unless --register_path said otherwise
     os.environ.setdefault("REGISTER_PATH", str(config_folder()))
     # save_pretrained of a tokenizer writes a YAML with a processor around it and looks its name up here.
-    MindFormerBook.get_tokenizer_name_to_processor()[tokenizer.__name__] = "GLMProcessor"
+    MindFormerBook.get_tokenizer_name_to_processor()[tokenizer.__name__] = "GLM32KProcessor"
     upstream_trainer.SUPPORT_MODEL_NAMES.add(MODEL_TYPE)
 
 

@@ -10,6 +10,7 @@ from mindformers_glm32k.checkpoint_check import check_checkpoint
 from mindformers_glm32k.config_check import check_config
 from mindformers_glm32k.data.dataset import check_vocabulary, row_length
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.predict import ChatPromptTokenizer, read_prompts
 from mindformers_glm32k.weights.direct_loading import checkpoint_to_load
 from mindformers_glm32k.yaml_values import normalize_values
@@ -78,6 +79,9 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
                                                           if key in kwargs})
         if missing:
             results[-1]["text_generation_text"] = results[-1]["text_generation_text"][:-missing]
+            # upstream has written the answers of the filled-up batch
+            with atomic_path(config.save_file or f"{self.task}_result.txt") as temporary:
+                temporary.write_text(str(results), encoding="utf-8")
         answers = [answer for result in results for answer in result["text_generation_text"]]
         for prompt, answer in zip(prompts, answers):
             logger.info("prompt: %s\nanswer: %s", prompt, answer)

@@ -1,6 +1,8 @@
 """The parallel layout that a configuration asks for: how many NPUs, which rank belongs to which pipeline stage."""
 from dataclasses import dataclass
 
+_SHORTEST_RUN = 1024  # positions
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -40,8 +42,10 @@ class Layout:
 
     @property
     def lengths(self):
-        """tuple[int]: sizes that an axis of positions has on a device."""
-        return self.seq_length, self.seq_length // self.context_parallel
+        """tuple[int]: sizes that an axis of positions has on a device; short runs of context parallel ranks are left
+        out, for other axes have such sizes too and no memory problem hides there."""
+        run = self.seq_length // self.context_parallel
+        return (self.seq_length, run) if run >= _SHORTEST_RUN else (self.seq_length,)
 
     @property
     def tokens_per_step(self):

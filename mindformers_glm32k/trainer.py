@@ -89,7 +89,12 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
 
     def create_network(self, default_args=None):
         network = super().create_network(default_args)
-        if compat.innermost_network(network).config.use_portable_cells:
+        model = compat.innermost_network(network)
+        if model.config.use_past:
+            # Upstream's LoRA wrapper declares its inputs' shapes as dynamic in another model's order, and so answers
+            # every prompt with the graph of the first. The model inside has the adapters, too.
+            network = model
+        elif model.config.use_portable_cells:
             network.argmax = compat.portable_argmax  # a LoRA wrapper generates in the model's place
         path = compat.checkpoint_path(self.config)
         if path:

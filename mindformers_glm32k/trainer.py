@@ -55,7 +55,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
             batch_size (int): prompts per batch.
 
         Returns:
-            list[dict]: upstream's {"text_generation_text": [answers of a batch]}.
+            list[dict]: upstream's {"text_generation_text": [answers]}, one per batch, or in 1.6 one per prompt.
         """
         normalize_values(config)
         check_config(config, "predict", () if tokenizer is None else ("processor",))
@@ -78,7 +78,10 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
                 tokenizer=chat, batch_size=batch_size, **{key: kwargs[key] for key in ("is_full_config",)
                                                           if key in kwargs})
         if missing:
-            results[-1]["text_generation_text"] = results[-1]["text_generation_text"][:-missing]
+            for _ in range(missing):
+                results[-1]["text_generation_text"].pop()
+                if not results[-1]["text_generation_text"]:  # 1.6 has one entry per prompt
+                    results.pop()
             # upstream has written the answers of the filled-up batch
             with atomic_path(config.save_file or f"{self.task}_result.txt") as temporary:
                 temporary.write_text(str(results), encoding="utf-8")

@@ -63,9 +63,9 @@ class Finished:
         return folder / (name or json.loads((folder / "meta.json").read_text())["last_ckpt_file"])
 
     def answers(self):
-        """The answers that a prediction wrote: one list per batch."""
+        """The answers that a prediction wrote."""
         text = (self.folder / "text_generation_result.txt").read_text(encoding="utf-8")
-        return [result["text_generation_text"] for result in ast.literal_eval(text)]
+        return [answer for result in ast.literal_eval(text) for answer in result["text_generation_text"]]
 
 
 class Runs:
@@ -344,12 +344,12 @@ def test_two_processes_loaded_the_checkpoint(trained, follow_ups):
 # --- prediction ---
 
 def test_three_prompts_in_batches_of_two(follow_ups):
-    assert succeeded(follow_ups("predict")).answers() == [["yes", "no it is 42"], ["yes"]]
+    assert succeeded(follow_ups("predict")).answers() == ["yes", "no it is 42", "yes"]
 
 
 def test_sampling(follow_ups):
     run = succeeded(follow_ups("sample"))
-    assert run.answers() == [["yes"], ["no it is 42"]]  # the model is sure of itself
+    assert run.answers() == ["yes", "no it is 42"]  # the model is sure of itself
 
 
 # --- LoRA ---
@@ -373,4 +373,4 @@ def test_a_fixed_loss_scale_stays(follow_ups):
 
 
 def test_lora_predicts(follow_ups):
-    assert succeeded(follow_ups("lora")[1]).answers() == [["yes"], ["no it is 42"]]
+    assert succeeded(follow_ups("lora")[1]).answers() == ["yes", "no it is 42"]

@@ -216,6 +216,13 @@ def test_quickstart_does_not_build_over_something_else():
     assert done.returncode == 1 and "stage 1/5: papers has no bin/python and is not empty" in done.stderr
 
 
+def test_quickstart_replaces_no_files_but_its_own():
+    Path("mine/checkpoint").mkdir(parents=True)
+    done = bash(EXAMPLES / "quickstart.sh", "mine")
+    assert done.returncode == 2 and "mine is not empty and not from an earlier quickstart" in done.stderr
+    assert [path.name for path in Path("mine").iterdir()] == ["checkpoint"]
+
+
 def test_quickstart_stops_at_the_first_stage_that_fails():
     """An environment whose python finds every package and then fails."""
     python = Path("venv/bin/python")

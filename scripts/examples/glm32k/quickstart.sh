@@ -5,7 +5,8 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/examples/glm32k/quickstart.sh [OUTPUT_DIR] [--venv DIR]
 
-  OUTPUT_DIR   where data, checkpoint, curve, answers and logs go. Default: output/quickstart in the project
+  OUTPUT_DIR   where data, checkpoint, curve, answers and logs go: a new or empty folder, or one of an earlier
+               quickstart, whose files are replaced. Default: output/quickstart in the project
   --venv DIR   a virtual environment to use. Default: .venv in the project, made when it is not there; one that is
                there and has everything is used as it is
 
@@ -24,7 +25,13 @@ while (($#)); do
     esac
 done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-mkdir -p "${output:=$root/output/quickstart}" || exit 1
+output=${output:-$root/output/quickstart}
+# an earlier quickstart's files are replaced, nobody else's
+if [[ -e $output && ! -e $output/.quickstart && -n $(ls -A "$output" 2> /dev/null || echo file) ]]; then
+    echo "error: $output is not empty and not from an earlier quickstart; give another OUTPUT_DIR" >&2
+    exit 2
+fi
+mkdir -p "$output" && touch "$output/.quickstart" || exit 1
 output=$(cd "$output" && pwd)
 configs=$root/research/glm32k
 data=$output/data logs=$output/logs

@@ -55,7 +55,7 @@ def answer(args):
     config = read_config(["--config", args.config_path, "--run_mode", "predict",
                           "--load_checkpoint", args.load_checkpoint,
                           "--processor.tokenizer.vocab_file", args.vocab_file])
-    prompts = list(args.prompts or PROMPTS)
+    prompts = [prompt.replace(r"\n", "\n") for prompt in args.prompts or PROMPTS]  # as --predict_data reads them
     config.input_data = prompts if len(prompts) > 1 else prompts[0]
     config.save_file = os.path.join(os.path.dirname(os.path.abspath(args.log)), "text_generation_result.txt")
     model_config = config.model.model_config

@@ -51,7 +51,8 @@ def test_a_rank_that_is_not_there_is_refused(tmp_path, rank):
 
 
 def test_the_trainers_refusal_is_shown_as_it_is(tmp_path):
-    result = run_dryrun(tmp_path / "out", "--rank", "0", train_dataset__max_source_length=400)
+    result = run_dryrun(tmp_path / "out", "--rank", "0", train_dataset__max_source_length=400,
+                        model__model_config__num_layers=4)
     assert result.returncode == 2
     assert "seq_length=64" in result.stderr and "Traceback" not in result.stderr
 

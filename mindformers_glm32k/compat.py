@@ -166,8 +166,9 @@ def barrier_on_cpu():
     def barrier(group=GlobalComm.WORLD_COMM_GROUP):
         mindspore.ops.AllReduce(group=group)(mindspore.Tensor([1.0], mindspore.float32)).asnumpy()
 
-    users = [module for name, module in sys.modules.items()
-             if name.startswith("mindformers.") and getattr(module, "barrier", None) is upstream]
+    # resuming calls comm_func.barrier, loading and saving call the names they imported
+    users = [comm_func, *(module for name, module in sys.modules.items()
+                          if name.startswith("mindformers.") and getattr(module, "barrier", None) is upstream)]
     for module in users:
         module.barrier = barrier
     try:

@@ -179,7 +179,7 @@ def run(config):
         list[dict] | None: the answers of a prediction, as GLM32KTrainer.predict returns them.
     """
     from mindformers import Trainer, build_context
-    from mindformers_glm32k.compat import set_output_path
+    from mindformers_glm32k.compat import barrier_on_cpu, set_output_path
     from mindformers_glm32k.config_check import check_config
 
     if config.trainer.type == "GLM32KTrainer":
@@ -187,16 +187,20 @@ def run(config):
     if config.use_parallel and not any(name in os.environ for name in _LAUNCHERS):
         raise InputError("use_parallel: True needs several processes; start them with scripts/msrun_launcher.sh, or "
                          "set use_parallel: False")
+    if not config.use_parallel and int(os.environ.get("MS_WORKER_NUM", 1)) > 1:
+        raise InputError("one of several processes, and use_parallel is False: each would do the whole work and write "
+                         "the same files; add --use_parallel True")
     set_output_path(config.output_dir)
     build_context(config)
     trainer = Trainer(config)
-    if config.run_mode in ("train", "finetune"):
-        trainer.train()
-    elif config.run_mode == "eval":
-        trainer.evaluate(eval_checkpoint=config.load_checkpoint)
-    else:
-        return trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data,
-                               batch_size=config.predict_batch_size, adapter_id=config.adapter_id)
+    with barrier_on_cpu():  # MindFormers' Trainer itself waits at one before it resumes
+        if config.run_mode in ("train", "finetune"):
+            trainer.train()
+        elif config.run_mode == "eval":
+            trainer.evaluate(eval_checkpoint=config.load_checkpoint)
+        else:
+            return trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data,
+                                   batch_size=config.predict_batch_size, adapter_id=config.adapter_id)
     return None
 
 

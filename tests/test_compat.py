@@ -73,7 +73,7 @@ def test_checkpoint_path(config, path):
 
 
 def modules_with_barrier():
-    """The modules of MindFormers that wait at MindSpore's barrier, as far as they are loaded."""
+    """MindSpore's module of barriers, and those of MindFormers that took the name from it, as far as they are loaded."""
     import sys
 
     import mindformers  # noqa: F401, loads them
@@ -81,7 +81,7 @@ def modules_with_barrier():
     found = [module for name, module in list(sys.modules.items())
              if name.startswith("mindformers.") and getattr(module, "barrier", None) is comm_func.barrier]
     assert found
-    return found, comm_func.barrier
+    return [comm_func, *found], comm_func.barrier
 
 
 def test_barriers_stay_in_one_process():

@@ -112,6 +112,11 @@ def test_wrong_values(option, words, options, capsys):
     assert words in refused(options() + [option], capsys)
 
 
+def test_several_processes_that_would_each_do_everything(options, capsys, monkeypatch):
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    assert "add --use_parallel True" in refused(options(), capsys)
+
+
 def test_everything_wrong_is_named_at_once(options, capsys):
     error = refused(options() + ["--runner_config.epochs=two", "--optimizer.betas=3", "--lr_schedule=None"], capsys)
     assert "runner_config.epochs: 'two'" in error and "optimizer.betas: 3" in error and "lr_schedule: a section" in error

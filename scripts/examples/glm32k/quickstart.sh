@@ -36,6 +36,7 @@ output=$(cd "$output" && pwd)
 configs=$root/research/glm32k
 data=$output/data logs=$output/logs
 mkdir -p "$logs" || exit 1
+own=${venv:+no}  # a given environment needs only the packages: the project is found by PYTHONPATH
 venv=${venv:-$root/.venv}
 
 STAGES=5
@@ -70,7 +71,7 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 # ---- 2: packages
 has_all='import importlib.util as u, sys
 sys.exit(any(u.find_spec(name) is None for name in "mindspore mindformers sentencepiece matplotlib pytest".split()))'
-if python -c "$has_all"; then
+if python -c "$has_all" && [[ $own == no || -x $venv/bin/glm32k ]]; then
     next "packages: all there"
 else
     next "packages: downloading and installing MindSpore, MindFormers and what they need (3.2 GB on disk) …"

@@ -9,6 +9,59 @@ CONTEXT = "context"  # the field that holds the long document
 _HINT = "It maps each data set's name to its prompt, as LongBench's config/dataset2prompt.json does."
 
 
+class PromptTemplate:
+    """One prompt in str.format's syntax, with plain field names only.
+
+    Args:
+        text (str): the template.
+        what (str): what it is, for messages ("the prompt of 'trec'").
+
+    Raises:
+        InputError: no text, an unbalanced brace, or a field without a plain name.
+    """
+
+    def __init__(self, text, what):
+        self._what = what
+        if not isinstance(text, str):
+            raise InputError(f"{what} is {type(text).__name__}, not a text")
+        try:
+            self._pieces = [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
+        except ValueError as error:
+            raise InputError(f"{what} has a wrong brace ({error}); "
+                             "write {{ or }} for a brace in the text") from error
+        wrong = [field for _, field in self._pieces if field is not None and not field.isidentifier()]
+        if wrong:
+            raise InputError(f"{what} has the field {{{wrong[0]}}}; "
+                             "write {context}, {input} or another field's name, or {{ }} for braces in the text")
+
+    def render(self, record):
+        """Fills the fields in, as `template.format(**record)` does.
+
+        Args:
+            record (dict): has the texts that the template names.
+
+        Returns:
+            tuple[str, tuple[int, int]]: the prompt and where in it, in characters, the context stands
+            (the whole prompt where the template has no {context}).
+
+        Raises:
+            InputError: a field that is missing or no text.
+        """
+        text, span = "", None
+        for literal, field in self._pieces:
+            text += literal
+            if field is None:
+                continue
+            value = record.get(field)
+            if not isinstance(value, str):
+                found = "missing" if field not in record else f"{type(value).__name__}, not a text"
+                raise InputError(f"field {field!r} is {found}, and {self._what} needs it")
+            if field == CONTEXT and span is None:
+                span = (len(text), len(text) + len(value))
+            text += value
+        return text, span or (0, len(text))
+
+
 class PromptTemplates:
     """The prompts of a file by data set.
 
@@ -16,8 +69,7 @@ class PromptTemplates:
         path (str | os.PathLike): the JSON file.
 
     Raises:
-        InputError: no such file, not a JSON object of texts, or a template with an unbalanced brace or a field
-            without a name.
+        InputError: no such file, not a JSON object of texts, or a wrong template.
     """
 
     def __init__(self, path):
@@ -28,54 +80,25 @@ class PromptTemplates:
             raise InputError(f"prompt file {self.path}: not JSON ({error}). {_HINT}") from error
         if not isinstance(templates, dict) or not templates:
             raise InputError(f"prompt file {self.path}: a JSON object is needed. {_HINT}")
-        self._pieces = {name: self._split(name, text) for name, text in templates.items()}
-
-    def _split(self, name, text):
-        """[(literal, field or None)] of a template in str.format's syntax."""
-        if not isinstance(text, str):
-            raise InputError(f"prompt file {self.path}: the prompt of {name!r} is {type(text).__name__}, not a text")
-        try:
-            pieces = [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
-        except ValueError as error:
-            raise InputError(f"prompt file {self.path}: the prompt of {name!r} has a wrong brace ({error}); "
-                             "write {{ or }} for a brace in the text") from error
-        wrong = [field for _, field in pieces if field is not None and not field.isidentifier()]
-        if wrong:
-            raise InputError(f"prompt file {self.path}: the prompt of {name!r} has the field {{{wrong[0]}}}; "
-                             "write {context}, {input} or another field's name, or {{ }} for braces in the text")
-        return pieces
+        self._templates = {name: PromptTemplate(text, f"prompt file {self.path}: the prompt of {name!r}")
+                           for name, text in templates.items()}
 
     def render(self, record):
-        """The prompt of one LongBench record, as `template.format(**record)` makes it.
+        """The prompt of one LongBench record and where its context stands; see `PromptTemplate.render`.
 
         Args:
-            record (dict): has `dataset` and the texts that the template names.
-
-        Returns:
-            tuple[str, tuple[int, int]]: the prompt and where in it, in characters, the context stands
-            (the whole prompt where the template has no {context}).
+            record (dict): has `dataset` and the texts that its template names.
 
         Raises:
             InputError: no prompt for the data set, or a field that is missing or no text.
         """
-        text, span = "", None
-        for literal, field in self._pieces_of(record["dataset"]):
-            text += literal
-            if field is None:
-                continue
-            value = record.get(field)
-            if not isinstance(value, str):
-                found = "missing" if field not in record else f"{type(value).__name__}, not a text"
-                raise InputError(f"field {field!r} is {found}, and the prompt of {record['dataset']!r} needs it")
-            if field == CONTEXT and span is None:
-                span = (len(text), len(text) + len(value))
-            text += value
-        return text, span or (0, len(text))
+        return self.template(record["dataset"]).render(record)
 
-    def _pieces_of(self, dataset):
+    def template(self, dataset):
+        """PromptTemplate: that of a data set; InputError, with the names there are, for one without."""
         # LongBench-E names its files hotpotqa_e; the prompts are those of hotpotqa.
         for name in (dataset, dataset[:-2] if dataset.endswith("_e") else dataset):
-            if name in self._pieces:
-                return self._pieces[name]
+            if name in self._templates:
+                return self._templates[name]
         raise InputError(f"no prompt for the data set {dataset!r} in {self.path}, which has "
-                         f"{', '.join(self._pieces)}; add one")
+                         f"{', '.join(self._templates)}; add one")

@@ -24,5 +24,21 @@ def middle(length, room, context):
     return head, room - head
 
 
+def halves(ids, half, decode):
+    """LongBench's cut: the first and the last tokens, back as a text. Letters may break at its two inner ends.
+
+    Source: pred.py of LongBench. Tokenizing the text again may give a few tokens more or less than 2 * half.
+
+    Args:
+        ids (list[int]): tokens of a text, more than 2 * half.
+        half (int): tokens kept at either end, >= 1.
+        decode (Callable[[list[int]], str]): the tokenizer's.
+
+    Returns:
+        str: the text of both ends, joined.
+    """
+    return decode(ids[:half]) + decode(ids[-half:])
+
+
 # name in the YAML -> function(length, room, context) -> (head, tail)
 TRUNCATIONS = {"middle": middle}

@@ -156,10 +156,10 @@ def _scan(path, size, progress=None):
         open_blank = True  # whether only white space of it has been seen
         position = 0
         while position < size:
-            block = np.frombuffer(file.read(min(_BLOCK, size - position)), np.uint8)
-            if not len(block):
+            raw = file.read(min(_BLOCK, size - position))
+            if not raw:
                 break  # the file has become shorter: what is there is indexed, and stale by its size the next time
-            newlines = np.flatnonzero(block == _NEWLINE)
+            block, newlines = np.frombuffer(raw, np.uint8), _newlines(raw)
             # the lines that begin in this block, and whether their first byte is white space (rare in JSON lines)
             first = np.concatenate(([0], newlines + 1))
             last = np.concatenate((newlines, [len(block)]))
@@ -184,6 +184,18 @@ def _scan(path, size, progress=None):
             yield np.array([start], np.int64), np.zeros(0, np.int64)
             end = position
         yield np.array([end], np.int64), np.zeros(0, np.int64)
+
+
+def _newlines(raw):
+    """int64 places of the line feeds in `raw` (bytes)."""
+    sample = raw[:1 << 16]
+    if sample.count(b"\n") * 500 > len(sample):
+        return np.flatnonzero(np.frombuffer(raw, np.uint8) == _NEWLINE)
+    found, at = [], raw.find(b"\n")  # long lines: a search by memchr, five times as fast
+    while at >= 0:
+        found.append(at)
+        at = raw.find(b"\n", at + 1)
+    return np.array(found, np.int64)
 
 
 def _crc(file):

@@ -14,7 +14,7 @@ _HOW_TO_GIVE = "Set data_loader.dataset_dir or --train_dataset_dir / --eval_data
 
 
 class SampleSource:
-    """Random access to the samples of one or more files; every line is checked when it is built.
+    """Random access to the samples of one or more files; JsonLines says which lines are checked when it is built.
 
     Args:
         dataset_dir (str | os.PathLike): a file, or a folder whose *.jsonl are read in the order of their names.
@@ -23,18 +23,19 @@ class SampleSource:
             both layouts' fields for AdGen's, which needs no template.
         prompt_config_file (str | os.PathLike | None): the templates of the LongBench layout.
         num_samples (int | None): read only the first samples, this many.
+        cache_dir (str | os.PathLike | None): where indexes of big files are kept; see `cache_folder`.
 
     Raises:
         InputError: files missing, empty or with lines that are not fit for use, or no templates where needed.
     """
 
     def __init__(self, dataset_dir, columns=("content", "summary"), layout=AUTO, prompt_config_file=None,
-                 num_samples=None):
+                 num_samples=None, cache_dir=None):
         prompts = PromptTemplates(prompt_config_file) if prompt_config_file else None
         candidates = [AdGenLayout(columns), LongBenchLayout(prompts)]
         if layout != AUTO:
             candidates = [candidate for candidate in candidates if candidate.name == layout]
-        self._files = [_open(path, candidates) for path in _data_files(dataset_dir)]
+        self._files = [_open(path, candidates, cache_dir) for path in _data_files(dataset_dir)]
         # sample i lies in the first file whose end is beyond i
         self._ends = np.cumsum([len(lines) for lines, _ in self._files])
         self._size = min(int(self._ends[-1]), num_samples or int(self._ends[-1]))
@@ -58,6 +59,10 @@ class SampleSource:
         (lines, _), record = self._locate(index)
         return f"{lines.path}, line {lines.line(record)}"
 
+    def sizes(self):
+        """np.ndarray: int64 (len(self),), bytes of each sample's line."""
+        return np.concatenate([lines.sizes(np.arange(len(lines))) for lines, _ in self._files])[:self._size]
+
     def files(self):
         """list[tuple[str, str, int]]: path, layout and number of records of each file."""
         return [(str(lines.path), layout.name, len(lines)) for lines, layout in self._files]
@@ -76,7 +81,7 @@ def _data_files(dataset_dir):
     return files
 
 
-def _open(path, candidates):
+def _open(path, candidates, cache_dir):
     record = first_record(path)
     if len(candidates) == 1:
         layout = candidates[0]
@@ -88,4 +93,4 @@ def _open(path, candidates):
     if isinstance(layout, LongBenchLayout) and layout.prompts is None:
         raise InputError(f"{path}: this is LongBench's layout; set data_loader.prompt_config_file to the "
                          "dataset2prompt.json that holds the prompts")
-    return JsonLines(path, check=layout.sample), layout
+    return JsonLines(path, check=layout.sample, cache_dir=cache_dir), layout

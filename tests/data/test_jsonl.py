@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from mindformers_glm32k.data import jsonl
 from mindformers_glm32k.data.jsonl import MAX_PROBLEMS, JsonLines
 from mindformers_glm32k.errors import InputError
 
@@ -98,3 +99,19 @@ def test_a_file_that_changes_after_the_check_is_an_error(tmp_path):
     write(path, '{"a": "something longer"}', '{"a": 2}')
     with pytest.raises(InputError, match="has changed"):
         lines[1]
+
+
+def test_a_big_file_is_checked_at_both_ends_and_the_rest_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "CHECKED_BYTES", 100)
+    good = [json.dumps({"n": number}) for number in range(40)]
+    path = write(tmp_path / "a.jsonl", *good[:30], '{"n": ', *good[31:])
+    lines = JsonLines(path)
+    assert [lines[n]["n"] for n in (0, 29, 31, 39)] == [0, 29, 31, 39]
+    with pytest.raises(InputError, match="a.jsonl: line 31: broken JSON"):
+        lines[30]
+    write(path, *good, '{"n": 40')
+    with pytest.raises(InputError, match="a.jsonl: line 41: broken JSON"):
+        JsonLines(path)
+    write(path, '{"n": ', *good, '{"n": 40')
+    with pytest.raises(InputError, match="line 1: broken JSON.*line 42: broken JSON"):
+        JsonLines(path)

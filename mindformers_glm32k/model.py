@@ -18,7 +18,7 @@ from mindformers_glm32k import compat
 from mindformers_glm32k.config import GLM32KConfig
 from mindformers_glm32k.kernels.chunked_loss import ChunkedLoss
 from mindformers_glm32k.kernels.compressed_attention import compressed_causal_mask
-from mindformers_glm32k.kernels.mask import MASKED, hides
+from mindformers_glm32k.kernels.mask import MASKED, differs, hides
 from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
 
 
@@ -92,11 +92,12 @@ class GLM32KModel(GLM2PreTrainedModel):
             self.embedding.set_comm_fusion(parallel.gradient_aggregation_group)
 
     def construct(self, input_ids, batch_valid_length=None, block_tables=None, slot_mapping=None,
-                  prefix_key_values=None):
+                  prefix_key_values=None, position_ids=None, document_ids=None):
         """Hidden states of the last layer after the final norm.
 
         Inputs:
             input_ids (Tensor): (B, S); with use_past, prefill (1, T) and decode (B, 1), int32.
+            position_ids, document_ids (Tensor): (B, S) int32, of packed rows; without use_past.
             batch_valid_length (Tensor): (B,) tokens of each prompt so far, with use_past.
             block_tables (Tensor): (B, blocks), slot_mapping (Tensor): (T,) or (B,): with use_past, see PagedAttention.
 
@@ -111,19 +112,32 @@ class GLM32KModel(GLM2PreTrainedModel):
             else:
                 rotary, mask = self.freqs_mgr.increment(batch_valid_length), None
         else:
-            rotary, mask = self.freqs_mgr(input_ids.shape[1]), self._causal_mask(input_ids)
+            rotary, mask = self._rotary(input_ids, position_ids), self._causal_mask(input_ids, document_ids)
         hidden = self.dropout(self.embedding(input_ids))
         return self.encoder(hidden, mask, rotary, batch_valid_length=batch_valid_length, block_tables=block_tables,
                             slot_mapping=slot_mapping, prefix_key_values=prefix_key_values)
 
-    def _causal_mask(self, input_ids):
-        """What the attention of this configuration takes: nothing, the compressed mask, or (B, 1, S, S) of 0 and 1."""
+    def _rotary(self, input_ids, position_ids):
+        """Rotary factors (S, D), or (B, 1, S, D) where every row has its own positions."""
+        if position_ids is None:
+            return self.freqs_mgr(input_ids.shape[1])
+        cos = ops.expand_dims(self.gather(self.freqs_mgr.freqs_cos, position_ids, 0), 1)
+        sin = ops.expand_dims(self.gather(self.freqs_mgr.freqs_sin, position_ids, 0), 1)
+        return cos, sin, sin
+
+    def _causal_mask(self, input_ids, document_ids):
+        """What the attention of this configuration takes: document ids or nothing (portable flash attention), the
+        compressed mask, or (B, 1, S, S) of 0 and 1."""
         if self.use_flash_attention:
-            return None if self.portable else self.compressed_mask
+            return document_ids if self.portable else self.compressed_mask
         batch, length = input_ids.shape
         position = ops.arange(length)
-        mask = ops.cast(hides(position, position), self.mask_dtype).reshape((1, 1, length, length))
-        return ops.tile(mask, (batch, 1, 1, 1))
+        mask = hides(position, position).reshape((1, 1, length, length))
+        if document_ids is None:
+            mask = ops.tile(mask, (batch, 1, 1, 1))
+        else:
+            mask = ops.logical_or(mask, ops.expand_dims(differs(document_ids, document_ids), 1))
+        return ops.cast(mask, self.mask_dtype)
 
     def _cached(self, input_ids, batch_valid_length, block_tables):
         """Rotary factors (T, 1, D) of the call's tokens and the summand of their scores."""
@@ -154,6 +168,10 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         input_ids (Tensor): (B, S) int32; with use_past as upstream's generator passes it.
         labels (Tensor): (B, S) int32, labels[i] is the token that position i predicts, -100 is ignored.
         input_mask (Tensor): (B, S) float32 weight of each position in the loss; by default 1 where labels != -100.
+        position_ids (Tensor): (B, S) int32 in [0, seq_length), the position that each token is rotated to; by default
+            0, 1, 2, … along the row. Without use_past.
+        document_ids (Tensor): (B, S) int32, for rows that hold several documents: a token sees earlier tokens of its
+            own document only (padding has an id of its own); by default the row is one document. Without use_past.
         batch_valid_length, block_tables, slot_mapping: with use_past.
         Others are upstream's, accepted and unused.
 
@@ -184,10 +202,12 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
 
     def construct(self, input_ids=None, labels=None, input_position=None, position_ids=None, attention_mask=None,
                   input_embeds=None, init_reset=None, batch_valid_length=None, prefix_key_values=None,
-                  block_tables=None, slot_mapping=None, batch_index=None, zactivate_len=None, input_mask=None):
+                  block_tables=None, slot_mapping=None, batch_index=None, zactivate_len=None, input_mask=None,
+                  document_ids=None):
         if batch_valid_length is not None:
             batch_valid_length = batch_valid_length.reshape((-1,))
-        hidden = self.transformer(input_ids, batch_valid_length, block_tables, slot_mapping, prefix_key_values)
+        hidden = self.transformer(input_ids, batch_valid_length, block_tables, slot_mapping, prefix_key_values,
+                                  position_ids, document_ids)
         if self.use_past and self.is_first_iteration:
             # (1, T, H) -> (1, B, H): the last token of each prompt
             hidden = self.gather(hidden, ops.cumsum(batch_valid_length, 0) - 1, 1)
@@ -216,6 +236,15 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         labels = ops.cat((ops.zeros((batch, 1), labels.dtype), labels), 1)
         input_mask = ops.cat((ops.zeros((batch, 1), mstype.float32), input_mask), 1)
         return logits, labels, input_mask
+
+    def set_dynamic_inputs(self, **kwargs):
+        """Upstream's, with a place for every argument of construct."""
+        batch_valid_length = block_tables = slot_mapping = None
+        if self.use_past:
+            batch_valid_length, block_tables = (Tensor(shape=[None, None], dtype=mstype.int32) for _ in range(2))
+            slot_mapping = Tensor(shape=[None], dtype=mstype.int32)
+        self.set_inputs(Tensor(shape=[None, None], dtype=mstype.int32), None, None, None, None, None, None,
+                        batch_valid_length, None, block_tables, slot_mapping, None, None, None, None)
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Upstream's inputs; on portable cells decode reads only the blocks that hold tokens."""

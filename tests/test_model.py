@@ -212,3 +212,21 @@ def test_parameter_names_are_upstreams(reference, concat):
         ("wq.weight", "wq.bias", "wk.weight", "wk.bias", "wv.weight", "wv.bias")
     assert {name.split("self_attention.")[1] for name in names if "layers.2.self_attention" in name} == \
         {*expected, "dense.weight"}
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_packed_row_gives_each_document_the_logits_it_has_alone(build, golden, flash):
+    network = build(use_flash_attention=flash)
+    row = golden["input_ids"][:, :64]
+    alone = [logits_of(network, row[:1, start:stop]) for start, stop in ((0, 20), (20, 45), (45, 64))]
+    documents = np.repeat([[0, 1, 2]], [20, 25, 19], axis=1).astype(np.int32)
+    positions = np.concatenate([np.arange(20), np.arange(25), np.arange(19)])[None].astype(np.int32)
+    # the second row is one document after two of padding, to see that rows do not share ids or positions
+    documents = np.concatenate([documents, np.repeat([[7, 3]], [2, 62], axis=1)]).astype(np.int32)
+    positions = np.concatenate([positions, np.r_[0, 0, np.arange(62)][None]]).astype(np.int32)
+    packed = network(ms.Tensor(row.astype(np.int32)), position_ids=ms.Tensor(positions),
+                     document_ids=ms.Tensor(documents))[0].asnumpy().reshape(2, 64, -1)
+    np.testing.assert_allclose(packed[0], np.concatenate(alone, 1)[0], atol=3e-5)
+    np.testing.assert_allclose(packed[1, 2:], logits_of(network, row[1:, 2:])[0], atol=3e-5)
+    without = network(ms.Tensor(row.astype(np.int32)))[0].asnumpy().reshape(2, 64, -1)
+    assert np.abs(without[0, 20:] - packed[0, 20:]).max() > 1e-2

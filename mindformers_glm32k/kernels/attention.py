@@ -6,7 +6,7 @@ import mindspore.common.dtype as mstype
 from mindspore import nn, ops
 from mindspore.ops import operations as P
 
-from mindformers_glm32k.kernels.mask import causal_bias
+from mindformers_glm32k.kernels.mask import MASKED, causal_bias, differs
 
 
 class CausalAttention(nn.Cell):
@@ -23,7 +23,7 @@ class CausalAttention(nn.Cell):
     Inputs:
         query (Tensor): (B, S, G*R*D).
         key, value (Tensor): (B, S, G*D).
-        attn_mask: ignored; the mask is causal.
+        attn_mask (Tensor): (B, S) int32 document ids, or None; a token sees earlier tokens of its own document.
 
     Outputs:
         Tensor: (B, S, G*R*D), dtype of query. Scores and softmax are in float32.
@@ -52,7 +52,11 @@ class CausalAttention(nn.Cell):
         scores = self.scores(query.reshape((batch, groups, share * length, size)) * self.scale, key)
         scores = ops.cast(scores, mstype.float32).reshape((batch, groups, share, length, length))
         position = ops.arange(length)
-        weights = self.softmax(scores + causal_bias(position, position))
+        scores = scores + causal_bias(position, position)
+        if attn_mask is not None:
+            foreign = ops.cast(differs(attn_mask, attn_mask), mstype.float32) * MASKED
+            scores = scores + foreign.reshape((batch, 1, 1, length, length))
+        weights = self.softmax(scores)
         weights = self.dropout(ops.cast(weights, value.dtype)).reshape((batch, groups, share * length, length))
         context = self.context(weights, value).reshape((batch, groups, share, length, size))
         return self.transpose(context, (0, 3, 1, 2, 4)).reshape((batch, length, width))

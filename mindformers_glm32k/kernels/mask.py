@@ -23,6 +23,19 @@ def hides(query_position, key_position):
     return ops.expand_dims(key_position, 0) > ops.expand_dims(query_position, 1)
 
 
+def differs(query_document, key_document):
+    """Which keys belong to another document than the query.
+
+    Args:
+        query_document (Tensor): (B, Q) integers.
+        key_document (Tensor): (B, K) integers.
+
+    Returns:
+        Tensor: (B, Q, K) bool.
+    """
+    return ops.expand_dims(key_document, 1) != ops.expand_dims(query_document, 2)
+
+
 def causal_bias(query_position, key_position):
     """The mask as a float32 summand of the scores: 0 where visible, MASKED where hidden; shape (Q, K)."""
     return ops.cast(hides(query_position, key_position), mstype.float32) * MASKED

@@ -32,6 +32,7 @@ class Call:
         rank (int): who calls.
         network (network.Network): for collectives.
         place (str): "MatMul-op12 in Default/…", for messages.
+        status: the device's overflow register, an object with `overflow` (bool); the interpreter sets it.
     """
 
     op: str
@@ -41,6 +42,7 @@ class Call:
     rank: int = 0
     network: object = None
     place: str = ""
+    status: object = None
 
 
 @dataclass(frozen=True)

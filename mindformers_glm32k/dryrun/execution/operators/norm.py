@@ -1,0 +1,31 @@
+"""RmsNorm and its gradient."""
+import numpy as np
+
+from mindformers_glm32k.dryrun.execution.operators import operator
+from mindformers_glm32k.dryrun.execution.operators.numeric import as_output, wide
+
+
+@operator("RmsNorm")
+def rms_norm(call, x, gamma, epsilon):
+    """y = x * rstd * gamma with rstd = 1 / sqrt(mean(x², last axes) + epsilon), over as many axes as gamma has.
+
+    x (…, d), gamma (d) -> y (…, d), rstd (…, 1) in float32. Source: mindspore.ops.RmsNorm.
+    """
+    normed = tuple(range(-gamma.ndim, 0))
+    x = wide(x)
+    rstd = 1 / np.sqrt(np.mean(np.square(x), axis=normed, keepdims=True) + x.dtype.type(epsilon))
+    return as_output(x * rstd * wide(gamma), call.output[0]), as_output(rstd, call.output[1])
+
+
+@operator("RmsNormGrad")
+def rms_norm_grad(call, dy, x, rstd, gamma):
+    """dy (…, d), x (…, d), rstd (…, 1), gamma (d) -> dx (…, d), dgamma (d).
+
+    With g = dy * gamma and n = x * rstd: dx = rstd * (g - n * mean(g * n)), dgamma = sum(dy * n). Source: aclnnRmsNormGrad.
+    """
+    normed = tuple(range(-gamma.ndim, 0))
+    dy, x, gamma = wide(dy), wide(x), wide(gamma)
+    n, g = x * rstd, dy * gamma
+    dx = rstd * (g - n * np.mean(g * n, axis=normed, keepdims=True))
+    dgamma = np.sum(dy * n, axis=tuple(range(x.ndim - gamma.ndim)))
+    return as_output(dx, call.output[0]), as_output(dgamma, call.output[1])

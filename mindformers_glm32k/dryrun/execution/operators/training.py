@@ -1,0 +1,57 @@
+"""What a training step does beside the network: assignments, the overflow register, dropout."""
+import numpy as np
+
+from mindformers_glm32k.dryrun.execution.operators import operator
+from mindformers_glm32k.dryrun.execution.operators.numeric import as_output, rounded, wide
+from mindformers_glm32k.dryrun.execution.values import plain
+
+
+def _assign(call, parameter, value):
+    """Gives a parameter its new value and returns the parameter.
+
+    Raises:
+        ValueError: another shape.
+    """
+    value = np.asarray(value)
+    if value.shape != parameter.value.shape:
+        raise ValueError(f"parameter {parameter.name} is {parameter.value.shape}, assigned is {value.shape}")
+    value = value.astype(parameter.value.dtype)
+    parameter.value = rounded(value, "bfloat16") if parameter.dtype == "bfloat16" else value
+    return parameter
+
+
+@operator("Assign", in_place=True)
+def assign(call, parameter, value, monad=None):
+    """parameter = value. Source: mindspore.ops.assign."""
+    return _assign(call, parameter, plain(value))
+
+
+@operator("AssignAdd", in_place=True)
+def assign_add(call, parameter, value, monad=None):
+    """parameter += value. Source: mindspore.ops.assign_add."""
+    return _assign(call, parameter, parameter.value + plain(value))
+
+
+@operator("AssignSub", in_place=True)
+def assign_sub(call, parameter, value, monad=None):
+    """parameter -= value. Source: mindspore.ops.assign_sub."""
+    return _assign(call, parameter, parameter.value - plain(value))
+
+
+@operator("NPUAllocFloatStatus")
+def alloc_float_status(call):
+    """-> zeros (8,): memory for the overflow register's copy."""
+    return as_output(np.zeros(8), call.output)
+
+
+@operator("NPUClearFloatStatusV2")
+def clear_float_status(call, status):
+    """Clears the device's overflow register; `status` (8,) int32 only orders the calls. -> zeros (8,) int32."""
+    call.status.overflow = False
+    return as_output(np.zeros(8), call.output)
+
+
+@operator("NPUGetFloatStatusV2")
+def get_float_status(call, status):
+    """The overflow register -> (8,) int32: ones when an operator made something not finite since the clear, else zeros."""
+    return as_output(np.full(8, call.status.overflow), call.output)

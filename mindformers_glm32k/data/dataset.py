@@ -11,7 +11,7 @@ from mindformers.tools.register import MindFormerConfig
 from mindformers_glm32k.data.cuts import CutCounter
 from mindformers_glm32k.data.loader import samples_of
 from mindformers_glm32k.data.options import boolean, choice, reject_unknown, whole_number, workers
-from mindformers_glm32k.data.rows import RowBuilder
+from mindformers_glm32k.data.rows import ON_LONG_ANSWER, RAISE, RowBuilder
 from mindformers_glm32k.data.truncation import TRUNCATIONS
 from mindformers_glm32k.errors import InputError
 
@@ -19,9 +19,9 @@ OUTPUT_COLUMNS = ["input_ids", "labels"]
 # Read here, with the value that stands for a missing key (None: needed, or nothing).
 DEFAULTS = {
     "data_loader": None, "tokenizer": None, "input_columns": OUTPUT_COLUMNS, "max_source_length": None,
-    "max_target_length": None, "seq_length": None, "truncation": "middle", "ignore_pad_token_for_loss": True,
-    "batch_size": 8, "repeat": 1, "drop_remainder": True, "num_parallel_workers": 1, "python_multiprocessing": False,
-    "seed": 0, "prefetch_size": 1, "numa_enable": False,
+    "max_target_length": None, "seq_length": None, "truncation": "middle", "on_long_answer": RAISE,
+    "ignore_pad_token_for_loss": True, "batch_size": 8, "repeat": 1, "drop_remainder": True,
+    "num_parallel_workers": 1, "python_multiprocessing": False, "seed": 0, "prefetch_size": 1, "numa_enable": False,
 }
 # What MindFormers' trainer writes into the section or reads from it; nothing for this class to do.
 _HOST_KEYS = ("do_eval", "auto_tune", "filepath_prefix", "autotune_per_step", "profile", "micro_batch_num",
@@ -42,9 +42,12 @@ class GLM32KDataset(BaseDataset):
             - data_loader: a section with `type: GLM32KDataLoader`, or what that class returns.
             - tokenizer: a section with `type` and `vocab_file`, or a tokenizer.
             - max_source_length (int): tokens of the prompt, chat format included.
-            - max_target_length (int): tokens of the answer without its end token, >= 1.
+            - max_target_length (int): tokens of the answer without its end token, >= 1; a longer one is kept whole
+              where the prompt can make room for it.
             - seq_length (int | None): row length, >= max_source_length + max_target_length + 1, which is the default.
-            - truncation (str): how too long prompts are cut; "middle" (default).
+            - truncation (str): how too long prompts are cut: "middle" (default), "left", "right", "longbench" or
+              "drop"; see truncation.py.
+            - on_long_answer (str): "raise" (default) or "drop", where answers alone do not fit a row.
             - input_columns (list[str]): ["input_ids", "labels"].
             - batch_size (int), repeat (int), prefetch_size (int): >= 1.
             - num_parallel_workers (int): >= 1; no more than the machine has cores are used.
@@ -71,8 +74,8 @@ class GLM32KDataset(BaseDataset):
             tokenizer = build_tokenizer(copy.deepcopy(tokenizer))
         samples = samples_of(loader)
         builder = RowBuilder(tokenizer, config.max_source_length, config.max_target_length, row_length(config),
-                             config.truncation)
-        cuts = CutCounter(samples.place, config.max_source_length, config.max_target_length, rows, logger)
+                             config.truncation, config.on_long_answer)
+        cuts = CutCounter(samples.place, rows, logger, config.truncation)
         dataset = loader.map(_Map(samples, builder, cuts), input_columns=["sample"], output_columns=OUTPUT_COLUMNS,
                              num_parallel_workers=config.num_parallel_workers,
                              python_multiprocessing=config.python_multiprocessing)
@@ -131,6 +134,7 @@ def _checked(dataset_config):
     for name in ("drop_remainder", "python_multiprocessing", "numa_enable"):
         boolean(config[name], name)
     choice(config.truncation, "truncation", tuple(TRUNCATIONS))
+    choice(config.on_long_answer, "on_long_answer", ON_LONG_ANSWER)
     if list(config.input_columns) != OUTPUT_COLUMNS:
         raise InputError(f"input_columns: {config.input_columns!r} is not {OUTPUT_COLUMNS}, the columns there are")
     if config.ignore_pad_token_for_loss is not True:
@@ -165,6 +169,9 @@ class _Map:
 
     def __call__(self, sample):
         sample = int(np.asarray(sample).item())
-        row = self._builder(self._samples[sample])
-        self._cuts.add(sample, row.prompt_tokens, row.answer_tokens)
+        try:
+            row = self._builder(self._samples[sample])
+        except InputError as error:
+            raise InputError(f"{self._samples.place(sample)}: {error}") from error
+        self._cuts.add(sample, row.tokens_before, row.tokens_after)
         return row.input_ids, row.labels

@@ -85,7 +85,7 @@ def test_cuts_are_reported(section, monkeypatch):
     monkeypatch.setattr(dataset_module.logger, "warning", lambda text, *values: messages.append(text % values))
     section.update(max_source_length=20, drop_remainder=False)
     batches(GLM32KDataset(section))
-    assert "cut to fit the row" in messages[0] and "train.jsonl, line" in messages[0]
+    assert "to fit the row" in messages[0] and "train.jsonl, line" in messages[0]
     assert "of 10 rows" in messages[1] and "train.jsonl, line 10" in messages[1]
 
 
@@ -98,7 +98,8 @@ def test_more_workers_than_cores_are_no_error(section):
     ({"max_source_length": None}, "max_source_length: None"),
     ({"max_target_length": "15"}, "max_target_length: '15'"),
     ({"seq_length": 55}, "seq_length=55 is smaller than max_source_length=40 \\+ max_target_length=15 \\+ 1"),
-    ({"truncation": "centre"}, "truncation: 'centre' is not one of middle"),
+    ({"truncation": "centre"}, "truncation: 'centre' is not one of middle, left, right, longbench, drop"),
+    ({"on_long_answer": "cut"}, "on_long_answer: 'cut' is not one of raise, drop"),
     ({"input_columns": ["input_ids"]}, "input_columns"),
     ({"ignore_pad_token_for_loss": False}, "ignore_pad_token_for_loss"),
     ({"batch_size": 0}, "batch_size: 0"),

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from mindformers_glm32k.data.layouts import AdGenLayout, LongBenchLayout, Sample, layout_of
+from mindformers_glm32k.data.layouts import AdGenLayout, LongBenchLayout, Sample, Text, TextLayout, layout_of
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
 
@@ -22,6 +22,21 @@ def longbench(tmp_path):
 def test_adgen_takes_its_two_columns_under_any_names():
     assert ADGEN.sample({"content": "q", "summary": "a", "other": 3}) == Sample("q", "a", (0, 1))
     assert AdGenLayout(("frage", "antwort")).sample({"frage": "q", "antwort": "a"}) == Sample("q", "a", (0, 1))
+
+
+def test_adgen_may_say_where_the_long_document_stands():
+    record = {"content": "read this: long", "summary": "a", "context_span": [11, 15], "context": "somebody else's"}
+    assert ADGEN.sample(record) == Sample("read this: long", "a", (11, 15))
+    for wrong in ([11], [3, 2], [-1, 3], [0, 16], [0, True], "11", [1.0, 2]):
+        with pytest.raises(InputError, match="'context_span' is .* within 0 and 15"):
+            ADGEN.sample({**record, "context_span": wrong})
+
+
+def test_plain_text():
+    assert TextLayout().matches({"text": "", "id": 1}) and not TextLayout().matches({"content": ""})
+    assert TextLayout().sample({"text": "long", "id": 1}) == Text("long")
+    with pytest.raises(InputError, match="'text' is empty"):
+        TextLayout().sample({"text": " "})
 
 
 def test_longbench_renders_the_prompt_and_takes_the_first_answer(longbench):

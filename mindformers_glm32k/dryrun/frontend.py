@@ -41,18 +41,19 @@ class FrontendUnavailable(RuntimeError):
     """This MindSpore build does not allow compiling for an NPU that is not there. The message is one sentence."""
 
 
-def environment(rank, world, dump_folder):
+def environment(rank, world, dump_folder=None):
     """What a worker's environment must hold before MindSpore is imported.
 
     Args:
         rank (int), world (int): which NPU of how many.
-        dump_folder (pathlib.Path): the validated program is written below it as text.
+        dump_folder (pathlib.Path | None): the validated program is written below it as text; None: it is not.
 
     Returns:
         dict[str, str]
     """
+    dump = {"MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_SAVE_GRAPHS": "2", "MS_DEV_SAVE_GRAPHS_PATH": str(dump_folder)}
     return {"MS_DEV_PRECOMPILE_ONLY": "1", "RANK_ID": str(rank), "RANK_SIZE": str(world), "DEVICE_NUM": str(world),
-            "MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_SAVE_GRAPHS": "2", "MS_DEV_SAVE_GRAPHS_PATH": str(dump_folder)}
+            **(dump if dump_folder else {})}
 
 
 def install(rank, world, on_compiled):
@@ -156,7 +157,8 @@ def _keep_cpu_as_target(mindspore):
         original(**entries)
 
     context.set_context = mindspore.set_context = set_context
-    original(save_graphs=2, save_graphs_path=os.environ["MS_DEV_SAVE_GRAPHS_PATH"])
+    if "MS_DEV_SAVE_GRAPHS_PATH" in os.environ:
+        original(save_graphs=2, save_graphs_path=os.environ["MS_DEV_SAVE_GRAPHS_PATH"])
 
 
 @contextlib.contextmanager

@@ -11,13 +11,14 @@ ROWS = 2  # in batches: any data set has at least one batch, upstream's epoch ar
 TEXT = "Rows of a dry run hold no text of yours, only their length matters."
 
 
-def fill(config, folder, batch_rows):
+def fill(config, folder, batch_rows, use_files=True):
     """Points the keys of missing files to stand-ins; those of files that are there become absolute.
 
     Args:
         config (MindFormerConfig): the merged configuration, changed in place.
         folder (pathlib.Path): where the stand-ins are written.
         batch_rows (int): rows of one step over all devices.
+        use_files (bool): False: stand-ins for all.
 
     Returns:
         list[str]: one sentence for the report, or nothing.
@@ -29,7 +30,7 @@ def fill(config, folder, batch_rows):
         given = section.get(key)
         if not isinstance(given, str):
             continue
-        if given and Path(given).exists():
+        if use_files and given and Path(given).exists():
             section[key] = str(Path(given).resolve())
             continue
         missing.append(f"{key} {given!r}")

@@ -7,12 +7,17 @@ import resource
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from mindformers_glm32k.dryrun import frontend, prediction, stand_in
 from mindformers_glm32k.errors import InputError
 
 PROGRAM_FILE = "program.mindir"  # behind the name of its phase
 RECORD_FILE = "record.json"
 CONFIG_FILE = "config.json"
+STATE_FILE = "state.npz"  # initial values of parameters, by name
+ROWS_FILE = "rows.npz"  # columns of the data set: (steps, rows of a step, …)
+_COUNTER_SIZE = 8  # elements, at most, of a step counter or loss scale
 NOTE = "dryrun: "  # a line of standard output that starts so is for the command that started this process
 
 
@@ -26,11 +31,15 @@ class Recorder:
     Args:
         folder (pathlib.Path): where files are written.
         keep_program (bool): False when only the strategy file is wanted.
+        keep_state (bool): whether the parameters' initial values are written, too.
+        world (int): number of NPUs.
     """
 
-    def __init__(self, folder, keep_program):
+    def __init__(self, folder, keep_program, keep_state=False, world=1):
         self.folder = folder
+        self.world = world
         self.keep_program = keep_program
+        self.keep_state = keep_state
         self.seconds = 0.0
         self.record = {"stand_ins": [], "programs": []}
 
@@ -48,6 +57,18 @@ class Recorder:
             (self.folder / entry["file"]).write_bytes(program())
         self.record["programs"].append(entry)
 
+    def save_state(self, network):
+        """Writes the initial values of a network: all of one device's, of a layout's ranks the counters (weights and
+        optimizer states are cut from one device's)."""
+        if not self.keep_state:
+            return
+        weights = {parameter.name for parameter in network.trainable_params()}
+        whole = self.world == 1
+        values = {parameter.name: parameter.asnumpy() for parameter in network.get_parameters()
+                  if whole or (parameter.size <= _COUNTER_SIZE and parameter.name not in weights)}
+        with open(self.folder / STATE_FILE, "wb") as file:
+            np.savez(file, **values)
+
     def finish(self):
         """Writes the record and leaves the trainer."""
         self.record["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -63,7 +84,6 @@ def note(text):
 def _compile_instead_of_training(recorder):
     from mindspore import Tensor, dtype_to_nptype
     from mindspore.train import Model
-    import numpy as np
 
     def train(self, epoch, train_dataset, *args, **kwargs):
         network = self._train_network
@@ -71,6 +91,8 @@ def _compile_instead_of_training(recorder):
         inputs = [Tensor(np.zeros(shape, dtype)) for shape, dtype in
                   zip(frontend.input_shapes(train_dataset), train_dataset.output_types())]
         recorder.record["inputs"] = [list(value.shape) for value in inputs]
+        recorder.record["trainable"] = [parameter.name for parameter in network.trainable_params()]
+        recorder.save_state(network)
         note("compile")
         network.compile(*inputs)
         recorder.finish()
@@ -109,11 +131,11 @@ def _batch_rows(config):
     return rows
 
 
-def _read(folder, launcher_arguments):
+def _read(folder, launcher_arguments, use_files=True):
     """The configuration as the launcher merges it, adapted, with paths that stay right when this process moves."""
     from mindformers_glm32k import run_mindformer
     config = _adapt(run_mindformer.read_config([*launcher_arguments, "--load_checkpoint", ""]))
-    return config, stand_in.fill(config, folder, _batch_rows(config))
+    return config, stand_in.fill(config, folder, _batch_rows(config), use_files)
 
 
 def describe(folder, launcher_arguments):
@@ -122,12 +144,30 @@ def describe(folder, launcher_arguments):
     (folder / CONFIG_FILE).write_text(json.dumps(config, default=str), encoding="utf-8")
 
 
-def compile_program(folder, rank, world, keep_program, launcher_arguments):
-    """Compiles one rank's program and writes it, the strategy file and a record below `folder`."""
+def save_rows(folder, steps, launcher_arguments):
+    """Writes the first batches of the training data, as the configuration's data set class makes them; the data set
+    is read from its start again when it ends. Nothing is written when its files are not there."""
+    from mindformers.dataset import build_dataset
+    config, missing = _read(folder, launcher_arguments)
+    if missing:
+        return
+    columns = []
+    dataset = build_dataset(config.train_dataset_task)
+    while len(columns) < steps:
+        columns += list(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
+    names = dataset.get_col_names()
+    with open(folder / ROWS_FILE, "wb") as file:
+        np.savez(file, **{name: np.stack([batch[index] for batch in columns[:steps]])
+                          for index, name in enumerate(names)})
+
+
+def compile_program(folder, rank, world, keep_program, launcher_arguments, to_execute=False):
+    """Compiles one rank's program and writes it, the strategy file and a record below `folder`; to execute it, the
+    initial values, too (its data then come from `save_rows`)."""
     from mindformers_glm32k import run_mindformer
-    recorder = Recorder(folder, keep_program)
+    recorder = Recorder(folder, keep_program, keep_state=to_execute, world=world)
     frontend.install(rank, world, recorder.compiled)
-    config, recorder.record["stand_ins"] = _read(folder, launcher_arguments)
+    config, recorder.record["stand_ins"] = _read(folder, launcher_arguments, use_files=not to_execute)
     os.chdir(folder)  # what upstream writes into the working directory stays here
     _compile_instead_of_training(recorder)
     prediction.Generation(recorder.finish).install()
@@ -137,21 +177,26 @@ def compile_program(folder, rank, world, keep_program, launcher_arguments):
 
 
 def main(argv=None):
-    """`python -m mindformers_glm32k.dryrun.worker --folder D (--describe | --rank R --world N) -- run_mindformer's`."""
+    """`python -m mindformers_glm32k.dryrun.worker --folder D (--describe | --rows STEPS | --rank R --world N) -- run_mindformer's`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--describe", action="store_true")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--world", type=int)
     parser.add_argument("--strategy_only", action="store_true")
+    parser.add_argument("--rows", type=int, help="write the data of so many steps")
+    parser.add_argument("--to_execute", action="store_true")
     parser.add_argument("launcher_arguments", nargs="*")
     args = parser.parse_args(argv)
     note("import")
     try:
         if args.describe:
             describe(args.folder, args.launcher_arguments)
+        elif args.rows:
+            save_rows(args.folder, args.rows, args.launcher_arguments)
         else:
-            compile_program(args.folder, args.rank, args.world, not args.strategy_only, args.launcher_arguments)
+            compile_program(args.folder, args.rank, args.world, not args.strategy_only, args.launcher_arguments,
+                            args.to_execute)
     except (InputError, frontend.FrontendUnavailable) as error:
         print(f"error: {error}", flush=True)
         os._exit(2)

@@ -7,13 +7,16 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from mindformers_glm32k.dryrun import frontend
 from mindformers_glm32k.dryrun.layout import layout_of
 from mindformers_glm32k.dryrun.layout_checks import check_layout
-from mindformers_glm32k.dryrun.worker import CONFIG_FILE, NOTE, RECORD_FILE
+from mindformers_glm32k.dryrun.worker import CONFIG_FILE, NOTE, RECORD_FILE, ROWS_FILE
 from mindformers_glm32k.errors import InputError
 
 _ERROR = "error: "
@@ -58,10 +61,34 @@ def read_config(launcher_arguments, folder):
         WorkerFailed: anything else.
     """
     status = _follow([*_WORKER, "--folder", str(folder), "--describe", "--", *launcher_arguments],
-                     {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)}, folder / "log_config.txt", None)
+                     {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)}, folder / "log_config.txt")
     if status != 0:
         raise _failure("the configuration could not be read", status, folder / "log_config.txt")
     return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def read_rows(launcher_arguments, steps, folder):
+    """The batches of the first steps, made by the configuration's own data set class, in a process of its own.
+
+    Args:
+        launcher_arguments (list[str]): run_mindformer's; the batch they ask for is that of a step.
+        steps (int): how many.
+        folder (pathlib.Path): for the log and other files that are not wanted afterwards.
+
+    Returns:
+        dict[str, numpy.ndarray] | None: by column, (steps, rows, ...); None when data or vocabulary are not there.
+
+    Raises:
+        InputError: data that the data set class refuses.
+        WorkerFailed: anything else.
+    """
+    log = folder / "log_rows.txt"
+    status = _follow([*_WORKER, "--folder", str(folder), "--rows", str(steps), "--", *launcher_arguments],
+                     {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)}, log)
+    if status != 0:
+        raise _failure("the rows could not be read", status, log)
+    path = folder / ROWS_FILE
+    return dict(np.load(path)) if path.exists() else None
 
 
 def read_layout(launcher_arguments, devices=None):
@@ -84,8 +111,8 @@ def read_layout(launcher_arguments, devices=None):
     return layout_of(config), config
 
 
-def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, on_done=None):
-    """Compiles the programs of some ranks, one after the other (a compile keeps the machine busy).
+def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, on_done=None, jobs=1, to_execute=False):
+    """Compiles the programs of some ranks.
 
     Args:
         ranks (list[int]): whose.
@@ -93,45 +120,60 @@ def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, 
         folder (pathlib.Path): each rank gets a folder below it; its log goes to `log_rank_R.txt` in it.
         launcher_arguments (list[str]): run_mindformer's.
         strategy_only (bool): no program is kept.
-        on_done (callable): gets a Compiled after each rank.
+        on_done (callable): gets a Compiled after each rank, one at a time.
+        jobs (int): how many are compiled at the same time; large programs keep the machine busy one by one.
+        to_execute (bool): initial values are kept, too; the program's text is not written, data files are not read.
 
     Raises:
         InputError: the configuration is refused by the trainer; its own message.
         WorkerFailed: anything else.
     """
-    progress = _Progress(ranks, layout)
-    for rank in ranks:
+    progress = _Progress(ranks, layout, jobs)
+    done = threading.Lock()
+
+    def compile_one(rank):
         place = folder / f"rank_{rank}"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         log = folder / f"log_rank_{rank}.txt"
         command = [*_WORKER, "--rank", str(rank), "--world", str(layout.world), "--folder", str(place),
-                   *(["--strategy_only"] if strategy_only else []), "--", *launcher_arguments, "--output_dir",
-                   str(place / "output")]
+                   *(["--strategy_only"] if strategy_only else []), *(["--to_execute"] if to_execute else []), "--",
+                   *launcher_arguments, "--output_dir", str(place / "output")]
         progress.start(rank)
-        environment = {**os.environ, **frontend.environment(rank, layout.world, place / "text"),
+        environment = {**os.environ, **frontend.environment(rank, layout.world, None if to_execute else place / "text"),
                        "LOCAL_DEFAULT_PATH": str(place / "output")}
-        status = _follow(command, environment, log, progress)
+        status = _follow(command, environment, log, lambda what: progress.note(rank, what))
         if status != 0 or not (place / RECORD_FILE).exists():
-            progress.close()
             raise _failure(f"the program of rank {rank} was not compiled", status, log)
         progress.finish(rank)
         record = json.loads((place / RECORD_FILE).read_text(encoding="utf-8"))
         if on_done:
-            on_done(Compiled(rank, place, record))
-    progress.close()
+            with done:
+                on_done(Compiled(rank, place, record))
+
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            running = [pool.submit(compile_one, rank) for rank in ranks]
+            try:
+                for future in running:
+                    future.result()
+            finally:
+                for future in running:
+                    future.cancel()
+    finally:
+        progress.close()
 
 
-def _follow(command, environment, log, progress):
-    """Runs a worker; its notes go to the progress line, everything else to the log."""
+def _follow(command, environment, log, on_note=None):
+    """Runs a worker; its notes go to `on_note`, everything else to the log."""
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    errors="replace", env=environment)
         try:
             for line in process.stdout:
                 if line.startswith(NOTE):
-                    if progress:
-                        progress.note(line[len(NOTE):].strip())
+                    if on_note:
+                        on_note(line[len(NOTE):].strip())
                 else:
                     file.write(line)
             return process.wait()
@@ -152,29 +194,31 @@ def _failure(what, status, log):
 class _Progress:
     """One line on standard error: which rank, what it does, how long, how much longer."""
 
-    def __init__(self, ranks, layout):
-        self.ranks, self.layout = list(ranks), layout
+    def __init__(self, ranks, layout, jobs=1):
+        self.ranks, self.layout, self.jobs = list(ranks), layout, jobs
         calls = layout.layers / layout.stages * (layout.micro_batches if layout.stages > 1 else 8)
         self.expected = _START_SECONDS + _SECONDS_PER_LAYER_CALL * calls
         self.seen = []
-        self.rank = self.what = None
-        self.started = time.monotonic()
+        self.started = {}  # rank -> when, of those that are being compiled
+        self.last = None  # (rank, what it does)
         self.closed = threading.Event()
         self.on_terminal = sys.stderr.isatty()
         if self.on_terminal:
             threading.Thread(target=self._tick, daemon=True).start()
 
     def start(self, rank):
-        self.rank, self.started = rank, time.monotonic()
-        self.note("start")
+        self.started[rank] = time.monotonic()
+        self.note(rank, "start")
 
-    def note(self, what):
-        self.what = what
+    def note(self, rank, what):
+        self.last = (rank, what, self.started.get(rank, time.monotonic()))
         self._show()
 
     def finish(self, rank):
-        self.seen.append(time.monotonic() - self.started)
-        self.note(f"compiled in {self.seen[-1]:.0f} s")
+        started = self.started.pop(rank)
+        self.seen.append(time.monotonic() - started)
+        self.last = (rank, f"compiled in {self.seen[-1]:.0f} s", started)
+        self._show()
 
     def close(self):
         if self.on_terminal and not self.closed.is_set():
@@ -183,19 +227,20 @@ class _Progress:
 
     def _left(self):
         each = sum(self.seen) / len(self.seen) if self.seen else self.expected
-        is_done = len(self.seen) > self.ranks.index(self.rank)
-        current = 0 if is_done else max(each - (time.monotonic() - self.started), 0)
-        seconds = current + each * (len(self.ranks) - self.ranks.index(self.rank) - 1)
+        now = time.monotonic()
+        begun = sum(max(each - (now - started), 0) for started in list(self.started.values()))
+        waiting = len(self.ranks) - len(self.seen) - len(self.started)
+        seconds = (begun + each * waiting) / self.jobs
         return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
     def _show(self):
-        stage = f" (stage {self.layout.stage_of(self.rank)} of {self.layout.stages})" if self.layout.stages > 1 else ""
-        text = (f"rank {self.rank}{stage}: {self.what}, {time.monotonic() - self.started:.0f} s; "
-                f"about {self._left()} left")
+        rank, what, started = self.last
+        stage = f" (stage {self.layout.stage_of(rank)} of {self.layout.stages})" if self.layout.stages > 1 else ""
+        text = f"rank {rank}{stage}: {what}, {time.monotonic() - started:.0f} s; about {self._left()} left"
         print(f"\r\033[K{text}" if self.on_terminal else text, end="" if self.on_terminal else "\n", file=sys.stderr,
               flush=True)
 
     def _tick(self):
         while not self.closed.wait(1):
-            if self.rank is not None:
+            if self.last is not None:
                 self._show()

@@ -24,6 +24,37 @@ CARRIER = {name: row[5] for name, row in _TABLE.items()}
 FROM_SAFETENSORS = {code: name for name, code in TO_SAFETENSORS.items()}
 FROM_MINDSPORE = {code: name for name, code in TO_MINDSPORE.items()}
 FROM_TORCH_STORAGE = {code: name for name, code in TO_TORCH_STORAGE.items()}
+# What a training checkpoint counts in (steps, epochs, overflow); MindSpore's word: (bytes, safetensors).
+_COUNTERS = {"Float64": (8, "F64"), "Int64": (8, "I64"), "UInt64": (8, "U64"), "Int32": (4, "I32"),
+             "UInt32": (4, "U32"), "Int16": (2, "I16"), "UInt16": (2, "U16"), "Int8": (1, "I8"), "UInt8": (1, "U8"),
+             "Bool": (1, "BOOL")}
+_FROM_SAFETENSORS_COUNTER = {code: name for name, (_, code) in _COUNTERS.items()}
+
+
+def mindspore_name(dtype):
+    """MindSpore's word for any dtype that a checkpoint file may hold: "fp16", "Int64" or "I64" give one each.
+
+    Args:
+        dtype (str): of a StoredTensor.
+
+    Returns:
+        str
+
+    Raises:
+        KeyError: another dtype, as of strings.
+    """
+    name = _FROM_SAFETENSORS_COUNTER.get(dtype, dtype)
+    return TO_MINDSPORE.get(name) or (_COUNTERS[name] and name)
+
+
+def safetensors_code(dtype):
+    """The safetensors code of any dtype that a checkpoint file may hold; see `mindspore_name`."""
+    return TO_SAFETENSORS.get(dtype) or _COUNTERS[mindspore_name(dtype)][1]
+
+
+def item_size(dtype):
+    """Bytes of one value of any dtype that a checkpoint file may hold; see `mindspore_name`."""
+    return ITEM_SIZE.get(dtype) or _COUNTERS[mindspore_name(dtype)][0]
 
 
 def check_dtype(name):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
-from mindformers_glm32k.weights.dtypes import FROM_MINDSPORE, ITEM_SIZE, TO_MINDSPORE
+from mindformers_glm32k.weights.dtypes import FROM_MINDSPORE, ITEM_SIZE, item_size, mindspore_name
 from mindformers_glm32k.weights.safetensors_file import read_header
 from mindformers_glm32k.weights.tensors import StoredTensor, element_count, open_for_reading
 
@@ -27,14 +27,15 @@ def frame(name, shape, dtype):
     Args:
         name (str): the parameter's name.
         shape (tuple[int, ...]): its shape.
-        dtype (str): "fp32", "fp16" or "bf16".
+        dtype (str): "fp32", "fp16" or "bf16"; a counter's, as in the file that it comes from.
 
     Returns:
         list[tuple[bytes, int]]: for each slice the bytes that precede its content, and the content's length.
     """
-    total = element_count(shape) * ITEM_SIZE[dtype]
+    total = element_count(shape) * item_size(dtype)
     tag = _field(1, name.encode("utf-8"))
-    kind = b"".join(b"\x08" + _varint(size) for size in shape) + _field(2, TO_MINDSPORE[dtype].encode("ascii"))
+    dims = shape or (0,)  # how MindSpore writes a scalar
+    kind = b"".join(b"\x08" + _varint(size) for size in dims) + _field(2, mindspore_name(dtype).encode("ascii"))
     slices = []
     for start in range(0, max(total, 1), SLICE_BYTES):
         length = min(SLICE_BYTES, total - start)

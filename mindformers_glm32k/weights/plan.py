@@ -86,10 +86,30 @@ def weights_of(source):
             if other is not tensor:
                 problems.append(f"{tensor.file}: key {name!r} holds what {other.name!r} in {other.file.name} holds too")
         weights[slot] = tensor
-    _raise(source.path, problems)
+    raise_problems(source.path, problems)
     if not weights:
         raise InputError(f"{source.path}: no weights in it")
     return weights, skipped
+
+
+def weights_in(tensors):
+    """The model's weights among the tensors of a training checkpoint, whatever else lies there.
+
+    Args:
+        tensors (dict[str, StoredTensor]): by name, under any naming.
+
+    Returns:
+        dict[Slot, StoredTensor]
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        try:
+            slot = slot_of(name)
+        except InputError:  # adapters, and parameters of a model that somebody extended
+            continue
+        if slot is not None:
+            found[slot] = tensor
+    return found
 
 
 def check_against(sizes, weights, path):
@@ -123,10 +143,16 @@ def check_against(sizes, weights, path):
                                                                [Slot((p,), slot.layer) for p in parts])
                               for naming in ("chatglm", "glm"))
         problems.append(f"{path}: missing: {' or '.join(map(repr, names))}")
-    _raise(path, problems)
+    raise_problems(path, problems)
 
 
-def _raise(path, problems):
+def raise_problems(path, problems):
+    """Raises one InputError that names all problems; does nothing without any.
+
+    Args:
+        path: what the problems are in.
+        problems (list[str]): a sentence each.
+    """
     if len(problems) == 1:
         raise InputError(problems[0])
     if problems:

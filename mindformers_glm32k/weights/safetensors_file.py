@@ -8,7 +8,7 @@ import os
 import struct
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.dtypes import FROM_SAFETENSORS, ITEM_SIZE, TO_SAFETENSORS
+from mindformers_glm32k.weights.dtypes import FROM_SAFETENSORS, ITEM_SIZE, item_size, safetensors_code
 from mindformers_glm32k.weights.tensors import StoredTensor, element_count, open_for_reading
 
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
@@ -102,8 +102,8 @@ def build_header(entries, metadata):
     """
     header, offsets, position = {"__metadata__": metadata}, [], 0
     for name, shape, dtype in entries:
-        nbytes = element_count(shape) * ITEM_SIZE[dtype]
-        header[name] = {"dtype": TO_SAFETENSORS[dtype], "shape": list(shape),
+        nbytes = element_count(shape) * item_size(dtype)
+        header[name] = {"dtype": safetensors_code(dtype), "shape": list(shape),
                         "data_offsets": [position, position + nbytes]}
         offsets.append(position)
         position += nbytes

@@ -1,146 +1,19 @@
-"""Which part of a parameter a rank holds: MindSpore's strategy files, and the cut that they describe, in plain Python.
+"""Which part of a parameter a rank holds: MindSpore's strategy files, read without MindSpore.
 
-A strategy file belongs to one pipeline stage. It gives every parameter of the stage (weights, `accu_grads.*`,
-`adam_m.*`, `adam_v.*`) a layout:
-
-- `dev_matrix`: the stage's devices as an array, the last axis running fastest over the ranks; axes of size 1 are
-  left out (dp 2 x mp 4: [2, 4]);
-- `tensor_map`: for each axis of the parameter the device axis that cuts it, counted from the right, -1 for none; a
-  list of device axes where several cut one axis, the first one coarsest;
-- `opt_weight_shard_size`: the number of parts into which the optimizer cuts axis 0 again, among ranks that would hold
-  equal copies otherwise; -1 stands for all of them, 0 for none.
-
-Schema: mindspore/train/node_strategy_pb2.py. The rules are those of MindSpore's transform_checkpoints, which tests
-compare with. Nothing here imports MindSpore.
+A strategy file belongs to one pipeline stage and gives each of its parameters a layout (see parameter_layout.py).
+Schema: mindspore/train/node_strategy_pb2.py, a protobuf.
 """
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Tuple
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
+from mindformers_glm32k.weights.parameter_layout import ParameterLayout, slice_of
+
+__all__ = ["ParameterLayout", "read_file", "read_stages", "read_strategy", "slice_of", "write_stage"]
 
 _HINT = "`glm32k strategy` writes the files of all ranks; a run writes its own to output/strategy"
 _PATTERN = "*ckpt_strategy*.ckpt"
-
-
-@dataclass(frozen=True)
-class ParameterLayout:
-    """How one parameter is cut over the ranks of its stage.
-
-    Args:
-        dev_matrix: sizes of the device axes.
-        tensor_map: per axis of the parameter the device axes that cut it, counted from the right, coarsest first; ()
-            where it is whole.
-        optimizer_parts: parts into which the optimizer cuts axis 0 of what the map leaves; 1 for none.
-    """
-
-    dev_matrix: Tuple[int, ...]
-    tensor_map: Tuple[Tuple[int, ...], ...]
-    optimizer_parts: int = 1
-
-    @property
-    def devices(self):
-        """int: devices that the layout speaks of; ranks beyond them repeat the same cuts."""
-        return prod(self.dev_matrix)
-
-    @property
-    def parts(self):
-        """tuple[int]: into how many parts each axis is cut, the optimizer's cut of axis 0 included."""
-        parts = [prod(self._size(axis) for axis in axes) for axes in self.tensor_map]
-        if parts:
-            parts[0] *= self.optimizer_parts
-        return tuple(parts)
-
-    def position(self, rank_in_stage):
-        """Which of the parts a rank holds. Ranks with equal positions hold equal copies.
-
-        Args:
-            rank_in_stage (int): the rank minus the first rank of its stage.
-
-        Returns:
-            tuple[int]: per axis, 0 for the first part.
-        """
-        coordinates = self._coordinates(rank_in_stage)
-        position = []
-        for axes in self.tensor_map:
-            index = 0
-            for axis in axes:
-                index = index * self._size(axis) + coordinates[len(self.dev_matrix) - 1 - axis]
-            position.append(index)
-        if position:
-            position[0] = position[0] * self.optimizer_parts + self._optimizer_index(coordinates)
-        return tuple(position)
-
-    def slices(self, rank_in_stage, full_shape):
-        """The rank's part as an index expression: `whole[layout.slices(rank, whole.shape)]`.
-
-        Args:
-            rank_in_stage (int): the rank minus the first rank of its stage.
-            full_shape (tuple[int]): of the whole parameter.
-
-        Returns:
-            tuple[slice]: one per axis.
-
-        Raises:
-            InputError: the shape has another number of axes than the layout, or cannot be cut evenly.
-        """
-        sizes = self.slice_shape(full_shape)
-        return tuple(slice(index * size, (index + 1) * size)
-                     for index, size in zip(self.position(rank_in_stage), sizes))
-
-    def slice_shape(self, full_shape):
-        """The shape that every rank's part of a parameter of `full_shape` has; raises as `slices` does."""
-        self._check_axes(full_shape)
-        if any(size % count for size, count in zip(full_shape, self.parts)):
-            raise InputError(f"shape {tuple(full_shape)} cannot be cut evenly into {self.parts} parts")
-        return tuple(size // count for size, count in zip(full_shape, self.parts))
-
-    def full_shape(self, slice_shape):
-        """The whole parameter's shape, from that of a rank's part; the inverse of `slice_shape`."""
-        self._check_axes(slice_shape)
-        return tuple(size * count for size, count in zip(slice_shape, self.parts))
-
-    def _check_axes(self, shape):
-        if len(shape) != len(self.tensor_map):
-            raise InputError(f"shape {tuple(shape)} has {len(shape)} axes, the layout is for {len(self.tensor_map)}")
-
-    def _size(self, axis_from_right):
-        return self.dev_matrix[len(self.dev_matrix) - 1 - axis_from_right]
-
-    def _coordinates(self, rank):
-        coordinates = []
-        for size in reversed(self.dev_matrix):
-            coordinates.insert(0, rank % size)
-            rank //= size
-        return coordinates
-
-    def _optimizer_index(self, coordinates):
-        """The rank's index in its optimizer group: along the device axes that do not cut the parameter, as many of the
-        innermost as the group needs."""
-        used = {len(self.dev_matrix) - 1 - axis for axes in self.tensor_map for axis in axes}
-        index, weight, left = 0, 1, self.optimizer_parts
-        for axis in reversed(range(len(self.dev_matrix))):
-            if axis not in used and left > 1:
-                taken = min(self.dev_matrix[axis], left)
-                index += coordinates[axis] % taken * weight
-                weight, left = weight * taken, left // taken
-        return index
-
-
-def slice_of(array, layout, rank_in_stage):
-    """A rank's part of a whole parameter.
-
-    Args:
-        array (numpy.ndarray): the whole parameter, or anything with a shape that takes slices.
-        layout (ParameterLayout): its layout.
-        rank_in_stage (int): the rank minus the first rank of its stage.
-
-    Returns:
-        numpy.ndarray: a view.
-    """
-    return array[layout.slices(rank_in_stage, array.shape)]
 
 
 def read_strategy(path):
@@ -171,13 +44,7 @@ def read_stages(path):
     Raises:
         InputError: no strategy files, stages missing, or files of several layouts in one folder.
     """
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.glob(_PATTERN) if not file.name.startswith("merged_"))
-        files = files or sorted(path.glob(_PATTERN))
-        if not files:
-            raise InputError(f"{path}: no strategy files ({_PATTERN}) in this folder; {_HINT}")
+    files = _files(Path(path))
     stages, known, origin = {}, set(), {}
     for file in files:
         content = file.read_bytes() if file.is_file() else b""
@@ -189,11 +56,47 @@ def read_stages(path):
                 raise InputError(f"{file}: gives stage {stage} other layouts than {origin[stage].name} does; the files "
                                  "are of different runs: write the strategy into an empty folder")
             stages[stage], origin[stage] = layouts, file
-    missing = [stage for stage in range(max(stages) + 1) if stage not in stages]
+    missing = sorted(set(range(max(stages) + 1)) - set(stages))
     if missing:
         raise InputError(f"{path}: the strategy of pipeline stage {missing[0]} is missing ({len(stages)} of "
                          f"{max(stages) + 1} stages are there); {_HINT}")
     return [stages[stage] for stage in range(len(stages))]
+
+
+def _files(path):
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.glob(_PATTERN) if not file.name.startswith("merged_"))
+    files = files or sorted(path.glob(_PATTERN))
+    if not files:
+        raise InputError(f"{path}: no strategy files ({_PATTERN}) in this folder; {_HINT}")
+    return files
+
+
+def write_stage(source, stage, target):
+    """Writes one stage's part of a strategy as a file of its own, the layouts as they stand there.
+
+    MindSpore takes such a file for a run without a pipeline, whose ranks count from 0.
+
+    Args:
+        source (str | os.PathLike): as for `read_stages`, which has read it.
+        stage (int): which.
+        target (pathlib.Path): the file to write.
+    """
+    path = next(path for path in _files(Path(source)) if path.stat().st_size and stage in read_file(path))
+    out = b""
+    for number, value in _fields(path.read_bytes()):
+        if number == 2 and _stage_of(value) != stage:
+            continue
+        if number == 3:
+            item = dict(_fields(value))
+            prefix, found, plain = item[1].partition(b"-")
+            if found and prefix.isdigit():
+                if int(prefix) != stage:
+                    continue
+                value = _bytes_field(1, plain) + _bytes_field(2, item[2])
+        out += _bytes_field(number, value) if isinstance(value, bytes) else bytes([number << 3, value])
+    target.write_bytes(out)
 
 
 def read_file(path):
@@ -213,7 +116,7 @@ def read_file(path):
         stage, items = 0, []
         for number, value in _fields(path.read_bytes()):
             if number == 2:
-                stage = dict(_fields(dict(_fields(value))[2]))[1]
+                stage = _stage_of(value)
             elif number == 3:
                 item = dict(_fields(value))
                 items.append((item[1].decode("utf-8"), _layout(item[2])))
@@ -227,6 +130,10 @@ def read_file(path):
         merged = found and number.isdigit()
         stages.setdefault(int(number) if merged else stage, {})[plain if merged else name] = layout
     return stages
+
+
+def _stage_of(strategy_item):
+    return dict(_fields(dict(_fields(strategy_item))[2]))[1]
 
 
 def _layout(message):
@@ -283,6 +190,14 @@ def _fields(data):
         else:
             raise ValueError(f"wire type {key & 7}")
         yield key >> 3, value
+
+
+def _bytes_field(number, content):
+    length, size = bytearray(), len(content)
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([number << 3 | 2]) + bytes(length) + bytes([size]) + content
 
 
 def _varint(data, position):

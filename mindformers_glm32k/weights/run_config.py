@@ -1,0 +1,87 @@
+"""What the commands on parallel checkpoints take from a run's YAML: its strategy, the model's sizes, LoRA's scale."""
+import contextlib
+import tempfile
+from pathlib import Path
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.hf_config import PUBLISHED
+from mindformers_glm32k.weights.sizes import sizes_from_config
+
+
+def sizes_of_run(config, path):
+    """The sizes that decide the weights' shapes.
+
+    Args:
+        config (dict): the merged configuration.
+        path: the YAML, for messages.
+
+    Returns:
+        sizes.Sizes
+
+    Raises:
+        InputError: sizes that are no positive numbers.
+    """
+    model = config["model"]["model_config"]
+    fields = {key: model[key] for key in PUBLISHED if model.get(key) is not None and key in _SIZE_FIELDS}
+    return sizes_from_config({**PUBLISHED, **fields}, path)
+
+
+_SIZE_FIELDS = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+                "kv_channels", "multi_query_group_num", "multi_query_attention", "add_qkv_bias")
+
+
+def cuts_parameters(config, layout):
+    """bool: whether a run cuts its parameters; with one NPU or plain data parallelism every rank has the whole model."""
+    mode = (config.get("parallel") or {}).get("parallel_mode")
+    return layout.world > 1 and mode in (1, 2, "semi_auto_parallel", "auto_parallel")
+
+
+@contextlib.contextmanager
+def compile_strategy(config_file, config, layout, launcher_arguments):
+    """Compiles the strategy of a run into a temporary folder.
+
+    Args:
+        config_file (str): the YAML, for messages.
+        config (dict): merged.
+        layout (dryrun.layout.Layout): of the configuration.
+        launcher_arguments (list[str]): run_mindformer's.
+
+    Yields:
+        pathlib.Path: folder of the strategy files.
+
+    Raises:
+        InputError: the run does not cut its parameters.
+        dryrun.workers.WorkerFailed: a compile failed.
+    """
+    from mindformers_glm32k.dryrun.strategy import write_strategies
+
+    if not cuts_parameters(config, layout):
+        why = ("one NPU (use_parallel is false, or all of parallel_config is 1)" if layout.world == 1 else
+               "data parallel (parallel.parallel_mode)")
+        raise InputError(f"{config_file}: {why}: every rank has the whole model, there is nothing to cut; load the "
+                         "whole checkpoint")
+    with tempfile.TemporaryDirectory(prefix="glm32k_strategy_") as folder:
+        write_strategies(layout, Path(folder), launcher_arguments)
+        yield Path(folder)
+
+
+def lora_scale(config, path):
+    """What MindFormers multiplies an adapter's product by: lora_alpha / lora_rank.
+
+    Args:
+        config (dict): merged.
+        path: the YAML, for messages.
+
+    Returns:
+        tuple[float, int]: the scale, and lora_rank.
+
+    Raises:
+        InputError: no pet_config, or numbers missing.
+    """
+    pet = config["model"]["model_config"].get("pet_config") or {}
+    try:
+        rank = int(pet["lora_rank"])
+        return float(pet["lora_alpha"]) / rank, rank
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: model_config.pet_config with lora_rank and lora_alpha is needed (found {pet or None}); "
+                         "give --lora_scaling or the YAML of the LoRA run") from error

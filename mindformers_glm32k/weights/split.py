@@ -1,0 +1,184 @@
+"""Cut a whole checkpoint for every NPU of a layout, before the cluster is booked, and check the result."""
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights import pieces
+from mindformers_glm32k.weights.direct_loading import is_huggingface
+from mindformers_glm32k.weights.ms_checkpoint import frame, read_ckpt
+from mindformers_glm32k.weights.parameters import raw_bytes
+from mindformers_glm32k.weights.shards import read_stages, slice_of, write_stage
+from mindformers_glm32k.weights.source import open_source
+from mindformers_glm32k.weights.split_plan import make_plan
+from mindformers_glm32k.weights.to_mindspore import convert
+from mindformers_glm32k.weights.transform import Transformer, TransformFailed
+from mindformers_glm32k.weights.workspace import flush, require_space, workspace
+
+TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
+REPORT = "split.report.json"
+
+
+def add_arguments(parser):
+    parser.add_argument("--config", required=True, help="YAML of the run that will load the parts")
+    parser.add_argument("--load_checkpoint", required=True,
+                        help="the whole checkpoint: .ckpt, .safetensors, an index, or a Hugging Face folder")
+    parser.add_argument("--output", required=True, help="folder to make: rank_N/checkpoint_N.ckpt and strategy/")
+    parser.add_argument("--devices", type=int, help="NPUs of the run; a layout of another size is refused")
+    parser.epilog = ("Any other option is run_mindformer's. The run then takes --load_checkpoint OUTPUT "
+                     "--auto_trans_ckpt False.")
+
+
+def run(args):
+    from mindformers_glm32k.dryrun.workers import WorkerFailed, read_layout
+    from mindformers_glm32k.weights.run_config import compile_strategy, sizes_of_run
+
+    try:
+        launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
+        layout, config = read_layout(launcher_arguments, args.devices)
+        refuse_existing(Path(args.output))
+        open_source(args.load_checkpoint)  # broken or missing: no need to compile for it
+        with compile_strategy(args.config, config, layout, launcher_arguments) as strategy:
+            report = split(args.load_checkpoint, args.output, strategy, sizes_of_run(config, args.config), True)
+    except (WorkerFailed, TransformFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{report['parameters']} parameters{' with optimizer states' if report['optimizer_states'] else ''} cut for "
+          f"{report['ranks']} ranks ({layout.describe()}) and compared with the whole, all equal: {args.output}")
+    if report["left_out"]:
+        print(f"left out: {len(report['left_out'])} entries that the strategy does not know, such as "
+              f"{report['left_out'][0]}")
+    print(f"load it with: load_checkpoint: {args.output}, auto_trans_ckpt: False")
+    return 0
+
+
+def split(checkpoint, output, strategy, sizes=None, progress=False):
+    """Cuts a whole checkpoint with MindSpore's transform_checkpoints and compares every part with its own cut.
+
+    Args:
+        checkpoint (str | os.PathLike): the whole checkpoint, under MindFormers' names or a Hugging Face folder;
+            optimizer states are cut too where both the checkpoint and the strategy have them.
+        output (str | os.PathLike): folder to make.
+        strategy (str | os.PathLike): folder of strategy files, or a merged one.
+        sizes (sizes.Sizes | None): of the model; None takes them from the tensors.
+        progress (bool): whether to show progress bars.
+
+    Returns:
+        dict: the report, as written to OUTPUT/split.report.json.
+
+    Raises:
+        InputError: what the checkpoint or the strategy lacks; nothing is left behind.
+        transform.TransformFailed: MindSpore failed.
+    """
+    output, stages = Path(output), read_stages(strategy)
+    refuse_existing(output)
+    with workspace(output) as work:
+        whole = checkpoint
+        if is_huggingface(checkpoint):
+            fused = [any(mark in name for layouts in stages for name in layouts)
+                     for mark in (".query_key_value.weight", ".dense_h_to_4h.weight")]
+            whole = work / "converted" / "model.ckpt"
+            convert(checkpoint, whole, qkv_concat=fused[0], mlp_concat=fused[1], progress=progress)
+        plan = make_plan(open_source(whole), stages, sizes)
+        costs = [{name: plan.cost(name, layout) for name, layout in layouts.items()} for layouts in plan.stages]
+        largest = max(cost for costs_of_stage in costs for cost in costs_of_stage.values())
+        require_space(output, sum(sum(each.values()) for each in costs) + 2 * max(largest, pieces.PIECE_BYTES))
+        result = work / "result"
+        _cut(plan, costs, strategy, work, result, progress)
+        _check(plan, result, progress)
+        _add_strategy(strategy, plan, result / "strategy")
+        report = _report(checkpoint, plan)
+        (result / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        os.replace(result, output)
+    return report
+
+
+def refuse_existing(output):
+    """Raises InputError when `output` is a file, or a folder with something in it."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: exists already; remove it or give the name of a new folder")
+
+
+def part_file(folder, rank):
+    """pathlib.Path: where a rank's part lies: a run looks for the newest .ckpt of rank_N."""
+    return folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"
+
+
+def _cut(plan, costs, strategy, work, result, progress):
+    total = sum(sum(each.values()) for each in costs)
+    with Transformer(work / "log") as transformer, tqdm(total=total, unit="B", unit_scale=True, desc="split",
+                                                        disable=not progress) as bar:
+        for rank in range(plan.world):
+            part_file(result, rank).parent.mkdir(parents=True)
+        for stage in range(len(plan.stages)):
+            write_stage(strategy, stage, work / "stage.ckpt")
+            for names in pieces.pack(costs[stage]):
+                parts = pieces.cut(transformer, work / "piece", [plan.tensors[name] for name in names],
+                                   work / "stage.ckpt")
+                for rank in range(plan.devices):
+                    # a .ckpt is a list of parameters: one file behind the other is a .ckpt again
+                    with open(part_file(result, stage * plan.devices + rank), "ab") as file:
+                        file.write(parts[rank].read_bytes())
+                    parts[rank].unlink()
+                bar.update(sum(costs[stage][name] for name in names))
+    for rank in range(plan.world):
+        with open(part_file(result, rank), "ab") as file:
+            for counter in plan.counters:
+                for before, _ in frame(counter.name, counter.shape, counter.dtype):
+                    file.write(before + raw_bytes(counter))
+        flush(part_file(result, rank))
+
+
+def _check(plan, result, progress):
+    """Compares every part of the finished files with the cut that the layout describes, computed here."""
+    found = [{tensor.name: tensor for tensor in read_ckpt(part_file(result, rank))} for rank in range(plan.world)]
+    counters = {counter.name for counter in plan.counters}
+    bar = tqdm(total=len(plan.stages) and sum(map(len, plan.stages)), desc="verify", disable=not progress)
+    with bar:
+        for stage, layouts in enumerate(plan.stages):
+            ranks = range(stage * plan.devices, (stage + 1) * plan.devices)
+            for rank in ranks:
+                if set(found[rank]) != set(layouts) | counters:
+                    wrong = sorted(set(found[rank]) ^ (set(layouts) | counters))
+                    raise _differs(rank, f"key {wrong[0]!r} is missing or left over ({len(wrong)} such keys)")
+            for name, layout in layouts.items():
+                whole = plan.tensors[name].load()
+                for rank in ranks:
+                    part, expected = found[rank][name], slice_of(whole, layout, rank - ranks[0])
+                    if (part.shape, part.dtype) != (expected.shape, plan.tensors[name].dtype):
+                        raise _differs(rank, f"key {name!r} is {part.dtype} {part.shape}, the layout gives "
+                                             f"{plan.tensors[name].dtype} {expected.shape}")
+                    if part.load().tobytes() != expected.tobytes():
+                        raise _differs(rank, f"key {name!r} has other values than its part of the whole tensor")
+                bar.update()
+
+
+def _differs(rank, what):
+    return InputError(f"rank_{rank}: {what}: MindSpore's cut and the strategy disagree, nothing was written. Check that "
+                      "the strategy files are those of this MindSpore version (`glm32k strategy`)")
+
+
+def _add_strategy(strategy, plan, folder):
+    """The strategy belongs to the parts: who merges them again finds it there."""
+    folder.mkdir()
+    for rank in range(plan.world):
+        write_stage(strategy, rank // plan.devices, folder / f"ckpt_strategy_rank_{rank}.ckpt")
+
+
+def _report(checkpoint, plan):
+    names = [name for layouts in plan.stages for name in layouts]
+    return {
+        "checkpoint": str(checkpoint), "ranks": plan.world, "stages": len(plan.stages),
+        "parameters": len(names), "optimizer_states": any(name.startswith("adam_") for name in names),
+        "counters": [counter.name for counter in plan.counters], "left_out": plan.left_out,
+        "shapes": [{name: list(layout.slice_shape(plan.tensors[name].shape)) for name, layout in layouts.items()}
+                   for layouts in plan.stages],
+    }
+
+
+if __name__ == "__main__":
+    from mindformers_glm32k.cli import run_command
+    sys.exit(run_command(sys.modules[__name__], "glm32k split"))

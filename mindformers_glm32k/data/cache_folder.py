@@ -26,6 +26,8 @@ def cache_folder(data_file, configured=None):
     else:
         folder = Path(os.environ.get("LOCAL_DEFAULT_PATH") or "output") / "temporary" / "glm32k_cache"
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.name == NAME and not (folder / ".gitignore").exists():
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")  # nothing to commit beside the user's data
     return folder
 
 

@@ -2,6 +2,8 @@
 import numpy as np
 from mindspore.dataset import Sampler
 
+WINDOW = 50  # batches within which samples are sorted by size
+
 
 class EpochSampler(Sampler):
     """Sample numbers of one rank, epoch by epoch.
@@ -20,18 +22,56 @@ class EpochSampler(Sampler):
         seed (int): with the epoch's number it determines the order.
         num_shards (int): number of ranks that share the samples.
         shard_id (int): this rank, 0 <= shard_id < num_shards.
+        sizes (np.ndarray | None): (size,), sizes of the samples in any unit: samples of about the same size then
+            come together, in batches of
+        batch (int): so many samples, those of all ranks counted.
     """
 
-    def __init__(self, size, shuffle, seed=0, num_shards=1, shard_id=0):
+    def __init__(self, size, shuffle, seed=0, num_shards=1, shard_id=0, sizes=None, batch=1):
         self._size, self._shuffle, self._seed = size, shuffle, seed
         self._num_shards, self._shard_id = num_shards, shard_id
+        self._sizes, self._batch = sizes, batch
         self._epoch = 0
         super().__init__(num_samples=size // num_shards)
 
     def __iter__(self):
-        order = np.arange(self._size)
-        if self._shuffle:
-            order = np.random.default_rng((self._seed, self._epoch)).permutation(self._size)
+        order = sample_order(self._size, self._shuffle, self._seed, self._epoch)
+        if self._sizes is not None:
+            order = _alike_together(order, self._sizes, self._batch, (self._seed, self._epoch), self._shuffle)
         self._epoch += 1
         used = self._size // self._num_shards * self._num_shards
         return iter(order[self._shard_id:used:self._num_shards].tolist())
+
+
+class StreamSampler(Sampler):
+    """Places in an endless stream, epoch by epoch: 0 … n - 1, then n … 2 n - 1, and so on.
+
+    Args:
+        rows_per_epoch (int): n, for one rank.
+    """
+
+    def __init__(self, rows_per_epoch):
+        self._rows, self._epoch = rows_per_epoch, 0
+        super().__init__(num_samples=rows_per_epoch)
+
+    def __iter__(self):
+        start, self._epoch = self._epoch * self._rows, self._epoch + 1
+        return iter(range(start, start + self._rows))
+
+
+def sample_order(size, shuffle, seed, epoch):
+    """np.ndarray: int64 (size,), the order of all samples in one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(size) if shuffle else np.arange(size)
+
+
+def _alike_together(order, sizes, batch, seed, shuffle):
+    """Sorts by size within windows of WINDOW batches and, where shuffled, puts the batches in a random order again."""
+    window = WINDOW * batch
+    order = np.concatenate([part[np.argsort(sizes[part], kind="stable")]
+                            for part in (order[at:at + window] for at in range(0, len(order), window))])
+    if not shuffle:
+        return order
+    whole = len(order) // batch
+    batches = order[:whole * batch].reshape(whole, batch)
+    return np.concatenate((batches[np.random.default_rng((*seed, 1)).permutation(whole)].reshape(-1),
+                           order[whole * batch:]))

@@ -81,10 +81,15 @@ class TokenCache:
         """np.ndarray: int32 (size,), tokens of each sample's row, -1 where it is not in the cache."""
         lengths = np.empty(self._size, np.int32)
         for start in range(0, self._size, 1 << 16):
-            table = self._table[start:start + (1 << 16)]
-            good = (table["segment"] > 0) & (table["check"] == _check(np.arange(start, start + len(table)), table))
-            lengths[start:start + len(table)] = np.where(good, table["tokens"], -1)
+            stop = min(start + (1 << 16), self._size)
+            lengths[start:stop] = self.lengths_of(np.arange(start, stop))
         return lengths
+
+    def lengths_of(self, samples):
+        """np.ndarray: int32, the same of the samples with these numbers (int array)."""
+        records = self._table[samples]
+        good = (records["segment"] > 0) & (records["check"] == _check(samples, records))
+        return np.where(good, records["tokens"].astype(np.int32), np.int32(-1))
 
     def get(self, sample):
         """Row: the tokens of a sample; None where they are not there or damaged."""

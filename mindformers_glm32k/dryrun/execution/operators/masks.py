@@ -5,6 +5,7 @@ Source: the docstring of mindspore.ops.flash_attention_score (attn_mask, sparse_
 import numpy as np
 
 COMPRESSED = 2048  # side of the mask that stands for a mask of any size in modes 2 to 4
+PREFILL = 128  # the same for the layout TH
 
 
 def hidden(mask, sparse_mode, queries, keys, pre_tokens, next_tokens):
@@ -31,7 +32,7 @@ def hidden(mask, sparse_mode, queries, keys, pre_tokens, next_tokens):
             raise NotImplementedError("an attention mask that shows keys outside of pre_tokens "
                                       f"{pre_tokens} and next_tokens {next_tokens}")
     elif sparse_mode in (2, 3, 4):
-        _check_compressed(mask, sparse_mode)
+        _check_triangle(mask, COMPRESSED, f"sparse_mode {sparse_mode}")
         corner = 0 if sparse_mode == 2 else keys - queries
         before = pre_tokens - corner if sparse_mode == 4 else queries
         result = ~_band(queries, keys, before, corner + (next_tokens if sparse_mode == 4 else 0))
@@ -40,6 +41,25 @@ def hidden(mask, sparse_mode, queries, keys, pre_tokens, next_tokens):
     if result is not None and result.all(-1).any():
         raise ValueError("a query that sees no key")
     return result
+
+
+def causal_prefill(mask, queries, keys):
+    """The mask of scores in the layout TH, whose kernel makes a causal mask of any size out of 128 x 128.
+
+    Args:
+        mask (numpy.ndarray): (128, 128), not 0 (a summand: -10000, or 1 in bfloat16) where a key is hidden: the upper triangle.
+        queries (int), keys (int): S, T.
+
+    Returns:
+        numpy.ndarray: (S, T) bool.
+
+    Raises:
+        ValueError: another mask; fewer keys or more keys than queries.
+    """
+    _check_triangle(mask, PREFILL, "the layout TH")
+    if queries != keys:
+        raise ValueError(f"{queries} queries and {keys} keys in the layout TH")
+    return ~_band(queries, keys, queries, 0)
 
 
 def _band(queries, keys, before, after):
@@ -58,11 +78,11 @@ def _given(mask, sparse_mode, queries, keys):
     return mask != 0
 
 
-def _check_compressed(mask, sparse_mode):
-    """The kernel cuts its tiles out of this mask: any other would give something else from tile to tile."""
-    if mask is None or mask.shape[-2:] != (COMPRESSED, COMPRESSED):
-        raise ValueError(f"sparse_mode {sparse_mode} takes a mask of 2048 x 2048, not {mask if mask is None else mask.shape}")
-    wrong = (mask != 0) != np.triu(np.ones((COMPRESSED, COMPRESSED), bool), 1)
+def _check_triangle(mask, side, who):
+    """The kernels cut their tiles out of such a mask: any other would give something else from tile to tile."""
+    if mask is None or mask.shape != (side, side):
+        raise ValueError(f"{who} takes a mask of {side} x {side}, not {mask if mask is None else mask.shape}")
+    wrong = (mask != 0) != np.triu(np.ones((side, side), bool), 1)
     if wrong.any():
         place = tuple(int(index) for index in np.argwhere(wrong)[0])
-        raise ValueError(f"sparse_mode {sparse_mode} takes the upper triangle as its mask, which differs at {place}")
+        raise ValueError(f"{who} takes the upper triangle as its mask, which differs at {place}")

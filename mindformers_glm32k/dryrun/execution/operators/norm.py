@@ -1,8 +1,8 @@
-"""RmsNorm and its gradient."""
+"""RmsNorm, softmax, and their gradients: float32 for fp16, rounded once."""
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator
-from mindformers_glm32k.dryrun.execution.operators.numeric import as_output, wide
+from mindformers_glm32k.dryrun.execution.operators.numeric import as_output, axes, wide
 
 
 @operator("RmsNorm")
@@ -29,3 +29,19 @@ def rms_norm_grad(call, dy, x, rstd, gamma):
     dx = rstd * (g - n * np.mean(g * n, axis=normed, keepdims=True))
     dgamma = np.sum(dy * n, axis=tuple(range(x.ndim - gamma.ndim)))
     return as_output(dx, call.output[0]), as_output(dgamma, call.output[1])
+
+
+@operator("Softmax")
+def softmax(call, x, axis):
+    """exp(x) / sum(exp(x)) over `axis` (int or a tuple of one). Source: mindspore.ops.softmax."""
+    axis = axes(axis, x.ndim)
+    x = wide(x)
+    weights = np.exp(x - x.max(axis, keepdims=True))
+    return as_output(weights / weights.sum(axis, keepdims=True), call.output)
+
+
+@operator("SoftmaxBackward")
+def softmax_backward(call, dy, y, axis):
+    """Gradient of softmax, from its result y: y * (dy - sum(dy * y))."""
+    dy, y = wide(dy), wide(y)
+    return as_output(y * (dy - np.sum(dy * y, axes(axis, y.ndim), keepdims=True)), call.output)

@@ -51,5 +51,16 @@ def reduce_any(call, x, axis=None, keep_dims=False):
     return _reduce(call, np.any, x, axis, keep_dims)
 
 
+@operator("CumSum")
+def cum_sum(call, x, axis, exclusive=False, reverse=False):
+    """Sums up to and with each element along `axis`; exclusive: without it, reverse: from the end. Source: mindspore.ops.CumSum."""
+    axis = int(axis)
+    values = np.flip(wide(x), axis) if reverse else wide(x)
+    sums = np.cumsum(values, axis, dtype=values.dtype)
+    if exclusive:
+        sums = sums - values
+    return as_output(np.flip(sums, axis) if reverse else sums, call.output)
+
+
 def _reduce(call, function, x, axis, keep_dims):
     return as_output(function(wide(x), axis=axes(axis, x.ndim), keepdims=bool(keep_dims)), call.output)

@@ -94,3 +94,9 @@ def zeros_like(call, x):
 def ones_like(call, x):
     """Ones of x's shape and dtype."""
     return np.ones_like(x)
+
+
+@operator("TensorToTuple")
+def tensor_to_tuple(call, x):
+    """The elements of x (n) as a tuple of Python numbers."""
+    return tuple(x.tolist())

@@ -2,7 +2,7 @@
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator
-from mindformers_glm32k.dryrun.execution.operators.numeric import as_output, rounded, wide
+from mindformers_glm32k.dryrun.execution.operators.numeric import as_output, attribute, rounded, wide
 from mindformers_glm32k.dryrun.execution.values import plain
 
 
@@ -55,3 +55,18 @@ def clear_float_status(call, status):
 def get_float_status(call, status):
     """The overflow register -> (8,) int32: ones when an operator made something not finite since the clear, else zeros."""
     return as_output(np.full(8, call.status.overflow), call.output)
+
+
+@operator("Dropout")
+def dropout(call, x, keep_prob, seed0=0, seed1=0):
+    """-> x and its mask. Only keep_prob 1 is executed: what is dropped is random, no two layouts agree on it."""
+    if keep_prob != 1:
+        raise NotImplementedError(f"Dropout with keep_prob {keep_prob} draws random numbers, which differ from layout to layout: set "
+                                  "the dropout of the config (lora_dropout, hidden_dropout, attention_dropout) to 0")
+    return as_output(x, call.output[0]), as_output(np.ones(x.shape), call.output[1])
+
+
+@operator("DropoutGrad")
+def dropout_grad(call, dy, mask):
+    """dy * mask / keep_prob (an attribute)."""
+    return as_output(wide(dy) * wide(mask) / attribute(call, "keep_prob"), call.output)

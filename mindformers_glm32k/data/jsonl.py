@@ -2,15 +2,22 @@
 import json
 import os
 import weakref
+from array import array
 
+import numpy as np
 from tqdm import tqdm
 
 from mindformers_glm32k.data.index import LineIndex
+from mindformers_glm32k.data.options import choice
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
 
 MAX_PROBLEMS = 5  # lines named in one message
 CHECKED_BYTES = 128 << 20  # checked before a run starts, in less than a second; what follows, when it is read
+MAX_LINE_BYTES = 64 << 20  # some 16 million tokens; a longer line is no record, and is not read into memory
+RAISE, SKIP = "raise", "skip"
+ON_ERROR = (RAISE, SKIP)
+_LOOKED_AT = 1000  # lines, to find out what a file holds where the first ones are damaged
 _PROGRESS_FROM = 64 << 20  # bytes
 
 
@@ -19,7 +26,8 @@ class JsonLines:
 
     The constructor checks the lines of the first CHECKED_BYTES and the last one (a file that was cut off ends in a
     broken one), so that a small file is known to be sound before a training run starts; a line behind that is checked
-    when it is read. Where the lines are is in a LineIndex; a record is read and parsed when it is asked for. Reading
+    when it is read. Where damaged lines are to be skipped, all lines are checked, so that the number of records is
+    known; this takes some seconds a gigabyte. Where the lines are is in a LineIndex; a record is read and parsed when it is asked for. Reading
     is safe from several threads and from forked or spawned processes.
 
     Args:
@@ -27,50 +35,80 @@ class JsonLines:
         check (Callable[[dict], object] | None): called with each record; raises InputError, whose message does
             not name the place, when the record is not fit for use.
         cache_dir (str | os.PathLike | None): where the index of a big file is kept; see `cache_folder`.
+        on_error (str): what happens to damaged lines: "raise" an InputError, or "skip" them.
+
+    Attributes:
+        problems (Problems): the damaged lines that were skipped.
 
     Raises:
-        InputError: no such file, an empty one, or lines that are empty, broken or refused by `check`; up to
-            MAX_PROBLEMS lines are named.
+        InputError: no such file, an empty one, or one without a single sound line; where they are not to be skipped,
+            lines that are empty, broken, too long or refused by `check`, of which up to MAX_PROBLEMS are named.
     """
 
-    def __init__(self, path, check=None, cache_dir=None):
+    def __init__(self, path, check=None, cache_dir=None, on_error=RAISE):
+        choice(on_error, "on_error", ON_ERROR)
         self._index = LineIndex(path, cache_dir)
         self.path, self._check = self._index.path, check
         self._descriptor = None
         self._checked = 0  # so many records, from the first on, have been found sound
-        self._check_lines()
+        self._kept = None  # numbers of the sound lines, where some are skipped
+        self.problems = Problems(self.path)
+        if on_error == SKIP:
+            self._skip_damaged_lines()
+        else:
+            self._check_lines()
 
     def _check_lines(self):
-        problems = [(int(line), "empty line; remove it") for line in self._index.blank[:MAX_PROBLEMS + 1]]
+        for line in self._index.blank[:MAX_PROBLEMS + 1]:
+            self.problems.add(int(line), "empty line; remove it")
         last = len(self._index) - 1
         size = min(self._index[last][1], CHECKED_BYTES)
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"checking {self.path}",
-                  disable=size < _PROGRESS_FROM) as progress:
+        with self._progress(size) as progress:
             record = 0
-            while record <= last:
+            while record <= last and self.problems.count <= MAX_PROBLEMS:
                 start, stop = self._index[record]
-                raw = self._read(record)
                 progress.update(stop - start)
-                try:
-                    self._parse(raw, record)
-                except InputError as error:
-                    cut_off = "" if raw.endswith(b"\n") else " (the last line, not closed: is the file cut off?)"
-                    problems.append((self.line(record), f"{error}{cut_off}"))
-                if len(problems) > MAX_PROBLEMS:
-                    break
+                self._is_sound(record)
                 if stop < CHECKED_BYTES:
                     record += 1
                     self._checked = record
                 else:
                     record = last if record < last else last + 1
-        if problems:
-            problems.sort()
-            more = "; and more" if len(problems) > MAX_PROBLEMS else ""
-            raise InputError(f"{self.path}: " + "; ".join(f"line {line}: {problem}" for line, problem
-                                                          in problems[:MAX_PROBLEMS]) + more)
+        if self.problems.count:
+            raise InputError(self.problems.text(all_counted=False))
+
+    def _skip_damaged_lines(self):
+        kept = array("q")
+        with self._progress(self._index[len(self._index) - 1][1]) as progress:
+            for record in range(len(self._index)):
+                start, stop = self._index[record]
+                progress.update(stop - start)
+                if self._is_sound(record):
+                    kept.append(record)
+        if not kept:
+            raise InputError(f"{self.problems.text()}; no line is left")
+        if self.problems.count:
+            self._kept = np.frombuffer(kept, np.int64)
+        self._checked = len(kept)
+
+    def _progress(self, size):
+        return tqdm(total=size, unit="B", unit_scale=True, desc=f"checking {self.path}", disable=size < _PROGRESS_FROM)
+
+    def _is_sound(self, record):
+        """bool: whether line `record` of the index can be used; if not, it is among the problems."""
+        start, stop = self._index[record]
+        raw = None if stop - start > MAX_LINE_BYTES else self._read(record)
+        try:
+            self._parse(raw, record)
+            return True
+        except InputError as error:
+            cut_off = raw is not None and not raw.endswith(b"\n")
+            self.problems.add(self._index.line(record),
+                              f"{error} (the last line, not closed: is the file cut off?)" if cut_off else error)
+            return False
 
     def __len__(self):
-        return len(self._index)
+        return len(self._index) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index):
         """Reads one record.
@@ -84,65 +122,147 @@ class JsonLines:
         Raises:
             InputError: a line that is broken or refused by `check`, or a file that has changed since it was checked.
         """
-        raw = self._read(index)
+        record = self._record(index)
+        start, stop = self._index[record]
+        raw = None if stop - start > MAX_LINE_BYTES else self._read(record)
         if index >= self._checked:
             try:
-                return self._parse(raw, index)
+                return self._parse(raw, record)
             except InputError as error:
                 raise InputError(f"{self.path}: line {self.line(index)}: {error}") from error
         try:
-            return _parse(raw, first=index == 0)
+            return parse_line(raw, first=start == 0)
         except InputError as error:
             raise InputError(f"{self.path}: the file has changed since it was checked ({error}); "
                              "start again with a file that stays as it is") from error
 
-    def _read(self, index):
-        start, stop = self._index[index]
+    def _record(self, index):
+        """int: the number in the index of record `index`, 0 <= index < len(self)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path}: record {index} of {len(self)}")
+        return int(index) if self._kept is None else int(self._kept[index])
+
+    def _read(self, record):
+        start, stop = self._index[record]
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
         return os.pread(self._descriptor, stop - start, start)
 
-    def _parse(self, raw, index):
-        record = _parse(raw, first=index == 0)
+    def _parse(self, raw, record):
+        parsed = parse_line(raw, first=record == 0)
         if self._check is not None:
-            self._check(record)
-        return record
+            self._check(parsed)
+        return parsed
 
     def sizes(self, indices):
         """np.ndarray: int64 bytes of the lines of the records `indices` (int array)."""
-        return self._index.sizes(indices)
+        return self._index.sizes(indices if self._kept is None else self._kept[np.asarray(indices)])
 
     def line(self, index):
         """int: the line number, from 1, of record `index`, empty lines counted."""
-        return self._index.line(index)
+        return self._index.line(self._record(index))
 
     def __getstate__(self):
         return {**vars(self), "_descriptor": None}  # a descriptor means nothing in another process
 
 
-def first_record(path):
-    """Reads the first line alone, to find out what a file holds.
+class Problems:
+    """The damaged lines of one file: how many, and what is wrong with the first ones.
+
+    Attributes:
+        path (str | os.PathLike): the file.
+        count (int): damaged lines.
+    """
+
+    def __init__(self, path):
+        self.path, self.count, self._first = path, 0, []
+
+    def add(self, line, problem):
+        """Counts a line (int, its number from 1); `problem` says what is wrong with it."""
+        self.count += 1
+        if len(self._first) < MAX_PROBLEMS:
+            self._first.append((line, str(problem)))
+
+    def text(self, all_counted=True):
+        """str: the lines named in one sentence; without `all_counted` the search ended before the file did."""
+        more = self.count - len(self._first)
+        named = "; ".join(f"line {line}: {problem}" for line, problem in sorted(self._first))
+        rest = f"; and {more} more" if all_counted else "; and more"
+        return f"{self.path}: {named}" + (rest if more else "")
+
+
+def first_record(path, check=None, on_error=RAISE):
+    """Reads one line alone, the first one or the first sound one, to find out what a file holds.
 
     Args:
         path (str | os.PathLike)
+        check (Callable[[dict], object] | None): as for JsonLines.
+        on_error (str): "raise", or "skip" to look on where the first lines are damaged.
 
     Returns:
         dict
 
     Raises:
-        InputError: no such file, an empty one, or a first line that is no JSON object.
+        InputError: no such file, an empty one, or a first line that is damaged (when skipping: all of the first
+            1000 are).
     """
     path = require_file(path, "data file", "Give a file with one JSON object per line.")
+    problems = Problems(path)
     with open(path, "rb") as file:
-        raw = file.readline()
-    try:
-        return _parse(raw, first=True)
-    except InputError as error:
-        raise InputError(f"{path}: line 1: {error}") from error
+        for number, raw in raw_lines(file):
+            try:
+                record = parse_line(raw, first=number == 1)
+                if check is not None:
+                    check(record)
+                return record
+            except InputError as error:
+                problems.add(number, error)
+            if on_error == RAISE or number == _LOOKED_AT:
+                break
+    raise InputError(problems.text())
 
 
-def _parse(raw, first=False):
+def raw_lines(file, limit=MAX_LINE_BYTES):
+    """Reads a binary file line by line; what is longer than `limit` bytes is passed over in pieces.
+
+    Args:
+        file: open for reading bytes, at its beginning.
+        limit (int): bytes.
+
+    Yields:
+        tuple[int, bytes | None]: the line's number from 1, and the line with its end; None for one that is too long.
+    """
+    number = 0
+    while True:
+        raw = file.readline(limit + 1)
+        if not raw:
+            return
+        number += 1
+        piece = raw
+        if len(raw) > limit:
+            raw = None
+        while len(piece) and raw is None and not piece.endswith(b"\n"):
+            piece = file.readline(1 << 20)
+        yield number, raw
+
+
+def parse_line(raw, first=False):
+    """Parses one line.
+
+    Args:
+        raw (bytes | None): the line; None stands for one that is longer than MAX_LINE_BYTES.
+        first (bool): whether it is the file's first one, which may have a byte order mark.
+
+    Returns:
+        dict
+
+    Raises:
+        InputError: says what is wrong with the line, but not where it stands.
+    """
+    if raw is None:
+        raise InputError(f"longer than {MAX_LINE_BYTES >> 20} MB, which no record is; does the file have line breaks "
+                         "between its records? Split or remove the line")
     if not raw.strip():
         raise InputError("empty line; remove it")
     try:

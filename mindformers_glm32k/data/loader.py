@@ -2,6 +2,8 @@
 import numpy as np
 from mindspore.dataset import GeneratorDataset
 
+from mindformers_glm32k.data.holdout import contamination_warning
+from mindformers_glm32k.data.jsonl import ON_ERROR, RAISE
 from mindformers_glm32k.data.options import boolean, choice, reject_unknown, whole_number, workers
 from mindformers_glm32k.data.order import EpochSampler
 from mindformers_glm32k.data.source import AUTO, LAYOUTS, SampleSource
@@ -15,7 +17,8 @@ COLUMNS = {
 }
 _KEYS = ("type", "dataset_dir", "shuffle", "origin_columns", "layout", "prompt_config_file", "num_samples",
          "num_shards", "shard_id", "seed", "column_names", "phase", "version", "num_parallel_workers",
-         "python_multiprocessing")
+         "python_multiprocessing", "on_error")
+_TEXTS = {"prompt", "answer"}  # columns that only a single question has
 
 
 class GLM32KDataLoader:
@@ -28,17 +31,22 @@ class GLM32KDataLoader:
         dataset_dir (str): a file, or a folder whose *.jsonl are read in the order of their names.
         shuffle (bool): a new order in each epoch. Default False.
         origin_columns (list[str]): the fields of AdGen lines. Default ["content", "summary"].
-        layout (str): "adgen", "longbench", or "auto" (default): by the first record of each file.
+        layout (str): "adgen", "longbench", "chat", "text", or "auto" (default): by the first record of each file.
         prompt_config_file (str | None): LongBench's dataset2prompt.json; needed for its layout.
         num_samples (int | None): read only the first samples, this many, >= 1.
         num_shards (int | None): number of ranks that share the samples, >= 1. Default: not shared.
         shard_id (int | None): this rank, 0 <= shard_id < num_shards.
         seed (int): determines the shuffled orders, >= 0. Default 0.
-        column_names (list[str]): any of "prompt", "answer" (texts, the default) and "sample" (the number).
-        phase (str | None): "train" or "eval", as MindFormers' YAMLs say it; both are read alike.
+        column_names (list[str]): any of "prompt", "answer" (texts, the default) and "sample" (the number);
+            chats and plain text have the number only.
+        phase (str | None): "train" or "eval", as MindFormers' YAMLs say it; both are read alike. Without it, what is
+            shuffled is for training, and LongBench's test sets in it are warned of.
         version (int | None): MindFormers' choice of a row format; taken and not used, there is one format.
         num_parallel_workers (int): threads or processes that read, >= 1, at most the number of cores. Default 1.
         python_multiprocessing (bool): processes instead of threads. Default False.
+        on_error (str): damaged lines (bad UTF-8, broken JSON, missing fields, wrong types, more than 64 MB) are
+            fatal, "raise" (default), or left out, "skip". They are reported with file and line either way; to skip
+            them, all lines are read once before the first batch.
 
     Raises:
         InputError: unknown keys, wrong values, files missing or empty, lines not fit for use.
@@ -47,13 +55,14 @@ class GLM32KDataLoader:
     def __new__(cls, dataset_dir=None, shuffle=False, origin_columns=("content", "summary"), layout=AUTO,
                 prompt_config_file=None, num_samples=None, num_shards=None, shard_id=None, seed=0,
                 column_names=("prompt", "answer"), phase=None, version=None, num_parallel_workers=1,
-                python_multiprocessing=False, **unknown):
+                python_multiprocessing=False, on_error=RAISE, **unknown):
         from mindformers.tools.logger import logger
         reject_unknown(unknown, _KEYS, "data_loader")
         boolean(shuffle, "data_loader.shuffle")
         boolean(python_multiprocessing, "data_loader.python_multiprocessing")
         choice(layout, "data_loader.layout", LAYOUTS)
         choice(phase, "data_loader.phase", (None, "train", "eval"))
+        choice(on_error, "data_loader.on_error", ON_ERROR)
         if not _names(origin_columns) or len(origin_columns) != 2:
             raise InputError(f"data_loader.origin_columns: {origin_columns!r} is not a list of two names, "
                              "that of the question's field and that of the answer's")
@@ -68,9 +77,16 @@ class GLM32KDataLoader:
         if shard_id >= num_shards:
             raise InputError(f"data_loader.shard_id: {shard_id} is not below num_shards={num_shards}")
 
-        source = SampleSource(dataset_dir, tuple(origin_columns), layout, prompt_config_file, num_samples)
+        source = SampleSource(dataset_dir, tuple(origin_columns), layout, prompt_config_file, num_samples,
+                              on_error=on_error)
         for path, file_layout, size in source.files():
             logger.info("%s: %d rows, layout %s", path, size, file_layout)
+            if file_layout in ("chat", "text") and _TEXTS & set(column_names):
+                raise InputError(f"{path}: lines of the layout {file_layout} have no columns prompt and answer; "
+                                 "set train_dataset_task.type to GLM32KDataset")
+        for_training = phase == "train" or phase is None and shuffle
+        for problem in source.problems() + (contamination_warning(source) if for_training else []):
+            logger.warning("%s", problem)
         if len(source) < num_shards:
             raise InputError(f"data_loader.dataset_dir {dataset_dir}: {len(source)} rows are not enough for "
                              f"{num_shards} ranks; give more rows or use fewer ranks")

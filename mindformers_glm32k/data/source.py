@@ -3,13 +3,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_glm32k.data.jsonl import JsonLines, first_record
-from mindformers_glm32k.data.layouts import AdGenLayout, LongBenchLayout, layout_of
+from mindformers_glm32k.data.chats import ChatLayout
+from mindformers_glm32k.data.jsonl import RAISE, JsonLines, first_record
+from mindformers_glm32k.data.layouts import AdGenLayout, LongBenchLayout, TextLayout, layout_of
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
 
 AUTO = "auto"
-LAYOUTS = (AUTO, AdGenLayout.name, LongBenchLayout.name)
+LAYOUTS = (AUTO, AdGenLayout.name, LongBenchLayout.name, ChatLayout.name, TextLayout.name)
 _HOW_TO_GIVE = "Set data_loader.dataset_dir or --train_dataset_dir / --eval_dataset_dir to a file or folder of .jsonl."
 
 
@@ -19,23 +20,24 @@ class SampleSource:
     Args:
         dataset_dir (str | os.PathLike): a file, or a folder whose *.jsonl are read in the order of their names.
         columns (tuple[str, str]): the two fields of the AdGen layout.
-        layout (str): one of LAYOUTS; "auto" looks at the first record of each file, and takes a record that has
-            both layouts' fields for AdGen's, which needs no template.
+        layout (str): one of LAYOUTS; "auto" looks at the first record of each file, and takes the first layout in
+            LAYOUTS' order whose fields it has.
         prompt_config_file (str | os.PathLike | None): the templates of the LongBench layout.
         num_samples (int | None): read only the first samples, this many.
         cache_dir (str | os.PathLike | None): where indexes of big files are kept; see `cache_folder`.
+        on_error (str): "raise" or "skip", for damaged lines; see JsonLines.
 
     Raises:
         InputError: files missing, empty or with lines that are not fit for use, or no templates where needed.
     """
 
     def __init__(self, dataset_dir, columns=("content", "summary"), layout=AUTO, prompt_config_file=None,
-                 num_samples=None, cache_dir=None):
+                 num_samples=None, cache_dir=None, on_error=RAISE):
         prompts = PromptTemplates(prompt_config_file) if prompt_config_file else None
-        candidates = [AdGenLayout(columns), LongBenchLayout(prompts)]
+        candidates = [AdGenLayout(columns), LongBenchLayout(prompts), ChatLayout(), TextLayout()]
         if layout != AUTO:
             candidates = [candidate for candidate in candidates if candidate.name == layout]
-        self._files = [_open(path, candidates, cache_dir) for path in _data_files(dataset_dir)]
+        self._files = [_open(path, candidates, cache_dir, on_error) for path in _data_files(dataset_dir)]
         # sample i lies in the first file whose end is beyond i
         self._ends = np.cumsum([len(lines) for lines, _ in self._files])
         self._size = min(int(self._ends[-1]), num_samples or int(self._ends[-1]))
@@ -68,6 +70,17 @@ class SampleSource:
         return [(str(lines.path), layout.name, len(lines)) for lines, layout in self._files]
 
 
+    def longbench_files(self):
+        """list[tuple[str, str]]: path and data set of each file in LongBench's layout, by its first record."""
+        return [(str(lines.path), lines[0]["dataset"]) for lines, layout in self._files
+                if layout.name == LongBenchLayout.name]
+
+    def problems(self):
+        """list[str]: for each file with damaged lines that are skipped: how many of how many, and the first ones."""
+        return [f"{lines.problems.count} of {lines.problems.count + len(lines)} lines are damaged and skipped: "
+                f"{lines.problems.text()}" for lines, _ in self._files if lines.problems.count]
+
+
 def _data_files(dataset_dir):
     if not dataset_dir:
         raise InputError(f"data_loader.dataset_dir: no path given. {_HOW_TO_GIVE}")
@@ -81,16 +94,11 @@ def _data_files(dataset_dir):
     return files
 
 
-def _open(path, candidates, cache_dir):
-    record = first_record(path)
-    if len(candidates) == 1:
-        layout = candidates[0]
-    else:
-        try:
-            layout = layout_of(record, candidates)
-        except InputError as error:
-            raise InputError(f"{path}: line 1: {error}") from error
+def _open(path, candidates, cache_dir, on_error):
+    layout = candidates[0]
+    if len(candidates) > 1:
+        layout = layout_of(first_record(path, lambda record: layout_of(record, candidates), on_error), candidates)
     if isinstance(layout, LongBenchLayout) and layout.prompts is None:
         raise InputError(f"{path}: this is LongBench's layout; set data_loader.prompt_config_file to the "
                          "dataset2prompt.json that holds the prompts")
-    return JsonLines(path, check=layout.sample, cache_dir=cache_dir), layout
+    return JsonLines(path, check=layout.sample, cache_dir=cache_dir, on_error=on_error), layout

@@ -62,7 +62,8 @@ def test_num_samples_and_other_columns(data):
 @pytest.mark.parametrize("options, message", [
     ({"shufle": True}, "unknown key 'shufle', did you mean 'shuffle'"),
     ({"shuffle": "True"}, "data_loader.shuffle: 'True'"),
-    ({"layout": "adgn"}, "data_loader.layout: 'adgn' is not one of auto, adgen, longbench"),
+    ({"layout": "adgn"}, "data_loader.layout: 'adgn' is not one of auto, adgen, longbench, chat, text"),
+    ({"on_error": "ignore"}, "data_loader.on_error: 'ignore' is not one of raise, skip"),
     ({"phase": "dev"}, "data_loader.phase"),
     ({"origin_columns": ["content"]}, "data_loader.origin_columns"),
     ({"origin_columns": "content"}, "data_loader.origin_columns"),
@@ -80,3 +81,41 @@ def test_wrong_options_are_named(data, options, message):
 def test_through_mindformers_a_wrong_option_is_still_an_input_error(data):
     with pytest.raises(InputError, match="unknown key 'dataset_file'"):
         build_dataset_loader({"type": "GLM32KDataLoader", "dataset_dir": data, "dataset_file": data})
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    from mindformers.tools.logger import logger
+    lines = []
+    monkeypatch.setattr(logger, "warning", lambda text, *values: lines.append(text % values))
+    return lines
+
+
+def test_damaged_lines_may_be_skipped_and_are_told(data, warnings):
+    with open(data, "a", encoding="utf-8") as file:
+        file.write("broken\n")
+    assert GLM32KDataLoader(data, on_error="skip").get_dataset_size() == 10
+    assert len(warnings) == 1 and f"1 of 11 lines are damaged and skipped: {data}: line 11: broken JSON" in warnings[0]
+
+
+def test_training_on_longbench_itself_is_said_loudly(tmp_path, warnings):
+    record = {"input": "q", "context": "c", "answers": ["a"], "dataset": "trec"}
+    (tmp_path / "trec.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "prompts.json").write_text(json.dumps({"trec": "{context} {input}", "mine": "{context}"}))
+    options = {"prompt_config_file": str(tmp_path / "prompts.json")}
+    GLM32KDataLoader(str(tmp_path / "trec.jsonl"), **options)
+    GLM32KDataLoader(str(tmp_path / "trec.jsonl"), phase="eval", **options)
+    assert not warnings, "to be evaluated on it is what it is there for"
+    GLM32KDataLoader(str(tmp_path / "trec.jsonl"), phase="train", **options)
+    GLM32KDataLoader(str(tmp_path / "trec.jsonl"), shuffle=True, **options)
+    assert len(warnings) == 2 and all("TRAINED ON LONGBENCH'S TEST SET" in line for line in warnings)
+    (tmp_path / "mine.jsonl").write_text(json.dumps({**record, "dataset": "mine"}) + "\n")
+    GLM32KDataLoader(str(tmp_path / "mine.jsonl"), phase="train", **options)
+    assert len(warnings) == 2
+
+
+def test_texts_and_chats_have_no_columns_of_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "once"}\n')
+    with pytest.raises(InputError, match="layout text have no columns prompt and answer; set train_dataset_task"):
+        GLM32KDataLoader(str(tmp_path))
+    assert GLM32KDataLoader(str(tmp_path), column_names=["sample"]).get_dataset_size() == 1

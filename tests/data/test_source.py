@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from mindformers_glm32k.data.layouts import Chat, Text
 from mindformers_glm32k.data.source import SampleSource
 from mindformers_glm32k.errors import InputError
 
@@ -44,6 +45,28 @@ def test_layouts_may_differ_from_file_to_file(tmp_path):
     both = write(tmp_path / "c.jsonl", {**record, **adgen(7)[0]})
     assert SampleSource(both, prompt_config_file=prompts)[0].prompt == "q7"
     assert SampleSource(both, prompt_config_file=prompts, layout="longbench")[0].prompt == "because why?"
+
+
+def test_chats_and_plain_text_are_found_by_their_fields(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write(tmp_path / "a.jsonl", {"messages": chat})
+    write(tmp_path / "b.jsonl", {"text": "once"})
+    write(tmp_path / "c.jsonl", {"conversations": chat, "tools": ["t"]})
+    source = SampleSource(tmp_path)
+    assert [layout for _, layout, _ in source.files()] == ["chat", "text", "chat"]
+    assert source[1] == Text("once") and source[0] == Chat(source[2].messages[1:])
+
+
+def test_damaged_lines_are_skipped_and_told_by_file(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"content": "q"}, *adgen(0, 1))
+    write(tmp_path / "b.jsonl", *adgen(2))
+    with pytest.raises(InputError, match="a.jsonl: line 1: has the fields 'content'"):
+        SampleSource(tmp_path)
+    source = SampleSource(tmp_path, on_error="skip")
+    assert [source[index].prompt for index in range(3)] == ["q0", "q1", "q2"]
+    assert source.place(0) == f"{path}, line 2"
+    [problem] = source.problems()
+    assert problem.startswith(f"1 of 3 lines are damaged and skipped: {path}: line 1: column 'summary' is missing")
 
 
 def test_the_reference_set_is_read_whole(reference):

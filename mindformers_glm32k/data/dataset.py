@@ -1,25 +1,31 @@
 """GLM32KDataset: the `train_dataset_task` and `eval_dataset_task` of the YAML."""
 import copy
 
-import numpy as np
 from mindformers.dataset.base_dataset import BaseDataset
 from mindformers.dataset.dataloader import build_dataset_loader
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
+from mindformers_glm32k.data.batches import (ROW_COLUMNS, BatchPadding, FixedRows, PaddingCounter, PlannedRows,
+                                              RaggedRows, StreamedRows, fixed_batches, plan_rows, planned_batches,
+                                              ragged_batches, streamed_batches)
 from mindformers_glm32k.data.cuts import CutCounter
 from mindformers_glm32k.data.loader import samples_of
 from mindformers_glm32k.data.options import boolean, choice, reject_unknown, whole_number, workers
+from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.data.rows import ON_LONG_ANSWER, RAISE, RowBuilder
+from mindformers_glm32k.data.tokens import TokenizedSamples, token_cache
 from mindformers_glm32k.data.truncation import TRUNCATIONS
 from mindformers_glm32k.errors import InputError
 
-OUTPUT_COLUMNS = ["input_ids", "labels"]
+SAMPLE, TOKEN = "sample", "token"
 # Read here, with the value that stands for a missing key (None: needed, or nothing).
 DEFAULTS = {
-    "data_loader": None, "tokenizer": None, "input_columns": OUTPUT_COLUMNS, "max_source_length": None,
+    "data_loader": None, "tokenizer": None, "input_columns": ROW_COLUMNS, "max_source_length": None,
     "max_target_length": None, "seq_length": None, "truncation": "middle", "on_long_answer": RAISE,
+    "packing": False, "packing_window": 1024, "rows_per_epoch": None, "loss_weights": SAMPLE,
+    "sort_by_length": False, "pad_to_multiple_of": None, "cache_tokens": None, "cache_dir": None,
     "ignore_pad_token_for_loss": True, "batch_size": 8, "repeat": 1, "drop_remainder": True,
     "num_parallel_workers": 1, "python_multiprocessing": False, "seed": 0, "prefetch_size": 1, "numa_enable": False,
 }
@@ -30,11 +36,12 @@ KNOWN_KEYS = frozenset(DEFAULTS) | frozenset(_HOST_KEYS)
 
 
 class GLM32KDataset(BaseDataset):
-    """Batches of `input_ids` and `labels` for training and evaluation; `rows.py` shows what a row holds.
+    """Batches for training and evaluation; `rows.py` shows what a row holds, `packing.py` what a packed one does.
 
     Calling it returns a MindSpore dataset, as MindFormers' own dataset classes do, with int32 columns input_ids and
-    labels of shape (batch_size, row length). In data-parallel mode each rank has its share of the rows; where
-    MindFormers feeds the whole global batch to each device (semi-auto parallel with full_batch), each has all.
+    labels of shape (batch_size, row length); packed rows have position_ids, document_ids and input_mask (float32)
+    besides. In data-parallel mode each rank has its share of the rows; where MindFormers feeds the whole global batch
+    to each device (semi-auto parallel with full_batch), each has all.
 
     Args:
         dataset_config (dict): the `train_dataset` or `eval_dataset` section, with the keys
@@ -48,7 +55,21 @@ class GLM32KDataset(BaseDataset):
             - truncation (str): how too long prompts are cut: "middle" (default), "left", "right", "longbench" or
               "drop"; see truncation.py.
             - on_long_answer (str): "raise" (default) or "drop", where answers alone do not fit a row.
-            - input_columns (list[str]): ["input_ids", "labels"].
+            - packing (bool): several samples in a row. Default False.
+            - packing_window (int): samples that are packed together, >= 1. Default 1024.
+            - rows_per_epoch (int | None): packed rows of an epoch, all ranks together: a multiple of their number
+              and batch_size. By default an epoch has each sample once, for which all samples are tokenized before
+              the first step. With a number, packing goes along with training, pass after pass over the samples
+              (each once a pass), and an epoch is so many rows of that.
+            - loss_weights (str): in packed rows each "sample" (default) counts alike in the loss, or each "token".
+            - sort_by_length (bool): samples of about the same length come into one batch. Default False.
+            - pad_to_multiple_of (int | None): a batch is padded to its longest row, rounded up to a multiple of this
+              and at most the row length, instead of to the row length: its shape varies, and each shape is compiled.
+            - cache_tokens (bool | None): tokens are kept on disk for the next epoch and run; by default from 8 MB of
+              data on.
+            - cache_dir (str | None): where that is, and the index of big files' lines. By default `.glm32k_cache`
+              beside the data, or in the output folder where that cannot be written.
+            - input_columns (list[str]): ["input_ids", "labels"], or those of packed rows.
             - batch_size (int), repeat (int), prefetch_size (int): >= 1.
             - num_parallel_workers (int): >= 1; no more than the machine has cores are used.
             - drop_remainder (bool), python_multiprocessing (bool), numa_enable (bool).
@@ -63,25 +84,66 @@ class GLM32KDataset(BaseDataset):
     def __new__(cls, dataset_config=None, **kwargs):
         config = _checked(dataset_config or kwargs)
         cls.init_dataset_config(config)
-        shard_id, num_shards = cls._generate_shard_info()
-        loader = _loader(config, shard_id, num_shards)
-        rows = loader.get_dataset_size()
-        if config.drop_remainder and rows < config.batch_size:
-            raise InputError(f"{rows} rows make no batch of batch_size={config.batch_size}; give more rows, "
-                             "a smaller batch_size, or set drop_remainder: False")
+        loader = _loader(config, *cls._generate_shard_info())
         tokenizer = config.tokenizer
         if isinstance(tokenizer, dict):
             tokenizer = build_tokenizer(copy.deepcopy(tokenizer))
-        samples = samples_of(loader)
-        builder = RowBuilder(tokenizer, config.max_source_length, config.max_target_length, row_length(config),
-                             config.truncation, config.on_long_answer)
-        cuts = CutCounter(samples.place, rows, logger, config.truncation)
-        dataset = loader.map(_Map(samples, builder, cuts), input_columns=["sample"], output_columns=OUTPUT_COLUMNS,
-                             num_parallel_workers=config.num_parallel_workers,
-                             python_multiprocessing=config.python_multiprocessing)
-        dataset = dataset.project(OUTPUT_COLUMNS)
-        dataset = dataset.batch(config.batch_size, drop_remainder=config.drop_remainder)
-        return dataset.repeat(config.repeat)
+        tokens = _tokens(config, samples_of(loader), tokenizer)
+        batches = _packed if config.packing else _unpacked
+        return batches(config, loader, tokens, tokenizer.vocabulary.unk_id).repeat(config.repeat)
+
+
+def _tokens(config, samples, tokenizer):
+    length = row_length(config)
+    builder = RowBuilder(tokenizer, config.max_source_length, config.max_target_length, length, config.truncation,
+                         config.on_long_answer)
+    settings = {name: config[name] for name in ("max_source_length", "max_target_length", "truncation",
+                                                "on_long_answer")}
+    section = dict(config.data_loader) if isinstance(config.data_loader, dict) else None
+    return TokenizedSamples(samples, builder, token_cache(samples, tokenizer, {**settings, "row_length": length},
+                                                          section, config.cache_tokens, config.cache_dir, logger))
+
+
+def _unpacked(config, loader, tokens, pad_id):
+    rows, length, order = loader.get_dataset_size(), row_length(config), loader.sampler.order()
+    if config.drop_remainder and rows < config.batch_size:
+        raise InputError(f"{rows} rows make no batch of batch_size={config.batch_size}; give more rows, "
+                         "a smaller batch_size, or set drop_remainder: False")
+    if config.sort_by_length:
+        loader.sampler.sort_by(tokens.samples.sizes(), config.batch_size * order["num_shards"])
+    cuts, padding = _counters(config, tokens.samples, rows, rows)
+    if config.pad_to_multiple_of:
+        return ragged_batches(loader, RaggedRows(tokens, length, pad_id, cuts, None),
+                              BatchPadding(config.pad_to_multiple_of, length, pad_id, padding), config)
+    return fixed_batches(loader, FixedRows(tokens, length, pad_id, cuts, padding), config)
+
+
+def _packed(config, loader, tokens, pad_id):
+    length, order, equal = row_length(config), loader.sampler.order(), config.loss_weights == SAMPLE
+    shards, batch = order["num_shards"], config.batch_size if config.drop_remainder else 1
+    if config.rows_per_epoch:
+        if config.rows_per_epoch % (batch * shards):
+            raise InputError(f"rows_per_epoch: {config.rows_per_epoch} is not a multiple of batch_size={batch} times "
+                             f"{shards} ranks; take {-(-config.rows_per_epoch // (batch * shards)) * batch * shards}")
+        rows = config.rows_per_epoch // shards
+        counters = _counters(config, tokens.samples, len(tokens) // shards, rows)
+        return streamed_batches(StreamedRows(config.packing_window, order["shuffle"], order["seed"], order["shard_id"],
+                                             shards, config.num_parallel_workers, tokens, length, pad_id, equal,
+                                             *counters), rows, config)
+    plan, lengths = plan_rows(tokens, length, config.packing_window, order, batch, config.num_parallel_workers)
+    documents, total, left_out = int((lengths > 0).sum()), int(lengths.sum()), int((lengths == 0).sum())
+    logger.info("packing: %d samples in %d rows of %d tokens, %.1f %% of them padding; %d samples left out",
+                documents, len(plan), length, 100 * (1 - total / (len(plan) * length)), left_out)
+    if not all(plan):
+        raise InputError(f"packing: {documents} samples are too few for a batch of {batch} rows on each of {shards} "
+                         "ranks; give more samples, a smaller batch_size, or set packing: False")
+    counters = _counters(config, tokens.samples, documents // shards, len(plan) // shards)
+    return planned_batches(PlannedRows(plan, tokens, length, pad_id, equal, *counters), order, config)
+
+
+def _counters(config, samples, samples_per_epoch, rows_per_epoch):
+    return (CutCounter(samples.place, samples_per_epoch, logger, config.truncation),
+            PaddingCounter(rows_per_epoch, logger))
 
 
 def row_length(dataset_config):
@@ -127,16 +189,25 @@ def _checked(dataset_config):
     config = MindFormerConfig()
     config.update({**DEFAULTS, **given})
     row_length(config)
-    for name in ("batch_size", "repeat", "prefetch_size"):
+    for name in ("batch_size", "repeat", "prefetch_size", "packing_window"):
         whole_number(config[name], name, 1)
+    for name in ("rows_per_epoch", "pad_to_multiple_of"):
+        if config[name] is not None:
+            whole_number(config[name], name, 1)
     config.num_parallel_workers = workers(config.num_parallel_workers, "num_parallel_workers")
     whole_number(config.seed, "seed", 0)
-    for name in ("drop_remainder", "python_multiprocessing", "numa_enable"):
+    for name in ("drop_remainder", "python_multiprocessing", "numa_enable", "packing", "sort_by_length"):
         boolean(config[name], name)
+    choice(config.cache_tokens, "cache_tokens", (None, True, False))
+    choice(config.loss_weights, "loss_weights", (SAMPLE, TOKEN))
+    for name in ("sort_by_length", "pad_to_multiple_of") if config.packing else ("rows_per_epoch",):
+        if config[name]:
+            raise InputError(f"{name}: {config[name]!r} has no meaning with packing: {config.packing}; remove it")
     choice(config.truncation, "truncation", tuple(TRUNCATIONS))
     choice(config.on_long_answer, "on_long_answer", ON_LONG_ANSWER)
-    if list(config.input_columns) != OUTPUT_COLUMNS:
-        raise InputError(f"input_columns: {config.input_columns!r} is not {OUTPUT_COLUMNS}, the columns there are")
+    columns = PACKED_COLUMNS if config.packing else ROW_COLUMNS
+    if list(config.input_columns) not in (columns, ROW_COLUMNS):
+        raise InputError(f"input_columns: {config.input_columns!r} is not {columns}, the columns there are")
     if config.ignore_pad_token_for_loss is not True:
         raise InputError(f"ignore_pad_token_for_loss: {config.ignore_pad_token_for_loss!r} is not True; "
                          "padding is never trained on, remove the key")
@@ -152,6 +223,8 @@ def _loader(config, shard_id, num_shards):
     if isinstance(loader, dict):
         loader = MindFormerConfig(**copy.deepcopy(dict(loader)))
         loader.update(num_shards=num_shards, shard_id=shard_id, column_names=["sample"])
+        if loader.get("cache_dir") is None:
+            loader.cache_dir = config.cache_dir
         if loader.get("seed") is None:
             loader.seed = config.seed
         loader = build_dataset_loader(loader)
@@ -159,19 +232,3 @@ def _loader(config, shard_id, num_shards):
         raise InputError("data_loader: a section with type GLM32KDataLoader is needed, or what that class returns "
                          'with column_names=["sample"]')
     return loader
-
-
-class _Map:
-    """Sample number -> input_ids, labels; a class, so that worker processes can be given it."""
-
-    def __init__(self, samples, builder, cuts):
-        self._samples, self._builder, self._cuts = samples, builder, cuts
-
-    def __call__(self, sample):
-        sample = int(np.asarray(sample).item())
-        try:
-            row = self._builder(self._samples[sample])
-        except InputError as error:
-            raise InputError(f"{self._samples.place(sample)}: {error}") from error
-        self._cuts.add(sample, row.tokens_before, row.tokens_after)
-        return row.input_ids, row.labels

@@ -17,7 +17,7 @@ COLUMNS = {
 }
 _KEYS = ("type", "dataset_dir", "shuffle", "origin_columns", "layout", "prompt_config_file", "num_samples",
          "num_shards", "shard_id", "seed", "column_names", "phase", "version", "num_parallel_workers",
-         "python_multiprocessing", "on_error")
+         "python_multiprocessing", "on_error", "cache_dir")
 _TEXTS = {"prompt", "answer"}  # columns that only a single question has
 
 
@@ -47,6 +47,8 @@ class GLM32KDataLoader:
         on_error (str): damaged lines (bad UTF-8, broken JSON, missing fields, wrong types, more than 64 MB) are
             fatal, "raise" (default), or left out, "skip". They are reported with file and line either way; to skip
             them, all lines are read once before the first batch.
+        cache_dir (str | None): where the index of a big file's lines is kept; by default `.glm32k_cache` beside it,
+            or in the output folder where that cannot be written.
 
     Raises:
         InputError: unknown keys, wrong values, files missing or empty, lines not fit for use.
@@ -55,7 +57,7 @@ class GLM32KDataLoader:
     def __new__(cls, dataset_dir=None, shuffle=False, origin_columns=("content", "summary"), layout=AUTO,
                 prompt_config_file=None, num_samples=None, num_shards=None, shard_id=None, seed=0,
                 column_names=("prompt", "answer"), phase=None, version=None, num_parallel_workers=1,
-                python_multiprocessing=False, on_error=RAISE, **unknown):
+                python_multiprocessing=False, on_error=RAISE, cache_dir=None, **unknown):
         from mindformers.tools.logger import logger
         reject_unknown(unknown, _KEYS, "data_loader")
         boolean(shuffle, "data_loader.shuffle")
@@ -78,7 +80,7 @@ class GLM32KDataLoader:
             raise InputError(f"data_loader.shard_id: {shard_id} is not below num_shards={num_shards}")
 
         source = SampleSource(dataset_dir, tuple(origin_columns), layout, prompt_config_file, num_samples,
-                              on_error=on_error)
+                              cache_dir, on_error)
         for path, file_layout, size in source.files():
             logger.info("%s: %d rows, layout %s", path, size, file_layout)
             if file_layout in ("chat", "text") and _TEXTS & set(column_names):

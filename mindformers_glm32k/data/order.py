@@ -22,17 +22,28 @@ class EpochSampler(Sampler):
         seed (int): with the epoch's number it determines the order.
         num_shards (int): number of ranks that share the samples.
         shard_id (int): this rank, 0 <= shard_id < num_shards.
-        sizes (np.ndarray | None): (size,), sizes of the samples in any unit: samples of about the same size then
-            come together, in batches of
-        batch (int): so many samples, those of all ranks counted.
     """
 
-    def __init__(self, size, shuffle, seed=0, num_shards=1, shard_id=0, sizes=None, batch=1):
+    def __init__(self, size, shuffle, seed=0, num_shards=1, shard_id=0):
         self._size, self._shuffle, self._seed = size, shuffle, seed
         self._num_shards, self._shard_id = num_shards, shard_id
-        self._sizes, self._batch = sizes, batch
+        self._sizes, self._batch = None, 1
         self._epoch = 0
         super().__init__(num_samples=size // num_shards)
+
+    def sort_by(self, sizes, batch):
+        """Lets samples of about the same size come together.
+
+        Args:
+            sizes (np.ndarray): (size,), sizes of the samples in any unit.
+            batch (int): samples of a batch, those of all ranks counted.
+        """
+        self._sizes, self._batch = sizes, batch
+
+    def order(self):
+        """dict: shuffle, seed, num_shards and shard_id, as another sampler takes them."""
+        return {"shuffle": self._shuffle, "seed": self._seed, "num_shards": self._num_shards,
+                "shard_id": self._shard_id}
 
     def __iter__(self):
         order = sample_order(self._size, self._shuffle, self._seed, self._epoch)

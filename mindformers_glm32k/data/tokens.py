@@ -2,8 +2,9 @@
 import hashlib
 import json
 import os
+import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +84,16 @@ def in_order(function, items, threads, ahead):
         threads (int): threads.
         ahead (int): calls that are begun before they are asked for, at most.
     """
+    def call(item):
+        if not threading.main_thread().is_alive():
+            raise CancelledError  # the program ends, and would wait for all that has been begun
+        return function(item)
+
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
+                waiting.append(pool.submit(call, item))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:

@@ -1,7 +1,8 @@
 """Epoch orders over ranks."""
+import numpy as np
 import pytest
 
-from mindformers_glm32k.data.order import EpochSampler
+from mindformers_glm32k.data.order import EpochSampler, StreamSampler
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -29,3 +30,27 @@ def test_ranks_have_equally_many_samples_when_they_do_not_divide():
         assert [len(part) for part in parts] == [2] * 4
         assert len({sample for part in parts for sample in part}) == 8
     assert ranks[0].get_num_samples() == 2
+
+
+def test_samples_of_alike_sizes_come_together_and_each_once():
+    sizes = np.random.default_rng(0).integers(0, 1000, 2003)
+    for shuffle in (False, True):
+        alone = EpochSampler(2003, shuffle, seed=1)
+        alone.sort_by(sizes, 8)
+        ranks = [EpochSampler(2003, shuffle, seed=1, num_shards=2, shard_id=rank) for rank in range(2)]
+        for rank in ranks:
+            rank.sort_by(sizes, 8)
+        orders = []
+        for _ in range(2):
+            whole, parts = list(alone), [list(rank) for rank in ranks]
+            assert sorted(whole) == list(range(2003))
+            assert [sample for places in zip(*parts) for sample in places] == whole[:2002]
+            spreads = np.ptp(sizes[np.reshape(whole[:2000], (-1, 8))], axis=1)
+            assert spreads.mean() < 30 and (not shuffle or np.abs(np.diff(sizes[whole[:2000:8]])).mean() > 200)
+            orders.append(whole)
+        assert (orders[0] == orders[1]) is not shuffle
+
+
+def test_a_streams_places_go_on_from_epoch_to_epoch():
+    stream = StreamSampler(4)
+    assert [list(stream), list(stream)] == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -10,6 +10,8 @@ from mindformers_glm32k.errors import InputError
 COMMANDS = {
     "make-data": ("mindformers_glm32k.data.make_data",
                   "write a small vocabulary and long-context tasks in the LongBench layout"),
+    "preprocess": ("mindformers_glm32k.data.preprocess",
+                   "write LongBench as training rows in the AdGen layout, some documents held out"),
     "convert": ("mindformers_glm32k.weights.convert",
                 "convert a Hugging Face checkpoint to a MindSpore one"),
     "dryrun": ("mindformers_glm32k.dryrun.command",

@@ -1,4 +1,5 @@
 """Checks of configuration keys and values that the data classes share."""
+import argparse
 import difflib
 import multiprocessing
 
@@ -34,6 +35,17 @@ def boolean(value, name):
     if not isinstance(value, bool):
         raise InputError(f"{name}: {value!r} is neither True nor False")
     return value
+
+
+def true_or_false(text):
+    """The `type` of an argparse option that takes True or False, upper or lower case (1 and 0, yes and no, too).
+
+    argparse's own `type=bool` takes any text that is not empty for True, "False" included.
+    """
+    for value, words in ((True, ("true", "1", "yes")), (False, ("false", "0", "no"))):
+        if text.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
 def choice(value, name, allowed):

@@ -87,7 +87,8 @@ def _data_files(dataset_dir):
     path = Path(dataset_dir)
     if not path.is_dir():
         return [path]
-    files = sorted(path.glob("*.jsonl"))
+    # a hidden file is what an interrupted program left behind
+    files = sorted(file for file in path.glob("*.jsonl") if not file.name.startswith("."))
     if not files:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise InputError(f"data_loader.dataset_dir {path}: no *.jsonl in this folder, found {found}. {_HOW_TO_GIVE}")

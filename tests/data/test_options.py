@@ -1,4 +1,5 @@
 """Keys and values of the data sections."""
+import argparse
 import multiprocessing
 
 import pytest
@@ -26,6 +27,13 @@ def test_right_values_come_back():
     assert options.whole_number(8, "x", 1) == 8
     assert options.boolean(False, "x") is False
     assert options.choice("b", "x", ("a", "b")) == "b"
+
+
+@pytest.mark.parametrize("text, value", [("True", True), ("true", True), ("1", True), ("False", False), ("no", False)])
+def test_booleans_of_the_command_line(text, value):
+    assert options.true_or_false(text) is value
+    with pytest.raises(argparse.ArgumentTypeError, match="'maybe' is neither True nor False"):
+        options.true_or_false("maybe")
 
 
 def test_no_more_workers_than_cores():

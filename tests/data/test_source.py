@@ -21,6 +21,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     write(tmp_path / "b.jsonl", *adgen(3, 4))
     write(tmp_path / "a.jsonl", *adgen(0, 1, 2))
     write(tmp_path / "other.json", {"no": "data"})
+    write(tmp_path / ".a.x7.tmp.jsonl", *adgen(9))  # left behind by a program that was killed while it wrote a.jsonl
     source = SampleSource(tmp_path)
     assert [source[index].prompt for index in range(len(source))] == ["q0", "q1", "q2", "q3", "q4"]
     assert source.place(4) == f"{tmp_path / 'b.jsonl'}, line 2"

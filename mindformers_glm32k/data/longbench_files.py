@@ -1,0 +1,109 @@
+"""LongBench's files in a folder or in the published data.zip, line by line."""
+import contextlib
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from mindformers_glm32k.data.jsonl import raw_lines
+from mindformers_glm32k.errors import InputError
+
+OUTPUTS = {True: "longbench_e.jsonl", False: "longbench.jsonl"}  # by is_longbench_e; upstream's names, too
+_HINT = "Give the folder of LongBench's .jsonl files, or its data.zip, in --data_path."
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)  # the last: encrypted
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of LongBench.
+
+    Attributes:
+        path (Path): the file, or the zip file that holds it.
+        member (str | None): its name in the zip file.
+        size (int): bytes, unpacked.
+    """
+    path: Path
+    member: str
+    size: int
+
+    def __str__(self):
+        return f"{self.path}:{self.member}" if self.member else str(self.path)
+
+    @property
+    def stem(self):
+        """str: its name without folder and ending."""
+        return Path(self.member or self.path).stem
+
+    def lines(self):
+        """Yields (number from 1, bytes or None, bytes read so far) of each line, as `raw_lines`; InputError where the
+        zip file is damaged."""
+        with contextlib.ExitStack() as stack:
+            try:
+                if self.member:
+                    archive = stack.enter_context(zipfile.ZipFile(self.path))
+                    file = stack.enter_context(archive.open(self.member))
+                else:
+                    file = stack.enter_context(open(self.path, "rb"))
+                for number, raw in raw_lines(file):
+                    yield number, raw, file.tell()
+            except _ZIP_ERRORS as error:
+                raise InputError(f"{self}: cannot be unpacked ({error}); get the zip file again") from error
+
+
+def find(data_path, is_longbench_e):
+    """The files to read.
+
+    Args:
+        data_path (str | os.PathLike): a folder, a zip file, or one .jsonl file.
+        is_longbench_e (bool): LongBench-E's files, which end in `_e.jsonl`, or the others.
+
+    Returns:
+        tuple[list[DataFile], list[str]]: the files in the order of their names, and what was not taken, with reasons.
+
+    Raises:
+        InputError: no such path, no zip file, or no file of the kind in it.
+    """
+    path = Path(data_path)
+    if path.is_dir():
+        entries = [DataFile(entry, None, entry.stat().st_size) for entry in path.iterdir() if entry.is_file()]
+    elif path.suffix == ".zip" and path.is_file():
+        entries = _members(path)
+    elif path.is_file():
+        entries = [DataFile(path, None, path.stat().st_size)]
+    else:
+        raise InputError(f"--data_path {path}: no such file or folder. {_HINT}")
+    taken, passed_over, other_kind = [], [], 0
+    for entry in sorted(entries, key=lambda entry: (entry.stem, str(entry))):
+        reason = _why_not(entry)
+        if reason:
+            passed_over.append(f"{entry}: skipped, {reason}")
+        elif entry.stem.endswith("_e") == is_longbench_e:
+            taken.append(entry)
+        else:
+            other_kind += 1
+    kind, other = ("LongBench-E (*_e.jsonl)", "LongBench") if is_longbench_e else ("LongBench", "LongBench-E")
+    if other_kind:
+        passed_over.append(f"{path}: {other_kind} files of {other} left out; --is_longbench_e {not is_longbench_e} "
+                           "takes them")
+    if not taken:
+        raise InputError(f"--data_path {path}: no files of {kind} in it"
+                         + (f". {passed_over[-1]}" if passed_over else "") + f". {_HINT}")
+    return taken, passed_over
+
+
+def _members(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [DataFile(path, member.filename, member.file_size) for member in archive.infolist()
+                    if not member.is_dir() and not member.filename.startswith("__MACOSX/")]
+    except _ZIP_ERRORS as error:
+        raise InputError(f"--data_path {path}: no zip file ({error}). {_HINT}") from error
+
+
+def _why_not(entry):
+    name = Path(entry.member or entry.path).name
+    if name in OUTPUTS.values():
+        return "this is a name that the output has"
+    if name.startswith(".") or not name.endswith(".jsonl"):
+        return "not one of LongBench's, which end in .jsonl"
+    return "it is empty" if entry.size == 0 else None

@@ -1,0 +1,12 @@
+"""Writes LongBench as training rows in the AdGen layout, with the options of upstream's glm32k_preprocess.py and more.
+
+    python research/glm32k/glm32k_preprocess.py --data_path data --output_path out \
+        --prompt_config_file dataset2prompt.json --is_longbench_e True
+"""
+import sys
+
+from mindformers_glm32k.cli import run_command
+from mindformers_glm32k.data import preprocess
+
+if __name__ == "__main__":
+    sys.exit(run_command(preprocess, "glm32k_preprocess.py"))

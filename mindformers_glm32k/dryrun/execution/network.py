@@ -59,12 +59,11 @@ class Network:
             brought = (kind, array.shape, str(array.dtype), str(details), ranks)
             meeting[rank] = (brought, array)
             self.changed.notify_all()
-            others = [other for other, (theirs, _) in meeting.items() if theirs != brought]
-            if others:
-                raise NetworkError(self._mismatch(group, number, meeting))
+            self._check(group, number, meeting)
             what = f"{kind} number {number + 1} of group {group!r} (ranks {list(ranks)})"
             self._wait(rank, lambda: len(meeting) == len(ranks),
                        lambda: f"{what}, for ranks {sorted(set(ranks) - set(meeting))}")
+            self._check(group, number, meeting)  # the last to come may be the one who differs
             result = [meeting[member][1] for member in ranks]
             if all(self.counts[group, member] > number for member in ranks):
                 self.meetings.pop((group, number), None)
@@ -147,7 +146,9 @@ class Network:
             self.changed.notify_all()
 
     @staticmethod
-    def _mismatch(group, number, meeting):
+    def _check(group, number, meeting):
+        if len({brought for brought, _ in meeting.values()}) == 1:
+            return
         brings = "; ".join(f"rank {rank} brings {kind} of {dtype} {list(shape)} {details} in ranks {list(ranks)}"
                            for rank, ((kind, shape, dtype, details, ranks), _) in sorted(meeting.items()))
-        return f"the ranks of group {group!r} do not meet in their collective number {number + 1}: {brings}"
+        raise NetworkError(f"the ranks of group {group!r} do not meet in their collective number {number + 1}: {brings}")

@@ -13,19 +13,17 @@ def _index(begin, end, strides, masks):
     Args:
         begin, end, strides (tuple[int]): one entry an axis.
         masks (tuple[int]): begin, end, ellipsis, new axis, shrink: bit i is of entry i. A set bit of begin (end) starts at the
-            first (ends behind the last) element, of new axis inserts an axis of 1, of shrink takes the one element at begin.
+            first (ends behind the last) element, of shrink takes the one element at begin.
 
     Raises:
-        NotImplementedError: an ellipsis.
+        NotImplementedError: an ellipsis or a new axis.
     """
     begin_mask, end_mask, ellipsis_mask, new_axis_mask, shrink_mask = (int(mask) for mask in masks)
-    if ellipsis_mask:
-        raise NotImplementedError(f"a strided slice with ellipsis_mask {ellipsis_mask}")
+    if ellipsis_mask or new_axis_mask:
+        raise NotImplementedError(f"a strided slice with ellipsis_mask {ellipsis_mask}, new_axis_mask {new_axis_mask}")
     index = []
     for axis, (start, stop, stride) in enumerate(zip(begin, end, strides)):
-        if new_axis_mask >> axis & 1:
-            index.append(None)
-        elif shrink_mask >> axis & 1:
+        if shrink_mask >> axis & 1:
             index.append(start)
         else:
             index.append(slice(None if begin_mask >> axis & 1 else start, None if end_mask >> axis & 1 else stop, stride))

@@ -1,0 +1,102 @@
+"""Calls operators of the table as the interpreter does, and knows which ones the tests call."""
+from functools import wraps
+from types import SimpleNamespace
+
+import numpy as np
+
+from mindformers_glm32k.dryrun.execution.operators import Call, table
+from mindformers_glm32k.dryrun.execution.values import NUMPY, plain, round_bfloat16
+from mindformers_glm32k.dryrun.mindir import Spec
+
+TESTED = set()  # names that a test claims with `covers`
+_called = set()
+
+
+def covers(*names):
+    """Decorator of a test: claims operators; fails where the test calls none of them."""
+    TESTED.update(names)
+
+    def decorate(test):
+        @wraps(test)
+        def checked(*arguments, **options):
+            _called.clear()
+            test(*arguments, **options)
+            assert _called & set(names), f"{test.__name__} calls none of {names}"
+
+        return checked
+
+    return decorate
+
+
+def spec(dtype, shape=()):
+    """A result's Spec."""
+    return Spec(shape, dtype, 0)
+
+
+def call(name, *inputs, to="float32", rank=0, network=None, status=None, **attributes):
+    """Calls an operator.
+
+    Args:
+        name (str): the primitive.
+        inputs: as the interpreter passes them.
+        to (str | tuple[str] | Spec | tuple[Spec]): dtypes (or Specs) of the result.
+        rank, network, status: of the Call.
+        attributes: of the primitive.
+
+    Returns:
+        The result, bfloat16 rounded; its dtypes are checked, and the shapes where `to` has Specs.
+    """
+    _called.add(name)
+    entry = table()[name]
+    kept = [np.array(item) for item in inputs if isinstance(item, np.ndarray)]
+    output = to if isinstance(to, Spec) else spec(to) if isinstance(to, str) else \
+        tuple(item if isinstance(item, Spec) else spec(item) for item in to)
+    with np.errstate(all="ignore"):
+        result = entry.function(Call(name, attributes, output, rank=rank, network=network, place="test", status=status), *inputs)
+    for before, after in zip(kept, (item for item in inputs if isinstance(item, np.ndarray))):
+        np.testing.assert_array_equal(before, after, err_msg=f"{name} changed its input")
+    return _conform(plain(result), output, isinstance(to, Spec) or (not isinstance(to, str) and isinstance(to[0], Spec)))
+
+
+def _conform(result, output, shaped):
+    if isinstance(output, tuple):
+        assert isinstance(result, tuple) and len(result) == len(output)
+        return tuple(_conform(*pair, shaped) for pair in zip(result, output))
+    assert isinstance(result, np.ndarray) and result.dtype == NUMPY[output.dtype], (type(result), output.dtype)
+    assert not shaped or result.shape == output.shape, (result.shape, output.shape)
+    return round_bfloat16(result) if output.dtype == "bfloat16" else result
+
+
+def random(shape, dtype="float32", seed=0, scale=1.0):
+    """Normal values that the dtype holds; bfloat16 as float32."""
+    values = np.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape) * scale)
+    if dtype == "bfloat16":
+        return round_bfloat16(values.astype(np.float32))
+    return values.astype(NUMPY[dtype])
+
+
+def tolerance(dtype):
+    """Two units in the last place, relative to values of about 1."""
+    return {"float64": {"rtol": 1e-12, "atol": 1e-12}, "float32": {"rtol": 2e-6, "atol": 2e-6}, "float16": {"rtol": 2e-3, "atol": 2e-3},
+            "bfloat16": {"rtol": 1.6e-2, "atol": 1.6e-2}}[dtype]
+
+
+def numeric_gradient(function, inputs, dy, index, step=1e-5):
+    """d sum(function(*inputs) * dy) / d inputs[index] by central differences in float64."""
+    inputs = [np.array(item, np.float64) if isinstance(item, np.ndarray) and item.dtype.kind == "f" else item for item in inputs]
+    x = inputs[index]
+    gradient = np.zeros_like(x)
+    for place in np.ndindex(x.shape):
+        value = x[place]
+        results = []
+        for change in (step, -step):
+            x[place] = value + change
+            results.append(np.sum(function(*inputs) * dy))
+        x[place] = value
+        gradient[place] = (results[0] - results[1]) / (2 * step)
+    return gradient
+
+
+def register():
+    """A device's overflow register."""
+    return SimpleNamespace(overflow=False)

@@ -9,6 +9,7 @@ from mindformers_glm32k import compat
 from mindformers_glm32k.checkpoint_check import check_checkpoint
 from mindformers_glm32k.config_check import check_config
 from mindformers_glm32k.data.dataset import check_vocabulary, row_length
+from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.predict import ChatPromptTokenizer, read_prompts
@@ -32,6 +33,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
             _check_rows(config, "train_dataset")
         if config.do_eval and kwargs.get("eval_dataset") is None:
             _check_rows(config, "eval_dataset")
+        _name_columns(config, ["train_dataset", "eval_dataset"] if config.do_eval else ["train_dataset"])
         with compat.barrier_on_cpu():
             super().train(config=config, **kwargs)
 
@@ -41,6 +43,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         _convert_huggingface_folder(config)
         if kwargs.get("dataset") is None:
             _check_rows(config, "eval_dataset")
+        _name_columns(config, ["eval_dataset"])
         with compat.barrier_on_cpu():
             super().evaluate(config=config, **kwargs)
 
@@ -90,7 +93,25 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
             logger.info("prompt: %s\nanswer: %s", prompt, answer)
         return results
 
+    def _reset_wrapper_for_pipeline_parallel(self):
+        self._keep_our_step(super()._reset_wrapper_for_pipeline_parallel)
+
+    def _reset_wrapper_for_grad_accu(self, gradient_accumulation_steps):
+        self._keep_our_step(super()._reset_wrapper_for_grad_accu, gradient_accumulation_steps)
+
+    def _keep_our_step(self, choose, *args):
+        """Lets upstream choose the step that cuts a batch, and takes the plugin's sibling of it for the plugin's own."""
+        step = self.config.runner_wrapper
+        ours = step is not None and step.type in ("GLM32KTrainOneStepCell", "GLM32KPipelineTrainOneStepCell")
+        choose(*args)
+        if ours:
+            step.type = "GLM32KPipelineTrainOneStepCell"
+
     def create_network(self, default_args=None):
+        if compat.pipeline_stages() == 1 and self.config.runner_config.gradient_accumulation_steps in (None, 1):
+            # Behind an inlined cell the compiler no longer finds the parameters of which several devices hold copies,
+            # and counts each copy in the gradient's norm. MindFormers 1.8 and 1.9 switch it off themselves.
+            self.config.model.model_config.disable_lazy_inline = True
         network = super().create_network(default_args)
         model = compat.innermost_network(network)
         if model.config.use_past:
@@ -121,6 +142,20 @@ def _built(arguments, dataset):
     names = {"dataset": (dataset,), "eval_dataset": ("eval_dataset",), "wrapper": ("runner_wrapper",),
              "optimizer": ("optimizer", "lr_schedule")}
     return [name for argument, sections in names.items() if arguments.get(argument) is not None for name in sections]
+
+
+def _name_columns(config, sections):
+    """Where any of these data sets is packed, the model gets its columns by name.
+
+    The network is one for training and the evaluation in between, and upstream hands it the columns in the order of
+    the training data; unpacked rows are those columns without the last three.
+    """
+    if not any(config[section] and config[section].get("packing") for section in sections):
+        return
+    for section in sections:
+        config[section].construct_args_key = list(PACKED_COLUMNS)
+    if config.train_dataset and config.train_dataset.get("packing"):
+        config.train_dataset.input_columns = list(PACKED_COLUMNS)  # 1.8 and 1.9 take them for the default
 
 
 def _check_rows(config, section):

@@ -7,32 +7,17 @@ from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
-from mindformers_glm32k.data.batches import (ROW_COLUMNS, BatchPadding, FixedRows, PaddingCounter, PlannedRows,
-                                              RaggedRows, StreamedRows, fixed_batches, plan_rows, planned_batches,
-                                              ragged_batches, streamed_batches)
+from mindformers_glm32k.data.batches import (BatchPadding, FixedRows, PaddingCounter, RaggedRows, fixed_batches,
+                                              packed_batches, padded, ragged_batches)
 from mindformers_glm32k.data.cuts import CutCounter
+from mindformers_glm32k.data.dataset_config import SAMPLE, checked, row_length
 from mindformers_glm32k.data.loader import samples_of
-from mindformers_glm32k.data.options import boolean, choice, reject_unknown, whole_number, workers
+from mindformers_glm32k.data.order import EpochSampler, StreamSampler
+from mindformers_glm32k.data.packed_rows import PlannedRows, StreamedRows, plan_rows
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
-from mindformers_glm32k.data.rows import ON_LONG_ANSWER, RAISE, RowBuilder
+from mindformers_glm32k.data.rows import IGNORED, RowBuilder
 from mindformers_glm32k.data.tokens import TokenizedSamples, token_cache
-from mindformers_glm32k.data.truncation import TRUNCATIONS
 from mindformers_glm32k.errors import InputError
-
-SAMPLE, TOKEN = "sample", "token"
-# Read here, with the value that stands for a missing key (None: needed, or nothing).
-DEFAULTS = {
-    "data_loader": None, "tokenizer": None, "input_columns": ROW_COLUMNS, "max_source_length": None,
-    "max_target_length": None, "seq_length": None, "truncation": "middle", "on_long_answer": RAISE,
-    "packing": False, "packing_window": 1024, "rows_per_epoch": None, "loss_weights": SAMPLE,
-    "sort_by_length": False, "pad_to_multiple_of": None, "cache_tokens": None, "cache_dir": None,
-    "ignore_pad_token_for_loss": True, "batch_size": 8, "repeat": 1, "drop_remainder": True,
-    "num_parallel_workers": 1, "python_multiprocessing": False, "seed": 0, "prefetch_size": 1, "numa_enable": False,
-}
-# What MindFormers' trainer writes into the section or reads from it; nothing for this class to do.
-_HOST_KEYS = ("do_eval", "auto_tune", "filepath_prefix", "autotune_per_step", "profile", "micro_batch_num",
-              "output_columns", "construct_args_key", "mixup_op")
-KNOWN_KEYS = frozenset(DEFAULTS) | frozenset(_HOST_KEYS)
 
 
 class GLM32KDataset(BaseDataset):
@@ -82,15 +67,51 @@ class GLM32KDataset(BaseDataset):
     """
 
     def __new__(cls, dataset_config=None, **kwargs):
-        config = _checked(dataset_config or kwargs)
+        config = checked(dataset_config or kwargs)
         cls.init_dataset_config(config)
-        loader = _loader(config, *cls._generate_shard_info())
-        tokenizer = config.tokenizer
-        if isinstance(tokenizer, dict):
-            tokenizer = build_tokenizer(copy.deepcopy(tokenizer))
-        tokens = _tokens(config, samples_of(loader), tokenizer)
-        batches = _packed if config.packing else _unpacked
-        return batches(config, loader, tokens, tokenizer.vocabulary.unk_id).repeat(config.repeat)
+        loader, tokens, pad_id = _parts(config, *cls._generate_shard_info())
+        if config.packing:
+            batches = packed_batches(*_packed(config, loader, tokens, pad_id), config)
+        else:
+            batches = _unpacked(config, loader, tokens, pad_id)
+        return batches.repeat(config.repeat)
+
+
+def first_rows(dataset_config):
+    """The rows of the first epoch one by one, as one process sees them, and what is in them.
+
+    Args:
+        dataset_config (dict): as GLM32KDataset's.
+
+    Returns:
+        tuple[Iterator, SampleSource, GLM32KTokenizer]: of (samples, documents, columns): numbers of the samples, their
+        Rows, and the columns by name, padded to the row length; the samples; the tokenizer.
+    """
+    config = checked(dataset_config)
+    loader, tokens, pad_id = _parts(config, None, None)
+
+    def rows():
+        if config.packing:
+            packed, sampler = _packed(config, loader, tokens, pad_id)
+            for place in sampler:
+                samples, documents = packed.documents(place)
+                yield samples, documents, dict(zip(PACKED_COLUMNS, packed.columns(documents)))
+        else:
+            length = row_length(config)
+            for sample in _sampler(config, loader, tokens):
+                row = tokens[sample]
+                yield [sample], [row], {"input_ids": padded(row.input_ids, length, pad_id),
+                                        "labels": padded(row.labels, length, IGNORED)}
+    return rows(), tokens.samples, tokens.tokenizer
+
+
+def _parts(config, shard_id, num_shards):
+    """The loader of this rank's sample numbers, their TokenizedSamples, and the id of padding."""
+    loader = _loader(config, shard_id, num_shards)
+    tokenizer = config.tokenizer
+    if isinstance(tokenizer, dict):
+        tokenizer = build_tokenizer(copy.deepcopy(tokenizer))
+    return loader, _tokens(config, samples_of(loader), tokenizer), tokenizer.vocabulary.unk_id
 
 
 def _tokens(config, samples, tokenizer):
@@ -100,17 +121,23 @@ def _tokens(config, samples, tokenizer):
     settings = {name: config[name] for name in ("max_source_length", "max_target_length", "truncation",
                                                 "on_long_answer")}
     section = dict(config.data_loader) if isinstance(config.data_loader, dict) else None
-    return TokenizedSamples(samples, builder, token_cache(samples, tokenizer, {**settings, "row_length": length},
-                                                          section, config.cache_tokens, config.cache_dir, logger))
+    cache = token_cache(samples, tokenizer, {**settings, "row_length": length}, section, config.cache_tokens,
+                        config.cache_dir, logger)
+    return TokenizedSamples(samples, builder, tokenizer, cache)
+
+
+def _sampler(config, loader, tokens):
+    if config.sort_by_length:
+        loader.sampler.sort_by(tokens.samples.sizes(), config.batch_size * loader.sampler.order()["num_shards"])
+    return loader.sampler
 
 
 def _unpacked(config, loader, tokens, pad_id):
-    rows, length, order = loader.get_dataset_size(), row_length(config), loader.sampler.order()
+    rows, length = loader.get_dataset_size(), row_length(config)
     if config.drop_remainder and rows < config.batch_size:
         raise InputError(f"{rows} rows make no batch of batch_size={config.batch_size}; give more rows, "
                          "a smaller batch_size, or set drop_remainder: False")
-    if config.sort_by_length:
-        loader.sampler.sort_by(tokens.samples.sizes(), config.batch_size * order["num_shards"])
+    _sampler(config, loader, tokens)
     cuts, padding = _counters(config, tokens.samples, rows, rows)
     if config.pad_to_multiple_of:
         return ragged_batches(loader, RaggedRows(tokens, length, pad_id, cuts, None),
@@ -119,6 +146,7 @@ def _unpacked(config, loader, tokens, pad_id):
 
 
 def _packed(config, loader, tokens, pad_id):
+    """The packed rows and the sampler of their places."""
     length, order, equal = row_length(config), loader.sampler.order(), config.loss_weights == SAMPLE
     shards, batch = order["num_shards"], config.batch_size if config.drop_remainder else 1
     if config.rows_per_epoch:
@@ -127,9 +155,8 @@ def _packed(config, loader, tokens, pad_id):
                              f"{shards} ranks; take {-(-config.rows_per_epoch // (batch * shards)) * batch * shards}")
         rows = config.rows_per_epoch // shards
         counters = _counters(config, tokens.samples, len(tokens) // shards, rows)
-        return streamed_batches(StreamedRows(config.packing_window, order["shuffle"], order["seed"], order["shard_id"],
-                                             shards, config.num_parallel_workers, tokens, length, pad_id, equal,
-                                             *counters), rows, config)
+        return StreamedRows(config.packing_window, order["shuffle"], order["seed"], order["shard_id"], shards,
+                            config.num_parallel_workers, tokens, length, pad_id, equal, *counters), StreamSampler(rows)
     plan, lengths = plan_rows(tokens, length, config.packing_window, order, batch, config.num_parallel_workers)
     documents, total, left_out = int((lengths > 0).sum()), int(lengths.sum()), int((lengths == 0).sum())
     logger.info("packing: %d samples in %d rows of %d tokens, %.1f %% of them padding; %d samples left out",
@@ -138,35 +165,12 @@ def _packed(config, loader, tokens, pad_id):
         raise InputError(f"packing: {documents} samples are too few for a batch of {batch} rows on each of {shards} "
                          "ranks; give more samples, a smaller batch_size, or set packing: False")
     counters = _counters(config, tokens.samples, documents // shards, len(plan) // shards)
-    return planned_batches(PlannedRows(plan, tokens, length, pad_id, equal, *counters), order, config)
+    return PlannedRows(plan, tokens, length, pad_id, equal, *counters), EpochSampler(len(plan), **order)
 
 
 def _counters(config, samples, samples_per_epoch, rows_per_epoch):
     return (CutCounter(samples.place, samples_per_epoch, logger, config.truncation),
             PaddingCounter(rows_per_epoch, logger))
-
-
-def row_length(dataset_config):
-    """Tokens of a row: `seq_length` where it is given, else max_source_length + max_target_length + 1 (end token).
-
-    Args:
-        dataset_config (dict): the `train_dataset` or `eval_dataset` section.
-
-    Returns:
-        int
-
-    Raises:
-        InputError: lengths missing or no whole numbers, or seq_length smaller than source + target + 1.
-    """
-    source = whole_number(dataset_config.get("max_source_length"), "max_source_length", 1)
-    target = whole_number(dataset_config.get("max_target_length"), "max_target_length", 1)
-    needed, given = source + target + 1, dataset_config.get("seq_length")
-    if given is None:
-        return needed
-    if whole_number(given, "seq_length", 1) < needed:
-        raise InputError(f"seq_length={given} is smaller than max_source_length={source} + max_target_length={target} "
-                         f"+ 1 for the end token = {needed}; raise it or lower the lengths")
-    return given
 
 
 def check_vocabulary(tokenizer, padded_vocab_size):
@@ -180,41 +184,6 @@ def check_vocabulary(tokenizer, padded_vocab_size):
         raise InputError(f"the vocabulary {getattr(tokenizer, 'vocab_file', '') or ''} has {tokenizer.vocab_size} ids, "
                          f"special tokens included, and model_config.padded_vocab_size={padded_vocab_size} has room "
                          "for fewer; set padded_vocab_size to at least that, or take the model's own tokenizer.model")
-
-
-def _checked(dataset_config):
-    """A copy of the section with defaults filled in; InputError names what is wrong with it."""
-    reject_unknown(dataset_config, KNOWN_KEYS, "dataset_config")
-    given = {key: value for key, value in dataset_config.items() if value is not None}
-    config = MindFormerConfig()
-    config.update({**DEFAULTS, **given})
-    row_length(config)
-    for name in ("batch_size", "repeat", "prefetch_size", "packing_window"):
-        whole_number(config[name], name, 1)
-    for name in ("rows_per_epoch", "pad_to_multiple_of"):
-        if config[name] is not None:
-            whole_number(config[name], name, 1)
-    config.num_parallel_workers = workers(config.num_parallel_workers, "num_parallel_workers")
-    whole_number(config.seed, "seed", 0)
-    for name in ("drop_remainder", "python_multiprocessing", "numa_enable", "packing", "sort_by_length"):
-        boolean(config[name], name)
-    choice(config.cache_tokens, "cache_tokens", (None, True, False))
-    choice(config.loss_weights, "loss_weights", (SAMPLE, TOKEN))
-    for name in ("sort_by_length", "pad_to_multiple_of") if config.packing else ("rows_per_epoch",):
-        if config[name]:
-            raise InputError(f"{name}: {config[name]!r} has no meaning with packing: {config.packing}; remove it")
-    choice(config.truncation, "truncation", tuple(TRUNCATIONS))
-    choice(config.on_long_answer, "on_long_answer", ON_LONG_ANSWER)
-    columns = PACKED_COLUMNS if config.packing else ROW_COLUMNS
-    if list(config.input_columns) not in (columns, ROW_COLUMNS):
-        raise InputError(f"input_columns: {config.input_columns!r} is not {columns}, the columns there are")
-    if config.ignore_pad_token_for_loss is not True:
-        raise InputError(f"ignore_pad_token_for_loss: {config.ignore_pad_token_for_loss!r} is not True; "
-                         "padding is never trained on, remove the key")
-    for name in ("data_loader", "tokenizer"):
-        if config[name] is None:
-            raise InputError(f"{name}: missing; give a section with its type")
-    return config
 
 
 def _loader(config, shard_id, num_shards):

@@ -28,11 +28,12 @@ class TokenizedSamples:
     Args:
         samples (SampleSource): the samples.
         builder (RowBuilder): makes rows of them.
+        tokenizer (GLM32KTokenizer): the builder's.
         cache (TokenCache | None): where rows are kept.
     """
 
-    def __init__(self, samples, builder, cache=None):
-        self.samples, self._builder, self.cache = samples, builder, cache
+    def __init__(self, samples, builder, tokenizer, cache=None):
+        self.samples, self._builder, self.tokenizer, self.cache = samples, builder, tokenizer, cache
 
     def __len__(self):
         return len(self.samples)

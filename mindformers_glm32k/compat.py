@@ -99,9 +99,40 @@ def micro_batches(network):
     cells = list(_wrapped_cells(network))
     if any(getattr(cell, "calculate_per_token_loss", False) for cell in cells):
         return 1
-    parts = {name: getattr(cell, name) for name in ("micro_size", "interleave_num") for cell in cells
-             if hasattr(cell, name)}
-    return parts.get("micro_size", 1) * parts.get("interleave_num", 1)
+    parts = {"micro_size": cell.micro_size for cell in cells if hasattr(cell, "micro_size")}
+    return parts.get("micro_size", 1) * interleaved_copies(network)
+
+
+def interleaved_copies(network):
+    """int: into how many parts `micro_batch_interleave_num` cuts each (micro) batch of a wrapped network."""
+    return next((cell.interleave_num for cell in _wrapped_cells(network) if hasattr(cell, "interleave_num")), 1)
+
+
+def pipeline_stages():
+    """int: pipeline stages of this process's context; 1 without a pipeline."""
+    from mindspore import get_auto_parallel_context
+    return get_auto_parallel_context("pipeline_stages") or 1
+
+
+def place_of_input(network, name, default):
+    """Which of a wrapped network's inputs goes to the model's argument `name`.
+
+    Args:
+        network (Cell): the network with whatever wraps it. Where the data set chose the order of the inputs
+            (`construct_args_key`) and has no such column, the name is added at the end.
+        name (str): of an argument of the model's construct.
+        default (int): its place where inputs go to the model's arguments in their order.
+
+    Returns:
+        int
+    """
+    for cell in _wrapped_cells(network):
+        keys = getattr(cell, "construct_args_key", None)
+        if keys:
+            if name not in keys:
+                cell.construct_args_key = [*keys, name]
+            return cell.construct_args_key.index(name)
+    return default
 
 
 def _wrapped_cells(network):

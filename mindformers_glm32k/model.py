@@ -177,6 +177,7 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
 
     Outputs:
         - training with labels: Tensor (), the mean loss over the tokens of all devices that hold a part of the batch;
+          where the train step cuts the batch into micro batches, a part's share of the step's mean;
         - evaluation with labels: logits (B, S+1, V), labels (B, S+1) and input_mask (B, S+1), shifted as upstream's
           PerplexityMetric undoes it;
         - without labels: (logits,), float32: (B*S, V), or with use_past (B, V), the last token of each prompt.
@@ -195,15 +196,16 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         self.loss = ChunkedLoss(config)
         self.transformer.output_layer.recompute()  # see ChunkedLoss: keeps the chunks' weight gradients apart
         self.per_token = getattr(config, "calculate_per_token_loss", False)
+        self.weights_are_shares = False  # set by a train-step cell that has divided them by the step's total
         self.devices = 1
         if _get_parallel_mode() == ParallelMode.DATA_PARALLEL and get_group_size() > 1:
             self.devices = get_group_size()
             self.sum_over_devices = P.AllReduce()
 
-    def construct(self, input_ids=None, labels=None, input_position=None, position_ids=None, attention_mask=None,
+    def construct(self, input_ids=None, labels=None, input_mask=None, position_ids=None, document_ids=None,
                   input_embeds=None, init_reset=None, batch_valid_length=None, prefix_key_values=None,
-                  block_tables=None, slot_mapping=None, batch_index=None, zactivate_len=None, input_mask=None,
-                  document_ids=None):
+                  block_tables=None, slot_mapping=None, batch_index=None, zactivate_len=None, attention_mask=None,
+                  input_position=None):
         if batch_valid_length is not None:
             batch_valid_length = batch_valid_length.reshape((-1,))
         hidden = self.transformer(input_ids, batch_valid_length, block_tables, slot_mapping, prefix_key_values,
@@ -224,6 +226,8 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         total, count = self.loss(self.transformer.output_layer, hidden, labels, input_mask)
         if self.per_token:
             return total, count
+        if self.weights_are_shares:
+            return total
         if self.devices > 1:
             # The gradients are averaged over devices afterwards: dividing by the mean count makes that the gradient
             # of the mean over all tokens, however unevenly they lie.

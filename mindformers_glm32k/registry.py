@@ -22,6 +22,7 @@ ENTRIES = (
     ("dataset_loader", "GLM32KDataLoader", "mindformers_glm32k.data.loader"),
     ("dataset", "GLM32KDataset", "mindformers_glm32k.data.dataset"),
     ("wrapper", "GLM32KTrainOneStepCell", "mindformers_glm32k.train_step"),
+    ("wrapper", "GLM32KPipelineTrainOneStepCell", "mindformers_glm32k.train_step"),
     ("trainer", "GLM32KTrainer", "mindformers_glm32k.trainer"),
     ("callback", "GLM32KMonitor", "mindformers_glm32k.monitor"),
 )

@@ -1,12 +1,19 @@
-"""GLM32KTrainOneStepCell: upstream's train step with an overflow check that runs on every device."""
+"""The train steps of GLM32K: upstream's, with an overflow check that runs on every device, and with a loss that is the mean
+over all tokens of the step however the batch is cut.
+
+Upstream adds up the mean losses of micro batches (pipeline, gradient accumulation, interleaved copies): a token of a
+micro batch with few labels counts for more, and loss, gradient and clipping depend on the cut. Here every token's share
+of the step's loss is computed before the batch is cut.
+"""
 import mindspore.common.dtype as mstype
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 from mindspore.communication import get_group_size
 from mindspore.context import ParallelMode
 from mindspore.ops import composite as C
 from mindspore.ops import operations as P
+from mindspore.parallel._utils import _get_parallel_mode
 
-from mindformers.wrapper.wrapper import MFTrainOneStepCell
+from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 
 from mindformers_glm32k import compat
 
@@ -18,6 +25,57 @@ def _tensor_is_non_finite(gradient):
     """1.0 when any element is NaN or infinite, else 0.0."""
     finite = ops.cast(ops.isfinite(ops.cast(gradient, mstype.float32)), mstype.float32)
     return 1.0 - finite.min()
+
+
+def _data_parallel_devices():
+    """int: devices that average their gradients after the step; 1 in semi-automatic parallel, where one program has
+    the whole batch."""
+    return get_group_size() if _get_parallel_mode() == ParallelMode.DATA_PARALLEL else 1
+
+
+class TokenShares(nn.Cell):
+    """Adds each token's share of the step's loss to the inputs of a network that cuts its batch into micro batches.
+
+    The network then returns sums of (share x token loss), which add up to the mean over the whole batch.
+
+    Args:
+        network (Cell): the network with its loss, wrapped or not; told not to divide itself.
+        divisor (int): what upstream's train step divides the gradients by; the shares are so many times larger.
+
+    Inputs:
+        - input_ids, labels (Tensor): (B, S) int32; labels are -100 where nothing is learned.
+        - further inputs; a weight for each token where the data set gives one.
+
+    Outputs:
+        tuple: the inputs, with the shares (B, S) float32 in the place of the weights.
+    """
+
+    def __init__(self, network, divisor):
+        super().__init__(auto_prefix=False)
+        model = compat.innermost_network(network)
+        model.weights_are_shares = True
+        self.place = compat.place_of_input(network, "input_mask", 2)
+        self.divisor = Tensor(divisor, mstype.float32)
+        whole = ((1, 1), ())
+        self.differs = P.NotEqual().shard(whole)
+        self.cast = P.Cast().shard(((1, 1),))
+        self.sum = P.ReduceSum().shard(((1, 1),))
+        self.scale = P.Mul().shard(whole)
+        self.smallest = Tensor(1e-6, mstype.float32)
+        self.devices = _data_parallel_devices()
+        self.sum_over_devices = P.AllReduce() if self.devices > 1 else None
+
+    def construct(self, *inputs):
+        if len(inputs) > self.place:
+            weights = inputs[self.place]
+        else:
+            weights = self.cast(self.differs(inputs[1], -100), mstype.float32)
+        total = self.sum(weights)
+        if self.devices > 1:  # gradients are averaged over devices afterwards
+            total = self.sum_over_devices(total.reshape((1,)))[0] / self.devices
+        total = ops.maximum(total, self.smallest)  # a batch without labels has no loss, not 0 / 0
+        shares = self.scale(weights, self.divisor / total)
+        return inputs[:self.place] + (shares,) + inputs[self.place + 1:]
 
 
 class GLM32KTrainOneStepCell(MFTrainOneStepCell):
@@ -33,8 +91,8 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
         **kwargs: upstream's, e.g. use_clip_grad, max_grad_norm, scale_sense (number, Tensor or a loss scale cell).
 
     Outputs:
-        tuple: loss () (data parallel: the mean over the devices' tokens), overflow () bool, loss scale,
-        learning rate, global gradient norm (None without use_clip_grad).
+        tuple: loss () (data parallel: the mean over the devices' tokens; times the interleaved copies, by which
+        monitors divide it), overflow () bool, loss scale, learning rate, global gradient norm (None without use_clip_grad).
     """
 
     def __init__(self, network, optimizer, *args, **kwargs):
@@ -42,14 +100,20 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
         config = getattr(compat.innermost_network(network), "config", None)
         self.portable = getattr(config, "use_portable_cells", not compat.on_ascend())
         self.check_each = C.HyperMap()
-        self.devices = 1
-        if self.parallel_mode == ParallelMode.DATA_PARALLEL and get_group_size() > 1:
-            self.devices = get_group_size()
+        self.devices = _data_parallel_devices()
+        if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
         self.one = Tensor(1.0, mstype.float32)
+        self.copies = compat.interleaved_copies(network)
+        if self.copies > 1:
+            self.token_shares = TokenShares(network, 1)
 
     def construct(self, *inputs):
+        if self.copies > 1:
+            inputs = self.token_shares(*inputs)
         outputs = super().construct(*inputs)
+        if self.copies > 1:
+            outputs = (outputs[0] * self.copies,) + outputs[1:]
         if self.devices > 1:
             loss = self.sum_over_devices(outputs[0].reshape((1,)))[0] / self.devices
             outputs = (loss,) + outputs[1:]
@@ -67,3 +131,34 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
         if self.devices > 1:
             bad = self.sum_over_devices(bad.reshape((1,)))[0]
         return bad >= self.one
+
+
+class GLM32KPipelineTrainOneStepCell(MFPipelineWithLossScaleCell):
+    """One training step of a pipeline, or with gradient accumulation; GLM32KTrainer chooses it where upstream's trainer
+    chooses MFPipelineWithLossScaleCell.
+
+    Args:
+        network (Cell): the network with its loss, wrapped in a PipelineCell or GradAccumulationCell.
+        optimizer (Optimizer): updates the weights.
+        **kwargs: upstream's, e.g. use_clip_grad, max_grad_norm, scale_sense, micro_batch_num.
+
+    Outputs:
+        tuple: loss () x micro batches x interleaved copies (MFLossMonitor and GLM32KMonitor divide it; on the last
+        stage, 0 on others), overflow () bool, loss scale, learning rate, global gradient norm (None without use_clip_grad).
+    """
+
+    def __init__(self, network, optimizer, *args, **kwargs):
+        super().__init__(network, optimizer, *args, **kwargs)
+        self.copies = compat.interleaved_copies(network)
+        self.shares = not self.calculate_per_token_loss  # else upstream adds up sums and counts itself
+        if self.shares:
+            self.token_shares = TokenShares(network, self.micro_size)
+
+    @C.add_flags(has_effect=True)
+    def construct(self, *inputs):
+        if self.shares:
+            inputs = self.token_shares(*inputs)
+        outputs = super().construct(*inputs)
+        if self.copies > 1:
+            outputs = (outputs[0] * self.copies,) + outputs[1:]
+        return outputs

@@ -5,7 +5,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindformers.core.optim import AdamW
-from mindformers_glm32k import GLM32KTrainOneStepCell
+from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration, GLM32KTrainOneStepCell
 
 RATE = 0.5
 
@@ -88,3 +88,32 @@ def test_dynamic_scale_grows_after_its_window():
     for _ in range(2):
         run(step, [0.1, 0.1])
     assert float(step.scale_sense.asnumpy()) == 8
+
+
+def language_model_step(copies):
+    """A tiny model's step, the batch cut into interleaved copies as the trainer does it."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_seed(0)
+    model = GLM32KForConditionalGeneration(GLM32KConfig(
+        num_layers=1, hidden_size=32, kv_channels=8, num_attention_heads=4, multi_query_group_num=2,
+        ffn_hidden_size=64, padded_vocab_size=64, seq_length=16, param_init_type="float32", compute_dtype="float32"))
+    model.set_train(True)
+    network = nn.MicroBatchInterleaved(model, copies) if copies > 1 else model
+    return GLM32KTrainOneStepCell(network, nn.SGD(model.trainable_params(), RATE), use_clip_grad=True)
+
+
+def test_rows_of_different_label_counts_count_alike_however_the_batch_is_cut():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 64, (2, 16)).astype(np.int32)
+    labels = np.roll(ids, -1, 1)
+    labels[0, :14] = -100
+    labels[:, -1] = -100
+    whole, cut = language_model_step(1), language_model_step(2)
+    for parameter, same in zip(cut.weights, whole.weights):
+        parameter.set_data(Tensor(same.asnumpy().copy()))
+    loss, *_, norm = whole(Tensor(ids), Tensor(labels))
+    cut_loss, *_, cut_norm = cut(Tensor(ids), Tensor(labels))
+    assert float(cut_loss) / 2 == pytest.approx(float(loss), rel=1e-6)  # what monitors make of it
+    assert float(cut_norm) == pytest.approx(float(norm), rel=1e-5)
+    for parameter, same in zip(cut.weights, whole.weights):
+        np.testing.assert_allclose(parameter.asnumpy(), same.asnumpy(), atol=1e-6)

@@ -15,12 +15,11 @@ def weight_of(name):
     return name
 
 
-def random_weights(state, trainable, seed=0):
+def random_weights(state, seed=0):
     """Weights with which mistakes show: large enough that the loss is not that of an even guess.
 
     Args:
         state (dict[str, numpy.ndarray]): values of one device.
-        trainable (container of str): names of the weights that are trained; others of a model are weights, too.
         seed (int): of the random numbers.
 
     Returns:
@@ -29,9 +28,7 @@ def random_weights(state, trainable, seed=0):
     rng = np.random.default_rng(seed)
     result = dict(state)
     for name, value in state.items():
-        if name not in trainable and not name.endswith((".weight", ".bias", "_lora_a", "_lora_b")):
-            continue
-        if name.startswith(_STATES) or value.dtype.kind != "f":
+        if name.startswith(_STATES) or not name.endswith(("weight", "bias", "_lora_a", "_lora_b")):
             continue
         spread = 0.1 if value.ndim < 2 else value.shape[-1] ** -0.5
         center = 1.0 if "layernorm" in name and value.ndim == 1 else 0.0

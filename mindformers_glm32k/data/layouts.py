@@ -125,7 +125,7 @@ class LongBenchLayout:
     def sample(self, record):
         """Turns a record into a Sample; InputError (without the place) when a field is missing or wrong."""
         hint = "LongBench's fields are " + ", ".join(self.fields)
-        text_field(record, "context", hint)
+        text_field(record, "context", hint, may_be_empty=True)
         text_field(record, "dataset", hint)
         text_field(record, "input", hint, may_be_empty=True)
         answers = record.get("answers")

@@ -37,7 +37,8 @@ def add_arguments(parser):
     parser.add_argument("--is_longbench_e", type=true_or_false, nargs="?", const=True, default=True,
                         metavar="True|False", help="take LongBench-E's files, *_e.jsonl, or else all others. "
                         "Default %(default)s")
-    parser.add_argument("--all_answers", action="store_true", help="a row for each answer; else the first one alone")
+    parser.add_argument("--all_answers", action="store_true", help="a row for each answer that is not "
+                        "blank; else the first answer alone")
     parser.add_argument("--holdout", type=float, default=0.0, help="part of the documents that is held out, 0.0 to "
                         "0.9; rows of one document are never on both sides. Default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="chooses the documents held out. Default %(default)s")
@@ -152,9 +153,9 @@ def _rows(record, layout, all_answers):
         raise InputError(f"field '_id' is {type(record['_id']).__name__}; a text or number is needed")
     answers = [sample.answer]
     if all_answers:
-        names = [f"answers[{place}]" for place in range(len(record["answers"]))]
-        texts = dict(zip(names, record["answers"]))
-        answers = [text_field(texts, name, "a row needs an answer to learn") for name in names]
+        texts = {f"answers[{place}]": answer for place, answer in enumerate(record["answers"])}
+        answers = [text_field(texts, name, "answers are texts", may_be_empty=True) for name in texts]
+        answers = [answer for answer in answers if answer.strip()]  # nothing can be learnt of a blank one
     kept = {key: record[key] for key in _KEPT if key in record}
     return [{"content": sample.prompt, "summary": answer, "context_span": list(sample.context), **kept}
             for answer in answers]

@@ -4,6 +4,7 @@ from array import array
 import numpy as np
 
 ROW = 32768  # tokens of the model's longest row
+_BATCH = 1 << 20  # characters that are tokenized together, in parallel threads
 
 
 class RowLengths:
@@ -17,6 +18,7 @@ class RowLengths:
     def __init__(self, vocabulary=None):
         self._vocabulary = vocabulary
         self._rows = {}  # (data set, side) -> lengths of prompts, lengths of answers
+        self._waiting, self._characters = [], 0  # rows that are not yet tokenized
 
     def add(self, side, row):
         """Counts one row.
@@ -25,20 +27,35 @@ class RowLengths:
             side (str): "train" or "heldout".
             row (dict): has dataset, content and summary, and length where there is no vocabulary.
         """
-        prompts, answers = self._rows.setdefault((row["dataset"], side), (array("i"), array("i")))
+        columns = self._rows.setdefault((row["dataset"], side), (array("i"), array("i")))
         if self._vocabulary is None:
             length = row.get("length")
-            prompts.append(length if isinstance(length, int) else 0)
-        else:
-            prompts.append(len(self._vocabulary.encode(row["content"])))
-            answers.append(len(self._vocabulary.encode(row["summary"])))
+            columns[0].append(length if isinstance(length, int) else 0)
+            return
+        self._waiting.append((columns, row["content"], row["summary"]))
+        self._characters += len(row["content"]) + len(row["summary"])
+        if self._characters > _BATCH:
+            self._tokenize()
+
+    def _tokenize(self):
+        if not self._waiting:
+            return
+        # rows of the same record, one for each answer, have one prompt
+        texts = list(dict.fromkeys(text for _, *both in self._waiting for text in both))
+        counts = dict(zip(texts, map(len, self._vocabulary.encode_batch(texts))))
+        for columns, prompt, answer in self._waiting:
+            columns[0].append(counts[prompt])
+            columns[1].append(counts[answer])
+        self._waiting, self._characters = [], 0
 
     def rows(self, side):
         """int: rows of a side in all."""
+        self._tokenize()
         return sum(len(prompts) for (_, of_side), (prompts, _) in self._rows.items() if of_side == side)
 
     def _of(self, name, place):
         """np.ndarray: lengths of a data set's prompts (place 0) or answers (1), both sides together."""
+        self._tokenize()
         return np.array([length for (dataset, _), columns in self._rows.items() if name in (dataset, None)
                          for length in columns[place]], np.int64)
 

@@ -75,10 +75,12 @@ def test_longbench_e_is_a_boolean_and_the_default(folder, options):
 
 
 def test_a_row_for_each_answer(folder):
+    write(folder / "trec_e.jsonl", [record("trec", number, answers=[f"a{number}", " ", "other"], context="")
+                                    for number in range(100, 103)])
     assert run(folder, "--all_answers") == 0
     rows = read(folder.parent / "out" / "longbench_e.jsonl")
     assert [(row["_id"], row["summary"]) for row in rows[:2]] == [("trec-100", "a100"), ("trec-100", "other")]
-    assert len(rows) == 6 and rows[1]["answers"] == ["a100", "other"]
+    assert len(rows) == 6 and rows[1]["answers"] == ["a100", " ", "other"]
 
 
 def test_documents_are_never_on_both_sides(folder, capsys):

@@ -12,12 +12,18 @@ COMMANDS = {
                   "write a small vocabulary and long-context tasks in the LongBench layout"),
     "preprocess": ("mindformers_glm32k.data.preprocess",
                    "write LongBench as training rows in the AdGen layout, some documents held out"),
+    "inspect": ("mindformers_glm32k.data.inspect",
+                "print training rows as the model sees them, and compare their prompts with what prediction feeds"),
     "convert": ("mindformers_glm32k.weights.convert",
                 "convert a Hugging Face checkpoint to a MindSpore one"),
     "dryrun": ("mindformers_glm32k.dryrun.command",
                "compile the program of every NPU on this machine and report its memory, traffic and work"),
     "strategy": ("mindformers_glm32k.dryrun.strategy",
                  "write the parallel strategy files of all NPUs, without an NPU"),
+    "split": ("mindformers_glm32k.weights.split",
+              "cut a whole checkpoint for every NPU of a layout and check the parts"),
+    "merge": ("mindformers_glm32k.weights.merge_command",
+              "join the checkpoints of all NPUs into one file, LoRA adapters too, and check it"),
 }
 
 

@@ -9,6 +9,7 @@ from mindformers_glm32k.errors import InputError
 
 TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 FILE_NAME = "ckpt_strategy_rank_{}.ckpt"  # the run's own name, which transform_ckpt looks for
+_WITHOUT_ADAPTERS = ["--model.model_config.pet_config", ""]
 
 
 def add_arguments(parser):
@@ -25,12 +26,12 @@ def run(args):
     launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
     output = Path(args.output)
     try:
-        layout, _ = read_layout(launcher_arguments, args.devices)
+        layout, config = read_layout(launcher_arguments, args.devices)
         if layout.world == 1:
             raise InputError(f"{args.config}: one NPU (use_parallel is false, or all of parallel_config is 1) has no "
                              "strategy; its checkpoints are whole")
         _refuse_other_layouts(output, layout)
-        written = write_strategies(layout, output, launcher_arguments)
+        written = write_strategies(layout, output, launcher_arguments, has_adapters(config))
     except WorkerFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -38,32 +39,43 @@ def run(args):
     return 0
 
 
-def write_strategies(layout, output, launcher_arguments):
+def has_adapters(config):
+    """bool: whether the run freezes the model's own weights and trains adapters (LoRA)."""
+    return bool(config["model"]["model_config"].get("pet_config"))
+
+
+def write_strategies(layout, output, launcher_arguments, adapters=False):
     """Compiles one rank of each stage and writes the files of all ranks.
 
     A strategy file says how each parameter of a stage is cut, not which cut this rank holds: ranks of a stage have
-    equal files, byte for byte.
+    equal files, byte for byte. MindSpore leaves frozen weights out, though it cuts them too; transform_ckpt would then
+    take rank 0's part for the whole. Their layouts are added from a second compile, without adapters.
 
     Args:
         layout (Layout): of the configuration.
         output (pathlib.Path): folder of the files.
         launcher_arguments (list[str]): run_mindformer's.
+        adapters (bool): whether the run trains adapters only.
 
     Returns:
         list[pathlib.Path]: by rank.
     """
     from mindformers_glm32k.dryrun.workers import run_workers
+    from mindformers_glm32k.weights.shards import add_frozen
 
     with tempfile.TemporaryDirectory(prefix="glm32k_strategy_") as work:
         kept = Path(work) / "kept"
         kept.mkdir()
 
         def keep(compiled):
-            shutil.copyfile(strategy_file(compiled.folder, compiled.rank), kept / str(layout.stage_of(compiled.rank)))
+            path = kept / str(layout.stage_of(compiled.rank))
+            content = strategy_file(compiled.folder, compiled.rank).read_bytes()
+            path.write_bytes(add_frozen(path.read_bytes(), content) if path.exists() else content)
             shutil.rmtree(compiled.folder)
 
-        run_workers([layout.ranks_of(stage)[0] for stage in range(layout.stages)], layout, Path(work).resolve(),
-                    launcher_arguments, strategy_only=True, on_done=keep)
+        for more in [[], _WITHOUT_ADAPTERS] if adapters else [[]]:
+            run_workers([layout.ranks_of(stage)[0] for stage in range(layout.stages)], layout, Path(work).resolve(),
+                        [*launcher_arguments, *more], strategy_only=True, on_done=keep)
         written = [output / FILE_NAME.format(rank) for rank in range(layout.world)]
         for rank, path in enumerate(written):  # all or none: nothing is written before the last compile
             copy_atomically(kept / str(layout.stage_of(rank)), path)

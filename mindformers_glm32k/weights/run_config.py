@@ -7,6 +7,9 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.hf_config import PUBLISHED
 from mindformers_glm32k.weights.sizes import sizes_from_config
 
+_SIZE_FIELDS = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+                "kv_channels", "multi_query_group_num", "multi_query_attention", "add_qkv_bias")
+
 
 def sizes_of_run(config, path):
     """The sizes that decide the weights' shapes.
@@ -24,10 +27,6 @@ def sizes_of_run(config, path):
     model = config["model"]["model_config"]
     fields = {key: model[key] for key in PUBLISHED if model.get(key) is not None and key in _SIZE_FIELDS}
     return sizes_from_config({**PUBLISHED, **fields}, path)
-
-
-_SIZE_FIELDS = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-                "kv_channels", "multi_query_group_num", "multi_query_attention", "add_qkv_bias")
 
 
 def cuts_parameters(config, layout):
@@ -53,7 +52,7 @@ def compile_strategy(config_file, config, layout, launcher_arguments):
         InputError: the run does not cut its parameters.
         dryrun.workers.WorkerFailed: a compile failed.
     """
-    from mindformers_glm32k.dryrun.strategy import write_strategies
+    from mindformers_glm32k.dryrun.strategy import has_adapters, write_strategies
 
     if not cuts_parameters(config, layout):
         why = ("one NPU (use_parallel is false, or all of parallel_config is 1)" if layout.world == 1 else
@@ -61,7 +60,7 @@ def compile_strategy(config_file, config, layout, launcher_arguments):
         raise InputError(f"{config_file}: {why}: every rank has the whole model, there is nothing to cut; load the "
                          "whole checkpoint")
     with tempfile.TemporaryDirectory(prefix="glm32k_strategy_") as folder:
-        write_strategies(layout, Path(folder), launcher_arguments)
+        write_strategies(layout, Path(folder), launcher_arguments, has_adapters(config))
         yield Path(folder)
 
 
@@ -73,15 +72,14 @@ def lora_scale(config, path):
         path: the YAML, for messages.
 
     Returns:
-        tuple[float, int]: the scale, and lora_rank.
+        float
 
     Raises:
         InputError: no pet_config, or numbers missing.
     """
     pet = config["model"]["model_config"].get("pet_config") or {}
     try:
-        rank = int(pet["lora_rank"])
-        return float(pet["lora_alpha"]) / rank, rank
+        return float(pet["lora_alpha"]) / int(pet["lora_rank"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path}: model_config.pet_config with lora_rank and lora_alpha is needed (found {pet or None}); "
                          "give --lora_scaling or the YAML of the LoRA run") from error

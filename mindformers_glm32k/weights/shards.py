@@ -9,8 +9,9 @@ from pathlib import Path
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
 from mindformers_glm32k.weights.parameter_layout import ParameterLayout, slice_of
+from mindformers_glm32k.weights.parameters import STATE_PREFIXES
 
-__all__ = ["ParameterLayout", "read_file", "read_stages", "read_strategy", "slice_of", "write_stage"]
+__all__ = ["ParameterLayout", "add_frozen", "read_file", "read_stages", "read_strategy", "slice_of", "write_stage"]
 
 _HINT = "`glm32k strategy` writes the files of all ranks; a run writes its own to output/strategy"
 _PATTERN = "*ckpt_strategy*.ckpt"
@@ -97,6 +98,25 @@ def write_stage(source, stage, target):
                 value = _bytes_field(1, plain) + _bytes_field(2, item[2])
         out += _bytes_field(number, value) if isinstance(value, bytes) else bytes([number << 3, value])
     target.write_bytes(out)
+
+
+def add_frozen(strategy, trained):
+    """Completes the strategy file of a run with frozen weights, which MindSpore leaves out of it though it cuts them.
+
+    Args:
+        strategy (bytes): the file of a stage, as MindSpore writes it for a LoRA run: adapters and their states.
+        trained (bytes): that of the same run without adapters, where all weights are trained; they are cut alike.
+
+    Returns:
+        bytes: the first file with the layouts of the weights that only the second one has.
+    """
+    known = {dict(_fields(value))[1] for number, value in _fields(strategy) if number == 3}
+    for number, value in _fields(trained):
+        if number == 3:
+            name = dict(_fields(value))[1]
+            if name not in known and not name.decode("utf-8").startswith(STATE_PREFIXES):
+                strategy += _bytes_field(3, value)
+    return strategy
 
 
 def read_file(path):

@@ -1,7 +1,6 @@
 """What a split cuts: every tensor of a whole checkpoint held against the strategy before anything is written."""
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Dict, List
 
 from mindformers_glm32k.errors import InputError
@@ -60,7 +59,7 @@ def make_plan(source, stages, sizes=None):
         sizes (sizes.Sizes | None): of the model; None takes them from the tensors.
 
     Returns:
-        SplitPlan
+        SplitPlan: without adapters where the checkpoint has none: a LoRA run starts from its base.
 
     Raises:
         InputError: one message names all that is missing, left over, of another shape, or cannot be cut.
@@ -70,7 +69,8 @@ def make_plan(source, stages, sizes=None):
     known = {name: layout for layouts in stages for name, layout in layouts.items()}
     prefixes = {prefix for prefix in STATE_PREFIXES if prefix != SCRATCH_PREFIX
                 and any(name.startswith(prefix) for name in tensors) and any(n.startswith(prefix) for n in known)}
-    wanted = {name for name in known if kind_of(name) in (WEIGHT, ADAPTER) or name.startswith(tuple(prefixes))}
+    kinds = (WEIGHT, ADAPTER) if any(kind_of(name) == ADAPTER for name in tensors) else (WEIGHT,)
+    wanted = {name for name in known if kind_of(name) in kinds or name.startswith(tuple(prefixes))}
     wanted |= {name for name in known if name.startswith(SCRATCH_PREFIX) and name in tensors}
     problems = [f"{source.path}: missing: {name!r}" for name in known if name in wanted and name not in tensors]
     counters, left_out = [], []
@@ -105,8 +105,3 @@ def _misfits(tensor, layout, sizes):
         layout.slice_shape(tensor.shape)
     except InputError as error:
         yield f"{tensor.file}: key {tensor.name!r}: {error}"
-
-
-def whole_files(plan):
-    """The files that a plan reads: list[pathlib.Path]."""
-    return sorted({Path(tensor.file) for tensor in plan.tensors.values()})

@@ -16,7 +16,7 @@ class TransformFailed(RuntimeError):
 
 
 class Transformer:
-    """The process.
+    """The process; it starts with the first order.
 
     Args:
         log (pathlib.Path): file for what MindSpore prints.
@@ -27,13 +27,17 @@ class Transformer:
         self._process = None
 
     def __enter__(self):
+        return self
+
+    def _start(self):
         with open(self._log, "wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mindformers_glm32k.weights.transform"], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=file, text=True, env={**os.environ, "GLOG_v": "3"})
-        return self
 
     def __exit__(self, kind, error, trace):
+        if self._process is None:
+            return
         self._process.kill()
         self._process.wait()
         self._process.stdin.close()
@@ -50,6 +54,8 @@ class Transformer:
         Raises:
             TransformFailed: MindSpore raised an error or died.
         """
+        if self._process is None:
+            self._start()
         order = [str(source), str(target), "checkpoint_", joined_from and str(joined_from), cut_by and str(cut_by)]
         try:
             self._process.stdin.write(json.dumps(order) + "\n")

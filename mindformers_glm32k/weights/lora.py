@@ -1,0 +1,64 @@
+"""Low-rank adapters: which belong to which weight, and their product added to it.
+
+MindFormers computes W x + (alpha / rank) B (A x) with A (rank, in) and B (out, rank); merged, W + (alpha / rank) B A.
+"""
+import numpy as np
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.dtypes import cast
+from mindformers_glm32k.weights.parameters import adapter_of
+
+_NARROW_HINT = "merge into a base of fp32 or bf16"
+
+
+def pairs_of(shapes, path):
+    """Sorts adapters by the weight that they change.
+
+    Args:
+        shapes (dict[str, tuple[int, int]]): adapter's name -> whole shape.
+        path: where they come from, for messages.
+
+    Returns:
+        dict[str, tuple[str, str]]: weight -> names of A and B.
+
+    Raises:
+        InputError: one of a pair is missing, or the two have different ranks.
+    """
+    found = {}
+    for name in shapes:
+        weight, side = adapter_of(name)
+        found.setdefault(weight, {})[side] = name
+    for weight, sides in found.items():
+        if len(sides) < 2:
+            only = next(iter(sides.values()))
+            raise InputError(f"{path}: {only!r} has no counterpart; both lora_a and lora_b of a weight are needed")
+        a, b = shapes[sides["a"]], shapes[sides["b"]]
+        if a[0] != b[1]:
+            raise InputError(f"{path}: {sides['a']!r} is {a}, {sides['b']!r} is {b}: the ranks differ")
+    return {weight: (sides["a"], sides["b"]) for weight, sides in found.items()}
+
+
+def add_product(weight, a, b, scale, name):
+    """W + scale x B A, computed in float32 and rounded once to the weight's dtype.
+
+    Args:
+        weight (tuple[numpy.ndarray, str]): values in the carrier of a dtype, and the dtype.
+        a, b (tuple[numpy.ndarray, str]): likewise.
+        scale (float): alpha / rank.
+        name (str): of the weight, for messages.
+
+    Returns:
+        numpy.ndarray: in the weight's carrier.
+
+    Raises:
+        InputError: values that the weight's dtype cannot hold.
+    """
+    values, dtype = weight
+    wide = [cast(np.ascontiguousarray(array), kind, "fp32") for array, kind in (weight, a, b)]
+    total = (wide[0] + (wide[2] @ wide[1]) * np.float32(scale)).astype(np.float32)
+    result = cast(total, "fp32", dtype)
+    back = cast(result, dtype, "fp32")
+    lost = int(np.count_nonzero(~np.isfinite(back))) - int(np.count_nonzero(~np.isfinite(wide[0])))
+    if lost > 0:
+        raise InputError(f"{name}: {lost} merged values are too large for {dtype}; {_NARROW_HINT}")
+    return result.reshape(values.shape)

@@ -25,16 +25,16 @@ def _pair(x, y):
 
 
 def _binary(function):
-    """(x, y) -> function(x, y); tensors, one of them may be a Python scalar; result in the compiled dtype."""
     def compute(call, x, y):
+        """function(x, y) of two tensors, or of one and a Python scalar, in the compiled dtype. Source: NumPy's of that name."""
         return as_output(function(*_pair(x, y)), call.output)
 
     return compute
 
 
 def _unary(function):
-    """x -> function(x) in float32 where x is fp16, rounded once."""
     def compute(call, x):
+        """function(x), in float32 where x is fp16, rounded once. Source: NumPy's of that name."""
         return as_output(function(wide(x)), call.output)
 
     return compute

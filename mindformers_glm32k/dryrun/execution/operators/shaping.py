@@ -80,7 +80,7 @@ def broadcast_to(call, x, shape):
 
 @operator("TensorMove")
 def tensor_move(call, x):
-    """A copy."""
+    """A copy of x."""
     return np.array(x)
 
 

@@ -1,6 +1,7 @@
 """Splits by document, and what keeps scores on LongBench honest: its test sets in a model's training data."""
 import hashlib
 import json
+from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
@@ -38,8 +39,18 @@ def is_held_out(context, fraction, seed=0):
 
 
 def is_test_set(dataset):
-    """bool: whether a name is one of LongBench's data sets, or LongBench-E's (`trec_e`)."""
-    return dataset in TEST_SETS or dataset[-2:] == "_e" and dataset[:-2] in TEST_SETS
+    """bool: whether a value is the name of one of LongBench's data sets, or LongBench-E's (`trec_e`)."""
+    return isinstance(dataset, str) and (dataset in TEST_SETS or dataset[-2:] == "_e" and dataset[:-2] in TEST_SETS)
+
+
+def manifest_path(rows):
+    """Path: where the manifest of a file of rows is.
+
+    Args:
+        rows (str | os.PathLike): the file of rows.
+    """
+    rows = Path(rows)
+    return rows.with_name(f"{rows.stem}.manifest.json")
 
 
 def contamination_warning(source):
@@ -49,9 +60,12 @@ def contamination_warning(source):
         source (SampleSource): the samples.
 
     Returns:
-        list[str]: one loud sentence where LongBench's own files are among them, else nothing.
+        list[str]: one loud sentence where there are samples of LongBench among them, in its own files or in rows of
+        which nothing was held out; else nothing.
     """
-    names = [path for path, dataset in source.longbench_files() if is_test_set(dataset)]
+    names = [path for path, dataset in source.longbench_files()
+             if is_test_set(dataset) and not (manifest_path(path).is_file()
+                                              and Manifest.read(manifest_path(path)).holdout)]
     return [LOUD + f"Files: {', '.join(names)}. `glm32k preprocess --holdout 0.1` splits them by document and notes "
                    "which rows were trained on."] if names else []
 

@@ -86,8 +86,9 @@ def find(data_path, is_longbench_e):
         passed_over.append(f"{path}: {other_kind} files of {other} left out; --is_longbench_e {not is_longbench_e} "
                            "takes them")
     if not taken:
-        raise InputError(f"--data_path {path}: no files of {kind} in it"
-                         + (f". {passed_over[-1]}" if passed_over else "") + f". {_HINT}")
+        elsewhere = [entry for entry in (path / "data", path / "data.zip") if entry.exists()]
+        near = f"Did you mean {elsewhere[0]}?" if elsewhere and not other_kind else "".join(passed_over[-1:])
+        raise InputError(f"--data_path {path}: no files of {kind} in it. {near + '. ' if near else ''}{_HINT}")
     return taken, passed_over
 
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from mindformers_glm32k.data import longbench_files
-from mindformers_glm32k.data.holdout import LOUD, Manifest, is_held_out, is_test_set
+from mindformers_glm32k.data.holdout import LOUD, Manifest, is_held_out, is_test_set, manifest_path
 from mindformers_glm32k.data.jsonl import ON_ERROR, RAISE, Problems, parse_line
 from mindformers_glm32k.data.layouts import LongBenchLayout, text_field
 from mindformers_glm32k.data.options import true_or_false
@@ -68,7 +68,7 @@ def run(args):
 
     folder, name = Path(args.output_path), longbench_files.OUTPUTS[args.is_longbench_e]
     paths = {"train": folder / name, "heldout": folder / "heldout" / name if args.holdout else None,
-             "manifest": folder / f"{Path(name).stem}.manifest.json",
+             "manifest": manifest_path(folder / name),
              "picture": folder / f"{Path(name).stem}_lengths.png" if args.tokenizer else None}
     manifest = Manifest(args.holdout, args.seed)
     with contextlib.ExitStack() as stack:  # all files or none
@@ -170,6 +170,9 @@ def _report(args, paths, lengths, problems, manifest):
         if paths[key]:
             count = f"{lengths.rows(key)} " if key in ("train", "heldout") else ""
             print(f"{paths[key]}: {count}{what}")
+    old = paths["train"].parent / "heldout" / paths["train"].name
+    if not args.holdout and old.is_file():
+        print(f"{old}: not of this run, and its rows are trained on now; remove it")
     print(f"Train with: run_mindformer --config research/glm32k/finetune_glm32k.yaml "
           f"--train_dataset_dir {paths['train']} …")
     if not args.holdout and any(is_test_set(name) for name in manifest.trained):

@@ -71,9 +71,14 @@ class SampleSource:
 
 
     def longbench_files(self):
-        """list[tuple[str, str]]: path and data set of each file in LongBench's layout, by its first record."""
-        return [(str(lines.path), lines[0]["dataset"]) for lines, layout in self._files
-                if layout.name == LongBenchLayout.name]
+        """list[tuple[str, str]]: path and data set of each file with LongBench's samples, in its own layout or as
+        rows of `glm32k preprocess`, by its first record."""
+        found = []
+        for lines, layout in self._files:
+            record = lines[0]
+            if layout.name == LongBenchLayout.name or layout.name == AdGenLayout.name and "_id" in record:
+                found.append((str(lines.path), record.get("dataset")))
+        return found
 
     def problems(self):
         """list[str]: for each file with damaged lines that are skipped: how many of how many, and the first ones."""

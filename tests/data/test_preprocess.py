@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from mindformers_glm32k import cli
 from mindformers_glm32k.data import preprocess
-from mindformers_glm32k.data.holdout import Manifest
+from mindformers_glm32k.data.holdout import Manifest, contamination_warning
 from mindformers_glm32k.data.source import SampleSource
 
 SCRIPT = ROOT / "research" / "glm32k" / "glm32k_preprocess.py"
@@ -105,6 +105,20 @@ def test_documents_are_never_on_both_sides(folder, capsys):
     assert documents[0] != {row["content"][slice(*row["context_span"])] for row in read(out / "longbench.jsonl")}
 
 
+def test_rows_without_a_holdout_are_said_loudly_when_they_are_trained_on(folder, capsys):
+    assert run(folder, "--holdout", "0.5") == 0
+    out = folder.parent / "out"
+    assert contamination_warning(SampleSource(out)) == []
+    capsys.readouterr()
+    assert run(folder) == 0
+    assert "heldout/longbench_e.jsonl: not of this run, and its rows are trained on now" in capsys.readouterr().out
+    [warning] = contamination_warning(SampleSource(out))
+    assert "TRAINED ON LONGBENCH'S TEST SET" in warning and str(out / "longbench_e.jsonl") in warning
+    assert contamination_warning(SampleSource(out / "heldout"))
+    (out / "longbench_e.manifest.json").unlink()
+    assert contamination_warning(SampleSource(out))
+
+
 def test_the_published_zip_file_is_read_as_it_is(folder, capsys):
     archive = folder.parent / "data.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
@@ -160,7 +174,7 @@ def test_damaged_lines_are_fatal_or_skipped(folder, capsys, line, message):
     (("--data_path", "nowhere"), "--data_path nowhere: no such file or folder"),
     (("--prompt_config_file", "nowhere"), "prompt file nowhere: no such file"),
     (("--tokenizer", "nowhere"), "vocabulary file nowhere: no such file"),
-    (("--data_path", "."), "no files of LongBench-E .* in it"),
+    (("--data_path", "."), "no files of LongBench-E .* in it. Did you mean data?"),
 ])
 def test_wrong_options_are_named_and_nothing_is_written(folder, capsys, options, message):
     assert run(folder, *options) == 2

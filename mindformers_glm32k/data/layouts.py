@@ -75,8 +75,8 @@ class Text:
 class AdGenLayout:
     """{"content": "…", "summary": "…"}; other fields are ignored, but for `context_span`.
 
-    `context_span`, where it is there, says in characters where in the first field the long document stands: [start, stop].
-    `glm32k preprocess` writes it.
+    `context_span`, where it is there, is [start, stop]: where in the first field, in characters, the long document
+    stands. `glm32k preprocess` writes it.
 
     Args:
         columns (tuple[str, str]): the names of the two fields.
@@ -99,10 +99,10 @@ class AdGenLayout:
 def _span(context, length):
     if context is None:
         return 0, length
-    whole = isinstance(context, list) and len(context) == 2 and all(isinstance(place, int) and not isinstance(place, bool) for place in context)
-    if not whole or not 0 <= context[0] <= context[1] <= length:
-        raise InputError(f"column 'context_span' is {context!r:.60}; it says where in the text, in characters, the long "
-                         f"document stands: [start, stop] within 0 and {length}. Mend or remove it")
+    places = isinstance(context, list) and len(context) == 2 and all(type(place) is int for place in context)
+    if not places or not 0 <= context[0] <= context[1] <= length:
+        raise InputError(f"column 'context_span' is {context!r:.60}; it says where in the text, in characters, the "
+                         f"long document stands: [start, stop] within 0 and {length}. Mend or remove it")
     return context[0], context[1]
 
 

@@ -43,6 +43,7 @@ IGNORED = -100
 RAISE, DROP = "raise", "drop"
 ON_LONG_ANSWER = (RAISE, DROP)
 _CUTTABLE = ("user", "observation")
+_STRADDLING = 4  # tokens; a vocabulary that changes the text when it encodes it never gives it back
 
 
 @dataclass(frozen=True)
@@ -192,14 +193,18 @@ class RowBuilder:
         return max(0, len(piece.ids) - room)
 
     def _context(self, piece):
-        """Where the context stands, in tokens. A token may straddle the border, so it is kept, not cut."""
-        length, span = len(piece.ids), getattr(piece.source, "context", None)
+        """Where the context stands, in tokens; a token that straddles its border is not part of it."""
+        ids, span = piece.ids, getattr(piece.source, "context", None)
         if self._truncation != "middle" or span is None:
-            return 0, length
-        start, stop = span
-        before = min(len(self._vocabulary.encode(piece.source.content[:start])), length)
-        behind = len(self._vocabulary.encode(piece.source.content[stop:]))
-        return before, max(length - behind, before)
+            return 0, len(ids)
+        encode, decode = self._vocabulary.encode, self._vocabulary.decode
+        head, tail = piece.source.content[:span[0]], piece.source.content[span[1]:]
+        before, behind = min(len(encode(head)), len(ids)), min(len(encode(tail)), len(ids))
+        # Alone they may have a token less than as parts of the whole, where letters join across the border.
+        for _ in range(_STRADDLING):
+            before += before < len(ids) and not decode(ids[:before]).startswith(head)
+            behind += behind < len(ids) and not decode(ids[len(ids) - behind:]).endswith(tail)
+        return before, max(len(ids) - behind, before)
 
 
 class _Piece:

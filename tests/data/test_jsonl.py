@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from conftest import ROOT
-from mindformers_glm32k.data import jsonl
+from mindformers_glm32k.data import json_line, jsonl
 from mindformers_glm32k.data.jsonl import MAX_PROBLEMS, JsonLines, first_record
 from mindformers_glm32k.errors import InputError
 
@@ -48,7 +48,8 @@ def test_every_bad_line_is_named_with_its_number(tmp_path):
 
 DAMAGED = {
     "broken JSON": b'{"a": 1, \n', "not UTF-8 at byte 7": b'{"a": "\xff"}\n', "a JSON object is needed": b"[1]\n",
-    "'a' is missing": b'{"b": 1}\n', "'a' is str": b'{"a": "1"}\n', "longer than 1 MB": b'{"a": ' + b"1" * (3 << 20) + b"}\n"}
+    "'a' is missing": b'{"b": 1}\n', "'a' is str": b'{"a": "1"}\n',
+    "longer than 1 MB": b'{"a": ' + b"1" * (3 << 20) + b"}\n"}
 
 
 def whole_numbers(record):
@@ -61,7 +62,7 @@ def whole_numbers(record):
 @pytest.mark.parametrize("kind", DAMAGED)
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_each_kind_of_damage_is_named_or_skipped(tmp_path, monkeypatch, kind, at):
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_line, "MAX_LINE_BYTES", 1 << 20)
     lines = [b'{"a": %d}\n' % number for number in range(4)]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(lines[:at] + [DAMAGED[kind]] + lines[at:]))

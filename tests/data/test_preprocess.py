@@ -149,7 +149,8 @@ def test_a_damaged_zip_file_is_named_and_nothing_is_written(folder, capsys):
 
 
 DAMAGE = [(b'{"input": "\n', "line 3: broken JSON"), (b'{"input": "\xff"}\n', "line 3: not UTF-8"),
-          (b"[]\n", "line 3: a JSON object is needed"), (b'{"dataset": "trec"}\n', "line 3: column 'context' is missing"),
+          (b"[]\n", "line 3: a JSON object is needed"),
+          (b'{"dataset": "trec"}\n', "line 3: column 'context' is missing"),
           (json.dumps(record("trec", 0, answers="a")).encode() + b"\n", "line 3: field 'answers' is 'a'"),
           (json.dumps(record("trec", 0, answers=["a", 3])).encode() + b"\n", r"line 3: column 'answers[1]' is int"),
           (json.dumps(record("trec", 0, _id=[1])).encode() + b"\n", "line 3: field '_id' is list"),
@@ -251,8 +252,8 @@ def test_memory_does_not_grow_with_the_data(folder):
             os.link(one, data / f"part{place}_e.jsonl")
         program = ("import resource, sys; from mindformers_glm32k import cli; assert cli.main(sys.argv[1:]) == 0\n"
                    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-        done = subprocess.run([sys.executable, "-c", program, "preprocess", *command(folder, "--data_path", str(data))[2:]],
-                              capture_output=True, text=True, check=True,
+        options = command(folder, "--data_path", str(data))[2:]
+        done = subprocess.run([sys.executable, "-c", program, "preprocess", *options], capture_output=True, text=True, check=True,
                               env={**os.environ, "PYTHONPATH": str(ROOT)})
         peaks.append(int(done.stdout.splitlines()[-1]))
     assert (folder.parent / "out" / "longbench_e.jsonl").stat().st_size > 80e6

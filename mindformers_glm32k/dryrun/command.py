@@ -1,4 +1,5 @@
 """Compile the program of every NPU on this machine and report its memory, traffic and work."""
+import argparse
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,17 @@ def add_arguments(parser):
                         help="keep each program (MindIR) in OUTPUT_DIR/programs")
     parser.add_argument("--quick", action="store_true",
                         help="compile 2 and 4 layers per stage and extrapolate to all layers; no strategy files")
+    rehearsal = parser.add_argument_group("rehearsal (--execute)")
+    rehearsal.add_argument("--execute", type=int, metavar="STEPS",
+                           help="execute the programs of all ranks for so many optimizer steps, and compare losses, "
+                                "gradient norms and weights with one device's; exit status 1 when they differ")
+    rehearsal.add_argument("--load_checkpoint", help="whole checkpoint to start from (default: random weights)")
+    rehearsal.add_argument("--shrink", action=argparse.BooleanOptionalAction,
+                           help="make model and rows small, the layout as it is (default: where they are large)")
+    rehearsal.add_argument("--precision", choices=("float32", "float16", "bfloat16", "config"), default="float32",
+                           help="dtype of all that is computed; config: as in the YAML (default float32)")
+    rehearsal.add_argument("--trace", action="append", default=[], metavar="NAME",
+                           help="print the values of an operator, a scope or a parameter on all ranks")
     parser.epilog = "Any other option is run_mindformer's: --run_mode predict, --parallel_config.data_parallel 4, …"
 
 
@@ -38,12 +50,34 @@ def run(args):
             print(compare(args.compare, output, lambda config, folder: make_report(
                 config, args.overrides, folder, keep_programs=args.keep_programs, quick=args.quick)))
             return 0
+        if args.execute is not None:
+            return _execute(args, output)
         make_report(args.config, args.overrides, output, args.rank, args.keep_programs, args.quick, args.devices)
     except WorkerFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"report: {output / 'report.md'} (figures: report.json)")
     return 0
+
+
+def _execute(args, output):
+    """The rehearsal; returns the exit status."""
+    from mindformers_glm32k.dryrun.execute import execute
+    from mindformers_glm32k.dryrun.execution.interpreter import ExecutionError
+    from mindformers_glm32k.dryrun.execution.network import NetworkError
+    from mindformers_glm32k.dryrun.execution.report import table
+
+    if args.execute < 1:
+        raise InputError(f"--execute {args.execute}: at least one step is needed")
+    try:
+        report = execute(args.config, args.overrides, output, args.execute, args.load_checkpoint, args.shrink,
+                         args.precision, args.trace)
+    except (ExecutionError, NetworkError) as error:
+        print(f"error: the programs cannot be executed: {error}", file=sys.stderr)
+        return 1
+    print(table(report))
+    print(f"report: {output / 'execution.md'} (figures: execution.json)")
+    return 0 if report["agrees"] else 1
 
 
 def make_report(config_file, overrides, output, rank="stages", keep_programs=False, quick=False, devices=None):

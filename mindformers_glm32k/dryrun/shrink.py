@@ -3,11 +3,14 @@
 A rehearsal executes programs in NumPy; what it is to show (that the layout computes what one device computes) does not
 depend on the sizes, as long as everything that the layout cuts stays divisible.
 """
+from dataclasses import dataclass
 from math import lcm
 
 from mindformers_glm32k.dryrun.layout_checks import FLASH_ATTENTION_STEP, layers_per_stage
+from mindformers_glm32k.errors import InputError
 
-LARGE = 200_000_000  # weights; models above are shrunk unless asked otherwise
+LARGE = 100_000_000  # weights; models above are shrunk unless asked otherwise
+LARGEST_LENGTH = 2048  # tokens of a row; attention is executed with all its scores
 _HEAD, _VOCABULARY, _LENGTH = 16, 1024, 64
 _TOTAL_STEPS = 1000  # of the learning rate schedule, where it follows the data
 
@@ -24,63 +27,99 @@ def weights_of(model):
     return int(model["num_layers"]) * layer + 2 * hidden * int(model["padded_vocab_size"])
 
 
-def sizes(config):
-    """The small model's sizes.
+@dataclass(frozen=True)
+class Plan:
+    """How a configuration is made small.
+
+    Args:
+        overrides (list[str]): run_mindformer's options.
+        changes (dict[str, list]): by dotted key the old and the new value; empty where nothing is shrunk.
+    """
+
+    overrides: list
+    changes: dict
+
+
+def plan(config, wanted=None, checkpoint=None):
+    """Decides what is made small.
 
     Args:
         config (dict): merged configuration.
+        wanted (bool | None): shrink, or do not; by default models above LARGE weights and rows above LARGEST_LENGTH
+            tokens are shrunk.
+        checkpoint (str | None): whose sizes the model must have.
 
     Returns:
-        dict[str, int]: by dotted key of the configuration.
+        Plan
+
+    Raises:
+        InputError: the checkpoint's model is large, or shrinking was asked for although its sizes are given.
     """
     model = config["model"]["model_config"]
+    values = {}
+    if checkpoint:
+        from mindformers_glm32k.dryrun.execution.checkpoints import sizes_of
+        given = sizes_of(checkpoint, config)
+        if weights_of({**model, **given}) > LARGE and not wanted:
+            raise InputError(f"load_checkpoint {checkpoint}: a model of {weights_of({**model, **given}):,} weights is too "
+                             "large to be executed here; leave out load_checkpoint (random weights of a small model in "
+                             "the same layout show as much), or give a small checkpoint")
+        values.update({f"model.model_config.{key}": value for key, value in given.items()})
+    elif wanted or (wanted is None and weights_of(model) > LARGE):
+        values.update(_model_sizes(config))
+    if wanted or (wanted is None and int(model["seq_length"]) > LARGEST_LENGTH):
+        values.update(_lengths(config))
+    changes = {}
+    for key, value in values.items():
+        old = config
+        for part in key.split("."):
+            old = (old or {}).get(part)
+        if old != value:
+            changes[key] = [old, value]
+    overrides = [word for key, (_, value) in changes.items() for word in (f"--{key}", str(value))]
+    parallel = config.get("parallel") or {}
+    if config.get("use_parallel") and parallel.get("enable_parallel_optimizer"):
+        # small parameters are sharded as large ones are
+        threshold = {**(parallel.get("parallel_optimizer_config") or {}), "parallel_optimizer_threshold": 0}
+        overrides += ["--parallel.parallel_optimizer_config", str(threshold)]
+    return Plan(overrides, changes)
+
+
+def _cut(config):
+    """How often model, context and layers are cut."""
     parallel = (config.get("parallel_config") or {}) if config.get("use_parallel") else {}
-    cut = {name: int(parallel.get(name) or 1) for name in ("model_parallel", "context_parallel", "pipeline_stage")}
-    groups = int(model["multi_query_group_num"])
-    heads = lcm(groups, cut["model_parallel"] * cut["context_parallel"])
+    return (int(parallel.get(name) or 1) for name in ("model_parallel", "context_parallel"))
+
+
+def _model_sizes(config):
+    """Sizes of a small model that the layout cuts as it cuts the large one."""
+    model = config["model"]["model_config"]
+    model_parallel, context_parallel = _cut(config)
+    heads = lcm(int(model["multi_query_group_num"]), model_parallel * context_parallel)
     heads *= -(-4 // heads)
     hidden = heads * _HEAD
-    unit = FLASH_ATTENTION_STEP * cut["context_parallel"]
+    unit = _HEAD * model_parallel
+    values = {"num_layers": _layers(config), "hidden_size": hidden, "num_attention_heads": heads, "kv_channels": _HEAD,
+              "ffn_hidden_size": -(-hidden * 5 // (2 * unit)) * unit,
+              "padded_vocab_size": min(_VOCABULARY, int(model["padded_vocab_size"]))}
+    return {f"model.model_config.{key}": value for key, value in values.items()}
+
+
+def _lengths(config):
+    """Lengths of short rows, with a loss that is still computed in several chunks."""
+    _, context_parallel = _cut(config)
+    unit = FLASH_ATTENTION_STEP * context_parallel
     length = -(-_LENGTH // unit) * unit
-    source = length * 5 // 8
-    run = length // cut["context_parallel"]
-    values = {
-        "num_layers": _layers(config), "hidden_size": hidden, "num_attention_heads": heads, "kv_channels": _HEAD,
-        "ffn_hidden_size": hidden * 5 // 2 // (16 * cut["model_parallel"]) * 16 * cut["model_parallel"],
-        "padded_vocab_size": min(_VOCABULARY, int(model["padded_vocab_size"])), "seq_length": length,
-        # as many chunks as fit, so that there are several
-        "loss_chunk_size": run // 4 if run >= 64 else run // 2,
-    }
-    values = {f"model.model_config.{key}": value for key, value in values.items()}
-    for section in ("train_dataset",):
-        values.update({f"{section}.max_source_length": source, f"{section}.max_target_length": length - source - 1})
-    return values
+    source, run = length * 5 // 8, length // context_parallel
+    return {"model.model_config.seq_length": length, "model.model_config.loss_chunk_size": run // (4 if run >= 64 else 2),
+            "train_dataset.max_source_length": source, "train_dataset.max_target_length": length - source - 1}
 
 
 def _layers(config):
     """As few layers as keep what the offset adds to each stage."""
-    counts = layers_per_stage(config)
-    flat = [count for row in counts for count in row]
+    flat = [count for row in layers_per_stage(config) for count in row]
     fewer = min(flat) - 1
-    layers = sum(flat) - fewer * len(flat)
-    return layers if len(flat) > 1 else min(2, flat[0])
-
-
-def overrides(config):
-    """run_mindformer's options that make a configuration small.
-
-    Args:
-        config (dict): merged configuration.
-
-    Returns:
-        list[str]
-    """
-    options = [word for key, value in sizes(config).items() for word in (f"--{key}", str(value))]
-    parallel = config.get("parallel") or {}
-    if config.get("use_parallel") and parallel.get("enable_parallel_optimizer"):
-        # small parameters are sharded as large ones are
-        options += ["--parallel.parallel_optimizer_config", "{parallel_optimizer_threshold: 0}"]
-    return options
+    return sum(flat) - fewer * len(flat) if len(flat) > 1 else min(2, flat[0])
 
 
 def schedule_overrides(config):

@@ -91,6 +91,7 @@ def _compile_instead_of_training(recorder):
         inputs = [Tensor(np.zeros(shape, dtype)) for shape, dtype in
                   zip(frontend.input_shapes(train_dataset), train_dataset.output_types())]
         recorder.record["inputs"] = [list(value.shape) for value in inputs]
+        recorder.record["columns"] = train_dataset.get_col_names()
         recorder.record["trainable"] = [parameter.name for parameter in network.trainable_params()]
         recorder.save_state(network)
         note("compile")

@@ -2,6 +2,7 @@
 
 What a primitive computes stands in `operators`; here is what moves values: calls, closures, tuples, parameters.
 """
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,6 +62,7 @@ class Machine:
         self.status = Status()
         self.step = 0
         self.non_finite = []  # at most one a step
+        self.executed = Counter()  # how often each operator ran
         self.parameters = {}
         for name, spec in program.parameters.values():
             if name not in parameters:
@@ -152,6 +154,7 @@ class Machine:
             raise ExecutionError(f"rank {self.rank}: operator {node.op} is not known ({self._place(node)}; inputs "
                                  f"{_shapes(plain(tuple(inputs)))}, attributes {node.attributes})")
         arguments = inputs if entry.in_place else [plain(value) for value in inputs]
+        self.executed[node.op] += 1
         call = operators.Call(node.op, node.attributes, node.output, rank=self.rank, network=self.network,
                               place=self._place(node), status=self.status)
         try:

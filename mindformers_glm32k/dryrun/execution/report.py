@@ -1,0 +1,70 @@
+"""execution.json and execution.md: what was executed, and whether it agrees with one device."""
+import json
+
+from mindformers_glm32k.files import atomic_path
+
+_SHOWN = 8
+
+
+def write_reports(report, folder):
+    """Writes both files.
+
+    Args:
+        report (dict): execution.json.
+        folder (pathlib.Path): where they go.
+    """
+    for name, text in (("execution.json", json.dumps(report, indent=1)), ("execution.md", render(report))):
+        with atomic_path(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+
+
+def table(report):
+    """str: the steps, beside one device's, for the terminal; then the verdict."""
+    lines = [f"{report['layout']} on {report['world_size']} NPUs, {report['precision']}, beside one device on the same "
+             f"{report['rows_per_step']} rows a step",
+             f"{'step':>4} {'loss':>14} {'one device':>14} {'gradient norm':>14} {'one device':>14} {'learning rate':>13} "
+             f"{'loss scale':>10} overflow"]
+    for number, step in enumerate(report["steps"], 1):
+        lines.append(f"{number:>4} {step['loss']:>14.8g} {step['loss_one_device']:>14.8g} {_text(step['grad_norm']):>14} "
+                     f"{_text(step['grad_norm_one_device']):>14} {step['learning_rate']:>13.6g} "
+                     f"{step['loss_scale']:>10g} {step['overflow']}")
+    lines.append(f"weights differ by {report['largest_weight_difference']:.3g} at most "
+                 f"({report['largest_weight_difference_relative']:.2g} of the parameter's largest element), "
+                 f"moments by {report['largest_moment_difference_relative']:.2g} of theirs")
+    for event in report["non_finite"][:_SHOWN]:
+        lines.append(f"first value that is not finite, rank {event['rank']}, step {event['step'] + 1}: "
+                     f"{event['place']} -> {event['output']}")
+    lines += [f"DIFFERS: {problem}" for problem in report["problems"][:_SHOWN]]
+    if len(report["problems"]) > _SHOWN:
+        lines.append(f"... and {len(report['problems']) - _SHOWN} more, see execution.json")
+    lines.append("all agree" if report["agrees"] else f"{len(report['problems'])} disagreements")
+    return "\n".join(lines)
+
+
+def _text(value):
+    return "-" if value is None else f"{value:.8g}"
+
+
+def render(report):
+    """str: execution.md."""
+    shrunk = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in report["shrunk"].items())
+    lines = [
+        f"# Rehearsal of {report['config']}", "",
+        f"{report['layout']}: the programs of {report['world_size']} NPUs, compiled for Ascend and executed in NumPy, "
+        f"beside the program of one device on the same rows. {'**All agree.**' if report['agrees'] else '**They differ.**'}",
+        "", f"- Precision: {report['precision']}.",
+        f"- Shrunk: {shrunk or 'nothing'}.",
+        f"- Rows: {report['rows_per_step']} a step, {report['rows']}. Weights: {report['weights']}.",
+        f"- Compiled in {report['compile_seconds']} s, executed in {report['execution_seconds']} s "
+        f"(one device {report['execution_seconds_one_device']} s).",
+        "- It shows that the layout computes what one device computes. It does not show the kernels of an NPU, their "
+        "speed, or HCCL.", "", "```", table(report), "```", "",
+        "## Largest differences of parameters", "",
+        "| parameter | largest difference | of its largest element | elements left out as noise |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {item['name']} | {item['largest']:.3g} | {item['relative']:.3g} | {item['noise']} |"
+              for item in report["largest_differences"]]
+    if report["problems"]:
+        lines += ["", "## Disagreements", "", *[f"- {problem}" for problem in report["problems"]]]
+    lines += ["", "## Collectives executed, by rank", "", "| collective | rank | calls |", "| --- | ---: | ---: |"]
+    lines += [f"| {item['kind']} | {item['rank']} | {item['count']} |" for item in report["collectives"]]
+    return "\n".join(lines) + "\n"

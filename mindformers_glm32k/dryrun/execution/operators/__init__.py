@@ -6,18 +6,23 @@ An operator's function is called with a Call and the primitive's inputs:
     def matmul(call, x, y, transpose_a=False, transpose_b=False):
         \"\"\"x (m, k) @ y (k, n) -> (m, n).\"\"\"
 
-Tensors come as numpy arrays, other inputs as Python values (int, float, bool, str, None, tuples). bfloat16, which NumPy
-lacks, is held in float32 arrays whose values are bfloat16's: the interpreter rounds every result whose `call.output` says so,
-and `dtype_of` gives an input's true name. Results are an array or a tuple of arrays, of the shape and dtype of `call.output`; the
-interpreter checks both. Inputs must not be changed: they may be parameters or other operators' results.
+Tensors come as numpy arrays, other inputs as Python values (int, float, str, None, tuples; the file holds a bool as 0
+or 1, and an empty tuple as None). bfloat16, which NumPy lacks, is held in float32 arrays whose values are bfloat16's:
+the interpreter rounds every result whose `call.output` says so. Results are an array or a tuple of arrays, of the shape and
+dtype of `call.output`; the interpreter checks both. Inputs must not be changed: they may be parameters or other
+operators' results.
 
-An operator that updates parameters is registered with in_place=True; it gets Parameter objects (`values.Parameter`) where the
-program passes parameters, assigns their `.value`, and returns what the program sees.
+An operator that updates parameters is registered with in_place=True; it gets Parameter objects (`values.Parameter`)
+where the program passes parameters, assigns their `.value`, and returns what the program sees.
+
+What an operator does not implement it refuses (NotImplementedError), and an attribute that is not there raises: no
+default is guessed. Overflow and NaN are values like any other; operators run under `numpy.errstate(all="ignore")`.
 """
 from dataclasses import dataclass
 from importlib import import_module
 
-_MODULES = ("arithmetic", "attention", "collectives", "indexing", "inference", "matrix", "norm", "reduction", "shaping", "training")
+_MODULES = ("arithmetic", "attention", "collectives", "indexing", "inference", "matrix", "norm", "reduction", "shaping",
+            "training")
 
 
 @dataclass
@@ -28,7 +33,6 @@ class Call:
         op (str): the primitive's name.
         attributes (dict): the primitive's: axes, masks, groups, ….
         output: mindir.Spec of the result, or a (nested) tuple of them.
-        dtypes (tuple): names of the inputs' dtypes, None for what is no tensor; of a tuple input, a tuple.
         rank (int): who calls.
         network (network.Network): for collectives.
         place (str): "MatMul-op12 in Default/…", for messages.
@@ -38,7 +42,6 @@ class Call:
     op: str
     attributes: dict
     output: object
-    dtypes: tuple = ()
     rank: int = 0
     network: object = None
     place: str = ""

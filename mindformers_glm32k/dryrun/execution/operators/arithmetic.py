@@ -1,7 +1,7 @@
 """Element by element: arithmetic, comparison, logic, activations.
 
-fp16 is computed by NumPy, which rounds once from float32; bfloat16 in float32, rounded by the interpreter. Tensors are broadcast
-against each other. Sources: the docstrings of mindspore.ops (Add, Muls, …), which name NumPy's functions.
+fp16 is computed by NumPy, which rounds once from float32; bfloat16 in float32, rounded by the interpreter. Tensors are
+broadcast against each other. Sources: the docstrings of mindspore.ops (Add, Muls, …), which name NumPy's functions.
 """
 import numpy as np
 
@@ -10,8 +10,8 @@ from mindformers_glm32k.dryrun.execution.operators.numeric import as_output, ref
 
 
 def _pair(x, y):
-    """Both operands as arrays of one dtype. A Python scalar (Muls, Divs, …) meets fp16 in float32, an integer tensor in
-    float32 where it is no integer."""
+    """Both operands as arrays of one dtype. A Python scalar (Muls, Divs, …) meets fp16 in float32, and an integer
+    tensor in float32 where it is no integer."""
     if not isinstance(x, np.ndarray):
         return tuple(reversed(_pair(y, x)))
     x = np.asarray(x)
@@ -26,7 +26,7 @@ def _pair(x, y):
 
 def _binary(function):
     def compute(call, x, y):
-        """function(x, y) of two tensors, or of one and a Python scalar, in the compiled dtype. Source: NumPy's of that name."""
+        """function(x, y) of two tensors, or of one and a Python scalar, in the compiled dtype: NumPy's of that name."""
         return as_output(function(*_pair(x, y)), call.output)
 
     return compute
@@ -34,7 +34,7 @@ def _binary(function):
 
 def _unary(function):
     def compute(call, x):
-        """function(x), in float32 where x is fp16, rounded once. Source: NumPy's of that name."""
+        """function(x), in float32 where x is fp16, rounded once: NumPy's of that name."""
         return as_output(function(wide(x)), call.output)
 
     return compute
@@ -49,8 +49,8 @@ _BINARY = {
     np.logical_and: ("LogicalAnd",), np.logical_or: ("LogicalOr",),
 }
 _UNARY = {
-    np.negative: "Neg", np.abs: "Abs", np.square: "Square", np.sqrt: "Sqrt", np.exp: "Exp", np.sin: "Sin", np.cos: "Cos",
-    np.tanh: "Tanh", np.logical_not: "LogicalNot", np.isfinite: "IsFinite",
+    np.negative: "Neg", np.abs: "Abs", np.square: "Square", np.sqrt: "Sqrt", np.exp: "Exp", np.sin: "Sin",
+    np.cos: "Cos", np.tanh: "Tanh", np.logical_not: "LogicalNot", np.isfinite: "IsFinite",
     np.reciprocal: "Reciprocal", (lambda x: 1 / np.sqrt(x)): "Rsqrt",
 }
 for _function, _names in _BINARY.items():

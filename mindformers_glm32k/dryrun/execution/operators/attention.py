@@ -1,8 +1,9 @@
 """Flash attention and its gradient, for whole score matrices.
 
-Letters: B batch, S queries, T keys, N query heads, K key heads (N is a multiple), D head size, H = N * D; in the layout TND, T is the
-number of tokens of all sequences, as in TH, which prediction uses. Precision as the kernel's: scores and softmax in float32, probabilities and their
-gradients rounded to the inputs' dtype before a matrix product, sums in float32.
+Letters: B batch, S queries, T keys, N query heads, K key heads (N is a multiple), D head size, H = N * D; in the
+layouts TND and TH (which prediction uses), T is the number of tokens of all sequences. Precision as the kernel's:
+scores and softmax in float32, probabilities and their gradients rounded to the inputs' dtype before a matrix product,
+sums in float32.
 Source: the docstring of mindspore.ops.flash_attention_score; FlashAttention-2 (arXiv:2307.08691) for the gradient.
 """
 import numpy as np
@@ -17,14 +18,15 @@ _LANES = 8  # softmax_max and softmax_sum repeat each value
 
 
 @operator("FlashAttentionScore")
-def flash_attention_score(call, query, key, value, real_shift, drop_mask, padding_mask, attn_mask, prefix, actual_seq_qlen,
-                          actual_seq_kvlen, head_num, keep_prob, scale_value, pre_tokens, next_tokens, inner_precise,
-                          input_layout, sparse_mode):
+def flash_attention_score(call, query, key, value, real_shift, drop_mask, padding_mask, attn_mask, prefix,
+                          actual_seq_qlen, actual_seq_kvlen, head_num, keep_prob, scale_value, pre_tokens, next_tokens,
+                          inner_precise, input_layout, sparse_mode):
     """softmax(scale * query @ keyᵀ, masked) @ value.
 
-    query, key, value in `input_layout`; attn_mask see `masks.hidden`, for TH `masks.causal_prefill`; actual_seq_*: cumulative lengths for
-    TND, each sequence's own for TH, where zeros are the answer to what lies behind the last.
-    -> softmax_max, softmax_sum (B, N, S, 8), (T, N, 8) or (T, N * 8) float32, softmax_out (a placeholder), attention_out as query.
+    query, key, value in `input_layout`; attn_mask see `masks.hidden`, for TH `masks.causal_prefill`; actual_seq_*:
+    cumulative lengths for TND, each sequence's own for TH, where zeros are the answer to what lies behind the last.
+    -> softmax_max, softmax_sum (B, N, S, 8), (T, N, 8) or (T, N * 8) float32, softmax_out (a placeholder),
+    attention_out as query.
     """
     refuse(call, real_shift=(real_shift, None), drop_mask=(drop_mask, None), padding_mask=(padding_mask, None),
            prefix=(prefix, None), keep_prob=(keep_prob, 1.0))
@@ -39,26 +41,30 @@ def flash_attention_score(call, query, key, value, real_shift, drop_mask, paddin
         maximum.append(np.repeat(largest, _LANES, -1))
         total.append(np.repeat(sums, _LANES, -1))
         attention.append(rounded(weights, dtype) @ _grouped(v, q) / sums)
-    statistics = [parts[0] if layout not in _FLAT else _join(parts, layout, query.shape[0]) for parts in (maximum, total)]
-    return (as_output(statistics[0], call.output[0]), as_output(statistics[1], call.output[1]), _placeholder(call.output[2]),
-            as_output(_join(attention, layout, query.shape[0]), call.output[3]))
+    tokens = query.shape[0]
+    maximum, total = (parts[0] if layout not in _FLAT else _join(parts, layout, tokens) for parts in (maximum, total))
+    return (as_output(maximum, call.output[0]), as_output(total, call.output[1]), _placeholder(call.output[2]),
+            as_output(_join(attention, layout, tokens), call.output[3]))
 
 
 @operator("FlashAttentionScoreGrad")
 def flash_attention_score_grad(call, query, key, value, dy, real_shift, drop_mask, padding_mask, attn_mask, softmax_max,
-                               softmax_sum, softmax_in, attention_in, prefix, actual_seq_qlen, actual_seq_kvlen, head_num,
-                               keep_prob, scale_value, pre_tokens, next_tokens, inner_precise, input_layout, sparse_mode):
-    """Gradient of FlashAttentionScore, with its softmax_max, softmax_sum and attention_out (attention_in) -> dq, dk, dv, and a
-    placeholder for the gradient of real_shift."""
+                               softmax_sum, softmax_in, attention_in, prefix, actual_seq_qlen, actual_seq_kvlen,
+                               head_num, keep_prob, scale_value, pre_tokens, next_tokens, inner_precise, input_layout,
+                               sparse_mode):
+    """Gradient of FlashAttentionScore, with its softmax_max, softmax_sum and attention_out (attention_in).
+
+    -> dq, dk, dv, and a placeholder for the gradient of real_shift.
+    """
     refuse(call, real_shift=(real_shift, None), drop_mask=(drop_mask, None), padding_mask=(padding_mask, None),
            prefix=(prefix, None), keep_prob=(keep_prob, 1.0))
     layout = _layout(input_layout, _LAYOUTS[:5])
     dtype = call.output[0].dtype
     statistics = _split_statistics(layout, actual_seq_qlen, softmax_max, softmax_sum)
+    sequences = _sequences(layout, head_num, attn_mask, actual_seq_qlen, actual_seq_kvlen, query, key, value,
+                           attention_in, dy)
     gradients = []
-    for (q, k, v, out, dout, mask), (largest, sums) in zip(
-            _sequences(layout, head_num, attn_mask, actual_seq_qlen, actual_seq_kvlen, query, key, value, attention_in, dy),
-            statistics):
+    for (q, k, v, out, dout, mask), (largest, sums) in zip(sequences, statistics):
         scores = _scores(q, k, mask, scale_value, pre_tokens, next_tokens, sparse_mode)
         weights = np.exp(scores - largest) / sums
         dweights = dout @ _grouped(v, q).swapaxes(-1, -2)
@@ -100,11 +106,13 @@ def _layout(number, known):
 def _sequences(layout, head_num, mask, q_lengths, kv_lengths, query, key, value, *like_query):
     """Yields (B, N or K, S or T, D) arrays of all tensors and the mask: one item, or one a sequence of TND and TH."""
     if layout not in _FLAT and not (q_lengths is None and kv_lengths is None):
-        raise NotImplementedError(f"actual_seq_qlen {q_lengths!r}, actual_seq_kvlen {kv_lengths!r} in the layout {layout}")
+        raise NotImplementedError(f"actual_seq_qlen {q_lengths!r}, actual_seq_kvlen {kv_lengths!r} in the layout "
+                                  f"{layout}")
     size = query.shape[-1] // head_num if layout in ("BSH", "SBH", "TH") else query.shape[-1]
     heads = [_apart(wide(tensor), layout, size) for tensor in (query, key, value, *like_query)]
     if heads[0].shape[1] != head_num or head_num % heads[1].shape[1]:
-        raise ValueError(f"head_num {head_num} for a query of {query.shape} and a key of {key.shape} in the layout {layout}")
+        raise ValueError(f"head_num {head_num} for a query of {query.shape} and a key of {key.shape} in the layout "
+                         f"{layout}")
     if layout not in _FLAT:
         yield (*heads, mask)
         return
@@ -120,7 +128,8 @@ def _spans(layout, lengths, tensor):
     """[(start, end)] of each sequence."""
     ends = np.cumsum(lengths) if layout == "TH" else np.asarray(lengths)
     if ends[-1] > tensor.shape[0] or (layout == "TND" and ends[-1] != tensor.shape[0]):
-        raise ValueError(f"the sequences of lengths {lengths} ({layout}) end at {ends[-1]}, the tensor has {tensor.shape[0]} tokens")
+        raise ValueError(f"the sequences of lengths {lengths} ({layout}) end at {ends[-1]}, the tensor has "
+                         f"{tensor.shape[0]} tokens")
     return list(zip([0, *ends[:-1]], ends))
 
 

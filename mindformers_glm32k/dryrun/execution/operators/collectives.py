@@ -1,7 +1,7 @@
 """Collectives, sends and receives, by the network of ranks.
 
-The attributes `group` (its name) and `group_rank_ids` (its ranks) say who meets. Sums of fp16 and bfloat16 are float32 sums in the order
-of the ranks, rounded once; HCCL's order depends on its algorithm.
+The attributes `group` (its name) and `group_rank_ids` (its ranks) say who meets. Sums of fp16 and bfloat16 are float32
+sums in the order of the ranks, rounded once; HCCL's order depends on its algorithm.
 """
 import numpy as np
 
@@ -76,7 +76,7 @@ def broadcast(call, tensors):
 
 @operator("Send")
 def send(call, x):
-    """Sends x to rank `dst_global_rank`; group and `sr_tag` tell messages apart. -> x, which only orders what follows."""
+    """Sends x to rank `dst_global_rank`; group and `sr_tag` tell messages apart. -> x, which orders what follows."""
     tag = (attribute(call, "group"), int(attribute(call, "sr_tag")))
     call.network.send(call.rank, int(attribute(call, "dst_global_rank")), tag, x)
     return x

@@ -12,8 +12,8 @@ def _index(begin, end, strides, masks):
 
     Args:
         begin, end, strides (tuple[int]): one entry an axis.
-        masks (tuple[int]): begin, end, ellipsis, new axis, shrink: bit i is of entry i. A set bit of begin (end) starts at the
-            first (ends behind the last) element, of shrink takes the one element at begin.
+        masks (tuple[int]): begin, end, ellipsis, new axis, shrink: bit i is of entry i. A set bit of begin (end)
+            starts at the first (ends behind the last) element, of shrink takes the one element at begin.
 
     Raises:
         NotImplementedError: an ellipsis or a new axis.
@@ -26,7 +26,8 @@ def _index(begin, end, strides, masks):
         if shrink_mask >> axis & 1:
             index.append(start)
         else:
-            index.append(slice(None if begin_mask >> axis & 1 else start, None if end_mask >> axis & 1 else stop, stride))
+            index.append(slice(None if begin_mask >> axis & 1 else start, None if end_mask >> axis & 1 else stop,
+                               stride))
     return tuple(index)
 
 

@@ -1,7 +1,7 @@
 """What prediction with a cache adds: rotary embedding, writing into the paged cache, attention over it.
 
-Letters: B prompts, T tokens of the call, N query heads, K key heads, D head size. MindSpore documents these kernels by shapes only; what
-they compute follows from how mindformers' InferAttention and PagedAttentionMgr feed them.
+Letters: B prompts, T tokens of the call, N query heads, K key heads, D head size. MindSpore documents these kernels by
+shapes only; what they compute follows from how mindformers' InferAttention and PagedAttentionMgr feed them.
 """
 import numpy as np
 
@@ -14,9 +14,9 @@ from mindformers_glm32k.dryrun.execution.values import plain
 def apply_rotary_pos_emb(call, query, key, cos, sin, lengths, cos_format):
     """x * cos + turned(x) * sin for query (…, T, N * D) and key (…, T, K * D), float32 rounded once.
 
-    cos, sin (rows, D): in decode (one token a prompt, a row each) a row a token, in prefill a table that every prompt of `lengths` (B)
-    reads from its start; tokens behind the last prompt stay as they are. cos_format 2 turns halves: (-x2, x1), 3 turns
-    pairs: (-x[2i+1], x[2i]) (mindformers' RotaryPosEmbMode: rotate_half, interleaved).
+    cos, sin (rows, D): in decode (one token a prompt, a row each) a row a token, in prefill a table that every prompt
+    of `lengths` (B) reads from its start; tokens behind the last prompt stay as they are. cos_format 2 turns halves:
+    (-x2, x1), 3 turns pairs: (-x[2i+1], x[2i]) (mindformers' RotaryPosEmbMode: rotate_half, interleaved).
     """
     if cos_format not in (2, 3):
         raise NotImplementedError(f"ApplyRotaryPosEmb with cos_format {cos_format}: only 2 and 3 are implemented")
@@ -51,8 +51,8 @@ def _rotate(x, cos, sin, cos_format):
 
 @operator("ReshapeAndCache", in_place=True)
 def reshape_and_cache(call, key, value, key_cache, value_cache, slots, monad=None):
-    """Writes key and value (…, T, K * D) into key_cache and value_cache (blocks, block, K, D) at `slots` (T), counted over all
-    blocks; -1 writes nothing. -> key."""
+    """Writes key and value (…, T, K * D) into key_cache and value_cache (blocks, block, K, D) at `slots` (T), counted
+    over all blocks; -1 writes nothing. -> key."""
     slots = plain(slots).reshape(-1)
     size = int(np.prod(key_cache.value.shape[:2]))
     if ((slots < -1) | (slots >= size)).any():
@@ -65,17 +65,19 @@ def reshape_and_cache(call, key, value, key_cache, value_cache, slots, monad=Non
 
 
 @operator("PagedAttention")
-def paged_attention(call, query, key_cache, value_cache, block_tables, context_lens, antiquant_scale, antiquant_offset, attn_mask,
-                    q_seq_lens, alibi_mask, head_num, scale_value, kv_head_num, kv_cache_quant_mode, mask_mode, mla_v_dim):
+def paged_attention(call, query, key_cache, value_cache, block_tables, context_lens, antiquant_scale, antiquant_offset,
+                    attn_mask, q_seq_lens, alibi_mask, head_num, scale_value, kv_head_num, kv_cache_quant_mode,
+                    mask_mode, mla_v_dim):
     """softmax(scale_value * query @ keysᵀ) @ values of one token a prompt.
 
-    query (B, 1, N * D); caches (blocks, block, K, D); block_tables (B, n) the blocks of each prompt in order; context_lens (B) its tokens,
-    the present one included. Probabilities in float32, rounded to the cache's dtype before the product with values.
+    query (B, 1, N * D); caches (blocks, block, K, D); block_tables (B, n) the blocks of each prompt in order;
+    context_lens (B) its tokens, the present one included. Probabilities in float32, rounded to the query's dtype before
+    the product with values.
     Source: mindspore's docstring of PagedAttention.
     """
-    refuse(call, antiquant_scale=(antiquant_scale, None), antiquant_offset=(antiquant_offset, None), attn_mask=(attn_mask, None),
-           q_seq_lens=(q_seq_lens, None), alibi_mask=(alibi_mask, None), kv_cache_quant_mode=(kv_cache_quant_mode, 0),
-           mask_mode=(mask_mode, 0), mla_v_dim=(mla_v_dim, 0))
+    refuse(call, antiquant_scale=(antiquant_scale, None), antiquant_offset=(antiquant_offset, None),
+           attn_mask=(attn_mask, None), q_seq_lens=(q_seq_lens, None), alibi_mask=(alibi_mask, None),
+           kv_cache_quant_mode=(kv_cache_quant_mode, 0), mask_mode=(mask_mode, 0), mla_v_dim=(mla_v_dim, 0))
     block, kv_heads, size = key_cache.shape[1:]
     lengths = [int(length) for length in context_lens.reshape(-1)]
     if kv_heads != kv_head_num or query.size != len(lengths) * head_num * size:

@@ -8,17 +8,17 @@ import numpy as np
 
 COMPRESSED = 2048  # side of the mask that stands for a mask of any size in modes 2 to 4
 PREFILL = 128  # the same for the layout TH
-_RIGHT = {}  # id -> weak reference: constants that were found to be such a triangle, which takes longer than the attention itself
+_RIGHT = {}  # id -> weak reference: constants found to be such a triangle; looking takes longer than short attention
 
 
 def hidden(mask, sparse_mode, queries, keys, pre_tokens, next_tokens):
     """The mask of scores.
 
     Args:
-        mask (numpy.ndarray | None): 1 where a key is hidden: (S, T), (B, 1, S, T) or (B, N, S, T); modes 2 to 4 take the upper triangle
-            of 2048 x 2048 instead.
-        sparse_mode (int): 0 mask as given (None: no mask), 1 the same without a band, 2 causal from the top left corner,
-            3 causal from the bottom right corner, 4 a band from the bottom right corner.
+        mask (numpy.ndarray | None): 1 where a key is hidden: (S, T), (B, 1, S, T) or (B, N, S, T); modes 2 to 4 take
+            the upper triangle of 2048 x 2048 instead.
+        sparse_mode (int): 0 mask as given (None: no mask), 1 the same without a band, 2 causal from the top left
+            corner, 3 causal from the bottom right corner, 4 a band from the bottom right corner.
         queries (int), keys (int): S, T.
         pre_tokens (int), next_tokens (int): the band that modes 0 and 4 compute.
 
@@ -50,7 +50,8 @@ def causal_prefill(mask, queries, keys):
     """The mask of scores in the layout TH, whose kernel makes a causal mask of any size out of 128 x 128.
 
     Args:
-        mask (numpy.ndarray): (128, 128), not 0 (a summand: -10000, or 1 in bfloat16) where a key is hidden: the upper triangle.
+        mask (numpy.ndarray): (128, 128), not 0 (a summand: -10000, or 1 in bfloat16) where a key is hidden: the upper
+            triangle.
         queries (int), keys (int): S, T.
 
     Returns:

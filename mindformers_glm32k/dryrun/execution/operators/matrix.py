@@ -13,7 +13,10 @@ def _product(call, x, y, transpose_a, transpose_b):
 
 @operator("MatMul")
 def matmul(call, x, y, transpose_a=False, transpose_b=False):
-    """x (m, k) @ y (k, n) -> (m, n); x is (k, m) with transpose_a, y (n, k) with transpose_b. Source: mindspore.ops.MatMul."""
+    """x (m, k) @ y (k, n) -> (m, n); x is (k, m) with transpose_a, y (n, k) with transpose_b.
+
+    Source: mindspore.ops.MatMul.
+    """
     if x.ndim != 2 or y.ndim != 2:
         raise ValueError(f"MatMul takes matrices, not {x.shape} and {y.shape}")
     return _product(call, x, y, transpose_a, transpose_b)

@@ -21,7 +21,8 @@ def rms_norm(call, x, gamma, epsilon):
 def rms_norm_grad(call, dy, x, rstd, gamma):
     """dy (…, d), x (…, d), rstd (…, 1), gamma (d) -> dx (…, d), dgamma (d).
 
-    With g = dy * gamma and n = x * rstd: dx = rstd * (g - n * mean(g * n)), dgamma = sum(dy * n). Source: aclnnRmsNormGrad.
+    With g = dy * gamma and n = x * rstd: dx = rstd * (g - n * mean(g * n)), dgamma = sum(dy * n).
+    Source: the derivative of the formula of `rms_norm`.
     """
     normed = tuple(range(-gamma.ndim, 0))
     dy, x, gamma = wide(dy), wide(x), wide(gamma)

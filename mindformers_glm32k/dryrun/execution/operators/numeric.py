@@ -42,7 +42,7 @@ def refuse(call, **found):
 
     Args:
         call (Call): whose.
-        found (dict): name of the input or attribute -> (what was found, what is implemented); nothing is raised for equal ones.
+        found (dict): name of the input or attribute -> (what was found, what is implemented); equal ones pass.
 
     Raises:
         NotImplementedError: something differs. The message names it.

@@ -53,7 +53,10 @@ def reduce_any(call, x, axis=None, keep_dims=False):
 
 @operator("CumSum")
 def cum_sum(call, x, axis, exclusive=False, reverse=False):
-    """Sums up to and with each element along `axis`; exclusive: without it, reverse: from the end. Source: mindspore.ops.CumSum."""
+    """Sums up to and with each element along `axis`; exclusive: without it, reverse: from the end.
+
+    Source: mindspore.ops.CumSum.
+    """
     axis = int(axis)
     values = np.flip(wide(x), axis) if reverse else wide(x)
     sums = np.cumsum(values, axis, dtype=values.dtype)

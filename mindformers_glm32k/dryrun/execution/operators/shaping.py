@@ -7,7 +7,7 @@ from mindformers_glm32k.dryrun.execution.operators.numeric import as_output, att
 
 @operator("Reshape")
 def reshape(call, x, shape):
-    """x in another shape (one entry may be -1), row-major. The file has no empty tuple: None is the shape of a scalar."""
+    """x in another shape (one entry may be -1), row-major; None, the file's empty tuple, is the shape of a scalar."""
     return np.reshape(x, () if shape is None else shape)
 
 

@@ -53,7 +53,7 @@ def clear_float_status(call, status):
 
 @operator("NPUGetFloatStatusV2")
 def get_float_status(call, status):
-    """The overflow register -> (8,) int32: ones when an operator made something not finite since the clear, else zeros."""
+    """The overflow register -> (8,) int32: ones when an operator made something not finite since the clear."""
     return as_output(np.full(8, call.status.overflow), call.output)
 
 
@@ -61,8 +61,9 @@ def get_float_status(call, status):
 def dropout(call, x, keep_prob, seed0=0, seed1=0):
     """-> x and its mask. Only keep_prob 1 is executed: what is dropped is random, no two layouts agree on it."""
     if keep_prob != 1:
-        raise NotImplementedError(f"Dropout with keep_prob {keep_prob} draws random numbers, which differ from layout to layout: set "
-                                  "the dropout of the config (lora_dropout, hidden_dropout, attention_dropout) to 0")
+        raise NotImplementedError(f"Dropout with keep_prob {keep_prob} draws random numbers, which differ from layout "
+                                  "to layout: set the dropout of the config (lora_dropout, hidden_dropout, "
+                                  "attention_dropout) to 0")
     return as_output(x, call.output[0]), as_output(np.ones(x.shape), call.output[1])
 
 

@@ -1,4 +1,4 @@
-"""Flash attention against its formula in float64, its gradient against MindSpore's differentiation and central differences."""
+"""Flash attention against its formula in float64, its gradient against MindSpore's and central differences."""
 import numpy as np
 import pytest
 from scipy import special
@@ -14,8 +14,8 @@ ATOL = {"float64": 1e-10, "float32": 2e-6, "float16": 3e-3, "bfloat16": 3e-2}
 
 
 def formula(q, k, v, hidden=None):
-    """Vaswani et al. (arXiv:1706.03762), equation 1, each key head for N / K query heads. (B, N, S, D) -> the same, and the
-    largest score and the sum of exponentials, (B, N, S, 1)."""
+    """Vaswani et al. (arXiv:1706.03762), equation 1, each key head for N / K query heads. (B, N, S, D) -> the same, and
+    the largest score and the sum of exponentials, (B, N, S, 1)."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     share = q.shape[1] // k.shape[1]
     scores = np.einsum("bnsd,bntd->bnst", q, np.repeat(k, share, 1)) * SCALE
@@ -32,19 +32,25 @@ def laid_out(x, layout):
     if layout == "BNSD":
         return x
     x = x.transpose(0, 2, 1, 3)
-    return {"BSH": x.reshape(batch, length, -1), "BSND": x, "SBH": x.transpose(1, 0, 2, 3).reshape(length, batch, -1)}[layout]
+    if layout == "SBH":
+        return x.transpose(1, 0, 2, 3).reshape(length, batch, -1)
+    return x if layout == "BSND" else x.reshape(batch, length, -1)
 
 
-def attend(q, k, v, heads, layout="BNSD", mask=None, mode=0, pre=65536, following=0, lengths=(None, None), dtype="float32", keep_prob=1.0,
-           real_shift=None):
-    return call("FlashAttentionScore", q, k, v, real_shift, None, None, mask, None, *lengths, heads, keep_prob, SCALE, pre, following, 0,
-                LAYOUTS[layout], mode, to=("float32" if dtype != "float64" else dtype,) * 2 + (spec(dtype, (1,)), spec(dtype, q.shape)))
+def attend(q, k, v, heads, layout="BNSD", mask=None, mode=0, pre=65536, following=0, lengths=(None, None),
+           dtype="float32", keep_prob=1.0, real_shift=None):
+    statistics = "float64" if dtype == "float64" else "float32"
+    return call("FlashAttentionScore", q, k, v, real_shift, None, None, mask, None, *lengths, heads, keep_prob, SCALE,
+                pre, following, 0, LAYOUTS[layout], mode,
+                to=(statistics, statistics, spec(dtype, (1,)), spec(dtype, q.shape)))
 
 
-def attend_grad(q, k, v, dy, forward, heads, layout="BNSD", mask=None, mode=0, pre=65536, following=0, lengths=(None, None), dtype="float32"):
+def attend_grad(q, k, v, dy, forward, heads, layout="BNSD", mask=None, mode=0, pre=65536, following=0,
+                lengths=(None, None), dtype="float32"):
     largest, total, _, out = forward
-    return call("FlashAttentionScoreGrad", q, k, v, dy, None, None, None, mask, largest, total, np.zeros(1, q.dtype), out, None, *lengths,
-                heads, 1.0, SCALE, pre, following, 0, LAYOUTS[layout], mode, to=(dtype,) * 3 + (spec(dtype, (0,)),))
+    return call("FlashAttentionScoreGrad", q, k, v, dy, None, None, None, mask, largest, total, np.zeros(1, q.dtype),
+                out, None, *lengths, heads, 1.0, SCALE, pre, following, 0, LAYOUTS[layout], mode,
+                to=(*(spec(dtype, x.shape) for x in (q, k, v)), spec(dtype, (0,))))
 
 
 def heads_of(batch=2, query_heads=4, key_heads=2, queries=5, keys=5, size=3, dtype="float32"):
@@ -168,8 +174,8 @@ def test_prefill_of_prompts_behind_each_other(dtype, coefficient):
     k, v = (np.concatenate([behind_each_other(items, flat=True), padding[:, :6]]) for items in list(zip(*parts))[1:])
     mask = np.triu(np.ones((128, 128), q.dtype), 1) * q.dtype.type(coefficient)
     maximum, _, _, out = attend(q, k, v, 4, "TH", mask, 0, lengths=((5, 2), (5, 2)), dtype=dtype)
-    expected = behind_each_other([formula(*part, causal(len(part[0][0][0]), len(part[0][0][0])))[0] for part in parts], flat=True)
-    np.testing.assert_allclose(out[:7], expected, rtol=0, atol=ATOL[dtype])
+    expected = [formula(*part, causal(length, length))[0] for part, length in zip(parts, (5, 2))]
+    np.testing.assert_allclose(out[:7], behind_each_other(expected, flat=True), rtol=0, atol=ATOL[dtype])
     assert not out[7:].any() and maximum.shape == (10, 32)
     with pytest.raises(ValueError, match="the layout TH takes a mask of 128 x 128"):
         attend(q, k, v, 4, "TH", TRIANGLE, 0, lengths=((5, 2), (5, 2)), dtype=dtype)
@@ -179,7 +185,7 @@ def test_prefill_of_prompts_behind_each_other(dtype, coefficient):
 @pytest.mark.parametrize("layout", ["BSH", "BNSD", "SBH", "BSND"])
 @pytest.mark.parametrize("mode", [0, 2])
 def test_gradient_by_central_differences(layout, mode):
-    q, k, v = (laid_out(x, layout) for x in heads_of(batch=2, query_heads=2, key_heads=1, queries=4, keys=4, size=2, dtype="float64"))
+    q, k, v = (laid_out(x, layout) for x in heads_of(2, 2, 1, 4, 4, 2, "float64"))
     options = {"layout": layout, "mask": TRIANGLE if mode else None, "mode": mode, "dtype": "float64"}
     dy = random(q.shape, "float64", 7)
     gradients = attend_grad(q, k, v, dy, attend(q, k, v, 2, **options), 2, **options)
@@ -206,7 +212,8 @@ def test_gradient_by_mindspore(dtype):
     expected = run(lambda *inputs: ms.grad(loss, (0, 1, 2))(*inputs), *(x.astype(np.float32) for x in (q, k, v)))
     forward = attend(q, k, v, 4, mask=TRIANGLE, mode=2, dtype=dtype)
     for actual, wanted in zip(attend_grad(q, k, v, dy, forward, 4, mask=TRIANGLE, mode=2, dtype=dtype), expected):
-        np.testing.assert_allclose(actual, wanted, rtol=0, atol={"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}[dtype])
+        np.testing.assert_allclose(actual, wanted, rtol=0,
+                                   atol={"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}[dtype])
 
 
 @covers("FlashAttentionScoreGrad")
@@ -215,5 +222,6 @@ def test_gradient_takes_the_softmax_that_it_is_given():
     forward = attend(q, k, v, 4, dtype="float64")
     dy = random(q.shape, "float64", 3)
     right = attend_grad(q, k, v, dy, forward, 4, dtype="float64")
-    halved = attend_grad(q, k, v, dy, (forward[0], 2 * forward[1], *forward[2:]), 4, dtype="float64")  # twice the sum: half the weights
+    # twice the sum: half the weights
+    halved = attend_grad(q, k, v, dy, (forward[0], 2 * forward[1], *forward[2:]), 4, dtype="float64")
     np.testing.assert_allclose(halved[2], right[2] / 2)

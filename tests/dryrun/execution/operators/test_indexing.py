@@ -39,7 +39,8 @@ def test_strided_slice_grad(begin, end, strides, masks):
     x = random((3, 4, 7), "float64")
     result = call("StridedSlice", x, begin, end, strides, *masks, to="float64")
     dy = random(result.shape, "float64", 1)
-    expected = numeric_gradient(lambda value: call("StridedSlice", value, begin, end, strides, *masks, to="float64"), [x], dy, 0)
+    expected = numeric_gradient(
+        lambda value: call("StridedSlice", value, begin, end, strides, *masks, to="float64"), [x], dy, 0)
     actual = call("StridedSliceGrad", dy, x.shape, begin, end, strides, to="float64", **dict(zip(MASKS, masks)))
     np.testing.assert_allclose(actual, expected, atol=1e-9)
 
@@ -51,7 +52,8 @@ def test_masks_are_never_guessed():
         call("StridedSlice", x, (0, 0), (1, 1), (1, 1))
     with pytest.raises(ValueError, match="with 2 masks"):
         call("StridedSlice", x, (0, 0), (1, 1), (1, 1), 0, 0)
-    for masks in ((0, 0, 1, 0, 0), (0, 0, 0, 1, 0)):  # MindSpore's CPU kernel gives rubbish for a new axis: no reference
+    # MindSpore's CPU kernel gives rubbish for a new axis, so there is no reference for it
+    for masks in ((0, 0, 1, 0, 0), (0, 0, 0, 1, 0)):
         with pytest.raises(NotImplementedError, match="a strided slice with ellipsis_mask"):
             call("StridedSlice", x, (0, 0), (1, 1), (1, 1), *masks)
     with pytest.raises(ValueError, match="its gradient"):
@@ -64,7 +66,8 @@ def test_masks_are_never_guessed():
 def test_gather(axis, dtype):
     x = random((4, 5, 6), dtype)
     indices = np.array([[0, 3, 3], [1, 2, 0]], np.int32)
-    np.testing.assert_array_equal(call("Gather", x, indices, axis, 0, to=dtype), run(primitive("Gather"), x, indices, axis))
+    expected = run(primitive("Gather"), x, indices, axis)
+    np.testing.assert_array_equal(call("Gather", x, indices, axis, 0, to=dtype), expected)
 
 
 @covers("Gather")
@@ -81,7 +84,8 @@ def test_gather_refuses_what_an_npu_would_read_from_elsewhere():
 def test_unsorted_segment_sum(dtype):
     x = (random((2, 5, 3)) * 9).astype(dtype) if dtype == "int32" else random((2, 5, 3), dtype)
     segments = np.array([[0, 3, 3, 6, 0], [3, -1, 2, 0, -5]], np.int32)  # negative ones are dropped
-    expected = run(lambda *tensors: primitive("UnsortedSegmentSum")(*tensors, 7), x.astype(np.float32), segments, dtype=dtype)
+    expected = run(lambda *tensors: primitive("UnsortedSegmentSum")(*tensors, 7), x.astype(np.float32), segments,
+                   dtype=dtype)
     options = {} if dtype == "int32" else tolerance(dtype)
     np.testing.assert_allclose(call("UnsortedSegmentSum", x, segments, 7, to=dtype), expected, **options)
     with pytest.raises(IndexError, match="index 6 of an axis of 6"):

@@ -7,7 +7,8 @@ from dryrun.execution.operators.mindspore_cpu import run
 
 FLOATS = ("float32", "float16", "bfloat16")
 AXES = [None, (), 0, (-1,), (0, 2)]
-SUMS = {"ReduceSum": "ReduceSum", "SumExt": "ReduceSum", "ReduceMean": "ReduceMean", "ReduceMax": "ReduceMax", "ReduceMin": "ReduceMin"}
+SUMS = {"ReduceSum": "ReduceSum", "SumExt": "ReduceSum", "ReduceMean": "ReduceMean", "ReduceMax": "ReduceMax",
+        "ReduceMin": "ReduceMin"}
 
 
 def primitive(name, keep_dims):
@@ -23,8 +24,10 @@ def primitive(name, keep_dims):
 @pytest.mark.parametrize("name", SUMS)
 def test_reductions(name, keep_dims, axis, dtype):
     x = random((3, 5, 7), dtype)
-    expected = run(primitive(SUMS[name], bool(keep_dims)), x.astype(np.float32), () if axis is None else axis, dtype=dtype)
-    np.testing.assert_allclose(call(name, x, axis, keep_dims, to=dtype), expected, rtol=tolerance(dtype)["rtol"], atol=1e-5)
+    expected = run(primitive(SUMS[name], bool(keep_dims)), x.astype(np.float32), () if axis is None else axis,
+                   dtype=dtype)
+    actual = call(name, x, axis, keep_dims, to=dtype)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance(dtype)["rtol"], atol=1e-5)
 
 
 @covers("ReduceAll", "ReduceAny")
@@ -32,7 +35,8 @@ def test_reductions(name, keep_dims, axis, dtype):
 @pytest.mark.parametrize("name", ["ReduceAll", "ReduceAny"])
 def test_logic(name, axis):
     x = random((3, 2, 3)) > (-1 if name == "ReduceAll" else 1)
-    np.testing.assert_array_equal(call(name, x, axis, 0, to="bool"), run(primitive(name, False), x, () if axis is None else axis))
+    expected = run(primitive(name, False), x, () if axis is None else axis)
+    np.testing.assert_array_equal(call(name, x, axis, 0, to="bool"), expected)
 
 
 @covers("SumExt", "ReduceSum")
@@ -65,4 +69,5 @@ def test_cumulative_sum(dtype, reverse, exclusive):
     x = (random((3, 5)) * 8).astype(dtype)
     for axis in (0, 1):
         expected = run(lambda tensor: operations.CumSum(bool(exclusive), bool(reverse))(tensor, axis), x)
-        np.testing.assert_allclose(call("CumSum", x, axis, exclusive, reverse, to=dtype), expected, rtol=1e-5, atol=1e-5)
+        actual = call("CumSum", x, axis, exclusive, reverse, to=dtype)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)

@@ -44,7 +44,9 @@ class CutReport:
         self._keep_worst(other.worst)
 
     def _keep_worst(self, entries):
-        self.worst = sorted(self.worst + entries, key=lambda entry: (entry[1] - entry[0], entry[2]))[:WORST]
+        # once each: the rows of an epoch may come while those of the one before are still counted
+        by_loss = sorted({*self.worst, *entries}, key=lambda entry: (entry[1] - entry[0], entry[2]))
+        self.worst = by_loss[:WORST]
 
     def text(self, place, truncation="middle"):
         """The report as one paragraph.

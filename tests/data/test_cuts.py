@@ -33,6 +33,13 @@ def test_the_first_cut_is_told_at_once_and_each_epoch_is_summed_up():
     assert len(log.lines) == 3 and "of 4 rows 4 were cut" in log.lines[2]
 
 
+def test_a_row_that_comes_twice_is_named_once():
+    report = CutReport()
+    for sample in (3, 1, 3, 3):
+        report.add(sample, 10 + sample, 10)
+    assert report.worst == [(13, 10, 3), (11, 10, 1)] and report.cut == 4
+
+
 def test_nothing_is_said_where_nothing_is_cut():
     log = Log()
     cuts = CutCounter(place, 2, log)

@@ -8,9 +8,9 @@ An operator's function is called with a Call and the primitive's inputs:
 
 Tensors come as numpy arrays, other inputs as Python values (int, float, str, None, tuples; the file holds a bool as 0
 or 1, and an empty tuple as None). bfloat16, which NumPy lacks, is held in float32 arrays whose values are bfloat16's:
-the interpreter rounds every result whose `call.output` says so. Results are an array or a tuple of arrays, of the shape and
-dtype of `call.output`; the interpreter checks both. Inputs must not be changed: they may be parameters or other
-operators' results.
+the interpreter rounds every result whose `call.output` says so. Results are an array or a tuple of arrays, of the
+shape and dtype of `call.output`; the interpreter checks both. Inputs must not be changed: they may be parameters or
+other operators' results.
 
 An operator that updates parameters is registered with in_place=True; it gets Parameter objects (`values.Parameter`)
 where the program passes parameters, assigns their `.value`, and returns what the program sees.

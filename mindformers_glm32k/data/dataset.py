@@ -1,5 +1,6 @@
 """GLM32KDataset: the `train_dataset_task` and `eval_dataset_task` of the YAML."""
 import copy
+from types import SimpleNamespace
 
 from mindformers.dataset.base_dataset import BaseDataset
 from mindformers.dataset.dataloader import build_dataset_loader
@@ -17,6 +18,7 @@ from mindformers_glm32k.data.packed_rows import PlannedRows, StreamedRows, plan_
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.data.rows import IGNORED, RowBuilder
 from mindformers_glm32k.data.tokens import TokenizedSamples, token_cache
+from mindformers_glm32k.data.word_encoder import WordEncoder
 from mindformers_glm32k.errors import InputError
 
 
@@ -116,7 +118,9 @@ def _parts(config, shard_id, num_shards):
 
 def _tokens(config, samples, tokenizer):
     length = row_length(config)
-    builder = RowBuilder(tokenizer, config.max_source_length, config.max_target_length, length, config.truncation,
+    encoder = SimpleNamespace(vocabulary=WordEncoder(tokenizer.vocabulary)) if hasattr(tokenizer, "vocabulary") \
+        else tokenizer
+    builder = RowBuilder(encoder, config.max_source_length, config.max_target_length, length, config.truncation,
                          config.on_long_answer)
     settings = {name: config[name] for name in ("max_source_length", "max_target_length", "truncation",
                                                 "on_long_answer")}

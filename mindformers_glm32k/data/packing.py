@@ -24,7 +24,7 @@ import numpy as np
 from mindformers_glm32k.data.rows import IGNORED
 
 COLUMNS = ["input_ids", "labels", "position_ids", "document_ids", "input_mask"]
-FIRST_WINDOW = 64  # documents; the first rows are there soon
+FIRST_WINDOW = 16  # documents; the first rows are there soon
 _HELD_BACK = 8  # the emptiest of so many rows of a window waits for the next one's short documents
 
 
@@ -84,7 +84,7 @@ def pack(documents, capacity, window, seed=None):
         held = []
         if fresh:
             rows.sort(key=lambda row: (-sum(length for _, _, length in row), row))
-            keep = len(rows) // _HELD_BACK
+            keep = -(-len(rows) // _HELD_BACK) if len(rows) > 1 else 0
             held = [document for row in rows[len(rows) - keep:] for document in row]
             rows = rows[:len(rows) - keep]
         rows.sort()

@@ -1,6 +1,8 @@
 """GLM32KTrainer: upstream's causal language modeling trainer, which checks its inputs before it starts."""
 import copy
 
+from mindspore.communication import get_group_size
+
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.trainer import CausalLanguageModelingTrainer
@@ -29,6 +31,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
     def train(self, config=None, **kwargs):
         normalize_values(config)
         check_config(config, "train", _built(kwargs, "train_dataset"))
+        _check_layout(config)
         _convert_huggingface_folder(config)
         if kwargs.get("dataset") is None:
             _check_rows(config, "train_dataset")
@@ -41,6 +44,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
     def evaluate(self, config=None, **kwargs):
         normalize_values(config)
         check_config(config, "eval", _built(kwargs, "eval_dataset"))
+        _check_layout(config)
         _convert_huggingface_folder(config)
         if kwargs.get("dataset") is None:
             _check_rows(config, "eval_dataset")
@@ -63,6 +67,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         """
         normalize_values(config)
         check_config(config, "predict", () if tokenizer is None else ("processor",))
+        _check_layout(config)
         _convert_huggingface_folder(config)
         prompts = read_prompts(config.input_data if input_data is None else input_data)
         model = config.model.model_config
@@ -125,6 +130,13 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         if path:
             check_checkpoint(path, network)
         return network
+
+
+def _check_layout(config):
+    """Sizes against the layout, where one program is cut over the devices; data parallel processes hold all of it."""
+    mode = (config.get("parallel") or {}).get("parallel_mode")
+    if config.use_parallel and mode in (1, 2, "semi_auto_parallel", "auto_parallel"):
+        check_layout(config, get_group_size())
 
 
 def _convert_huggingface_folder(config):

@@ -44,6 +44,7 @@ def run(args):
     from mindformers_glm32k.dryrun.workers import WorkerFailed
 
     output = Path(args.output_dir)
+    _refuse_contradictions(args)
     try:
         if args.compare:
             from mindformers_glm32k.dryrun.compare import compare
@@ -58,6 +59,17 @@ def run(args):
         return 1
     print(f"report: {output / 'report.md'} (figures: report.json)")
     return 0
+
+
+def _refuse_contradictions(args):
+    """Options that say nothing together."""
+    pairs = [("quick", "keep_programs", "programs of few layers are not those of the run"),
+             ("execute", "compare", "one layout is executed at a time"),
+             ("execute", "quick", "what is executed has all its layers; --shrink makes it small"),
+             ("execute", "keep_programs", "small programs are not those of the run")]
+    for first, second, why in pairs:
+        if getattr(args, first) not in (None, False) and getattr(args, second):
+            raise InputError(f"--{first} and --{second} do not go together: {why}")
 
 
 def _execute(args, output):

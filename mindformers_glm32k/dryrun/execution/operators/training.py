@@ -57,6 +57,17 @@ def get_float_status(call, status):
     return as_output(np.full(8, call.status.overflow), call.output)
 
 
+@operator("AllFinite")
+def all_finite(call, *tensors):
+    """bool: True where any of the tensors (a tuple of them, or each an input) holds NaN or infinity, against its name.
+
+    Source: mindspore.nn.TrainOneStepWithLossScaleCell, which takes the result for the overflow flag.
+    """
+    tensors = tensors[0] if isinstance(tensors[0], tuple) else tensors
+    overflow = any(not np.isfinite(tensor).all() for tensor in tensors)
+    return np.full(call.output.shape, overflow)
+
+
 @operator("Dropout")
 def dropout(call, x, keep_prob, seed0=0, seed1=0):
     """-> x and its mask. Only keep_prob 1 is executed: what is dropped is random, no two layouts agree on it."""

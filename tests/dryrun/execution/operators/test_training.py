@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from dryrun.execution.operators.calling import call, covers, random, register
+from dryrun.execution.operators.calling import call, covers, random, register, spec
 from mindformers_glm32k.dryrun.execution.values import Parameter, round_bfloat16
 
 
@@ -56,11 +56,25 @@ def test_overflow_register():
     assert not call("NPUGetFloatStatusV2", zeros, to="int32", status=status).any()
 
 
+@covers("AllFinite")
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf, -np.inf])
+def test_all_finite_is_the_overflow_flag(bad):
+    import mindspore as ms
+    from mindspore import ops
+
+    tensors = [random((2, 3), "float16"), random((4,)), random(())]
+    if bad is not None:
+        tensors[1][2] = bad
+    expected = not all(ops.isfinite(ms.Tensor(tensor)).all() for tensor in tensors)
+    assert expected == (bad is not None)
+    for arguments in ((tuple(tensors),), tensors):
+        assert call("AllFinite", *arguments, to=spec("bool", (1,))).tolist() == [expected]
+
+
 @covers("Dropout", "DropoutGrad")
 def test_dropout():
     import mindspore as ms
     from mindspore import ops
-    from mindspore.ops.auto_generate import gen_ops_prim  # noqa: F401  the forward kernel makes the mask
 
     x = random((4, 8))
     y, mask = call("Dropout", x, 1.0, 0, 0, to=("float32", "float32"))

@@ -69,8 +69,8 @@ def all_to_all(call, x):
 
 @operator("Broadcast")
 def broadcast(call, tensors):
-    """The tensors (a tuple) of member `root_rank`, on each."""
-    root = int(attribute(call, "root_rank"))
+    """The tensors (a tuple) of the member whose global rank is `root_rank`, on each."""
+    root = _ranks(call).index(int(attribute(call, "root_rank")))
     return tuple(_meet(call, tensor, root)[0][root] for tensor in tensors)
 
 

@@ -110,7 +110,7 @@ def test_all_to_all_moves_tokens_for_heads_and_back():
 @covers("Broadcast")
 def test_broadcast():
     tensors = [(np.array([rank], np.float32), np.array([10 + rank], np.float32)) for rank in range(3)]
-    for result in together("Broadcast", tensors, to=("float32", "float32"), root_rank=1):
+    for result in together("Broadcast", tensors, to=("float32", "float32"), ranks=(2, 0, 1), root_rank=1):
         assert [item.tolist() for item in result] == [[1], [11]]
 
 

@@ -9,6 +9,8 @@ from mindformers_glm32k.data.packing import pack, packed_row, split_to_multiple
 from mindformers_glm32k.data.tokens import in_order
 from mindformers_glm32k.errors import InputError
 
+_AHEAD = 64  # documents of a stream that are tokenized before they are asked for
+
 
 class PackedRows:
     """Rows of several documents by number, or without an end; what `GeneratorDataset` draws from.
@@ -123,7 +125,7 @@ class StreamedRows(PackedRows):
             return tokenize(sample) if length < 0 else (sample, length, None)
 
         mine = map(int, order[self._shard_id::self._num_shards])
-        for sample, length, row in in_order(look_up, mine, self._threads, ahead=self._window):
+        for sample, length, row in in_order(look_up, mine, self._threads, ahead=_AHEAD):
             if length:
                 held[sample] = row
             else:

@@ -131,7 +131,8 @@ class _Job:
         if lost:
             raise InputError(f"{source}: adapters of {lost[0]!r} ({len(lost)} such), which is not among the weights")
         if not self.states and self.state_names:
-            self.remarks.append(f"{len(self.state_names)} optimizer states are left out (--optimizer_states keeps them)")
+            self.remarks.append(f"{len(self.state_names)} optimizer states are left out (--optimizer_states keeps "
+                                "them)")
         if self.adapters and wants_weights and not self.lora:
             self.remarks.append(f"{len(self.adapters)} LoRA matrices are kept beside the weights (--lora merges them)")
 

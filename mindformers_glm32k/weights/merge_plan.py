@@ -115,8 +115,8 @@ class MergePlan:
             if kind_of(name) not in (WEIGHT, ADAPTER, STATE):
                 continue
             if name in self.joined:
-                problems.append(f"{tensor.file}: key {name!r} belongs to stage {self.joined[name].stage}, this is stage "
-                                f"{stage}")
+                problems.append(f"{tensor.file}: key {name!r} belongs to stage {self.joined[name].stage}, this is "
+                                f"stage {stage}")
                 continue
             problem = self._differs(name, tensor, ranks)
             layout = layouts.get(name)

@@ -8,6 +8,7 @@ from mindformers_glm32k.weights import pieces
 from mindformers_glm32k.weights.dtypes import cast
 from mindformers_glm32k.weights.merge_plan import FROZEN
 from mindformers_glm32k.weights.shards import slice_of, write_stage
+from mindformers_glm32k.weights.tensors import same_bits
 
 
 def joined_values(plan, names, transformer, work):
@@ -50,13 +51,13 @@ def _compare(plan, name, whole, ranks):
     """Cuts a joined tensor again and compares the parts with the files."""
     joined = plan.joined[name]
     if whole.shape != joined.whole.shape:
-        raise InputError(f"key {name!r}: MindSpore joined it to {whole.shape}, the strategy gives {joined.whole.shape}; "
-                         "check that the strategy files are those of this run")
+        raise InputError(f"key {name!r}: MindSpore joined it to {whole.shape}, the strategy gives "
+                         f"{joined.whole.shape}; check that the strategy files are those of this run")
     agreeing, differing = {}, []
     for rank in ranks:
         tensor = plan.files.tensors[rank][name]
         position = joined.layout.position(rank - ranks[0])
-        if tensor.load().tobytes() == slice_of(whole, joined.layout, rank - ranks[0]).tobytes():
+        if same_bits(tensor.load(), slice_of(whole, joined.layout, rank - ranks[0])):
             agreeing.setdefault(position, tensor.file)
         else:
             differing.append((position, tensor.file))
@@ -73,7 +74,7 @@ def _equal_copies(plan, name, ranks):
     tensors = [plan.files.tensors[rank][name] for rank in ranks]
     whole = tensors[0].load()
     for tensor in tensors[1:]:
-        if tensor.load().tobytes() != whole.tobytes():
+        if not same_bits(tensor.load(), whole):
             why = FROZEN if plan.strategy else ("if the parameters are cut, give --src_ckpt_strategy or --config; if "
                                                 "not, one of the files is damaged or of another run")
             raise InputError(f"{tensor.file}: key {name!r} has other values than in {tensors[0].file}; {why}")

@@ -131,8 +131,8 @@ def choose(folder, ranks=None, step=None):
     sets = find_rank_files(folder)
     present = sorted({rank for each in sets for rank in each.files})
     if ranks is not None and present[-1] >= len(ranks):
-        raise InputError(f"{folder}: holds rank_{present[-1]}, but the strategy is for {len(ranks)} NPUs: it belongs to "
-                         "another layout")
+        raise InputError(f"{folder}: holds rank_{present[-1]}, but the strategy is for {len(ranks)} NPUs: it belongs "
+                         "to another layout")
     ranks = ranks or range(present[-1] + 1)
     complete, broken = [], {}
     for each in sets:

@@ -30,7 +30,7 @@ def sizes_of_run(config, path):
 
 
 def cuts_parameters(config, layout):
-    """bool: whether a run cuts its parameters; with one NPU or plain data parallelism every rank has the whole model."""
+    """bool: whether a run cuts its parameters; with one NPU or plain data parallelism every rank has them whole."""
     mode = (config.get("parallel") or {}).get("parallel_mode")
     return layout.world > 1 and mode in (1, 2, "semi_auto_parallel", "auto_parallel")
 
@@ -81,5 +81,5 @@ def lora_scale(config, path):
     try:
         return float(pet["lora_alpha"]) / int(pet["lora_rank"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: model_config.pet_config with lora_rank and lora_alpha is needed (found {pet or None}); "
-                         "give --lora_scaling or the YAML of the LoRA run") from error
+        raise InputError(f"{path}: model_config.pet_config with lora_rank and lora_alpha is needed (found "
+                         f"{pet or None}); give --lora_scaling or the YAML of the LoRA run") from error

@@ -14,6 +14,7 @@ from mindformers_glm32k.weights.parameters import raw_bytes
 from mindformers_glm32k.weights.shards import read_stages, slice_of, write_stage
 from mindformers_glm32k.weights.source import open_source
 from mindformers_glm32k.weights.split_plan import make_plan
+from mindformers_glm32k.weights.tensors import same_bits
 from mindformers_glm32k.weights.to_mindspore import convert
 from mindformers_glm32k.weights.transform import Transformer, TransformFailed
 from mindformers_glm32k.weights.workspace import flush, require_space, workspace
@@ -151,14 +152,14 @@ def _check(plan, result, progress):
                     if (part.shape, part.dtype) != (expected.shape, plan.tensors[name].dtype):
                         raise _differs(rank, f"key {name!r} is {part.dtype} {part.shape}, the layout gives "
                                              f"{plan.tensors[name].dtype} {expected.shape}")
-                    if part.load().tobytes() != expected.tobytes():
+                    if not same_bits(part.load(), expected):
                         raise _differs(rank, f"key {name!r} has other values than its part of the whole tensor")
                 bar.update()
 
 
 def _differs(rank, what):
-    return InputError(f"rank_{rank}: {what}: MindSpore's cut and the strategy disagree, nothing was written. Check that "
-                      "the strategy files are those of this MindSpore version (`glm32k strategy`)")
+    return InputError(f"rank_{rank}: {what}: MindSpore's cut and the strategy disagree, nothing was written. Check "
+                      "that the strategy files are those of this MindSpore version (`glm32k strategy`)")
 
 
 def _add_strategy(strategy, plan, folder):

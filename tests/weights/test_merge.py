@@ -1,4 +1,4 @@
-"""The files of all ranks joined into one: complete, of one step, equal copies, nothing lost; or an error and no file."""
+"""The files of all ranks joined: complete, of one step, equal copies, nothing lost; or an error and no file."""
 import json
 import shutil
 from dataclasses import replace

@@ -64,7 +64,8 @@ def assert_close(path, expected):
 
 
 def test_merged_into_the_weights(run, tensors, strategy, tmp_path):
-    merge(run, tmp_path / "out.ckpt", strategy, lora=True, lora_scaling=2.0, adapters_only=tmp_path / "lora.safetensors")
+    merge(run, tmp_path / "out.ckpt", strategy, lora=True, lora_scaling=2.0,
+          adapters_only=tmp_path / "lora.safetensors")
     assert_close(tmp_path / "out.ckpt", merged(tensors, 2.0))
     found = read_weights(tmp_path / "lora.safetensors")
     assert set(found) == {name for name in tensors if "lora" in name and name.startswith("transformer")}

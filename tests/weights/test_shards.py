@@ -1,7 +1,8 @@
 """The cut of parameters over ranks, against MindSpore's transform_checkpoints."""
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, load_checkpoint, merge_pipeline_strategys, save_checkpoint, transform_checkpoints
+from mindspore import (
+    Parameter, Tensor, load_checkpoint, merge_pipeline_strategys, save_checkpoint, transform_checkpoints)
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.shards import ParameterLayout, read_file, read_stages, read_strategy, slice_of

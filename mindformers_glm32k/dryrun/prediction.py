@@ -14,10 +14,11 @@ class Generation:
 
     Args:
         finish (callable): called when all graphs are compiled.
+        begin (callable | None): gets the network before the first one is.
     """
 
-    def __init__(self, finish):
-        self.finish = finish
+    def __init__(self, finish, begin=None):
+        self.finish, self.begin = finish, begin
         self.calls_left = 0
         self.sized = False
 
@@ -30,6 +31,8 @@ class Generation:
             config = model.config
             rows = len(np.atleast_2d(np.asarray(input_ids)))
             prompts = np.ones((rows, longest_prompt(config)), np.int32)
+            if driver.begin:
+                driver.begin(model)
             for driver.sized in (False, True) if config.use_past else (False,):
                 driver.calls_left = 2 if config.use_past else 1
                 if driver.sized:

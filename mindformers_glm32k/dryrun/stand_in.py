@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROWS = 2  # in batches: any data set has at least one batch, upstream's epoch arithmetic wants no more
 TEXT = "Rows of a dry run hold no text of yours, only their length matters."
+PROMPT = "a"  # the worker sets the prompts' lengths; the trainer refuses those that leave no room for the answer
 
 
 def fill(config, folder, batch_rows, use_files=True):
@@ -25,7 +26,7 @@ def fill(config, folder, batch_rows, use_files=True):
     """
     missing = []
     if config.run_mode.startswith("predict") and not config.input_data:
-        config.input_data = TEXT  # the worker sets the prompts' lengths
+        config.input_data = PROMPT
     for section, key, make in _inputs(config):
         given = section.get(key)
         if not isinstance(given, str):

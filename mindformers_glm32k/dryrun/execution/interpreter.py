@@ -49,7 +49,8 @@ class Machine:
         program (Program): what is executed.
         rank (int): who.
         network (Network): where the other ranks are.
-        parameters (dict[str, numpy.ndarray]): values by parameter name; each parameter of the program must be there.
+        parameters (dict[str, numpy.ndarray | Parameter]): values by parameter name; each parameter of the program must be
+            there. A Parameter is shared: with another machine of this rank, whose program uses the same memory.
         watch (callable | None): gets (rank, step, node, value) after every operator, for tracing.
 
     Raises:
@@ -67,11 +68,12 @@ class Machine:
         for name, spec in program.parameters.values():
             if name not in parameters:
                 raise ExecutionError(f"rank {rank}: no value for parameter {name} {list(spec.shape)}")
-            value = np.asarray(parameters[name], NUMPY[spec.dtype])
+            given = parameters[name]
+            value = np.asarray(plain(given), NUMPY[spec.dtype])
             if value.shape != spec.shape:
                 raise ExecutionError(f"rank {rank}: parameter {name} is {list(value.shape)}, the program holds "
                                      f"{list(spec.shape)}")
-            self.parameters[name] = Parameter(name, value, spec.dtype)
+            self.parameters[name] = given if isinstance(given, Parameter) else Parameter(name, value, spec.dtype)
         self.instructions = {}
         self.constants = {node.name: Closure(program.graphs[node.callee]) if node.callee else constant(node)
                           for graph in (program.main, *program.graphs.values()) for node in graph.nodes

@@ -13,6 +13,7 @@ from mindformers_glm32k.config_check import check_config
 from mindformers_glm32k.data.dataset import check_vocabulary
 from mindformers_glm32k.data.dataset_config import row_length
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
+from mindformers_glm32k.dryrun.layout_checks import check_layout
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.predict import ChatPromptTokenizer, read_prompts

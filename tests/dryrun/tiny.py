@@ -19,15 +19,16 @@ SHARDED = {"parallel__parallel_optimizer_config": "{parallel_optimizer_threshold
 PIPELINE = {"parallel_config__pipeline_stage": 2, "parallel_config__micro_batch_num": 4, **SHARDED}
 
 
-def run_command(command, *options, config=CONFIG, **overrides):
-    """Runs `glm32k COMMAND` on the tiny model in a process of its own; __ in an override's name stands for a dot.
+def run_command(command, *options, config=CONFIG, sizes=None, **overrides):
+    """Runs `glm32k COMMAND` on the tiny model in a process of its own; __ in an override's name stands for a dot; `sizes`
+    takes the place of the tiny model's.
 
     Returns:
         subprocess.CompletedProcess
     """
     command = [sys.executable, "-m", "mindformers_glm32k.cli", command, *(["--config", str(config)] if config else []),
                *options]
-    for key, value in {**OVERRIDES, **overrides}.items():
+    for key, value in {**(OVERRIDES if sizes is None else sizes), **overrides}.items():
         command += [f"--{key.replace('__', '.')}", str(value)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           check=False)

@@ -62,7 +62,7 @@ def test_one_device_computes_the_published_loss_and_gradients(one_device, publis
         if moment is None:
             continue
         # the first moment after one step is (1 - beta) x the clipped gradient
-        gradient = np.linalg.norm(moment.value.astype(np.float64)) / (1 - BETA) * max(float(norm), 1.0)
+        gradient = np.linalg.norm(moment.value.astype(np.float64)) / (1 - BETA) * max(norm.item(), 1.0)
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, err_msg=name)
         checked += 1
     assert checked >= 20

@@ -3,7 +3,10 @@ import json
 
 import numpy as np
 import pytest
+from mindformers.tools.register import MindFormerConfig
 
+from mindformers_glm32k import trainer
+from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.run_mindformer import main, read_config
 
 from conftest import ROOT
@@ -188,3 +191,19 @@ def test_rows_of_labels_are_what_the_model_expects(options):
     assert 0 < learnt.sum() < 2 * 16
     rows, columns = np.nonzero(learnt[:, :-1])
     assert (labels[rows, columns] == ids[rows, columns + 1]).all()
+
+
+@pytest.mark.parametrize("mode, refused_words", [(1, "pipeline_stage"), ("semi_auto_parallel", "pipeline_stage"), (0, None)])
+def test_layouts_that_cannot_work_are_refused_before_the_run(monkeypatch, mode, refused_words):
+    config = MindFormerConfig(str(FOLDER / "finetune_glm32k.yaml"))
+    config.parallel.parallel_mode = mode
+    config.parallel_config.pipeline_stage = 5
+    monkeypatch.setattr(trainer, "get_group_size", lambda: 10)
+    if refused_words is None:  # data parallel: every device holds all of it, whatever parallel_config says
+        trainer._check_layout(config)
+        return
+    with pytest.raises(InputError, match=refused_words):
+        trainer._check_layout(config)
+    config.parallel_config.pipeline_stage = 4
+    with pytest.raises(InputError, match="= 8 NPUs, the run has 10"):
+        trainer._check_layout(config)

@@ -20,6 +20,9 @@ from mindformers_glm32k.predict import ChatPromptTokenizer, read_prompts
 from mindformers_glm32k.weights.direct_loading import checkpoint_to_load
 from mindformers_glm32k.yaml_values import normalize_values
 
+_LAYOUT_KEYS = ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage", "micro_batch_num", "use_seq_parallel",
+                "context_parallel_algo", "ulysses_degree_in_cp")
+
 
 class GLM32KTrainer(CausalLanguageModelingTrainer):
     """Training, evaluation and prediction of GLM32K from a MindFormers configuration.
@@ -136,8 +139,14 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
 def _check_layout(config):
     """Sizes against the layout, where one program is cut over the devices; data parallel processes hold all of it."""
     mode = (config.get("parallel") or {}).get("parallel_mode")
-    if config.use_parallel and mode in (1, 2, "semi_auto_parallel", "auto_parallel"):
-        check_layout(config, get_group_size())
+    if not config.use_parallel or mode not in (1, 2, "semi_auto_parallel", "auto_parallel"):
+        return
+    parallel = config.parallel_config
+    if not isinstance(parallel, dict):  # upstream's Trainer has made an object of it
+        parallel = {name: getattr(parallel, name, None) for name in _LAYOUT_KEYS}
+        algorithm = parallel["context_parallel_algo"]
+        parallel["context_parallel_algo"] = getattr(algorithm, "value", algorithm)
+    check_layout({**config, "parallel_config": parallel}, get_group_size())
 
 
 def _convert_huggingface_folder(config):

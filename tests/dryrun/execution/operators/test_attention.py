@@ -81,6 +81,17 @@ def test_key_heads_are_shared(query_heads, key_heads):
     np.testing.assert_allclose(attend(q, k, v, query_heads)[3], formula(q, k, v)[0], atol=ATOL["float32"])
 
 
+@covers("FlashAttentionScore")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_have_mindspores_numbers(layout):
+    from mindspore.ops.auto_generate import FlashAttentionScore
+
+    assert FlashAttentionScore(4, input_layout=layout).input_layout == LAYOUTS[layout]
+    with pytest.raises(NotImplementedError, match="input_layout 6: only"):
+        call("FlashAttentionScore", *heads_of(), None, None, None, None, None, None, None, 4, 1.0, SCALE, 0, 0, 0, 6, 0,
+             to=("float32",) * 4)
+
+
 MASKS = {  # queries, keys, mask, mode, pre_tokens, next_tokens -> hidden
     "none": (5, 7, None, 0, 65536, 65536, None),
     "given": (5, 7, (random((5, 7), seed=5) > 0.5).astype(np.uint8), 0, 65536, 65536, "given"),

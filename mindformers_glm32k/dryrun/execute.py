@@ -39,6 +39,7 @@ class Rehearsed:
         layouts (dict[str, ParameterLayout]): of its stage; {} for one device.
         inputs (list[list[int]]): shapes of the inputs that it was compiled for.
         columns (list[str]): names of these inputs.
+        phases (dict[str, Program]): all that were compiled: "train", or of prediction "prefill" and "increment".
     """
 
     program: object
@@ -46,6 +47,7 @@ class Rehearsed:
     layouts: dict
     inputs: list
     columns: list
+    phases: dict
 
 
 @dataclass
@@ -148,9 +150,10 @@ def compile_all(arguments, layout, work):
     def gather(compiled):
         record, folder = compiled.record, compiled.folder
         strategy = strategy_file(folder, compiled.rank)
+        phases = {entry["phase"]: read_program(folder / entry["file"]) for entry in record["programs"]}
         found[compiled.rank] = Rehearsed(
-            read_program(folder / record["programs"][-1]["file"]), dict(np.load(folder / STATE_FILE)),
-            read_strategy(strategy) if strategy.exists() else {}, record["inputs"], record["columns"])
+            list(phases.values())[-1], dict(np.load(folder / STATE_FILE)),
+            read_strategy(strategy) if strategy.exists() else {}, record.get("inputs"), record.get("columns"), phases)
         if strategy.exists():
             shutil.copyfile(strategy, work / "strategy" / strategy.name)
         shutil.rmtree(folder)

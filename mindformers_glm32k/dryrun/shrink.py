@@ -4,7 +4,7 @@ A rehearsal executes programs in NumPy; what it is to show (that the layout comp
 depend on the sizes, as long as everything that the layout cuts stays divisible.
 """
 from dataclasses import dataclass
-from math import lcm
+from math import gcd, lcm
 
 from mindformers_glm32k.dryrun.layout_checks import FLASH_ATTENTION_STEP, layers_per_stage
 from mindformers_glm32k.errors import InputError
@@ -12,6 +12,7 @@ from mindformers_glm32k.errors import InputError
 LARGE = 100_000_000  # weights; models above are shrunk unless asked otherwise
 LARGEST_LENGTH = 2048  # tokens of a row; attention is executed with all its scores
 _HEAD, _VOCABULARY, _LENGTH = 16, 1024, 64
+_ANSWER, _BLOCK = 16, 16  # tokens that prediction generates, at most; tokens of a block of its cache
 _TOTAL_STEPS = 1000  # of the learning rate schedule, where it follows the data
 
 
@@ -25,6 +26,15 @@ def weights_of(model):
     heads, groups = int(model["num_attention_heads"]), int(model["multi_query_group_num"])
     layer = hidden * size * (2 * heads + 2 * groups) + 3 * hidden * int(model["ffn_hidden_size"])
     return int(model["num_layers"]) * layer + 2 * hidden * int(model["padded_vocab_size"])
+
+
+def predicts(config):
+    """bool: whether a configuration is for prediction.
+
+    Args:
+        config (dict): merged configuration.
+    """
+    return str(config.get("run_mode") or "").startswith("predict")
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def plan(config, wanted=None, checkpoint=None):
     elif wanted or (wanted is None and weights_of(model) > LARGE):
         values.update(_model_sizes(config))
     if wanted or (wanted is None and int(model["seq_length"]) > LARGEST_LENGTH):
-        values.update(_lengths(config))
+        values.update(_prediction_lengths(config) if predicts(config) else _lengths(config))
     changes = {}
     for key, value in values.items():
         old = config
@@ -115,6 +125,15 @@ def _lengths(config):
             "train_dataset.max_source_length": source, "train_dataset.max_target_length": length - source - 1}
 
 
+def _prediction_lengths(config):
+    """Short prompts with short answers, in a cache of several blocks a prompt and one more prompt than there are."""
+    model = config["model"]["model_config"]
+    block = gcd(int(model.get("block_size") or _BLOCK), _BLOCK)
+    values = {"seq_length": _LENGTH, "max_new_tokens": _ANSWER, "block_size": block,
+              "num_blocks": (int(model.get("batch_size") or 1) + 1) * _LENGTH // block}
+    return {f"model.model_config.{key}": value for key, value in values.items()}
+
+
 def _layers(config):
     """As few layers as keep what the offset adds to each stage."""
     flat = [count for row in layers_per_stage(config) for count in row]
@@ -149,8 +168,18 @@ def one_device_overrides(rows):
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
-def precision_overrides(dtype):
-    """list[str]: options that compute everything in one dtype ("float32", "float16", "bfloat16")."""
-    keys = ["param_init_type", "compute_dtype", "residual_dtype"]
-    options = [word for key in keys for word in (f"--model.model_config.{key}", dtype)]
-    return options
+def precision_overrides(dtype, kernels=None):
+    """Options that compute everything in one dtype.
+
+    Args:
+        dtype (str): "float32", "float16", "bfloat16".
+        kernels (str | None): what the program is compiled for where kernels do not take that dtype; angles of the rotary
+            embedding then stay in it.
+
+    Returns:
+        list[str]
+    """
+    values = {"param_init_type": dtype, "compute_dtype": kernels or dtype, "residual_dtype": dtype}
+    if kernels:
+        values["rotary_dtype"] = dtype
+    return [word for key, value in values.items() for word in (f"--model.model_config.{key}", value)]

@@ -43,7 +43,7 @@ class GLM32KDataset(BaseDataset):
               "drop"; see truncation.py.
             - on_long_answer (str): "raise" (default) or "drop", where answers alone do not fit a row.
             - packing (bool): several samples in a row. Default False.
-            - packing_window (int): samples that are packed together, >= 1. Default 1024.
+            - packing_window (int): the samples of so many full rows are packed together, >= 1. Default 64.
             - rows_per_epoch (int | None): packed rows of an epoch, all ranks together: a multiple of their number
               and batch_size. By default an epoch has each sample once, for which all samples are tokenized before
               the first step. With a number, packing goes along with training, pass after pass over the samples

@@ -11,7 +11,7 @@ SAMPLE, TOKEN = "sample", "token"
 DEFAULTS = {
     "data_loader": None, "tokenizer": None, "input_columns": ROW_COLUMNS, "max_source_length": None,
     "max_target_length": None, "seq_length": None, "truncation": "middle", "on_long_answer": RAISE,
-    "packing": False, "packing_window": 1024, "rows_per_epoch": None, "loss_weights": SAMPLE,
+    "packing": False, "packing_window": 64, "rows_per_epoch": None, "loss_weights": SAMPLE,
     "sort_by_length": False, "pad_to_multiple_of": None, "cache_tokens": None, "cache_dir": None,
     "ignore_pad_token_for_loss": True, "batch_size": 8, "repeat": 1, "drop_remainder": True,
     "num_parallel_workers": 1, "python_multiprocessing": False, "seed": 0, "prefetch_size": 1, "numa_enable": False,

@@ -9,7 +9,8 @@ from mindformers_glm32k.data.packing import pack, packed_row, split_to_multiple
 from mindformers_glm32k.data.tokens import in_order
 from mindformers_glm32k.errors import InputError
 
-_AHEAD = 64  # documents of a stream that are tokenized before they are asked for
+_TOGETHER = 8  # documents of a stream that one call tokenizes
+_AHEAD = 8  # calls that are begun before their documents are asked for
 
 
 class PackedRows:
@@ -73,7 +74,7 @@ class StreamedRows(PackedRows):
     run skips rows, the documents in them are looked up in the token cache or, without one, tokenized again.
 
     Args:
-        window (int): documents that are packed together.
+        window (int): the documents of so many full rows are packed together.
         shuffle (bool), seed (int): determine the order.
         shard_id (int), num_shards (int): this rank.
         threads (int): that tokenize ahead of what is asked for.
@@ -114,24 +115,25 @@ class StreamedRows(PackedRows):
 
     def _documents(self, order, held):
         """(sample, tokens) in order. Rows that a cache has are not kept in memory meanwhile."""
-        def tokenize(sample):
-            row = self.tokens[sample]
-            return sample, len(row.input_ids), None if self.tokens.cache else row
+        cache = self.tokens.cache
 
-        known = self.tokens.cache.lengths_of if self.tokens.cache else None
+        def look_up(samples):
+            lengths = cache.lengths_of(samples) if cache else np.full(len(samples), -1)
+            found = []
+            for sample, length in zip(samples.tolist(), lengths.tolist()):
+                row = self.tokens[sample] if length < 0 else None
+                found.append((sample, length if row is None else len(row.input_ids), None if cache else row))
+            return found
 
-        def look_up(sample):
-            length = int(known(np.array([sample]))[0]) if known else -1
-            return tokenize(sample) if length < 0 else (sample, length, None)
-
-        mine = map(int, order[self._shard_id::self._num_shards])
-        for sample, length, row in in_order(look_up, mine, self._threads, ahead=_AHEAD):
-            if length:
-                held[sample] = row
-            else:
-                dropped = self.tokens[sample] if row is None else row
-                self._cuts.add(sample, dropped.tokens_before, 0)
-            yield sample, length
+        mine = order[self._shard_id::self._num_shards]
+        parts = (mine[at:at + _TOGETHER] for at in range(0, len(mine), _TOGETHER))
+        for found in in_order(look_up, parts, self._threads, ahead=_AHEAD):
+            for sample, length, row in found:
+                if length:
+                    held[sample] = row
+                else:
+                    self._cuts.add(sample, self.tokens[sample].tokens_before, 0)
+                yield sample, length
 
 
 def plan_rows(tokens, capacity, window, order, batch, threads):
@@ -140,7 +142,7 @@ def plan_rows(tokens, capacity, window, order, batch, threads):
     Args:
         tokens (TokenizedSamples): the documents.
         capacity (int): tokens of a row.
-        window (int): documents that are packed together.
+        window (int): the documents of so many full rows are packed together.
         order (dict): shuffle, seed, num_shards, shard_id.
         batch (int): rows of a batch of one rank; the number of rows is made a multiple of those of all ranks.
         threads (int): that tokenize.

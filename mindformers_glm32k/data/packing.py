@@ -17,14 +17,12 @@ mean over a pack's samples equal by weights that hold the number of packs and of
 worker would have to know of all devices; here the denominator that the model computes does that. A constant factor
 in w would cancel.
 """
-import itertools
-
 import numpy as np
 
 from mindformers_glm32k.data.rows import IGNORED
 
 COLUMNS = ["input_ids", "labels", "position_ids", "document_ids", "input_mask"]
-FIRST_WINDOW = 16  # documents; the first rows are there soon
+FIRST_WINDOW = 4  # rows; the first ones are there soon
 _HELD_BACK = 8  # the emptiest of so many rows of a window waits for the next one's short documents
 
 
@@ -60,14 +58,14 @@ def first_fit(lengths, capacity):
 def pack(documents, capacity, window, seed=None):
     """Packs a stream of documents, a window of them at a time; each is in one row and in one only.
 
-    Windows grow from FIRST_WINDOW documents to `window`. The emptiest eighth of a window's rows is taken apart again
-    and packed with the next window.
+    Windows grow from FIRST_WINDOW rows' worth of documents to `window` rows'. The emptiest eighth of a window's rows
+    is taken apart again and packed with the next window.
 
     Args:
         documents (Iterable[tuple[int, int]]): number and length of each document, 0 <= length <= capacity; those of
             length 0 (left out by the truncation) are in no row.
         capacity (int): tokens of a row.
-        window (int): documents that are sorted at once; the more, the fuller the rows.
+        window (int): the documents of so many full rows are sorted at once, >= 1; the more, the fuller the rows.
         seed: rows leave a window in an order that depends on it; None: those with the earliest documents first.
 
     Yields:
@@ -75,22 +73,29 @@ def pack(documents, capacity, window, seed=None):
     """
     documents = ((place, number, length) for place, (number, length) in enumerate(documents) if length)
     rng = None if seed is None else np.random.default_rng(seed)
-    size, held = min(FIRST_WINDOW, window), []
+    size, waiting = min(FIRST_WINDOW, window), []
     while True:
-        fresh = list(itertools.islice(documents, max(size - len(held), 1)))
-        waiting = sorted(held + fresh)
+        tokens = sum(length for _, _, length in waiting)
+        more = False
+        for document in documents:
+            more = True
+            waiting.append(document)
+            tokens += document[2]
+            if tokens >= size * capacity:
+                break
+        waiting.sort()
         rows = [sorted(waiting[place] for place in row)
                 for row in first_fit([length for _, _, length in waiting], capacity)]
-        held = []
-        if fresh:
+        waiting = []
+        if more:
             rows.sort(key=lambda row: (-sum(length for _, _, length in row), row))
-            keep = -(-len(rows) // _HELD_BACK) if len(rows) > 1 else 0
-            held = [document for row in rows[len(rows) - keep:] for document in row]
-            rows = rows[:len(rows) - keep]
+            kept = len(rows) - (-(-len(rows) // _HELD_BACK) if len(rows) > 1 else 0)
+            waiting = [document for row in rows[kept:] for document in row]
+            rows = rows[:kept]
         rows.sort()
         for row in rows if rng is None else (rows[place] for place in rng.permutation(len(rows))):
             yield [number for _, number, _ in row]
-        if not fresh:
+        if not more:
             return
         size = min(2 * size, window)
 

@@ -67,7 +67,7 @@ def tokenizer(small_vocab_file):
     return GLM32KTokenizer(str(small_vocab_file))
 
 
-@pytest.mark.parametrize("more", [{}, {"cache_tokens": True}, {"packing_window": 16}, {"loss_weights": "token"}],
+@pytest.mark.parametrize("more", [{}, {"cache_tokens": True}, {"packing_window": 2}, {"loss_weights": "token"}],
                          ids=["plain", "cached", "small window", "by token"])
 def test_packed_rows_hold_every_sample_once_in_each_epoch(section, tokenizer, log, more):
     dataset = GLM32KDataset({**section, "packing": True, **more})

@@ -25,6 +25,7 @@ from mindformers_glm32k.weights.source import read_file
 from mindformers_glm32k.weights.tensors import StoredTensor
 
 _CHUNK_BYTES = 2 << 20  # of source values; with what is made of it, it fits a core's cache
+_FLUSH_SECONDS = 0.25
 _SPARE_BYTES = 16 << 20  # of disk beyond the output itself: journal, report, file system
 _PLAN_VERSION = 1
 
@@ -76,10 +77,16 @@ class Job:
             self._check_space()
             self.work.mkdir(exist_ok=True)
             digests = self._resume()
-            self._write(digests)
-            with ThreadPoolExecutor(1) as flusher:  # the disk is busy while the processor compares
+            with ThreadPoolExecutor(1) as flusher:  # the disk is busy while the processor converts and compares
+                written = threading.Event()
+                early = flusher.submit(self._flush_until, written)
+                try:
+                    self._write(digests)
+                finally:
+                    written.set()
                 flushed = flusher.submit(self._flush)
                 self._verify(digests)
+                early.result()
                 flushed.result()
             return digests
         except OSError as error:
@@ -238,6 +245,11 @@ class Job:
 
         with bar:
             self._in_parallel(check, tensors)
+
+    def _flush_until(self, written):
+        """Hands what is written to the disk again and again: left to itself, the system waits for the last flush."""
+        while not written.wait(_FLUSH_SECONDS):
+            self._flush()
 
     def _flush(self):
         for file in self.files:

@@ -5,14 +5,16 @@ import sys
 
 import numpy as np
 import pytest
+from mindspore import merge_pipeline_strategys, transform_checkpoints
 
+from dryrun.tiny import run_command
 from mindformers_glm32k import cli
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import cast
 from mindformers_glm32k.weights.lora import add_product
 from mindformers_glm32k.weights.merge import merge
 from mindformers_glm32k.weights.shards import read_strategy, slice_of
-from weights.parallel import read_weights, whole_tensors, write_checkpoint, write_layout
+from weights.parallel import CASES, read_all, read_weights, whole_tensors, write_checkpoint, write_layout
 
 pytestmark = pytest.mark.usefixtures("in_process")
 NAME = "glm32k_rank_{}-1_20.ckpt"
@@ -123,6 +125,10 @@ def test_strategy_without_the_frozen_weights(run, tensors, tmp_path):
     with pytest.raises(InputError, match="leave frozen weights out: give --config of the LoRA run"):
         merge(run, tmp_path / "out.ckpt", strategy, lora=True, lora_scaling=2.0)
     assert not (tmp_path / "out.ckpt").exists()
+    merge_pipeline_strategys(str(strategy), str(tmp_path / "merged.ckpt"))  # the control: what upstream's tool makes
+    transform_checkpoints(str(run), str(tmp_path / "upstream"), "checkpoint_", str(tmp_path / "merged.ckpt"))
+    upstream = read_weights(tmp_path / "upstream" / "rank_0" / "checkpoint_0.ckpt")
+    np.testing.assert_array_equal(upstream[QKV], tensors[QKV][0][:64])
     base = {name: tensor for name, tensor in tensors.items() if name.startswith("transformer") and "lora" not in name}
     merge(run, tmp_path / "out.ckpt", strategy, lora=True, lora_scaling=2.0,
           base=write_checkpoint(tmp_path / "base.ckpt", base))
@@ -157,6 +163,18 @@ def test_scale_comes_from_the_run(run, tensors, strategy, tmp_path, capsys):
     assert cli.main(command) == 0
     assert "adapters merged with scale 2" in capsys.readouterr().out
     assert_close(tmp_path / "out.ckpt", merged(tensors, 2.0))
+
+
+@pytest.mark.slow
+def test_strategy_and_scale_of_the_yaml(compiled_split, tmp_path):
+    """The frozen weights' layouts too: compiled without adapters."""
+    folder, whole, _ = compiled_split("lora")
+    case = CASES["lora"]
+    result = run_command("merge", "--lora", "--src_ckpt_dir", str(folder), "--dst", str(tmp_path / "out.ckpt"),
+                         config=case.config, **case.overrides)
+    assert result.returncode == 0, result.stderr
+    assert "adapters merged with scale 2" in result.stdout  # alpha 16, rank 8
+    assert_close(tmp_path / "out.ckpt", merged(read_all(whole), 2.0))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

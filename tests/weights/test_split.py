@@ -24,10 +24,12 @@ WEIGHT = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_layouts(name, compiled_split, tmp_path):
     folder, whole, result = compiled_split(name)
+    from mindformers.utils.load_checkpoint_utils import get_last_checkpoint
     case = CASES[name]
     assert "all equal" in result.stdout
     files = [folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt" for rank in range(case.world)]
     assert sorted(folder.glob("rank_*/*")) == sorted(files)
+    assert [get_last_checkpoint(str(file.parent)) for file in files] == list(map(str, files))  # what a run loads
 
     # upstream's own command, with all tensors at once, gives the same
     (tmp_path / "whole" / "rank_0").mkdir(parents=True)

@@ -29,7 +29,8 @@ def add_arguments(parser):
     rehearsal = parser.add_argument_group("rehearsal (--execute)")
     rehearsal.add_argument("--execute", type=int, metavar="STEPS",
                            help="execute the programs of all ranks for so many optimizer steps, and compare losses, "
-                                "gradient norms and weights with one device's; exit status 1 when they differ")
+                                "gradient norms and weights with one device's; of prediction, decode so many tokens and "
+                                "compare them and their logits; exit status 1 when they differ")
     rehearsal.add_argument("--load_checkpoint", help="whole checkpoint to start from (default: random weights)")
     rehearsal.add_argument("--shrink", action=argparse.BooleanOptionalAction,
                            help="make model and rows small, the layout as it is (default: where they are large)")
@@ -75,9 +76,10 @@ def _refuse_contradictions(args):
 def _execute(args, output):
     """The rehearsal; returns the exit status."""
     from mindformers_glm32k.dryrun.execute import execute
+    from mindformers_glm32k.dryrun.execution import generation_report
+    from mindformers_glm32k.dryrun.execution import report as training_report
     from mindformers_glm32k.dryrun.execution.interpreter import ExecutionError
     from mindformers_glm32k.dryrun.execution.network import NetworkError
-    from mindformers_glm32k.dryrun.execution.report import table
 
     if args.execute < 1:
         raise InputError(f"--execute {args.execute}: at least one step is needed")
@@ -87,7 +89,7 @@ def _execute(args, output):
     except (ExecutionError, NetworkError) as error:
         print(f"error: the programs cannot be executed: {error}", file=sys.stderr)
         return 1
-    print(table(report))
+    print((generation_report if "tokens" in report else training_report).table(report))
     print(f"report: {output / 'execution.md'} (figures: execution.json)")
     return 0 if report["agrees"] else 1
 

@@ -21,7 +21,6 @@ from mindformers_glm32k.dryrun.mindir import read_program
 from mindformers_glm32k.dryrun.strategy import copy_atomically, strategy_file
 from mindformers_glm32k.dryrun.worker import STATE_FILE
 from mindformers_glm32k.dryrun.workers import read_layout, run_workers
-from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.shards import read_strategy
 
 PRECISIONS = ("float32", "float16", "bfloat16", "config")
@@ -72,10 +71,10 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
     execution.json, execution.md, the strategy files and each rank's checkpoint.
 
     Args:
-        config_file (str): YAML of a training run.
+        config_file (str): YAML of a training run, or of prediction: see `execute_prediction`.
         overrides (list[str]): run_mindformer's other options.
         output (pathlib.Path): folder of the results.
-        steps (int): optimizer steps.
+        steps (int): optimizer steps, or tokens to generate.
         load_checkpoint (str | None): whole checkpoint to start from; by default random weights.
         shrunk (bool | None): whether the model is made small; by default where it is large.
         precision (str): dtype of everything, or "config": as the YAML has it.
@@ -92,9 +91,10 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
     started = time.monotonic()
     arguments = ["--config", str(Path(config_file).resolve()), *overrides]
     _, config = read_layout(arguments)
-    if str(config["run_mode"]).startswith("predict"):
-        raise InputError(f"--execute: run_mode is {config['run_mode']}, steps are for training; leave out the number of "
-                         "steps' YAML or give a YAML for fine-tuning")
+    if shrink.predicts(config):
+        from mindformers_glm32k.dryrun import execute_prediction
+        return execute_prediction.execute(config_file, overrides, output, steps, load_checkpoint, shrunk, precision, traces,
+                                          config=config)
     small = shrink.plan(config, shrunk, load_checkpoint)
     arguments += [*small.overrides, *shrink.schedule_overrides(config)]
     if precision != "config":

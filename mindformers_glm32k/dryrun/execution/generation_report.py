@@ -1,0 +1,63 @@
+"""execution.json and execution.md of prediction: what was generated, and whether it agrees with one device."""
+import json
+
+from mindformers_glm32k.files import atomic_path
+
+_SHOWN = 8
+
+
+def write_reports(report, folder):
+    """Writes both files.
+
+    Args:
+        report (dict): execution.json.
+        folder (pathlib.Path): where they go.
+    """
+    for name, text in (("execution.json", json.dumps(report, indent=1)), ("execution.md", render(report))):
+        with atomic_path(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+
+
+def table(report):
+    """str: the tokens, beside one device's, for the terminal; then the verdict."""
+    rows = len(report["tokens"])
+    lines = [f"{report['layout']} on {report['world_size']} NPUs, {report['precision']}, beside one device on the same "
+             f"{rows} prompts of {', '.join(map(str, report['prompt_lengths']))} tokens",
+             f"{'token':>5} {'largest difference of logits':>28} {'margin':>10} tokens"]
+    for number, step in enumerate(report["steps"], 1):
+        text = " ".join(f"{ours}" if ours == theirs else f"{ours} (one device {theirs})"
+                        for ours, theirs in zip(step["tokens"], step["tokens_one_device"]))
+        lines.append(f"{number:>5} {step['logit_difference']:>28.3g} {step['smallest_margin']:>10.3g} {text}")
+    lines.append(f"logits differ by {report['largest_logit_difference']:.3g} at most "
+                 f"({report['largest_logit_difference_relative']:.2g} of the largest, {report['largest_logit']:.4g})")
+    for event in report["non_finite"][:_SHOWN]:
+        lines.append(f"a value that is not finite, rank {event['rank']}: {event['place']} -> {event['output']}")
+    lines += [f"near tie: {text}" for text in report["near_ties"][:_SHOWN]]
+    lines += [f"DIFFERS: {problem}" for problem in report["problems"][:_SHOWN]]
+    if len(report["problems"]) > _SHOWN:
+        lines.append(f"... and {len(report['problems']) - _SHOWN} more, see execution.json")
+    lines.append("all agree" if report["agrees"] else f"{len(report['problems'])} disagreements")
+    return "\n".join(lines)
+
+
+def render(report):
+    """str: execution.md."""
+    shrunk = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in report["shrunk"].items())
+    lines = [
+        f"# Rehearsal of {report['config']}", "",
+        f"{report['layout']}: greedy decoding by the programs of {report['world_size']} NPUs (prefill, increment), compiled "
+        "for Ascend and executed in NumPy, beside the programs of one device on the same prompts. "
+        f"{'**All agree.**' if report['agrees'] else '**They differ.**'}",
+        "", f"- Precision: {report['precision_text']}.",
+        f"- Shrunk: {shrunk or 'nothing'}.",
+        f"- Prompts: {report['prompts_text']}. Weights: {report['weights']}.",
+        f"- Compiled in {report['compile_seconds']} s, executed in {report['execution_seconds']} s "
+        f"(one device {report['execution_seconds_one_device']} s).",
+        "- It shows that the layout computes what one device computes. It does not show the kernels of an NPU, their "
+        "speed, or HCCL.", "", "```", table(report), "```"]
+    if report["problems"]:
+        lines += ["", "## Disagreements", "", *[f"- {problem}" for problem in report["problems"]]]
+    lines += ["", "## Collectives executed, by rank", "", "| collective | rank | program | calls |",
+              "| --- | ---: | --- | ---: |"]
+    lines += [f"| {item['kind']} | {item['rank']} | {item['phase']} | {item['count']} |" for item in report["collectives"]]
+    return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from mindformers_glm32k.errors import InputError
 LARGE = 100_000_000  # weights; models above are shrunk unless asked otherwise
 LARGEST_LENGTH = 2048  # tokens of a row; attention is executed with all its scores
 _HEAD, _VOCABULARY, _LENGTH = 16, 1024, 64
+_DROPOUTS = tuple(f"model.model_config.{key}" for key in ("hidden_dropout", "attention_dropout", "pet_config.lora_dropout"))
 _ANSWER, _BLOCK = 16, 16  # tokens that prediction generates, at most; tokens of a block of its cache
 _TOTAL_STEPS = 1000  # of the learning rate schedule, where it follows the data
 
@@ -43,7 +44,7 @@ class Plan:
 
     Args:
         overrides (list[str]): run_mindformer's options.
-        changes (dict[str, list]): by dotted key the old and the new value; empty where nothing is shrunk.
+        changes (dict[str, list]): by dotted key the old and the new value; dropout is always off.
     """
 
     overrides: list
@@ -79,13 +80,8 @@ def plan(config, wanted=None, checkpoint=None):
         values.update(_model_sizes(config))
     if wanted or (wanted is None and int(model["seq_length"]) > LARGEST_LENGTH):
         values.update(_prediction_lengths(config) if predicts(config) else _lengths(config))
-    changes = {}
-    for key, value in values.items():
-        old = config
-        for part in key.split("."):
-            old = (old or {}).get(part)
-        if old != value:
-            changes[key] = [old, value]
+    values.update({key: 0.0 for key in _DROPOUTS if _value(config, key)})  # two programs would drop different elements
+    changes = {key: [_value(config, key), value] for key, value in values.items() if _value(config, key) != value}
     overrides = [word for key, (_, value) in changes.items() for word in (f"--{key}", str(value))]
     parallel = config.get("parallel") or {}
     if config.get("use_parallel") and parallel.get("enable_parallel_optimizer"):
@@ -93,6 +89,13 @@ def plan(config, wanted=None, checkpoint=None):
         threshold = {**(parallel.get("parallel_optimizer_config") or {}), "parallel_optimizer_threshold": 0}
         overrides += ["--parallel.parallel_optimizer_config", str(threshold)]
     return Plan(overrides, changes)
+
+
+def _value(config, key):
+    """The value of a dotted key, None where it is missing."""
+    for part in key.split("."):
+        config = (config or {}).get(part)
+    return config
 
 
 def _cut(config):

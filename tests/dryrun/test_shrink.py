@@ -67,5 +67,10 @@ def test_sizes_of_a_checkpoint_are_taken_over(reference):
             new["ffn_hidden_size"], new["padded_vocab_size"]) == (3, 64, 16, 4, 160, 1024)
 
 
+def test_dropout_is_off():
+    assert shrink.plan(config_of("finetune_glm32k_lora"), wanted=False).changes == {
+        "model.model_config.pet_config.lora_dropout": [0.1, 0.0]}
+
+
 def test_weights_are_counted():
     assert 6.2e9 < shrink.weights_of(config_of("finetune_glm32k")["model"]["model_config"]) < 6.3e9

@@ -16,8 +16,10 @@ from mindformers.version_control import get_dropout
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.config import GLM32KConfig
+from mindformers_glm32k.kernels.blocks import numbers
 from mindformers_glm32k.kernels.chunked_loss import ChunkedLoss
 from mindformers_glm32k.kernels.compressed_attention import compressed_causal_mask
+from mindformers_glm32k.kernels.looped_layers import LoopedTransformer, can_loop
 from mindformers_glm32k.kernels.mask import MASKED, differs, hides
 from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
 
@@ -48,7 +50,9 @@ class GLM32KModel(GLM2PreTrainedModel):
         self.freqs_mgr = FreqsMgr(dim=config.kv_channels // 2, seq_length=config.seq_length,
                                   rotary_dtype=config.rotary_dtype, base=10000, rope_ratio=config.rope_ratio,
                                   parallel_config=parallel)
-        self.encoder = ChatGLM2Transformer(config)
+        self.looped = can_loop(config)
+        self.encoder = LoopedTransformer(config, self.freqs_mgr.freqs_cos, self.freqs_mgr.freqs_sin) \
+            if self.looped else ChatGLM2Transformer(config)
         self.output_layer = Linear(config.hidden_size, config.vocab_size, has_bias=False,
                                    param_init_type=config.param_init_type, compute_dtype=config.compute_dtype)
         self._shard(parallel)
@@ -104,6 +108,11 @@ class GLM32KModel(GLM2PreTrainedModel):
         Outputs:
             Tensor: shape of input_ids + (H,), compute dtype.
         """
+        if self.looped:
+            if position_ids is None:
+                position_ids = ops.broadcast_to(numbers(input_ids.shape[1]), input_ids.shape)
+            hidden = self.dropout(self.embedding(input_ids))
+            return self.encoder(hidden, document_ids, position_ids)
         if self.use_past:
             if self.portable:
                 rotary, mask = self._cached(input_ids, batch_valid_length, block_tables)
@@ -194,6 +203,8 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         if config.use_portable_cells:
             self.argmax = compat.portable_argmax
         self.loss = ChunkedLoss(config)
+        # asked when the program is compiled: adapters are put in place after construction
+        self.loss_way = ops.constexpr(lambda: self.loss.way(self.transformer.output_layer), reuse_result=False)
         self.transformer.output_layer.recompute()  # see ChunkedLoss: keeps the chunks' weight gradients apart
         self.per_token = getattr(config, "calculate_per_token_loss", False)
         self.weights_are_shares = False  # set by a train-step cell that has divided them by the step's total
@@ -223,7 +234,7 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         return self._shifted(logits, labels, input_mask)
 
     def _loss(self, hidden, labels, input_mask):
-        total, count = self.loss(self.transformer.output_layer, hidden, labels, input_mask)
+        total, count = self.loss(self.transformer.output_layer, hidden, labels, input_mask, self.loss_way())
         if self.per_token:
             return total, count
         if self.weights_are_shares:

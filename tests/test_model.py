@@ -7,7 +7,7 @@ from mindformers.models.glm2 import glm2_transformer
 
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.kernels import attention
+from mindformers_glm32k.kernels import blocks, blockwise_attention
 from mindformers_glm32k.weights.names import name_of, slot_of
 
 NO_STOP = [1023]  # an id that the golden continuations do not contain: generation runs to its limit
@@ -106,8 +106,8 @@ def test_known_wrong_rope_ratio_is_caught(build, golden):
 
 
 def test_known_wrong_mask_is_caught(build, golden, monkeypatch):
-    visible = lambda query, key: attention.ops.zeros((query.shape[0], key.shape[0]), mstype.float32)
-    monkeypatch.setattr(attention, "causal_bias", visible)
+    visible = lambda query, key: ms.ops.zeros((query.shape[0], key.shape[0]), mstype.float32)
+    monkeypatch.setattr(blockwise_attention, "causal_bias", visible)
     network = build(use_flash_attention=True)
     assert np.abs(logits_of(network, golden["input_ids"]) - golden["logits"]).max() > 1e-1
 
@@ -230,3 +230,52 @@ def test_packed_row_gives_each_document_the_logits_it_has_alone(build, golden, f
     np.testing.assert_allclose(packed[1, 2:], logits_of(network, row[1:, 2:])[0], atol=3e-5)
     without = network(ms.Tensor(row.astype(np.int32)))[0].asnumpy().reshape(2, 64, -1)
     assert np.abs(without[0, 20:] - packed[0, 20:]).max() > 1e-2
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 16 tokens, so that the golden rows have several."""
+    for function in (blocks.block_count, blocks.cut):
+        monkeypatch.setattr(function, "__defaults__", (16,))
+
+
+def gradients_of(network, golden):
+    """Loss and gradients by parameter name."""
+    network.set_train(True)
+    parameters = network.trainable_params()
+    loss, gradients = ms.value_and_grad(network, None, parameters)(
+        ms.Tensor(golden["input_ids"].astype(np.int32)), ms.Tensor(shifted(golden)))
+    return float(loss), {parameter.name: gradient.asnumpy() for parameter, gradient in zip(parameters, gradients)}
+
+
+def test_loss_and_gradients_across_blocks_and_chunks(build, golden, small_blocks):
+    loss, gradients = gradients_of(build(use_flash_attention=True, loss_chunk_size=50), golden)
+    assert abs(loss / float(golden["loss"]) - 1) < 1e-5
+    for name, gradient in gradients.items():
+        assert np.linalg.norm(gradient) == pytest.approx(float(golden[f"gradnorm:{hf_name(name)}"]), rel=1e-3), name
+
+
+def test_cells_in_place_of_the_loops_give_the_same_gradients(build, golden, small_blocks):
+    """Split weights and adapters go through upstream's cells; half of the weights are frozen."""
+    loss, looped = gradients_of(build(use_flash_attention=True), golden)
+    network = build(use_flash_attention=True)
+    encoder = network.transformer.encoder
+    encoder.ways = lambda number: ("cells", "cells")
+    assert gradients_of(network, golden)[0] == pytest.approx(loss, rel=1e-6)
+    network = build(use_flash_attention=True)
+    for parameter in network.trainable_params():
+        parameter.requires_grad = "layers.1." not in parameter.name and "output_layer" not in parameter.name
+    assert network.transformer.encoder.ways(1) == ("frozen", "frozen") and network.loss_way() == "frozen"
+    loss_of_part, part = gradients_of(network, golden)
+    assert loss_of_part == pytest.approx(loss, rel=1e-6)
+    assert part and not any("layers.1." in name for name in part)
+    for name, gradient in part.items():
+        np.testing.assert_allclose(gradient, looped[name], atol=1e-6, err_msg=name)
+
+
+def test_logits_at_32768_positions(build, golden):
+    network = build(use_flash_attention=True, seq_length=32768)
+    hidden = network.transformer(ms.Tensor(golden["long_input_ids"].astype(np.int32)))
+    picked = hidden[:, ms.Tensor(golden["long_positions"].astype(np.int32))]
+    logits = network.transformer.output_layer(picked).asnumpy()[0]
+    assert np.abs(logits - golden["long_logits"]).max() < 1e-3

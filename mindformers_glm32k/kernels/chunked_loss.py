@@ -5,12 +5,18 @@ of them (34 GB). Here the copies are recomputed chunk by chunk in the backward p
 Where the output layer itself is not marked for recompute, or a cell around both is, the compiler joins the chunks'
 weight gradients into one product over a copy of all their logit gradients: twice the memory (found by the dry run).
 
+On portable cells, where the output layer is a plain one, the chunks are a loop: see looped_loss.py.
+
 Legend: B batch, S tokens of a row, H hidden size.
 """
 import copy
 
 from mindspore import nn, ops
 from mindformers.core.loss import CrossEntropyLoss
+
+from mindformers_glm32k.kernels import blocks
+from mindformers_glm32k.kernels.looped_layers import is_plain
+from mindformers_glm32k.kernels.looped_loss import LoopedLoss
 
 
 class ChunkedLoss(nn.Cell):
@@ -25,6 +31,7 @@ class ChunkedLoss(nn.Cell):
         hidden (Tensor): (B, S, H).
         labels (Tensor): (B, S) int32; anything where the weight is 0.
         weights (Tensor): (B, S) float32.
+        way (str): what `way` says of the output layer.
 
     Outputs:
         tuple[Tensor]: sum, count.
@@ -41,9 +48,16 @@ class ChunkedLoss(nn.Cell):
             parallel.model_parallel = 1
         self.loss = CrossEntropyLoss(parallel_config=parallel, calculate_per_token_loss=True)
         self.loss.recompute()
+        self.portable = config.use_portable_cells
+        self.looped, self.looped_frozen = (LoopedLoss(frozen, self.chunk_size) for frozen in (False, True))
 
-    def construct(self, output_layer, hidden, labels, weights):
+    def construct(self, output_layer, hidden, labels, weights, way="chunks"):
         batch, length, width = hidden.shape
+        if way != "chunks":
+            loop = self.looped_frozen if way == "frozen" else self.looped
+            total = loop(hidden.reshape((-1, width)), output_layer.weight, labels.reshape((-1,)),
+                         weights.reshape((-1,)))[0]
+            return total, weights.sum()
         # a context parallel rank holds a run of tokens; chunks are cut inside the runs, so that nothing moves
         runs, run_length = batch * self.context, length // self.context
         hidden = hidden.reshape((runs, run_length, width))
@@ -59,3 +73,10 @@ class ChunkedLoss(nn.Cell):
                                                  weights[:, start:stop].reshape((-1,)))
             total, count = total + chunk_total, count + chunk_count
         return total, count
+
+    def way(self, output_layer):
+        """str: "chunks" for the unrolled form, which takes any output layer; "loop" or "frozen" (the layer is not
+        trained) for the loop."""
+        if not self.portable or not blocks.in_graph_mode() or not is_plain(output_layer):
+            return "chunks"
+        return "loop" if output_layer.weight.requires_grad else "frozen"

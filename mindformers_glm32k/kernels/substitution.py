@@ -8,7 +8,7 @@ import contextlib
 
 from mindformers.models.glm2 import glm2, glm2_transformer
 
-from mindformers_glm32k.kernels.attention import CausalAttention
+from mindformers_glm32k.kernels.blockwise_attention import BlockwiseAttention
 from mindformers_glm32k.kernels.compressed_attention import CompressedCausalAttention
 from mindformers_glm32k.kernels.norm import RMSNorm
 from mindformers_glm32k.kernels.paged_attention import NoCache, PagedAttention
@@ -16,7 +16,7 @@ from mindformers_glm32k.kernels.rotary import RotaryEmbedding
 from mindformers_glm32k.kernels.split import SplitLastAxis
 
 _PORTABLE = ((glm2_transformer, "ChatGLM2RMSNorm", RMSNorm),
-             (glm2_transformer, "FlashAttention", CausalAttention))
+             (glm2_transformer, "FlashAttention", BlockwiseAttention))
 _ASCEND = ((glm2_transformer, "FlashAttention", CompressedCausalAttention),)
 
 

@@ -8,7 +8,7 @@ from mindformers_glm32k.kernels.attention import CausalAttention
 HEAD = 8
 
 
-def reference(query, key, value, heads, gradient):
+def reference(query, key, value, heads, gradient, documents=None):
     """Output and the gradients of query, key and value, in float64."""
     batch, length, width = query.shape
     groups = key.shape[-1] // HEAD
@@ -20,7 +20,10 @@ def reference(query, key, value, heads, gradient):
     q, g = split(query, heads), split(gradient, heads)
     k, v = (np.repeat(split(x, groups), share, 1) for x in (key, value))
     scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(HEAD)
-    scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
+    visible = np.tril(np.ones((1, length, length), bool))
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None])
+    scores = np.where(visible[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     d_weights = g @ v.transpose(0, 1, 3, 2)

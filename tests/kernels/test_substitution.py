@@ -3,7 +3,7 @@ import pytest
 from mindformers.models.glm2 import glm2, glm2_transformer
 
 from mindformers_glm32k import GLM32KConfig
-from mindformers_glm32k.kernels.attention import CausalAttention
+from mindformers_glm32k.kernels.blockwise_attention import BlockwiseAttention
 from mindformers_glm32k.kernels.compressed_attention import CompressedCausalAttention, compressed_causal_mask
 from mindformers_glm32k.kernels.paged_attention import NoCache, PagedAttention
 from mindformers_glm32k.kernels.substitution import cells_for
@@ -16,7 +16,7 @@ def bound():
 
 
 @pytest.mark.parametrize("cells, use_past, attention, cache", [
-    ("portable", False, CausalAttention, NoCache), ("portable", True, CausalAttention, PagedAttention),
+    ("portable", False, BlockwiseAttention, NoCache), ("portable", True, BlockwiseAttention, PagedAttention),
     ("ascend", False, CompressedCausalAttention, NoCache), ("ascend", True, CompressedCausalAttention, None)])
 def test_bindings_and_their_end(cells, use_past, attention, cache):
     before = bound()

@@ -1,0 +1,227 @@
+"""A full training step on CPU beside torch's GlmForCausalLM of the same size: tokens/s, peak memory, compile time.
+
+    python benchmarks/train_step.py [--lengths 512 2048 …] [--torch_python PYTHON] [--rounds 2] [--steps 3]
+
+4 layers, hidden 512, 8 heads of 64, 2 key-value groups, feed-forward 1368, vocabulary 65024, one row, float32, AdamW.
+Ours runs in MindFormers' wrapper: GLM32KTrainOneStepCell with clipping and a dynamic loss scale, AdamW with parameter
+groups and learning rate schedule as the trainer builds them from the YAML. torch (an interpreter with torch and
+transformers, --torch_python) runs `sdpa` attention, plain and tuned: fused AdamW, and glibc kept from giving memory
+back (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_). Every measurement is a process of its own; the programs take
+turns (ours, torch, tuned torch, ours, …) and the medians of the steps after the first count. Sizes at which a
+program's memory is expected above --memory_limit are left out, and a process that passes it is ended.
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTHS = (512, 2048, 4096, 8192, 16384, 32768)
+PROGRAMS = {"ours": {}, "torch": {}, "torch tuned": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+                                                     "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}}
+WORDS, HIDDEN, LAYERS, HEADS, GROUPS, SIZE, FFN = 65024, 512, 4, 8, 2, 64, 1368
+GIB = 2 ** 30
+
+
+def measure_ours(length, steps):
+    """Returns seconds of compilation, seconds of each step, losses."""
+    sys.path.insert(0, str(ROOT))
+    import logging
+    logging.disable(logging.WARNING)
+    import mindspore
+    import numpy as np
+    from mindspore import nn
+    mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target="CPU")
+    from mindformers.core.lr import build_lr
+    from mindformers.core.optim import build_optim
+    from mindformers.trainer.optimizer_grouped_parameters import get_optimizer_grouped_parameters
+    from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
+    from mindformers_glm32k.train_step import GLM32KTrainOneStepCell
+    config = GLM32KConfig(
+        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, kv_channels=SIZE, ffn_hidden_size=FFN,
+        multi_query_group_num=GROUPS, padded_vocab_size=WORDS, seq_length=length, use_flash_attention=True,
+        param_init_type="float32", compute_dtype="float32", hidden_dropout=0.0, attention_dropout=0.0,
+        qkv_concat=True, mlp_concat=True, add_qkv_bias=True, add_bias_linear=False)
+    network = GLM32KForConditionalGeneration(config).set_train()
+    schedule = build_lr({"type": "polynomial", "learning_rate": 1e-4, "lr_end": 1e-6, "warmup_steps": 1,
+                         "total_steps": 1000})
+    groups = get_optimizer_grouped_parameters(network, weight_decay=0.01, dynamic_lr_schedule=schedule)
+    optimizer = build_optim({"type": "AdamW", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01},
+                            default_args={"params": groups, "learning_rate": schedule})
+    scale = nn.DynamicLossScaleUpdateCell(loss_scale_value=65536, scale_factor=2, scale_window=1000)
+    step = GLM32KTrainOneStepCell(network, optimizer, use_clip_grad=True, max_grad_norm=1.0, scale_sense=scale)
+    step.set_train()
+    ids = np.random.default_rng(0).integers(3, 60000, (1, length)).astype(np.int32)
+    labels = np.concatenate([ids[:, 1:], np.full((1, 1), -100)], 1).astype(np.int32)
+    inputs = [mindspore.Tensor(x) for x in (ids, labels)]
+    start = time.perf_counter()
+    step.compile(*inputs)
+    compiled = time.perf_counter() - start
+    seconds, losses = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses.append(float(step(*inputs)[0].asnumpy()))
+        mindspore.runtime.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return compiled, seconds, losses
+
+
+def measure_torch(length, steps, fused):
+    """Returns None (nothing is compiled), seconds of each step, losses."""
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
+    torch.manual_seed(0)
+    config = GlmConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+                       num_key_value_heads=GROUPS, head_dim=SIZE, attn_implementation="sdpa", vocab_size=WORDS,
+                       max_position_embeddings=length, pad_token_id=0, eos_token_id=None, attention_bias=True,
+                       tie_word_embeddings=False)
+    model = GlmForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01,
+                                  fused=True if fused else None)
+    ids = torch.randint(3, 60000, (1, length))
+    seconds, losses = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        seconds.append(time.perf_counter() - start)
+        del loss
+    return None, seconds, losses
+
+
+def worker(program, length, steps):
+    """Measures in this process and prints one line of JSON."""
+    measured = measure_ours(length, steps) if program == "ours" else measure_torch(length, steps, "tuned" in program)
+    compiled, seconds, losses = measured
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"compile": compiled, "seconds": seconds, "losses": losses, "peak": peak}), flush=True)
+
+
+def resident(pid):
+    """Bytes of memory that a process has now; 0 when it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()
+    except OSError:
+        return 0
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def run(program, python, length, steps, limit):
+    """Runs one measurement.
+
+    Returns:
+        dict | str: what the worker printed, or why there is nothing.
+    """
+    command = [python, __file__, "--worker", program, "--lengths", str(length), "--steps", str(steps)]
+    with subprocess.Popen(command, env={**os.environ, **PROGRAMS[program]}, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        while True:
+            try:
+                output, errors = process.communicate(timeout=0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if resident(process.pid) > limit * GIB:
+                    process.kill()
+                    process.communicate()
+                    return f"ended above {limit:g} GiB"
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if process.returncode or not lines:
+        return f"failed: {errors.strip().splitlines()[-1] if errors.strip() else process.returncode}"
+    return json.loads(lines[-1])
+
+
+def has_torch(python):
+    """bool: whether an interpreter has torch and transformers."""
+    found = subprocess.run([python, "-c", "import torch, transformers; print(torch.__version__, transformers.__version__)"],
+                           capture_output=True, text=True, check=False) if python else None
+    if not found or found.returncode:
+        print("torch is left out: --torch_python names no interpreter with torch and transformers")
+        return False
+    print(f"torch, transformers: {found.stdout.strip()}")
+    return True
+
+
+def summary(runs):
+    """Median figures of a program's runs at one length."""
+    return {"seconds": statistics.median(second for run in runs for second in run["seconds"][1:] or run["seconds"]),
+            "peak": statistics.median(run["peak"] for run in runs) / GIB,
+            "compile": statistics.median(run["compile"] or 0.0 for run in runs)}
+
+
+def growth(figures, name, previous, length):
+    """Exponent with which a figure grew from one length to the next."""
+    if previous not in figures or length not in figures:
+        return None
+    return math.log(figures[length][name] / figures[previous][name]) / math.log(length / previous)
+
+
+def table(results, lengths):
+    """Prints what was measured as Markdown: one row per length."""
+    print("\n| tokens | ours tokens/s | GiB | compile s | time exponent | memory exponent | torch tokens/s | GiB | ratio "
+          "| torch tuned tokens/s | GiB | ratio |\n|" + "---|" * 12)
+
+    def cell(value, digits):
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    for place, length in enumerate(lengths):
+        previous = lengths[place - 1] if place else None
+        ours = results["ours"].get(length)
+        speed = length / ours["seconds"] if ours else None
+        row = [length, cell(speed, 0), cell(ours and ours["peak"], 2), cell(ours and ours["compile"], 1),
+               cell(growth(results["ours"], "seconds", previous, length), 2),
+               cell(growth(results["ours"], "peak", previous, length), 2)]
+        for program in ("torch", "torch tuned"):
+            theirs = results[program].get(length)
+            their_speed = length / theirs["seconds"] if theirs else None
+            row += [cell(their_speed, 0), cell(theirs and theirs["peak"], 2),
+                    cell(speed / their_speed if speed and their_speed else None, 2)]
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the row")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a process; the first does not count")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each program and length")
+    parser.add_argument("--torch_python", help="interpreter with torch and transformers; without one torch is left out")
+    parser.add_argument("--memory_limit", type=float, default=20.0, help="GiB that a process may have")
+    parser.add_argument("--worker", choices=PROGRAMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker, args.lengths[0], args.steps)
+    pythons = {"ours": sys.executable}
+    if has_torch(args.torch_python):
+        pythons.update({"torch": args.torch_python, "torch tuned": args.torch_python})
+    results = {program: {} for program in PROGRAMS}
+    given_up = set()
+    for length in args.lengths:
+        runs = {program: [] for program in pythons}
+        for _ in range(args.rounds):
+            for program, python in pythons.items():
+                if program in given_up:
+                    continue
+                done = run(program, python, length, args.steps, args.memory_limit)
+                print(f"{program} {length}: {done}", flush=True)
+                if isinstance(done, str):
+                    given_up.add(program)  # longer rows need more
+                else:
+                    runs[program].append(done)
+        for program, measured in runs.items():
+            if measured:
+                results[program][length] = summary(measured)
+    table(results, list(args.lengths))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

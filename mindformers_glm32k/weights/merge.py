@@ -57,8 +57,8 @@ def merge(src_ckpt_dir, dst=None, strategy=None, step=None, optimizer_states=Fal
     job = _Job(plan, lora, lora_scaling, optimizer_states, _open_base(base), sizes)
     job.check(src_ckpt_dir, dst is not None, adapters_only is not None)
     if not stages:
-        remarks.append(f"{world} rank{'s have' if world > 1 else ' has'} the whole model each, no strategy is needed: "
-                       + ("compared, and that of rank 0 taken" if world > 1 else "taken as it is"))
+        remarks.append(f"{world} ranks have the whole model each, no strategy is needed: compared, and that of rank 0 "
+                       "taken" if world > 1 else "one rank, which has everything: no strategy is needed")
     read = {file.resolve() for file in files.files.values()}
     if any(path.resolve() in read for path in outputs):
         raise InputError(f"{outputs[0]}: is one of the files to merge; choose another name")

@@ -43,9 +43,11 @@ def run(args):
     for remark in report["remarks"]:
         print(remark)
     counted = "".join(f", {name} {value}" for name, value in report["counters"].items())
+    how = "cut again and compared with every rank's file" if strategy else "compared on all ranks"
+    checked = f"; {how}, all equal" if report["ranks"] > 1 else ""
     print(f"{len(report['tensors'])} tensors of {report['ranks']} rank(s), {report['stages']} stage(s)"
-          f"{counted}{', adapters merged with scale ' + format(scaling, 'g') if args.lora else ''}; cut again and "
-          f"compared with every rank's file, all equal: {', '.join(report['outputs'])}")
+          f"{counted}{', adapters merged with scale ' + format(scaling, 'g') if args.lora else ''}{checked}: "
+          f"{', '.join(report['outputs'])}")
     return 0
 
 

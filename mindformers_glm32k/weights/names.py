@@ -48,6 +48,7 @@ _SKIPPED = re.compile(
     r"(adam_[mv]|adamw?_[mv]|moments?_?[12]?|exp_avg|exp_avg_sq|accu_grads|moment[12])\..*|"
     r"(epoch_num|step_num|global_step|learning_rate|scale_sense|loss_scale|current_iterator_step|"
     r"last_overflow_iterator_step|beta[12]_power|weight_decay|cur_epoch_num|cur_step_num|batch_num|"
+    r"global_batch_size|"
     r"random_op|_random_seed.*)$")
 _ADAPTER = re.compile(r"delta_lora|lora_[ABab]\b|\.lora_")
 

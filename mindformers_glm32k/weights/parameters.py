@@ -29,8 +29,8 @@ def kind_of(name):
         return ADAPTER
     try:
         is_weight = slot_of(name) is not None
-    except InputError:  # of a model that somebody extended: cut like any other
-        is_weight = True
+    except InputError:  # of a model that somebody extended, cut like any other; or a number that a trainer keeps
+        is_weight = "." in name
     if is_weight:
         return WEIGHT
     return None if _CACHE.match(name) or "inv_freq" in name else COUNTER

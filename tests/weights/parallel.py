@@ -79,7 +79,8 @@ def whole_tensors(sizes=TINY_SIZES, dtype="fp32", states=True, adapters=False, s
             tensors.update({prefix + name: (rng.standard_normal(shape).astype(np.float32), "fp32")
                             for name, shape in trained.items()})
         tensors.update({"scale_sense": (np.array(1024, np.float32), "fp32"), "step_num": (np.array(40), "Int64"),
-                        "epoch_num": (np.array(2), "Int64")})
+                        "epoch_num": (np.array(2), "Int64"), "global_batch_size": (np.array(8), "Int64"),
+                        "another_number": (np.array(3), "Int64")})
     return tensors
 
 

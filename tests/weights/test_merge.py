@@ -81,7 +81,8 @@ def test_safetensors_files_of_a_run_with_counters(run, tmp_path):
     found = read_weights(tmp_path / "out.safetensors")
     assert all((found[name] == values).all() for name, values in read_weights(run / "whole.ckpt").items())
     codes = {tensor.name: tensor.dtype for tensor in read_header(tmp_path / "out.safetensors") if not tensor.shape}
-    assert codes == {"scale_sense": "fp32", "step_num": "I64", "epoch_num": "I64"}
+    assert codes == {"scale_sense": "fp32", "step_num": "I64", "epoch_num": "I64", "global_batch_size": "I64",
+                     "another_number": "I64"}
 
 
 def test_merged_strategy_file(trained, tmp_path):

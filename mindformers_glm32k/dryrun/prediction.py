@@ -15,10 +15,11 @@ class Generation:
     Args:
         finish (callable): called when all graphs are compiled.
         begin (callable | None): gets the network before the first one is.
+        sized_only (bool): whether the programs with open shapes are left out.
     """
 
-    def __init__(self, finish, begin=None):
-        self.finish, self.begin = finish, begin
+    def __init__(self, finish, begin=None, sized_only=False):
+        self.finish, self.begin, self.sized_only = finish, begin, sized_only
         self.calls_left = 0
         self.sized = False
 
@@ -33,7 +34,8 @@ class Generation:
             prompts = np.ones((rows, longest_prompt(config)), np.int32)
             if driver.begin:
                 driver.begin(model)
-            for driver.sized in (False, True) if config.use_past else (False,):
+            both = (True,) if driver.sized_only else (False, True)
+            for driver.sized in both if config.use_past else (False,):
                 driver.calls_left = 2 if config.use_past else 1
                 if driver.sized:
                     driver.close_shapes(model)

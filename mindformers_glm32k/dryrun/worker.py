@@ -171,7 +171,7 @@ def compile_program(folder, rank, world, keep_program, launcher_arguments, to_ex
     config, recorder.record["stand_ins"] = _read(folder, launcher_arguments, use_files=not to_execute)
     os.chdir(folder)  # what upstream writes into the working directory stays here
     _compile_instead_of_training(recorder)
-    prediction.Generation(recorder.finish, recorder.save_state).install()
+    prediction.Generation(recorder.finish, recorder.save_state, sized_only=to_execute).install()
     note("build")
     with contextlib.suppress(Finished):
         run_mindformer.run(config)

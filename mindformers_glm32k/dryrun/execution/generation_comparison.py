@@ -37,8 +37,8 @@ def compare(result, reference, allowed):
         steps.append({"tokens": ours[:, number].tolist(), "tokens_one_device": theirs[:, number].tolist(),
                       "logit_difference": difference, "smallest_margin": float(margins[number].min())})
         if difference > allowed * scale:
-            problems.append(f"token {number + 1}: logits differ from one device's by {difference:.3g}, {difference / scale:.3g}"
-                            f" of the largest logit (allowed: {allowed:g})")
+            problems.append(f"token {number + 1}: logits differ from one device's by {difference:.3g}, "
+                            f"{difference / scale:.3g} of the largest logit (allowed: {allowed:g})")
         for row in np.flatnonzero(same & (ours[:, number] != theirs[:, number])):
             text = (f"token {number + 1} of prompt {row} is {ours[row, number]}, on one device {theirs[row, number]} "
                     f"(margin there {margins[number, row]:.3g})")

@@ -1,5 +1,5 @@
 """Whole training checkpoints of tiny models, and the layouts that tests cut them into."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -108,7 +108,7 @@ def read_all(path):
 _NUMBERS = {"fp32": lambda raw: np.frombuffer(raw, np.float32)[0], "Int64": lambda raw: np.frombuffer(raw, np.int64)[0]}
 
 
-def write_layout(folder, name, adapters=False, frozen=True):
+def write_layout(folder, name, adapters=False, frozen=True, layers=2):
     """Writes the strategy that compiling the tiny model gives for "mp2", "mp2pp2" or "dp2".
 
     Args:
@@ -116,13 +116,14 @@ def write_layout(folder, name, adapters=False, frozen=True):
         name: of the layout.
         adapters: LoRA: the states are those of the adapters.
         frozen: whether a LoRA strategy has the weights, which MindSpore leaves out.
+        layers: of the model.
     """
     case = CASES[name]
     mp = 2 if "mp2" in name else 1
     for rank in range(case.world):
         stage = rank // (case.world // case.stages)
         layouts = {}
-        for tensor in whole_tensors(states=False, adapters=adapters):
+        for tensor in whole_tensors(replace(TINY_SIZES, num_layers=layers), states=False, adapters=adapters):
             if case.stages > 1 and stage != ((".layers.1." in tensor) or "final" in tensor or "output" in tensor):
                 continue
             layouts[tensor] = _layout(tensor, mp)

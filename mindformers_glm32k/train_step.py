@@ -16,6 +16,7 @@ from mindspore.parallel._utils import _get_parallel_mode
 from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 
 from mindformers_glm32k import compat
+from mindformers_glm32k.portable_step import LossAndGradients, update_in_place
 
 _count_non_finite = C.MultitypeFuncGraph("glm32k_count_non_finite")
 
@@ -23,8 +24,8 @@ _count_non_finite = C.MultitypeFuncGraph("glm32k_count_non_finite")
 @_count_non_finite.register("Tensor")
 def _tensor_is_non_finite(gradient):
     """1.0 when any element is NaN or infinite, else 0.0."""
-    finite = ops.cast(ops.isfinite(ops.cast(gradient, mstype.float32)), mstype.float32)
-    return 1.0 - finite.min()
+    # the sum is not finite when an element is not, and needs no tensor of the gradient's size
+    return 1.0 - ops.cast(ops.isfinite(ops.cast(gradient, mstype.float32).sum()), mstype.float32)
 
 
 def _data_parallel_devices():
@@ -104,6 +105,9 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
         if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
         self.one = Tensor(1.0, mstype.float32)
+        if self.portable:
+            self.loss_and_gradients = LossAndGradients(self.network, self.weights)
+            update_in_place(self.optimizer)
         self.copies = compat.interleaved_copies(network)
         if self.copies > 1:
             self.token_shares = TokenShares(network, 1)
@@ -118,6 +122,13 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
             loss = self.sum_over_devices(outputs[0].reshape((1,)))[0] / self.devices
             outputs = (loss,) + outputs[1:]
         return outputs
+
+    def grads_for_legacy(self, scaling_sens, *inputs):
+        """Loss, gradients of loss x scale, and what they are divided by beside the scale (1.8 and later ask here)."""
+        if not self.portable or self.calculate_per_token_loss:
+            return super().grads_for_legacy(scaling_sens, *inputs)
+        loss, gradients = self.loss_and_gradients(scaling_sens, *inputs)
+        return loss, gradients, self.grad_scale_factor
 
     def start_overflow_check(self, pre_cond, compute_input):
         if self.portable:

@@ -2,6 +2,8 @@
 
 Legend: B rows, S tokens of a row, N blocks of the batch, C tokens of a block.
 """
+import itertools
+
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import GRAPH_MODE, Tensor, get_context, nn, ops
@@ -72,16 +74,16 @@ class Buffer(nn.Cell):
     The kernels ScatterUpdate and ScatterAdd write in place on every host (MindSpore 2.7.0 to 2.9.0);
     TensorScatterUpdate would copy the buffer in every step.
 
-    Args:
-        name (str): differs among the buffers of one loop; the compiler joins equal expressions, and two buffers
-            of one memory would overwrite each other.
+    The compiler joins equal expressions, and two buffers of one memory would overwrite each other: each has a number.
     """
 
-    def __init__(self, name):
+    _number = itertools.count()
+
+    def __init__(self):
         super().__init__()
         # Nothing is less than itself: zeros that are not folded into a constant, which would keep what is written.
         self.nothing = P.Less()
-        self.nothing.add_prim_attr("buffer", name)
+        self.nothing.add_prim_attr("buffer", next(Buffer._number))
         self.update = _in_place("ScatterUpdate")
         self.accumulate = _in_place("ScatterAdd")
 

@@ -76,11 +76,11 @@ class _Tiles(nn.Cell):
         self.softplus = P.Softplus()
         self.gather = P.Gather()
         self.concat = P.Concat(-1)
-        self.context = Buffer("context")
-        self.log_sum = Buffer("log_sum")
-        self.d_query = Buffer("d_query")
-        self.d_key = Buffer("d_key")
-        self.d_value = Buffer("d_value")
+        self.context = Buffer()
+        self.log_sum = Buffer()
+        self.d_query = Buffer()
+        self.d_key = Buffer()
+        self.d_value = Buffer()
         self.zero, self.one = Tensor(0, mstype.int32), Tensor(1, mstype.int32)
 
     def block(self, x, index):

@@ -170,8 +170,8 @@ class BeforeAttention(_Loop):
         self.compute = sizes.compute
         self.cos, self.sin = cos, sin
         self.one_block = _BeforeBlock(sizes)
-        self.query, self.key, self.value = Buffer("query"), Buffer("key"), Buffer("value")
-        self.d_x = Buffer("d_x")
+        self.query, self.key, self.value = Buffer(), Buffer(), Buffer()
+        self.d_x = Buffer()
 
     def rotary(self, positions, i):
         position = self.gather(positions, i, 0)
@@ -235,7 +235,7 @@ class AfterAttention(_Loop):
         super().__init__(frozen)
         self.residual = sizes.residual
         self.one_block = _AfterBlock(sizes)
-        self.output, self.d_context, self.d_x = Buffer("output"), Buffer("d_context"), Buffer("d_x")
+        self.output, self.d_context, self.d_x = Buffer(), Buffer(), Buffer()
 
     def construct(self, context, x, dense, norm, h_to_4h, four_h_to_h):
         output = self.output(x, x.shape, self.residual)

@@ -44,7 +44,7 @@ class LoopedLoss(nn.Cell):
         self.gather = P.Gather()
         self.pick = P.GatherD()
         self.add_rows = P.TensorScatterAdd()
-        self.d_hidden = Buffer("d_hidden")
+        self.d_hidden = Buffer()
         self.zero, self.one = Tensor(0, mstype.int32), Tensor(1, mstype.int32)
 
     def construct(self, hidden, weight, labels, weights):

@@ -1,0 +1,90 @@
+"""What a train step does in another way on portable cells: one forward pass instead of two, and an update in place.
+
+Upstream's train step runs the network for the loss and again inside the gradient; on NPUs the compiler joins the two,
+loops it does not join. Upstream's AdamW is written in some twenty operators for each parameter; on CPU each of them
+makes a tensor of the parameter's size, 2.6 GB for the two vocabulary matrices of 65024 x 512.
+"""
+import mindspore.common.dtype as mstype
+from mindspore import nn, ops
+from mindspore.ops import functional as F
+from mindspore.ops import operations as P
+
+from mindformers.core.optim.adamw import AdamW
+
+
+class _ScaledLoss(nn.Cell):
+    """(loss * scale, loss) of a network."""
+
+    def __init__(self, network):
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, scale, *inputs):
+        loss = self.network(*inputs)
+        return loss * ops.cast(scale, loss.dtype), loss
+
+
+class LossAndGradients(nn.Cell):
+    """The loss of a network and the gradients of (loss * scale), by one forward pass.
+
+    Args:
+        network (Cell): returns the loss ().
+        weights (ParameterTuple): what is trained.
+
+    Inputs:
+        scale (Tensor): the loss scale.
+        *inputs (Tensor): the network's.
+
+    Outputs:
+        tuple: loss, tuple of gradients.
+    """
+
+    def __init__(self, network, weights):
+        super().__init__(auto_prefix=False)
+        self.function = ops.value_and_grad(_ScaledLoss(network), None, weights, has_aux=True)
+
+    def construct(self, scale, *inputs):
+        (_, loss), gradients = self.function(scale, *inputs)
+        return loss, gradients
+
+
+class InPlaceAdamW(AdamW):
+    """Upstream's AdamW, whose update is MindSpore's kernel AdamWeightDecay; see `update_in_place`.
+
+    The kernel knows no bias correction. With c1 = 1 - beta1^t and c2 = 1 - beta2^t it is in the learning rate
+    (lr sqrt(c2) / c1), in epsilon (eps sqrt(c2)) and out of the weight decay (wd c1 / sqrt(c2)).
+    """
+
+    def construct(self, gradients):
+        weight_decay, rate = self.get_weight_decay(), self.get_lr()
+        self.assignadd(self.global_step, self.global_step_increase_tensor)
+        step = F.depend(self.global_step, gradients).reshape(())
+        step = ops.cast(step, mstype.float32)
+        beta1, beta2 = self.beta1.reshape(()), self.beta2.reshape(())
+        first = 1.0 - ops.pow(beta1, step)
+        second = ops.sqrt(1.0 - ops.pow(beta2, step))
+        updated = ()
+        for i in range(len(self.exp_avg)):
+            rate_i = rate[i] if self.is_group_lr else rate
+            decay_i = weight_decay[i] if self.is_group else weight_decay
+            done = self.update(self._parameters[i], self.exp_avg[i], self.exp_avg_sq[i],
+                               ops.cast(rate_i, mstype.float32).reshape(()) * second / first, beta1, beta2,
+                               self.eps.reshape(()) * second, decay_i * first / second, gradients[i])
+            updated += (done[0],)
+        return updated
+
+
+def update_in_place(optimizer):
+    """Makes upstream's AdamW update its parameters in place, where the kernel can: all float32, no sharding.
+
+    Parameters, states, their names and settings stay; another optimizer is left as it is.
+
+    Args:
+        optimizer (Optimizer): changed.
+    """
+    if type(optimizer) is not AdamW or optimizer.use_parallel or not all(optimizer.optim_filter):
+        return
+    if any(parameter.dtype != mstype.float32 for parameter in optimizer.parameters):
+        return
+    optimizer.__class__ = InPlaceAdamW
+    optimizer.update = P.AdamWeightDecay()

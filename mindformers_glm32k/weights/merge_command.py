@@ -40,6 +40,9 @@ def run(args):
     except (WorkerFailed, TransformFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     for remark in report["remarks"]:
         print(remark)
     counted = "".join(f", {name} {value}" for name, value in report["counters"].items())

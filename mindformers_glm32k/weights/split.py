@@ -47,6 +47,9 @@ def run(args):
     except (WorkerFailed, TransformFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(f"{report['parameters']} parameters{' with optimizer states' if report['optimizer_states'] else ''} cut for "
           f"{report['ranks']} ranks ({layout.describe()}) and compared with the whole, all equal: {args.output}")
     if report["left_out"]:

@@ -141,6 +141,14 @@ def test_strategy_without_the_frozen_weights(run, tensors, tmp_path):
     assert not (tmp_path / "wrong.ckpt").exists()
 
 
+def test_frozen_weights_that_every_rank_has_whole(tensors, tmp_path):
+    """Data parallel without a cut of the weights: no base is needed, though the strategy does not name them."""
+    strategy = write_layout(tmp_path / "real", "dp2", adapters=True, frozen=False)
+    run = save_ranks(tmp_path / "checkpoint", tensors, strategy)
+    merge(run, tmp_path / "out.ckpt", strategy, lora=True, lora_scaling=2.0)
+    assert_close(tmp_path / "out.ckpt", merged(tensors, 2.0))
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda tensors: tensors.pop(B), "no counterpart"),
     (lambda tensors: tensors.update({A: (tensors[A][0][:4].copy(), "fp32")}), "ranks differ"),

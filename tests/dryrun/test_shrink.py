@@ -6,6 +6,7 @@ from dryrun.tiny import CONFIG
 from mindformers_glm32k.dryrun import shrink
 from mindformers_glm32k.dryrun.layout_checks import problems
 
+PREDICTION = sorted(path.stem for path in CONFIG.parent.glob("predict_*.yaml") if "tiny" not in path.stem)
 TRAINING = sorted(path.stem for path in CONFIG.parent.glob("finetune_*.yaml") if "tiny" not in path.stem)
 
 
@@ -74,3 +75,22 @@ def test_dropout_is_off():
 
 def test_weights_are_counted():
     assert 6.2e9 < shrink.weights_of(config_of("finetune_glm32k")["model"]["model_config"]) < 6.3e9
+
+
+@pytest.mark.parametrize("name", PREDICTION)
+def test_prediction_keeps_a_cache_of_several_blocks_a_prompt(name):
+    config = config_of(name, batch_size=2)
+    small = applied(config, shrink.plan(config))
+    assert problems(small) == [] and shrink.predicts(small)
+    model = small["model"]["model_config"]
+    assert shrink.weights_of(model) < 5e6
+    assert 1 < model["max_new_tokens"] < model["seq_length"] <= 256
+    assert model["seq_length"] % model["block_size"] == 0 and model["seq_length"] // model["block_size"] > 2
+    assert 2 * model["seq_length"] <= model["num_blocks"] * model["block_size"] <= 1024
+
+
+def test_kernels_of_16_bits_leave_everything_else_in_float32():
+    options = shrink.precision_overrides("float32", "float16")
+    values = dict(zip(options[::2], options[1::2]))
+    assert values.pop("--model.model_config.compute_dtype") == "float16"
+    assert set(values.values()) == {"float32"} and "--model.model_config.rotary_dtype" in values

@@ -9,6 +9,7 @@ from mindformers.trainer import CausalLanguageModelingTrainer
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.checkpoint_check import check_checkpoint
+from mindformers_glm32k.config import GLM32KConfig
 from mindformers_glm32k.config_check import check_config
 from mindformers_glm32k.data.dataset import check_vocabulary
 from mindformers_glm32k.data.dataset_config import row_length
@@ -175,6 +176,10 @@ def _name_columns(config, sections):
     """
     if not any(config[section] and config[section].get("packing") for section in sections):
         return
+    model = GLM32KConfig(**config.model.model_config)
+    if model.use_flash_attention and not model.use_portable_cells:
+        raise InputError("packing: the NPU's flash attention does not know documents, and a token would see other "
+                         "samples of its row; set packing: False, or model_config.use_flash_attention: False")
     for section in sections:
         config[section].construct_args_key = list(PACKED_COLUMNS)
     if config.train_dataset and config.train_dataset.get("packing"):

@@ -207,3 +207,20 @@ def test_layouts_that_cannot_work_are_refused_before_the_run(monkeypatch, mode, 
     config.parallel_config.pipeline_stage = 4
     with pytest.raises(InputError, match="= 8 NPUs, the run has 10"):
         trainer._check_layout(config)
+
+
+@pytest.mark.parametrize("run, section", [("finetune", "train_dataset"), ("eval", "eval_dataset")])
+def test_packed_rows_need_an_attention_that_knows_documents(run, section, options, capsys):
+    error = refused(options(run) + [f"--{section}.packing", "True", "--model.model_config.cells", "ascend"], capsys)
+    assert error.startswith("error: packing: the NPU's flash attention does not know documents")
+
+
+@pytest.mark.parametrize("train, evaluation", [(True, True), (True, False), (False, True), (False, False)])
+def test_packed_columns_reach_the_model_by_name(train, evaluation, options):
+    config = read_config(options() + ["--train_dataset.packing", str(train), "--eval_dataset.packing",
+                                      str(evaluation)])
+    trainer._name_columns(config, ["train_dataset", "eval_dataset"])
+    columns = ["input_ids", "labels", "position_ids", "document_ids", "input_mask"]
+    for section in (config.train_dataset, config.eval_dataset):
+        assert section.get("construct_args_key") == (columns if train or evaluation else None)
+    assert config.train_dataset.input_columns == (columns if train else columns[:2])

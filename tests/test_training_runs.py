@@ -34,6 +34,7 @@ ANSWERS = {"left": "yes", "right": "no it is 42"}
 ROWS, BATCH, EPOCHS = 64, 8, 8
 STEPS = ROWS // BATCH * EPOCHS
 SAVED = 28  # a step in the middle of an epoch
+PACKED = {"train_dataset.packing": True, "eval_dataset.packing": True}
 TIMEOUT = 900  # seconds; a run takes about 15 on a quiet machine
 
 
@@ -183,6 +184,8 @@ def follow_ups(runs, trained):
                                                             "runner_wrapper.scale_sense.loss_scale_value": 2.0 ** 126},
                                      "--do_eval", "True"),
         "one process": lambda: runs.run("one_process", FINETUNE, from_middle),
+        "packed": lambda: runs.run("packed", FINETUNE, {**PACKED, "runner_config.epochs": 4, "eval_step_interval": 12},
+                                   "--do_eval", "True"),
         "two processes": lambda: runs.run_two_processes("two_processes", FINETUNE, {
             **from_middle, "use_parallel": True, "runner_config.batch_size": BATCH // 2}),
     }
@@ -339,6 +342,49 @@ def test_two_processes_loaded_the_checkpoint(trained, follow_ups):
     losses = succeeded(follow_ups("two processes")).losses()
     assert losses[0] < 0.5 * trained.losses()[0]
     assert abs(losses[0] - trained.losses()[SAVED]) < 1
+
+
+# --- packing ---
+
+def test_packed_rows_train_and_are_evaluated(follow_ups):
+    run = succeeded(follow_ups("packed"))
+    rows, = map(int, re.findall(rf"packing: {ROWS} samples in (\d+) rows of 48 tokens", run.log))
+    losses = run.losses()
+    assert rows % BATCH == 0 and rows < ROWS and len(losses) == 4 * rows // BATCH
+    assert np.isfinite(losses).all() and abs(losses[0] - math.log(512)) < 0.3
+    assert np.mean(losses[-4:]) < 0.4 * losses[0]
+    padding = [float(share) for share in re.findall(rf"padding: ([\d.]+) % of the positions of {rows} rows", run.log)]
+    assert len(padding) >= 4 and max(padding) < 45  # so few documents do not fill their rows
+    first, last = perplexities(run)
+    assert last[1] < first[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_packed_rows_like_one(runs, trained):
+    """Each sample counts alike on whichever device it lies: the losses would differ with weights by device."""
+    options = {**PACKED, "runner_config.epochs": 2, "load_checkpoint": trained.checkpoint(
+        f"glm32k_rank_0-4_{SAVED - 24}.ckpt")}
+    one = succeeded(runs.run("packed_one_process", FINETUNE, options))
+    two = succeeded(runs.run_two_processes("packed_two_processes", FINETUNE, {
+        **options, "use_parallel": True, "runner_config.batch_size": BATCH // 2}))
+    assert len(one.losses()) == len(two.losses()) > 4
+    assert np.abs(np.subtract(one.losses(), two.losses())).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_packed_training_resumes_bit_equal(runs):
+    options = {**PACKED, "train_dataset.rows_per_epoch": 24, "runner_config.epochs": 4,
+               "callbacks.2.save_checkpoint_steps": 5}
+    whole = succeeded(runs.run("packed_whole", FINETUNE, options))
+    middle = next(path for path in (whole.checkpoints() / "rank_0").glob("*-2_2.ckpt"))
+
+    def with_earlier_output(folder):
+        shutil.copytree(whole.checkpoints(), folder / "output" / "checkpoint")
+        shutil.copy(whole.folder / "output" / "loss_curve.csv", folder / "output")
+    resumed = succeeded(runs.run("packed_resumed", FINETUNE, {**options, "load_checkpoint": "output/checkpoint"},
+                                 "--resume_training", middle.name, prepare=with_earlier_output))
+    assert len(re.findall(r"step \d+: \d+\.\d tokens/s/p", resumed.log)) == len(whole.losses()) - 5
+    assert resumed.losses() == whole.losses()
 
 
 # --- prediction ---

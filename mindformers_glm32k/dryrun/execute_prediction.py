@@ -67,11 +67,11 @@ class Rehearsal:
 
 def execute(config_file, overrides, output, count, load_checkpoint=None, shrunk=None, precision="float32", traces=(),
             prompts=None, config=None):
-    """Compiles the prefill and increment programs of all ranks and of one device, decodes the same prompts greedily with
-    both, compares, and writes execution.json and execution.md.
+    """Compiles the programs (prefill and increment, or predict) of all ranks and of one device, decodes the same prompts
+    greedily with both, compares, and writes execution.json and execution.md.
 
     Args:
-        config_file (str): YAML for prediction, with use_past.
+        config_file (str): YAML for prediction.
         overrides (list[str]): run_mindformer's other options.
         output (pathlib.Path): folder of the results.
         count (int): tokens to generate, at most max_new_tokens.
@@ -107,7 +107,8 @@ def prepare(config_file, overrides, output, count, load_checkpoint=None, shrunk=
     arguments = ["--config", str(Path(config_file).resolve()), *overrides]
     if config is None:
         _, config = read_layout(arguments)
-    _check_mode(config)
+    if config["run_mode"] != "predict":
+        raise InputError(f"--execute: run_mode {config['run_mode']} cannot be executed; predict and finetune can")
     small = shrink.plan(config, shrunk, load_checkpoint)
     config = _changed(config, small.changes)
     check_layout(config)
@@ -116,8 +117,9 @@ def prepare(config_file, overrides, output, count, load_checkpoint=None, shrunk=
     else:
         prompts, source = check_prompts(prompts, config, count), "given"
     arguments += small.overrides
+    kernels = _KERNELS if precision == "float32" and config["model"]["model_config"].get("use_past") else None
     if precision != "config":
-        arguments += shrink.precision_overrides(precision, _KERNELS if precision == "float32" else None)
+        arguments += shrink.precision_overrides(precision, kernels)
     layout = layout_of(config)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as folder:
@@ -130,44 +132,36 @@ def prepare(config_file, overrides, output, count, load_checkpoint=None, shrunk=
             for log in (*work.glob("log_rank_*.txt"), *work.glob("one/log_rank_*.txt")):
                 copy_atomically(log, output / "log" / (log.name if log.parent == work else "log_one_device.txt"))
         seconds = round(time.monotonic() - started, 1)
-        whole = whole_weights(one[0], precision, load_checkpoint, config, work)
-    if precision == "float32":
+        whole = whole_weights(one[0], kernels, load_checkpoint, config, work)
+    if kernels:
         for rehearsed in {id(item): item for item in [*one, *programs]}.values():
             rehearsed.phases = {name: widen(program) for name, program in rehearsed.phases.items()}
     dtype = precision if precision != "config" else config["model"]["model_config"].get("compute_dtype", "float16")
     header = {
         "world_size": layout.world, "layout": layout.describe(), "config": str(config_file), "shrunk": small.changes,
-        "precision": precision, "precision_text": precision_text(precision), "prompts": [ids.tolist() for ids in prompts],
+        "precision": precision, "precision_text": precision_text(precision, kernels),
+        "prompts": [ids.tolist() for ids in prompts],
         "prompt_lengths": [len(ids) for ids in prompts], "prompts_text": source,
         "weights": str(load_checkpoint or "random, seed 0"), "compile_seconds": seconds}
     return Rehearsal(layout, programs, one[0], whole, prompts, count, dtype), header
 
 
-def whole_weights(one, precision, load_checkpoint, config, work):
+def whole_weights(one, kernels, load_checkpoint, config, work):
     """dict[str, numpy.ndarray]: weights of one device, the caches left out: a checkpoint's or random ones."""
     state = {name: value for name, value in one.state.items() if not is_cache(name)}
-    if precision == "float32":
+    if kernels:
         state = widen_values(state)
     if load_checkpoint:
         return checkpoints.load_weights(load_checkpoint, state, config, work)
     return states.random_weights(state)
 
 
-def precision_text(precision):
+def precision_text(precision, kernels):
     """str: what was computed in which dtype."""
-    if precision != "float32":
+    if not kernels:
         return precision
-    return (f"float32 (kernels of prediction take 16 bits only: compiled in {_KERNELS}, executed with float32 in its place, "
-            "which leaves cuts and collectives as they are)")
-
-
-def _check_mode(config):
-    model = config["model"]["model_config"]
-    if config["run_mode"] != "predict":
-        raise InputError(f"--execute: run_mode {config['run_mode']} cannot be executed; predict and finetune can")
-    if not model.get("use_past"):
-        raise InputError("--execute: model_config.use_past is false; prediction is executed with a cache only: set it true, "
-                         "and is_dynamic, too")
+    return (f"{precision} (kernels of prediction take 16 bits only: compiled in {kernels}, executed with {precision} in its "
+            "place, which leaves cuts and collectives as they are)")
 
 
 def _changed(config, changes):

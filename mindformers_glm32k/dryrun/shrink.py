@@ -38,6 +38,16 @@ def predicts(config):
     return str(config.get("run_mode") or "").startswith("predict")
 
 
+def prompts_of(config):
+    """int: prompts that are answered together, as the trainer has it: without a cache one by one, unless asked for.
+
+    Args:
+        config (dict): merged configuration.
+    """
+    model = config["model"]["model_config"]
+    return int(config.get("predict_batch_size") or (model.get("batch_size") if model.get("use_past") else None) or 1)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a configuration is made small.
@@ -133,7 +143,7 @@ def _prediction_lengths(config):
     model = config["model"]["model_config"]
     block = gcd(int(model.get("block_size") or _BLOCK), _BLOCK)
     values = {"seq_length": _LENGTH, "max_new_tokens": _ANSWER, "block_size": block,
-              "num_blocks": (int(model.get("batch_size") or 1) + 1) * _LENGTH // block}
+              "num_blocks": (prompts_of(config) + 1) * _LENGTH // block}
     return {f"model.model_config.{key}": value for key, value in values.items()}
 
 

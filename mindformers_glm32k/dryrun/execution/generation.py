@@ -1,7 +1,10 @@
-"""Greedy decoding by compiled programs: "prefill" reads all prompts, "increment" one more token of each.
+"""Greedy decoding by compiled programs: "prefill" reads all prompts, "increment" one more token of each; or, without a
+cache, "predict" reads all prompts and what they have got so far.
 
 Around the programs this does what upstream's generator does: it deals blocks of the cache to prompts, says where each
-token's keys and values go, and takes the word with the largest logit. Letters: B prompts, N tokens to generate, V words.
+token's keys and values go, and takes the word with the largest logit.
+
+Letters: B prompts, N tokens to generate, S tokens of a row, V words.
 """
 from dataclasses import dataclass
 
@@ -13,7 +16,8 @@ from mindformers_glm32k.dryrun.execution.network import Network
 from mindformers_glm32k.dryrun.execution.values import NUMPY
 from mindformers_glm32k.dryrun.execution.world import run_world
 
-PREFILL, INCREMENT = "prefill", "increment"
+PREFILL, INCREMENT, PREDICT = "prefill", "increment", "predict"
+_PAD = 0  # behind the text of a row; no token sees what stands behind it
 _CACHES = ("key_cache", "value_cache")
 
 
@@ -68,7 +72,7 @@ class Blocks:
         return np.array([table + [-1] * (self.width - len(table)) for table in self.tables], np.int32)
 
 
-class Generator:
+class CachedGenerator:
     """One rank: both programs over the same weights and caches.
 
     Args:
@@ -82,9 +86,10 @@ class Generator:
     def __init__(self, phases, rank, network, values, watch=None):
         caches = {name: np.zeros(spec.shape, NUMPY[spec.dtype]) for program in phases.values()
                   for name, spec in program.parameters.values() if is_cache(name)}
-        self.prefill = Machine(phases[PREFILL], rank, network, {**values, **caches}, watch)
-        self.increment = Machine(phases[INCREMENT], rank, network, {**values, **caches, **self.prefill.parameters}, watch)
-        self.cache = next(parameter.value.shape[:2] for name, parameter in self.prefill.parameters.items()
+        prefill = Machine(phases[PREFILL], rank, network, {**values, **caches}, watch)
+        increment = Machine(phases[INCREMENT], rank, network, {**values, **caches, **prefill.parameters}, watch)
+        self.machines = {PREFILL: prefill, INCREMENT: increment}
+        self.cache = next(parameter.value.shape[:2] for name, parameter in prefill.parameters.items()
                           if is_cache(name))  # blocks, tokens of a block
 
     def run(self, task):
@@ -100,28 +105,60 @@ class Generator:
             ExecutionError, NetworkError, PeerFailed: see `Machine.run`.
         """
         prompts, count = task
-        width = _input(self.prefill.program, "block_tables").shape[1]
+        machine = self.machines[PREFILL]
+        width = _input(machine.program, "block_tables").shape[1]
         blocks = Blocks(len(prompts), width, self.cache[1], self.cache[0])
-        machine, ids, tokens, logits = self.prefill, np.concatenate(prompts)[None], [], []
+        ids, tokens, logits = np.concatenate(prompts)[None], [], []
         counts = [len(prompt) for prompt in prompts]
         for _ in range(count):
             slots = blocks.extend(counts)
-            result = self._call(machine, input_ids=ids.astype(np.int32), slot_mapping=slots, block_tables=blocks.table(),
-                                batch_valid_length=np.array([blocks.lengths], np.int32))
-            if result.ndim != 2 or len(result) != len(prompts):
-                raise ExecutionError(f"rank {machine.rank}: logits of {list(result.shape)} for {len(prompts)} prompts")
-            logits.append(result)
-            tokens.append(result.argmax(-1).astype(np.int32))
-            machine, ids, counts = self.increment, tokens[-1][:, None], [1] * len(prompts)
+            logits.append(_call(machine, len(prompts), input_ids=ids.astype(np.int32), slot_mapping=slots,
+                                block_tables=blocks.table(), batch_valid_length=np.array([blocks.lengths], np.int32)))
+            tokens.append(logits[-1].argmax(-1).astype(np.int32))
+            machine, ids, counts = self.machines[INCREMENT], tokens[-1][:, None], [1] * len(prompts)
         return np.stack(tokens, 1), np.stack(logits)
 
-    @staticmethod
-    def _call(machine, **inputs):
-        names = [name.rsplit(":", 1)[-1] for name in machine.program.main.inputs]
-        if set(names) != set(inputs):
-            raise ExecutionError(f"rank {machine.rank}: the program's inputs are {names}, known are {sorted(inputs)}")
-        result = machine.run([inputs[name] for name in names])
-        return result[0] if isinstance(result, tuple) else result
+
+class UncachedGenerator:
+    """One rank: a program that reads whole rows for each token.
+
+    Args:
+        phases (dict[str, Program]): "predict".
+        rank, network, values, watch: see `CachedGenerator`.
+    """
+
+    def __init__(self, phases, rank, network, values, watch=None):
+        self.machines = {PREDICT: Machine(phases[PREDICT], rank, network, values, watch)}
+
+    def run(self, task):
+        """Decodes greedily; see `CachedGenerator.run`."""
+        prompts, count = task
+        machine = self.machines[PREDICT]
+        rows = np.full(_input(machine.program, "input_ids").shape, _PAD, np.int32)  # (B, S)
+        ends = np.array([len(prompt) for prompt in prompts])
+        for row, prompt in zip(rows, prompts):
+            row[:len(prompt)] = prompt
+        each, tokens, logits = np.arange(len(prompts)), [], []
+        for _ in range(count):
+            result = _call(machine, rows.size, input_ids=rows)
+            logits.append(result.reshape(*rows.shape, -1)[each, ends - 1])
+            tokens.append(logits[-1].argmax(-1).astype(np.int32))
+            inside = ends < rows.shape[1]  # the last token needs no place
+            rows[each[inside], ends[inside]] = tokens[-1][inside]
+            ends += 1
+        return np.stack(tokens, 1), np.stack(logits)
+
+
+def _call(machine, rows, **inputs):
+    """The logits of a program: (rows, V)."""
+    names = [name.rsplit(":", 1)[-1] for name in machine.program.main.inputs]
+    if set(names) != set(inputs):
+        raise ExecutionError(f"rank {machine.rank}: the program's inputs are {names}, known are {sorted(inputs)}")
+    result = machine.run([inputs[name] for name in names])
+    result = result[0] if isinstance(result, tuple) else result
+    if result.ndim != 2 or len(result) != rows:
+        raise ExecutionError(f"rank {machine.rank}: logits of {list(result.shape)}, for {rows} tokens")
+    return result
 
 
 @dataclass
@@ -129,7 +166,7 @@ class Generated:
     """What an execution gave.
 
     Args:
-        generators (list[Generator]): by rank.
+        generators (list[CachedGenerator | UncachedGenerator]): by rank.
         tokens (list[numpy.ndarray]): by rank, (B, N).
         logits (list[numpy.ndarray]): by rank, (N, B, V).
         unread (list[str]): messages that nobody received.
@@ -161,7 +198,8 @@ def generate(programs, whole, prompts, count, make_watch=lambda: None):
         for program in rehearsed.phases.values():
             weights = _without_caches(program)
             values.update(states.cut(weights, rank, rehearsed.layouts, whole, rehearsed.state))
-        generators.append(Generator(rehearsed.phases, rank, network, values, make_watch()))
+        make = CachedGenerator if PREFILL in rehearsed.phases else UncachedGenerator
+        generators.append(make(rehearsed.phases, rank, network, values, make_watch()))
     results = run_world(generators, network, [[(prompts, count)] * len(programs)])[0]
     return Generated(generators, [tokens for tokens, _ in results], [logits for _, logits in results], network.unread())
 

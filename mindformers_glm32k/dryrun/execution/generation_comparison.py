@@ -45,7 +45,7 @@ def compare(result, reference, allowed):
             (ties if margins[number, row] <= 2 * allowed * scale else problems).append(text)
     problems += [f"a message that nobody receives: {what}" for what in result.unread]
     largest = max((step["logit_difference"] for step in steps), default=0.0)
-    machines = [machine for generator in result.generators for machine in (generator.prefill, generator.increment)]
+    machines = [machine for generator in result.generators for machine in generator.machines.values()]
     return {"agrees": not problems, "problems": problems, "near_ties": ties, "tolerance": allowed,
             "tokens": ours.tolist(), "tokens_one_device": theirs.tolist(), "largest_logit": scale,
             "largest_logit_difference": largest, "largest_logit_difference_relative": largest / scale, "steps": steps,
@@ -72,8 +72,7 @@ def collectives(result):
     kinds = {name for name, entry in operators.table().items() if entry.function.__module__.endswith(".collectives")}
     counted = Counter()
     for generator in result.generators:
-        for phase in ("prefill", "increment"):
-            machine = getattr(generator, phase)
+        for phase, machine in generator.machines.items():
             counted.update({(kind, machine.rank, phase): count for kind, count in machine.executed.items()
                             if kind in kinds})
     return [{"kind": kind, "rank": rank, "phase": phase, "count": count}

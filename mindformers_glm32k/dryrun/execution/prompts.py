@@ -1,6 +1,7 @@
 """The prompts that a rehearsal of prediction decodes."""
 import numpy as np
 
+from mindformers_glm32k.dryrun.shrink import prompts_of
 from mindformers_glm32k.errors import InputError
 
 _LOWEST_WORD = 3  # of random prompts: behind padding and the end of a text
@@ -34,7 +35,7 @@ def check_prompts(prompts, config, count):
     """Prompts as int32 arrays.
 
     Args:
-        prompts (list): batch_size sequences of token ids, on average seq_length - max_new_tokens long: the program holds
+        prompts (list): as many sequences of token ids as are answered together, on average seq_length - max_new_tokens long: the program holds
             all of them in one row.
         config (dict): merged configuration.
         count (int): tokens to generate.
@@ -50,7 +51,8 @@ def check_prompts(prompts, config, count):
     prompts = [np.asarray(ids, np.int32).reshape(-1) for ids in prompts]
     lengths = [len(ids) for ids in prompts]
     if len(prompts) != rows:
-        raise InputError(f"{len(prompts)} prompts: model_config.batch_size is {rows}")
+        raise InputError(f"{len(prompts)} prompts: {rows} are answered together (predict_batch_size, with use_past "
+                         "model_config.batch_size)")
     if sum(lengths) != rows * length or max(lengths) + count > length + answer or min(lengths) < 1:
         raise InputError(f"prompts of {lengths} tokens: seq_length - max_new_tokens is {length}, they must be as long on "
                          f"average and leave room for {count} tokens")
@@ -63,7 +65,7 @@ def _sizes(config, count):
     """(prompts, average tokens of a prompt, max_new_tokens)."""
     model = config["model"]["model_config"]
     answer = int(model.get("max_new_tokens") or 1)
-    length, rows = int(model["seq_length"]) - answer, int(model.get("batch_size") or 1)
+    length, rows = int(model["seq_length"]) - answer, prompts_of(config)
     if count > answer:
         raise InputError(f"--execute {count}: model_config.max_new_tokens is {answer}; ask for fewer tokens or raise it")
     if length < 1:

@@ -95,9 +95,9 @@ def test_a_token_in_the_wrong_slot_changes_the_text(one_card, golden, monkeypatc
 
 def test_caches_begin_empty_each_time(one_card):
     assert one_card.run()["tokens"] == one_card.run()["tokens"]
-    parameters = generation.generate([one_card.one], one_card.whole, one_card.prompts, 1).generators[0].prefill.parameters
-    cache = next(parameter.value for name, parameter in parameters.items() if name.endswith("0.self_attention.infer_attention"
-                                                                                             ".paged_attention_mgr.key_cache"))
+    generator, = generation.generate([one_card.one], one_card.whole, one_card.prompts, 1).generators
+    cache = next(parameter.value for name, parameter in generator.machines["prefill"].parameters.items()
+                 if name.endswith("layers.0.self_attention.infer_attention.paged_attention_mgr.key_cache"))
     used = cache.reshape(-1, cache.shape[-1]).any(1).reshape(cache.shape[:-1]).any(-1)  # (blocks, block)
     assert used.sum() == sum(map(len, one_card.prompts))
 

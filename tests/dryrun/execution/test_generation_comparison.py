@@ -22,8 +22,8 @@ def machine(rank, **executed):
 def generated(*logits, unread=()):
     """What ranks give whose logits (N, B, V) are these."""
     logits = [np.asarray(item, np.float32) for item in logits]
-    generators = [SimpleNamespace(prefill=machine(rank, AllReduce=2, MatMul=5), increment=machine(rank, AllGather=3))
-                  for rank in range(len(logits))]
+    generators = [SimpleNamespace(machines={"prefill": machine(rank, AllReduce=2, MatMul=5),
+                                            "increment": machine(rank, AllGather=3)}) for rank in range(len(logits))]
     return Generated(generators, [item.argmax(-1).T.astype(np.int32) for item in logits], logits, list(unread))
 
 

@@ -7,7 +7,7 @@ from mindformers_glm32k.errors import InputError
 
 
 def config(**model):
-    return {"model": {"model_config": {"batch_size": 3, "seq_length": 64, "max_new_tokens": 16, "padded_vocab_size": 100,
+    return {"model": {"model_config": {"use_past": True, "batch_size": 3, "seq_length": 64, "max_new_tokens": 16, "padded_vocab_size": 100,
                                        **model}}}
 
 
@@ -26,7 +26,7 @@ def test_given_prompts_become_int32():
 
 
 @pytest.mark.parametrize("lengths, count, words", [
-    ([48, 48], 8, "2 prompts: model_config.batch_size is 3"),
+    ([48, 48], 8, "2 prompts: 3 are answered together"),
     ([48, 48, 47], 8, "as long on average"),
     ([32, 48, 64], 8, "leave room for 8 tokens"),
     ([48, 48, 48], 17, "--execute 17: model_config.max_new_tokens is 16"),

@@ -35,8 +35,8 @@ def check_prompts(prompts, config, count):
     """Prompts as int32 arrays.
 
     Args:
-        prompts (list): as many sequences of token ids as are answered together, on average seq_length - max_new_tokens long: the program holds
-            all of them in one row.
+        prompts (list): as many sequences of token ids as are answered together, on average seq_length - max_new_tokens
+            long: the program holds all of them in one row.
         config (dict): merged configuration.
         count (int): tokens to generate.
 

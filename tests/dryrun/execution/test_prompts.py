@@ -7,8 +7,8 @@ from mindformers_glm32k.errors import InputError
 
 
 def config(**model):
-    return {"model": {"model_config": {"use_past": True, "batch_size": 3, "seq_length": 64, "max_new_tokens": 16, "padded_vocab_size": 100,
-                                       **model}}}
+    return {"model": {"model_config": {"use_past": True, "batch_size": 3, "seq_length": 64, "max_new_tokens": 16,
+                                       "padded_vocab_size": 100, **model}}}
 
 
 @pytest.mark.parametrize("count, rows, lengths", [(16, 3, [48, 48, 48]), (10, 3, [42, 54, 48]), (1, 2, [33, 63]),

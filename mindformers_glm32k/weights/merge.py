@@ -1,4 +1,5 @@
 """Joins the checkpoints of all ranks into one file, LoRA adapters too, and checks that nothing was lost."""
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Optional
@@ -6,6 +7,7 @@ from typing import Dict, Optional
 from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.weights import pieces
 from mindformers_glm32k.weights.lora import add_product, pairs_of
 from mindformers_glm32k.weights.merge_plan import MergePlan, in_model_order
@@ -78,8 +80,8 @@ def _check_options(outputs, lora, scaling, base, states):
     for path in outputs:
         if path.suffix not in (".ckpt", ".safetensors") or path.is_dir():
             raise InputError(f"{path}: a file name that ends in .ckpt or .safetensors is needed")
-    if len(set(outputs)) < len(outputs):
-        raise InputError(f"{outputs[0]}: --dst and --adapters_only are the same file")
+    if len({path.with_suffix("") for path in outputs}) < len(outputs):
+        raise InputError(f"{outputs[0]}: --dst and --adapters_only need different names, their reports too")
     if lora and scaling is None:
         raise InputError("--lora needs alpha / rank: give --lora_scaling, or --config with the YAML of the LoRA run")
     if lora and states:
@@ -175,7 +177,11 @@ class _Job:
                         writer.finish()
                     made.append((writer, dst))
             for writer, path in made:
-                writer.path.replace(path)
+                if path == first:
+                    writer.path.replace(path)
+                else:  # which may be on another disk
+                    with atomic_path(path) as temporary:
+                        shutil.copyfile(writer.path, temporary)
                 report.setdefault("outputs", []).append(str(path))
                 write_report(path.with_suffix(".report.json"), {**report, "output": str(path),
                                                                 "tensors": writer.describe()})

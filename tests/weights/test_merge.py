@@ -231,6 +231,7 @@ def test_cut_parameters_need_the_strategy(run):
 
 @pytest.mark.parametrize("options, words", [
     ({"dst": None}, "nothing to write"), ({"dst": "out.bin"}, "ends in .ckpt or .safetensors"),
+    ({"adapters_only": "out.safetensors"}, "need different names"),
     ({"adapters_only": "a.ckpt"}, "no LoRA adapters"), ({"base": "b.ckpt"}, "add --lora"),
     ({"lora": True}, "alpha / rank"), ({"lora": True, "lora_scaling": 2.0, "optimizer_states": True}, "belong to the"),
 ])

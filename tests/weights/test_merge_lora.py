@@ -67,14 +67,14 @@ def assert_close(path, expected):
 
 def test_merged_into_the_weights(run, tensors, strategy, tmp_path):
     merge(run, tmp_path / "out.ckpt", strategy, lora=True, lora_scaling=2.0,
-          adapters_only=tmp_path / "lora.safetensors")
+          adapters_only=tmp_path / "apart" / "lora.safetensors")
     assert_close(tmp_path / "out.ckpt", merged(tensors, 2.0))
-    found = read_weights(tmp_path / "lora.safetensors")
+    found = read_weights(tmp_path / "apart" / "lora.safetensors")
     assert set(found) == {name for name in tensors if "lora" in name and name.startswith("transformer")}
     assert all((found[name] == tensors[name][0]).all() for name in found)
     frozen = [name for name in read_weights(tmp_path / "out.ckpt") if "query_key_value.weight" not in name]
     assert frozen and all((read_weights(tmp_path / "out.ckpt")[name] == tensors[name][0]).all() for name in frozen)
-    assert (tmp_path / "lora.report.json").is_file()
+    assert (tmp_path / "apart" / "lora.report.json").is_file()
 
 
 def test_kept_beside_the_weights(run, tensors, strategy, tmp_path):

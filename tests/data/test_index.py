@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from mindformers_glm32k.data import index as index_module
-from mindformers_glm32k.data.cache_folder import cache_folder
 from mindformers_glm32k.data.index import LineIndex
 from mindformers_glm32k.errors import InputError
 
@@ -101,19 +100,6 @@ def test_a_damaged_index_is_rebuilt(data, damage):
     good.stored.write_bytes(damage(raw))
     assert lines_of(LineIndex(data, stored_from=0)) == lines
     assert good.stored.read_bytes() == raw
-
-
-def test_where_it_is_kept(tmp_path, monkeypatch):
-    data = tmp_path / "read only" / "data.jsonl"
-    data.parent.mkdir()
-    data.write_text("{}\n")
-    assert cache_folder(data) == data.parent / ".glm32k_cache"
-    assert cache_folder(data, tmp_path / "mine") == tmp_path / "mine" and (tmp_path / "mine").is_dir()
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.delenv("LOCAL_DEFAULT_PATH", raising=False)
-    assert cache_folder(data).resolve() == tmp_path / "output" / "temporary" / "glm32k_cache"
-    monkeypatch.setenv("LOCAL_DEFAULT_PATH", str(tmp_path / "elsewhere"))
-    assert cache_folder(data) == tmp_path / "elsewhere" / "temporary" / "glm32k_cache"
 
 
 def test_small_files_leave_no_index(data):

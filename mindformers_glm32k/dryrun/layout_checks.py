@@ -5,6 +5,7 @@ MindSpore finds most of these after a minute of compiling, in words of its own, 
 from mindformers_glm32k.errors import InputError
 
 FLASH_ATTENTION_STEP = 16  # the kernel works on blocks of 16 positions
+_SEMI_AUTO = (1, 2, "semi_auto_parallel", "auto_parallel")  # of parallel.parallel_mode: one program is cut
 _AXES = ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage")
 
 
@@ -107,7 +108,7 @@ def _devices(sizes, devices):
 def _mode(sizes, _):
     mode = (sizes.config.get("parallel") or {}).get("parallel_mode")
     axes = [name for name in _AXES[1:] if getattr(sizes, name) > 1]
-    if axes and mode not in (1, 2, "semi_auto_parallel", "auto_parallel"):
+    if axes and mode not in _SEMI_AUTO:
         yield (f"parallel.parallel_mode={mode!r}: parallel_config.{axes[0]}={getattr(sizes, axes[0])} needs 1 "
                "(semi-automatic parallel)")
 
@@ -201,6 +202,10 @@ def _prediction(sizes):
     for name in ("pipeline_stage", "context_parallel"):
         if getattr(sizes, name) > 1 and sizes.config["run_mode"] == "predict":
             yield f"parallel_config.{name}={getattr(sizes, name)}: must be 1 in run_mode predict"
+    mode = (sizes.config.get("parallel") or {}).get("parallel_mode")
+    if sizes.model.get("use_past") and sizes.data_parallel > 1 and mode in _SEMI_AUTO:
+        yield (f"parallel_config.data_parallel={sizes.data_parallel}: must be 1 in run_mode predict with use_past, where all "
+               "prompts of a batch are read as one row; start a run for each part of the prompts instead")
     if sizes.model.get("use_past") and sizes.groups % sizes.model_parallel:
         yield (f"model_config.multi_query_group_num={sizes.groups}: not a multiple of parallel_config.model_parallel="
                f"{sizes.model_parallel}, over which the cache (use_past) is split")

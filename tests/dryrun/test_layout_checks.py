@@ -59,6 +59,8 @@ def test_shipped_layouts_pass(path):
     ({**PREDICT, "parallel_config.pipeline_stage": 2}, ["parallel_config.pipeline_stage=2", "predict"]),
     ({**PREDICT, "model.model_config.use_past": True, "parallel_config.data_parallel": 1,
       "parallel_config.model_parallel": 4}, ["multi_query_group_num=2", "cache"]),
+    ({**PREDICT, "model.model_config.use_past": True, "model.model_config.batch_size": 2},
+     ["parallel_config.data_parallel=2: must be 1", "use_past"]),
 ], ids=lambda value: ",".join(value)[:60])
 def test_what_does_not_fit_is_named(values, names):
     with pytest.raises(InputError) as error:

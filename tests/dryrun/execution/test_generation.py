@@ -1,13 +1,17 @@
 """Greedy decoding by compiled programs: blocks of the cache, and the published model's text."""
+import json
+
 import numpy as np
 import pytest
+import yaml
 
-from dryrun.tiny import CONFIG
+from dryrun.tiny import CONFIG, run_command
 from mindformers_glm32k.dryrun import execute_prediction
 from mindformers_glm32k.dryrun.execution import generation
 from mindformers_glm32k.dryrun.execution.generation import Blocks
 from mindformers_glm32k.dryrun.execution.interpreter import ExecutionError
 from mindformers_glm32k.dryrun.execution.network import NetworkError
+from mindformers_glm32k.errors import InputError
 
 ANSWER, LENGTH = 48, 64
 OVERRIDES = ["--model.model_config.seq_length", str(LENGTH), "--model.model_config.max_new_tokens", str(ANSWER),
@@ -41,8 +45,8 @@ def test_a_full_cache_or_table_is_an_error(width, blocks):
         ours.extend([1, 1])
 
 
-def prepare(output, name, golden, reference):
-    overrides = [*OVERRIDES, "--model.model_config.batch_size", str(len(golden["greedy_prompt"]))]
+def prepare(output, name, golden, reference, *more):
+    overrides = [*OVERRIDES, "--model.model_config.batch_size", str(len(golden["greedy_prompt"])), *more]
     return execute_prediction.prepare(
         str(CONFIG.with_name(f"{name}.yaml")), overrides, output, ANSWER,
         load_checkpoint=str(reference / "tiny_hf" / "hf_safetensors_fp32"), prompts=list(golden["greedy_prompt"]))[0]
@@ -113,6 +117,13 @@ def test_the_programs_of_two_cards_write_the_published_models_text(two_cards, go
 
 
 @pytest.mark.slow
+def test_without_a_cache_the_text_is_the_same(tmp_path, golden, reference):
+    check_published(prepare(tmp_path, "predict_glm32k", golden, reference, "--model.model_config.use_past", "False",
+                            "--model.model_config.use_flash_attention", "False", "--predict_batch_size",
+                            str(len(golden["greedy_prompt"]))).run(), golden)
+
+
+@pytest.mark.slow
 def test_a_wrong_shard_is_caught(two_cards, monkeypatch):
     """Both ranks swap their parts of one weight."""
     generate = generation.generate
@@ -152,3 +163,29 @@ def test_an_allreduce_that_one_rank_leaves_out_is_named(two_cards, monkeypatch, 
     drop_allreduce(monkeypatch, two_cards.programs[1:], phase)
     with pytest.raises(NetworkError, match="rank 0 brings .*; rank 1 brings "):
         two_cards.run()
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("options", [(), ("--precision", "config")])
+def test_the_shipped_layout_shrunk(tmp_path, options):
+    """Two prompts of different lengths."""
+    result = run_command("dryrun", "--execute", "8", "--output_dir", str(tmp_path), *options,
+                         config=CONFIG.with_name("predict_glm32k_mp2.yaml"), sizes={"model.model_config.batch_size": 2})
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads((tmp_path / "execution.json").read_text())
+    assert report["agrees"] and report["world_size"] == 2 and report["layout"] == "mp 2"
+    assert np.shape(report["tokens"]) == np.shape(report["tokens_one_device"]) == (2, 8)
+    assert len(set(report["prompt_lengths"])) == 2
+    assert report["largest_logit_difference_relative"] <= report["tolerance"]
+    assert report["shrunk"]["model.model_config.num_layers"] == [28, 2]
+    assert "all agree" in result.stdout and "**All agree.**" in (tmp_path / "execution.md").read_text()
+
+
+@pytest.mark.parametrize("changes, words", [({"run_mode": "eval"}, "run_mode eval cannot be executed"),
+                                            ({}, "--execute 513: model_config.max_new_tokens is 512")])
+def test_what_cannot_be_executed_is_refused_before_anything_is_compiled(tmp_path, changes, words):
+    path = CONFIG.with_name("predict_glm32k.yaml")
+    config = {**yaml.safe_load(path.read_text()), **changes}
+    with pytest.raises(InputError, match=words):
+        execute_prediction.execute(str(path), [], tmp_path / "output", 513, shrunk=False, config=config)
+    assert not (tmp_path / "output").exists()

@@ -267,9 +267,18 @@ def compare(result, reference, programs, layout, config):
         "largest_differences": [vars(item) for item in differences[:10]],
         "elements_left_out_as_noise": sum(item.noise for item in weights),
         "unequal_copies": {name: {"ranks": ranks, "largest": largest} for name, (ranks, largest) in unequal.items()},
-        "non_finite": [vars(item) for machine in result.machines for item in machine.non_finite],
-        "non_finite_one_device": [vars(item) for item in reference.machines[0].non_finite],
+        "non_finite": _first_of_steps(result.machines),
+        "non_finite_one_device": _first_of_steps(reference.machines),
         "collectives": [{"kind": kind, "rank": rank, "count": count} for (kind, rank), count in sorted(counted.items())]}
+
+
+def _first_of_steps(machines):
+    """Of each step the operator that was the first on any rank to make something not finite."""
+    events = sorted((item for machine in machines for item in machine.non_finite), key=lambda item: item.when)
+    first = {}
+    for item in events:
+        first.setdefault(item.step, {"step": item.step + 1, "rank": item.rank, "place": item.place, "output": item.output})
+    return [first[step] for step in sorted(first)]
 
 
 def _step(ranks, one, layout, factor):

@@ -2,6 +2,7 @@
 
 What a primitive computes stands in `operators`; here is what moves values: calls, closures, tuples, parameters.
 """
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -26,12 +27,14 @@ class Status:
 
 @dataclass
 class NonFinite:
-    """Where a value first was NaN or infinite in a step: the operator (with its place), and what it made."""
+    """Where a value first was NaN or infinite in a step of a rank: the operator (with its place), what it made, and when (in
+    seconds, to tell which rank came first)."""
 
     rank: int
     step: int
     place: str
     output: str
+    when: float
 
 
 @dataclass
@@ -194,12 +197,12 @@ class Machine:
     def _look_for_non_finite(self, node, inputs, result):
         if self.status.overflow and self.non_finite and self.non_finite[-1].step == self.step:
             return
-        if _finite(plain(result)) or not _finite(plain(tuple(inputs))):
+        if node.op in _CARRIERS or _finite(plain(result)) or not _finite(plain(tuple(inputs))):
             return
         self.status.overflow = True
         if not self.non_finite or self.non_finite[-1].step != self.step:
             self.non_finite.append(NonFinite(self.rank, self.step, f"{node.op} ({self._place(node)})",
-                                             _shapes(plain(result))))
+                                             _shapes(plain(result)), time.monotonic()))
 
     @staticmethod
     def _place(node):
@@ -208,6 +211,8 @@ class Machine:
                f"{'' if micro is None else f', micro batch {micro}'}"
 
 
+# bring what another rank made
+_CARRIERS = frozenset(("Receive", "AllGather", "AlltoAll", "AllToAll", "Broadcast"))
 _MOVERS = {
     "Depend": lambda inputs: inputs[0],
     "Load": lambda inputs: plain(inputs[0]),

@@ -32,8 +32,8 @@ def table(report):
                  f"({report['largest_weight_difference_relative']:.2g} of the parameter's largest element), "
                  f"moments by {report['largest_moment_difference_relative']:.2g} of theirs")
     for event in report["non_finite"][:_SHOWN]:
-        lines.append(f"first value that is not finite, rank {event['rank']}, step {event['step'] + 1}: "
-                     f"{event['place']} -> {event['output']}")
+        lines.append(f"first value that is not finite in step {event['step']}: rank {event['rank']}, {event['place']} -> "
+                     f"{event['output']}")
     lines += [f"DIFFERS: {problem}" for problem in report["problems"][:_SHOWN]]
     if len(report["problems"]) > _SHOWN:
         lines.append(f"... and {len(report['problems']) - _SHOWN} more, see execution.json")

@@ -20,6 +20,7 @@ class Case:
     Args:
         layout (Layout), config (dict): of the programs.
         programs (list[Rehearsed]): by rank.
+        strategy (pathlib.Path): folder of the strategy files.
     """
 
     def __init__(self, work, **overrides):
@@ -28,6 +29,7 @@ class Case:
                      *shrink.precision_overrides("float32")]
         self.layout, self.config = read_layout(arguments)
         self.programs = execute.compile_all(arguments, self.layout, work)
+        self.strategy = work / "strategy"
 
     def run(self, whole, rows, programs=None):
         """execute.run on these programs, or on changed ones."""

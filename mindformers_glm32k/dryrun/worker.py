@@ -64,7 +64,7 @@ class Recorder:
             return
         weights = {parameter.name for parameter in network.trainable_params()}
         whole = self.world == 1
-        values = {parameter.name: parameter.asnumpy() for parameter in network.get_parameters()
+        values = {parameter.name: _array(parameter) for parameter in network.get_parameters()
                   if whole or (parameter.size <= _COUNTER_SIZE and parameter.name not in weights)}
         with open(self.folder / STATE_FILE, "wb") as file:
             np.savez(file, **values)
@@ -74,6 +74,12 @@ class Recorder:
         self.record["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         (self.folder / RECORD_FILE).write_text(json.dumps(self.record), encoding="utf-8")
         raise Finished
+
+
+def _array(parameter):
+    """A parameter's values; bfloat16, which NumPy cannot read again, as float32."""
+    from mindspore import bfloat16, float32
+    return (parameter.astype(float32) if parameter.dtype == bfloat16 else parameter).asnumpy()
 
 
 def note(text):

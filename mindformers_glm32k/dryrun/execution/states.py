@@ -1,6 +1,7 @@
 """Parameters of ranks: cut from one device's before the first step, put together again after the last one."""
 import numpy as np
 
+from mindformers_glm32k.dryrun.execution.values import round_bfloat16
 from mindformers_glm32k.weights.shards import slice_of
 
 ACCUMULATOR = "accu_grads."
@@ -60,6 +61,8 @@ def cut(program, rank_in_stage, layouts, whole, counters):
             values[name] = slice_of(whole[name], layouts[name], rank_in_stage) if name in layouts else whole[name]
         else:
             values[name] = counters[name]
+        if spec.dtype == "bfloat16":
+            values[name] = round_bfloat16(values[name])
     return values
 
 

@@ -53,6 +53,12 @@ def test_copies_that_differ_are_named_with_rank_and_size(whole):
     assert unequal == {"norm.weight": ([0, 2], 0.5)}
 
 
+def test_bfloat16_parameters_hold_values_of_bfloat16():
+    program = SimpleNamespace(parameters={"a": ("norm.weight", Spec((2,), "bfloat16", 2))})
+    values = states.cut(program, 0, {}, {"norm.weight": np.array([0.1, 1.0], np.float32)}, {})
+    assert values["norm.weight"].tolist() == [0.10009765625, 1.0]
+
+
 def test_a_parameter_that_is_nowhere_is_an_error():
     with pytest.raises(KeyError, match="norm.weight"):
         ranks_of({NAME: np.zeros((8, 3), np.float32)})

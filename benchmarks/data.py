@@ -77,7 +77,7 @@ def dataset(program, path, vocab_file, workers):
             input_columns=["input_ids", "labels"], ignore_pad_token_for_loss=True, python_multiprocessing=False,
             **common))
     from mindformers_glm32k.data.dataset import GLM32KDataset
-    packing = {"packing": True, "rows_per_epoch": 1000000} if program != ROWS else {}
+    packing = {"packing": True, "rows_per_epoch": 16000} if program != ROWS else {}
     return GLM32KDataset({"data_loader": {"type": "GLM32KDataLoader", "dataset_dir": path, "shuffle": True},
                           "tokenizer": {"type": "GLM32KTokenizer", "vocab_file": vocab_file}, **common, **packing})
 
@@ -87,6 +87,9 @@ def run_program(args):
     import mindformers  # noqa: F401
     import numpy as np
     from mindformers import build_context  # noqa: F401  what a training run has imported, too
+    from mindformers.dataset import KeyWordGenDataset  # noqa: F401
+    if args.program != UPSTREAM:
+        import mindformers_glm32k.data.dataset  # noqa: F401
 
     before = _memory("VmRSS")
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from mindformers_glm32k.data.options import choice
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
 
-CHECKED_BYTES = 32 << 20  # checked before a run starts, in less than a second; what follows, when it is read
+CHECKED_BYTES = 16 << 20  # checked before a run starts, in a tenth of a second; what follows, when it is read
 RAISE, SKIP = "raise", "skip"
 ON_ERROR = (RAISE, SKIP)
 _LOOKED_AT = 1000  # lines, to find out what a file holds where the first ones are damaged

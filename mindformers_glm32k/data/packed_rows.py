@@ -9,8 +9,8 @@ from mindformers_glm32k.data.packing import pack, packed_row, split_to_multiple
 from mindformers_glm32k.data.tokens import in_order
 from mindformers_glm32k.errors import InputError
 
-_TOGETHER = 8  # documents of a stream that one call tokenizes
-_AHEAD = 8  # calls that are begun before their documents are asked for
+_TOGETHER = 4  # documents of a stream that one call tokenizes
+_AHEAD = 2  # calls that are begun before their documents are asked for
 
 
 class PackedRows:

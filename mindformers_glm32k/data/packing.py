@@ -22,7 +22,7 @@ import numpy as np
 from mindformers_glm32k.data.rows import IGNORED
 
 COLUMNS = ["input_ids", "labels", "position_ids", "document_ids", "input_mask"]
-FIRST_WINDOW = 4  # rows; the first ones are there soon
+FIRST_WINDOW = 2  # rows; the first ones are there soon
 _HELD_BACK = 8  # the emptiest of so many rows of a window waits for the next one's short documents
 
 

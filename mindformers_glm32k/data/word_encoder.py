@@ -89,4 +89,5 @@ def _words_with_spaces(text):
 
 def _ends_at_spaces(model):
     """bool: whether no piece has a space behind another letter."""
-    return not any(re.search("[^\u2581]\u2581", model.id_to_piece(index)) for index in range(model.vocab_size()))
+    pieces = model.id_to_piece(list(range(model.vocab_size())))
+    return not any("\u2581" in piece[1:] and re.search("[^\u2581]\u2581", piece) for piece in pieces)

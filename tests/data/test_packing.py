@@ -73,7 +73,7 @@ def test_a_row_is_there_after_a_small_first_window():
         for number in range(10000):
             asked.append(number)
             yield number, 10
-    assert next(pack(documents(), CAPACITY, 4096)) and len(asked) == 20
+    assert next(pack(documents(), CAPACITY, 4096)) and len(asked) == 10
 
 
 @given(strategies.lists(strategies.lists(strategies.integers(), min_size=1, max_size=6), max_size=20),

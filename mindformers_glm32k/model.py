@@ -16,12 +16,20 @@ from mindformers.version_control import get_dropout
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.config import GLM32KConfig
+from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.kernels.blocks import numbers
 from mindformers_glm32k.kernels.chunked_loss import ChunkedLoss
 from mindformers_glm32k.kernels.compressed_attention import compressed_causal_mask
 from mindformers_glm32k.kernels.looped_layers import LoopedTransformer, can_loop
 from mindformers_glm32k.kernels.mask import MASKED, differs, hides
 from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
+
+
+@ops.constexpr
+def refuse_packed_rows():
+    """Raises InputError when a program for NPUs is compiled with packed rows."""
+    raise InputError("position_ids, document_ids: packed rows are supported with portable cells only (CPU); on Ascend "
+                     "a token would see the documents before its own. Turn packing off in train_dataset")
 
 
 class GLM32KModel(GLM2PreTrainedModel):
@@ -108,6 +116,8 @@ class GLM32KModel(GLM2PreTrainedModel):
         Outputs:
             Tensor: shape of input_ids + (H,), compute dtype.
         """
+        if not self.portable and (position_ids is not None or document_ids is not None):
+            refuse_packed_rows()
         if self.looped:
             if position_ids is None:
                 position_ids = ops.broadcast_to(numbers(input_ids.shape[1]), input_ids.shape)
@@ -181,7 +191,7 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
             0, 1, 2, … along the row. Without use_past.
         document_ids (Tensor): (B, S) int32, for rows that hold several documents: a token sees earlier tokens of its
             own document only (padding has an id of its own); by default the row is one document. Without use_past.
-        batch_valid_length, block_tables, slot_mapping: with use_past.
+        batch_valid_length (Tensor): (B,) or (1, B) int32 tokens of each prompt; block_tables, slot_mapping: with use_past.
         Others are upstream's, accepted and unused.
 
     Outputs:
@@ -189,7 +199,8 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
           where the train step cuts the batch into micro batches, a part's share of the step's mean;
         - evaluation with labels: logits (B, S+1, V), labels (B, S+1) and input_mask (B, S+1), shifted as upstream's
           PerplexityMetric undoes it;
-        - without labels: (logits,), float32: (B*S, V), or with use_past (B, V), the last token of each prompt.
+        - without labels: (logits,), float32: (B*S, V), or with use_past or batch_valid_length (B, V), the last token of
+          each prompt.
     """
 
     config_class = GLM32KConfig
@@ -224,6 +235,11 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         if self.use_past and self.is_first_iteration:
             # (1, T, H) -> (1, B, H): the last token of each prompt
             hidden = self.gather(hidden, ops.cumsum(batch_valid_length, 0) - 1, 1)
+        elif labels is None and batch_valid_length is not None and not self.use_past:
+            # (B, S, H) -> (B, H): the last token of each prompt
+            batch, length, width = hidden.shape
+            last = batch_valid_length - 1 + numbers(batch) * length
+            hidden = self.gather(hidden.reshape((-1, width)), last, 0)
         if labels is not None and input_mask is None:
             input_mask = ops.cast(self.not_equal(labels, -100), mstype.float32)
         if labels is not None and self.training:
@@ -262,8 +278,12 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
                         batch_valid_length, None, block_tables, slot_mapping, None, None, None, None)
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        """Upstream's inputs; on portable cells decode reads only the blocks that hold tokens."""
+        """Upstream's inputs; on portable cells decode reads only the blocks that hold tokens, and without a cache
+        logits are computed where a prompt ends."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if not self.use_past and self.config.use_portable_cells:
+            lengths = np.asarray(kwargs["valid_length_each_example"], np.int32)
+            inputs["batch_valid_length"] = Tensor.from_numpy(lengths)
         if self.use_past and self.config.use_portable_cells and not kwargs.get("prefill"):
             longest = int(np.max(kwargs["valid_length_each_example"]))
             used = -(-longest // self.config.block_size)

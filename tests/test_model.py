@@ -4,10 +4,12 @@ import mindspore.common.dtype as mstype
 import numpy as np
 import pytest
 from mindformers.models.glm2 import glm2_transformer
+from mindformers.pet import LoraConfig, get_pet_model
 
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.kernels import blocks, blockwise_attention
+from mindformers_glm32k.model import refuse_packed_rows
 from mindformers_glm32k.weights.names import name_of, slot_of
 
 NO_STOP = [1023]  # an id that the golden continuations do not contain: generation runs to its limit
@@ -279,3 +281,38 @@ def test_logits_at_32768_positions(build, golden):
     picked = hidden[:, ms.Tensor(golden["long_positions"].astype(np.int32))]
     logits = network.transformer.output_layer(picked).asnumpy()[0]
     assert np.abs(logits - golden["long_logits"]).max() < 1e-3
+
+
+def test_adapters_train_through_the_loops(build, golden, small_blocks):
+    """LoRA on query_key_value: that part goes through upstream's cells, the rest through loops with frozen weights."""
+    _, gradients = gradients_of(build(use_flash_attention=True), golden)
+    network = get_pet_model(build(use_flash_attention=True), LoraConfig(
+        lora_rank=4, lora_alpha=8, lora_dropout=0.0, target_modules=".*query_key_value.*"))
+    model = network.network.network if hasattr(network.network, "network") else network.network
+    assert model.transformer.encoder.ways(0) == ("cells", "frozen") and model.loss_way() == "frozen"
+    loss, of_adapters = gradients_of(network, golden)
+    assert loss == pytest.approx(float(golden["loss"]), rel=1e-5)  # adapters start at zero
+    assert len(of_adapters) == 2 * model.config.num_layers
+    values = {parameter.name: parameter.asnumpy() for parameter in network.trainable_params()}
+    names = [name for name in of_adapters if name.endswith("lora_b")]
+    assert len(names) == model.config.num_layers
+    for name in names:
+        # weight + B A alpha / rank: the gradient of B is the weight's times A^T alpha / rank
+        weight = gradients["transformer." + name.split("transformer.")[1].replace("mindpet_delta_lora_b", "weight")]
+        expected = weight @ values[name.replace("lora_b", "lora_a")].T * 2
+        np.testing.assert_allclose(of_adapters[name], expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_prediction_computes_the_logits_of_the_last_token_only(build, golden):
+    network = build()
+    ids = ms.Tensor(golden["input_ids"].astype(np.int32))
+    last = network(ids, batch_valid_length=ms.Tensor([[64, 10]], ms.int32))[0].asnumpy()
+    assert last.shape == (2, 1024)
+    np.testing.assert_allclose(last, golden["logits"][[0, 1], [63, 9]], atol=1e-4)
+    inputs = network.prepare_inputs_for_generation(golden["input_ids"], valid_length_each_example=np.array([3, 4]))
+    assert inputs["batch_valid_length"].asnumpy().tolist() == [3, 4]
+
+
+def test_packed_rows_are_refused_where_they_would_be_wrong():
+    with pytest.raises(InputError, match="packed rows"):
+        refuse_packed_rows()

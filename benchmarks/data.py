@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--vocab_file", default=str(REFERENCE), help="the published tokenizer.model")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each program. Default %(default)s")
     parser.add_argument("--seconds", type=float, default=40, help="for which batches are made. Default %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="num_parallel_workers. Default: cores")
+    parser.add_argument("--workers", type=int, default=1, help="num_parallel_workers. Default %(default)s")
     parser.add_argument("--work", help="folder for the data; default: a temporary one")
     parser.add_argument("--program", help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)

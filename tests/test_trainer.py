@@ -220,7 +220,7 @@ def test_packed_columns_reach_the_model_by_name(train, evaluation, options):
     config = read_config(options() + ["--train_dataset.packing", str(train), "--eval_dataset.packing",
                                       str(evaluation)])
     trainer._name_columns(config, ["train_dataset", "eval_dataset"])
-    columns = ["input_ids", "labels", "position_ids", "document_ids", "input_mask"]
+    columns = ["input_ids", "labels", "input_mask", "position_ids", "document_ids"]
     for section in (config.train_dataset, config.eval_dataset):
         assert section.get("construct_args_key") == (columns if train or evaluation else None)
     assert config.train_dataset.input_columns == (columns if train else columns[:2])

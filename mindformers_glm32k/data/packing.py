@@ -2,11 +2,11 @@
 
     input_ids     a1 a2 a3 a4 b1 b2 b3 c1 c2 c3 c4 <pad> <pad>      three documents
     labels         ·  · a4  ·  · b3  ·  · c3 c4  ·    ·     ·       as `rows.py` makes them
+    input_mask     0  0  1  0  0  1  0  0 .5 .5  0    0     0       weight of each position in the loss
     position_ids   0  1  2  3  0  1  2  0  1  2  3    0     1       restart with each document
     document_ids   0  0  0  0  1  1  1  2  2  2  2    3     3       a token attends within its document only
-    input_mask     0  0  1  0  0  1  0  0 .5 .5  0    0     0       weight of each position in the loss
 
-The model's loss is sum(w * l) / sum(w), both sums taken over all rows of all devices. With w = 1 / n for each of the
+The model's loss is sum(w * l) / sum(w), both sums taken over all rows of a step, on all devices. With w = 1 / n for each of the
 n learnt tokens of a sample, sum(w * l) adds up the samples' mean losses and sum(w) counts the samples, so the loss is
 
     (1 / samples) * sum over samples of (1 / n) * sum over its learnt tokens of l
@@ -21,7 +21,7 @@ import numpy as np
 
 from mindformers_glm32k.data.rows import IGNORED
 
-COLUMNS = ["input_ids", "labels", "position_ids", "document_ids", "input_mask"]
+COLUMNS = ["input_ids", "labels", "input_mask", "position_ids", "document_ids"]  # the model's own order of inputs
 FIRST_WINDOW = 2  # rows; the first ones are there soon
 _HELD_BACK = 8  # the emptiest of so many rows of a window waits for the next one's short documents
 
@@ -153,4 +153,4 @@ def packed_row(documents, capacity, pad_id, equal_samples=True):
         learnt = labels[start:end] != IGNORED
         input_mask[start:end] = learnt / np.float32(max(learnt.sum(), 1) if equal_samples else 1)
     position_ids[end:] = np.arange(capacity - end)
-    return input_ids, labels, position_ids, document_ids, input_mask
+    return input_ids, labels, input_mask, position_ids, document_ids

@@ -64,7 +64,7 @@ def test_a_plan_has_every_sample_once_and_a_multiple_of_rows(lengths):
     cuts, padding = Counter(), Counter()
     rows = PlannedRows(plan, Tokens(lengths), CAPACITY, 0, True, cuts, padding)
     assert len(rows) == len(plan) and samples_in(rows, range(len(plan))) == plan
-    ids, _, _, document_ids, _ = rows[3]
+    ids, _, _, _, document_ids = rows[3]
     assert [int(ids[document_ids == place][0]) for place in range(len(plan[3]))] == plan[3]
     assert cuts.calls == [(sample, lengths[sample], lengths[sample]) for sample in plan[3]]
     assert padding.calls == [(1, sum(lengths[sample] for sample in plan[3]), CAPACITY)]

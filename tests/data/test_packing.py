@@ -101,10 +101,11 @@ def test_a_row_as_in_the_picture():
     assert columns["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 0, 1]
     assert columns["document_ids"].tolist() == [0] * 4 + [1] * 3 + [2] * 4 + [3] * 2
     assert columns["input_mask"].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0.5, 0.5, 0, 0, 0]
-    assert [column.dtype for column in row] == [np.int32] * 4 + [np.float32]
-    by_token = packed_row([document(4, 1), document(4, 2)], 8, 0, equal_samples=False)[-1]
+    assert {name: column.dtype for name, column in columns.items()} == {
+        name: np.float32 if name == "input_mask" else np.int32 for name in COLUMNS}
+    by_token = packed_row([document(4, 1), document(4, 2)], 8, 0, equal_samples=False)[2]
     assert by_token.tolist() == [0, 0, 1, 0, 0, 1, 1, 0]
-    assert packed_row([], 3, 7)[0].tolist() == [7, 7, 7] and not packed_row([], 3, 7)[4].any()
+    assert packed_row([], 3, 7)[0].tolist() == [7, 7, 7] and not packed_row([], 3, 7)[2].any()
 
 
 @given(strategies.lists(strategies.integers(1, 12), min_size=1, max_size=12), strategies.randoms())

@@ -1,0 +1,42 @@
+"""The README's table of rehearsals, from the folders that `glm32k dryrun --execute` wrote.
+
+    python benchmarks/rehearsals.py FOLDER …
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HEAD = ("layout", "YAML", "ranks", "steps", "loss, first / last step", "largest difference of a loss", "of a gradient norm",
+        "of a weight", "of a moment", "result")
+
+
+def relative(steps, name):
+    """float: the largest difference of a value from one device's, relative to that."""
+    return max(abs(step[name] / step[f"{name}_one_device"] - 1) for step in steps)
+
+
+def row(folder):
+    """tuple[str]: a layout's cells."""
+    report = json.loads((Path(folder) / "execution.json").read_text(encoding="utf-8"))
+    steps = report["steps"]
+    skipped = sum(step["overflow"] for step in steps)
+    kept = [step for step in steps if not step["overflow"]]
+    differences = [f"{relative(kept, name):.1e}" if kept else "-" for name in ("loss", "grad_norm")]
+    differences += [f"{report[f'largest_{kind}_difference_relative']:.1e}" for kind in ("weight", "moment")]
+    result = "equal" if report["agrees"] else f"{len(report['problems'])} differences"
+    return (report["layout"], Path(report["config"]).stem, str(report["world_size"]),
+            f"{len(steps)}{f' ({skipped} skipped)' if skipped else ''}",
+            f"{steps[0]['loss']:.5f} / {steps[-1]['loss']:.5f}", *differences, result)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", help="output folders of rehearsals")
+    rows = [row(folder) for folder in parser.parse_args().folders]
+    for cells in (HEAD, ["---"] * len(HEAD), *rows):
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -191,7 +191,7 @@ def table(results, lengths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the row")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a process; the first does not count")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a process; the first does not count")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each program and length")
     parser.add_argument("--torch_python", help="interpreter with torch and transformers; without one torch is left out")
     parser.add_argument("--memory_limit", type=float, default=20.0, help="GiB that a process may have")

@@ -257,6 +257,7 @@ def test_loss_and_gradients_across_blocks_and_chunks(build, golden, small_blocks
         assert np.linalg.norm(gradient) == pytest.approx(float(golden[f"gradnorm:{hf_name(name)}"]), rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_cells_in_place_of_the_loops_give_the_same_gradients(build, golden, small_blocks):
     """Split weights and adapters go through upstream's cells; half of the weights are frozen."""
     loss, looped = gradients_of(build(use_flash_attention=True), golden)
@@ -283,6 +284,7 @@ def test_logits_at_32768_positions(build, golden):
     assert np.abs(logits - golden["long_logits"]).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_adapters_train_through_the_loops(build, golden, small_blocks):
     """LoRA on query_key_value: that part goes through upstream's cells, the rest through loops with frozen weights."""
     _, gradients = gradients_of(build(use_flash_attention=True), golden)

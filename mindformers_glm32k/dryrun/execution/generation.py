@@ -110,7 +110,8 @@ class CachedGenerator:
         blocks = Blocks(len(prompts), width, self.cache[1], self.cache[0])
         ids, tokens, logits = np.concatenate(prompts)[None], [], []
         counts = [len(prompt) for prompt in prompts]
-        for _ in range(count):
+        for number in range(count):
+            machine.step = number  # tokens are counted, whichever program makes them
             slots = blocks.extend(counts)
             logits.append(_call(machine, len(prompts), input_ids=ids.astype(np.int32), slot_mapping=slots,
                                 block_tables=blocks.table(), batch_valid_length=np.array([blocks.lengths], np.int32)))

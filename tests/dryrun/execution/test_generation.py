@@ -97,6 +97,12 @@ def test_a_token_in_the_wrong_slot_changes_the_text(one_card, golden, monkeypatc
     assert report["tokens"] != golden["greedy_output"][:, -ANSWER:].tolist()
 
 
+def test_traces_count_tokens(one_card, capsys):
+    one_card.run(["layers-CellList/0-ChatGLM2Block/mlp"])
+    steps = [line.split()[2] for line in capsys.readouterr().out.splitlines() if " SiLU " in line]
+    assert steps == [str(number) for number in range(1, ANSWER + 1)]
+
+
 def test_caches_begin_empty_each_time(one_card):
     assert one_card.run()["tokens"] == one_card.run()["tokens"]
     generator, = generation.generate([one_card.one], one_card.whole, one_card.prompts, 1).generators

@@ -6,16 +6,16 @@
     position_ids   0  1  2  3  0  1  2  0  1  2  3    0     1       restart with each document
     document_ids   0  0  0  0  1  1  1  2  2  2  2    3     3       a token attends within its document only
 
-The model's loss is sum(w * l) / sum(w), both sums taken over all rows of a step, on all devices. With w = 1 / n for each of the
-n learnt tokens of a sample, sum(w * l) adds up the samples' mean losses and sum(w) counts the samples, so the loss is
+The model's loss is sum(w * l) / sum(w), both sums taken over all rows of a step, on all devices. With w = 1 / n for
+each of the n learnt tokens of a sample, sum(w * l) adds up the samples' mean losses and sum(w) counts the samples, so
+the loss is
 
     (1 / samples) * sum over samples of (1 / n) * sum over its learnt tokens of l
 
-the mean over the samples of the global batch: a sample counts alike whether its answer is long or short, in whichever
-row and on whichever device it lies, and whatever lies beside it. LongAlign (Bai et al. 2024) makes the
-mean over a pack's samples equal by weights that hold the number of packs and of samples in the batch, which a data
-worker would have to know of all devices; here the denominator that the model computes does that. A constant factor
-in w would cancel.
+the mean over the samples of the step: a sample counts alike whether its answer is long or short, in whichever row and
+on whichever device it lies, and whatever lies beside it. LongAlign (Bai et al. 2024) makes samples count alike by
+weights that hold the number of packs and of samples in the batch, which a data worker would have to know of all
+devices; here the denominator that the model computes does that. A constant factor in w would cancel.
 """
 import numpy as np
 

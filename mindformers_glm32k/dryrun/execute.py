@@ -11,7 +11,7 @@ import numpy as np
 
 from mindformers_glm32k.dryrun import shrink
 from mindformers_glm32k.dryrun.execution import checkpoints, states
-from mindformers_glm32k.dryrun.execution.comparison import TOLERANCES, compare_parameters, disagreements
+from mindformers_glm32k.dryrun.execution.comparison import TOLERANCES, NoiseWatch, compare_parameters, disagreements
 from mindformers_glm32k.dryrun.execution.interpreter import Machine
 from mindformers_glm32k.dryrun.execution.network import Network
 from mindformers_glm32k.dryrun.execution.report import write_reports
@@ -58,12 +58,14 @@ class Result:
         outputs (list[list]): per step and rank.
         unread (list[str]): messages that nobody received.
         seconds (float): it took.
+        noise (dict[str, numpy.ndarray]): elements of weights whose gradients are rounding noise, of one device.
     """
 
     machines: list
     outputs: list
     unread: list = field(default_factory=list)
     seconds: float = 0.0
+    noise: dict = field(default_factory=dict)
 
 
 def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=None, precision="float32", traces=()):
@@ -118,7 +120,8 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
                  else states.random_weights(one[0].state))
         for file in (work / "strategy").glob("ckpt_strategy_rank_*.ckpt"):
             copy_atomically(file, output / "strategy" / file.name)
-    reference = run(one, one_layout, whole, rows)
+    beta = float((config["optimizer"].get("betas") or (0.9,))[0])
+    reference = run(one, one_layout, whole, rows, beta=beta)
     result = run(programs, layout, whole, rows, traces, announce=True) if layout.world > 1 else reference
     report = {
         "world_size": layout.world, "layout": layout.describe(), "config": config_file, "shrunk": small.changes,
@@ -162,7 +165,7 @@ def compile_all(arguments, layout, work):
     return [found[rank] for rank in range(layout.world)]
 
 
-def run(programs, layout, whole, rows, traces=(), announce=False):
+def run(programs, layout, whole, rows, traces=(), announce=False, beta=0.9):
     """Executes the programs of a layout.
 
     Args:
@@ -172,6 +175,7 @@ def run(programs, layout, whole, rows, traces=(), announce=False):
         rows (dict[str, numpy.ndarray]): by column (steps, rows, …).
         traces (sequence of str): what is printed, see `make_watch`.
         announce (bool): whether steps are reported on standard error.
+        beta (float): of the optimizer's first moment.
 
     Returns:
         Result
@@ -187,14 +191,18 @@ def run(programs, layout, whole, rows, traces=(), announce=False):
                for step in range(count)]
     started = time.monotonic()
 
+    noise = NoiseWatch(beta)
+
     def say(rank, step):
+        if layout.world == 1:
+            noise.after_step(machines[0].parameters)
         if announce and rank == layout.world - 1:
             took = time.monotonic() - started
             print(f"step {step + 1} of {count} executed, {took:.0f} s; about {took / (step + 1) * (count - step - 1):.0f} s "
                   "left", file=sys.stderr, flush=True)
 
     outputs = run_world(machines, network, batches, say)
-    return Result(machines, outputs, network.unread(), time.monotonic() - started)
+    return Result(machines, outputs, network.unread(), time.monotonic() - started, noise.masks)
 
 
 def make_watch(traces):
@@ -249,7 +257,7 @@ def compare(result, reference, programs, layout, config):
     stages = range(layout.stages)
     layouts = [programs[layout.ranks_of(stage)[0]].layouts for stage in stages]
     whole, unequal = states.join(result.machines, [layout.ranks_of(stage) for stage in stages], layouts, shapes)
-    differences = compare_parameters(whole, one_device)
+    differences = compare_parameters(whole, one_device, reference.noise)
     dtype = config["model"]["model_config"]["compute_dtype"]
     problems = disagreements(steps, differences, unequal, result.unread, TOLERANCES[dtype])
     missing = sorted(set(shapes) - set(whole))

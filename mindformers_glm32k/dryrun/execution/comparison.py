@@ -5,9 +5,9 @@ import numpy as np
 
 from mindformers_glm32k.dryrun.execution.states import weight_of
 
-# An element whose first moment is this small beside the parameter's largest has rounding noise for a gradient (the bias of
-# the keys: softmax does not see it). AdamW makes steps of full size out of noise; such elements of weights are left out, and
-# their moments are compared instead.
+# An element whose gradient in some step is this small beside the parameter's largest has rounding noise for a gradient (the
+# bias of the keys, which softmax does not see; a few of any weight). AdamW makes steps of full size out of noise: such
+# elements of weights are left out, their moments are compared.
 NOISE = 1e-4
 
 
@@ -48,12 +48,41 @@ class ParameterDifference:
     noise: int
 
 
-def compare_parameters(whole, one_device):
+class NoiseWatch:
+    """Finds the elements of weights whose gradient is rounding noise in some step, from the first moments of AdamW.
+
+    Args:
+        beta (float): of the first moment: m = beta * m + (1 - beta) * gradient.
+    """
+
+    def __init__(self, beta):
+        self.beta = beta
+        self.before = {}
+        self.masks = {}
+
+    def after_step(self, parameters):
+        """To be called after every step.
+
+        Args:
+            parameters (dict[str, Parameter]): of one device.
+        """
+        for name, parameter in parameters.items():
+            if name.startswith("adam_m."):
+                moment = parameter.value.astype(np.float64)
+                gradient = np.abs(moment - self.beta * self.before.get(name, 0.0))
+                self.before[name] = moment
+                weight = weight_of(name)
+                noisy = gradient <= NOISE * gradient.max(initial=0.0)
+                self.masks[weight] = self.masks.get(weight, False) | noisy
+
+
+def compare_parameters(whole, one_device, noise=None):
     """Compares joined parameters with one device's.
 
     Args:
         whole (dict[str, numpy.ndarray]): of the layout, put together.
         one_device (dict[str, numpy.ndarray]): values of the same names.
+        noise (dict[str, numpy.ndarray] | None): elements to leave out, by weight; see `NoiseWatch`.
 
     Returns:
         list[ParameterDifference]: of weights, moments and counters, the largest relative difference first.
@@ -63,18 +92,12 @@ def compare_parameters(whole, one_device):
         reference = np.asarray(one_device[name], np.float64)
         difference = np.abs(reference - value)
         difference = np.where(np.isfinite(difference), difference, np.inf)
-        moment = one_device.get(f"adam_m.{name}")
-        noise = np.zeros(reference.shape, bool)
-        if moment is not None and weight_of(name) == name:
-            size = np.abs(np.asarray(moment, np.float64))
-            noise = size <= NOISE * size.max(initial=0.0)
-            # where the gradient is zero on both sides nothing is left out
-            noise &= difference > 0
-        kept = difference[~noise]
-        largest = float(kept.max(initial=0.0))
+        # where both are equal nothing is left out
+        left_out = (difference > 0) & (noise or {}).get(name, False)
+        largest = float(difference[~left_out].max(initial=0.0))
         scale = float(np.abs(reference).max(initial=0.0))
         found.append(ParameterDifference(name, largest, largest / scale if scale else float(largest > 0),
-                                         int(noise.sum())))
+                                         int(left_out.sum())))
     return sorted(found, key=lambda item: -item.relative)
 
 

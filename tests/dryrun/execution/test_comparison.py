@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from mindformers_glm32k.dryrun.execution.comparison import TOLERANCES, close, compare_parameters, disagreements
+from mindformers_glm32k.dryrun.execution.comparison import TOLERANCES, NoiseWatch, close, compare_parameters, disagreements
+from mindformers_glm32k.dryrun.execution.values import Parameter
 
 STRICT = TOLERANCES["float32"]
 STEP = {"loss": 7.5, "grad_norm": 2.0, "overflow": False, "loss_scale": 65536.0, "learning_rate": 5e-5}
@@ -34,26 +35,32 @@ def test_copies_and_messages_count_too():
                      "a message that nobody receives: rank 0 to rank 1 (tag 3): 1"]
 
 
-def parameters(weight, moment, other_weight=None, other_moment=None):
+def parameters(weight, moment, other_weight=None, other_moment=None, gradients=()):
+    watch = NoiseWatch(0.9)
+    now = np.zeros(len(weight))
+    for gradient in gradients:
+        now = 0.9 * now + 0.1 * np.array(gradient)
+        watch.after_step({"adam_m.w": Parameter("adam_m.w", now, "float32")})
     one = {"w": np.array(weight), "adam_m.w": np.array(moment)}
     whole = {"w": np.array(weight if other_weight is None else other_weight),
              "adam_m.w": np.array(moment if other_moment is None else other_moment)}
-    return {item.name: item for item in compare_parameters(whole, one)}
+    return {item.name: item for item in compare_parameters(whole, one, watch.masks)}
 
 
 def test_a_weight_that_differs():
-    found = parameters([1.0, 2.0], [0.1, 0.1], other_weight=[1.0, 2.1])
+    found = parameters([1.0, 2.0], [0.1, 0.1], other_weight=[1.0, 2.1], gradients=[[1, 1], [1, 1]])
     assert found["w"].relative == pytest.approx(0.05) and found["adam_m.w"].relative == 0
     assert any("w differs" in problem for problem in disagreements([], found.values(), {}, [], STRICT))
 
 
-def test_steps_made_of_rounding_noise_are_left_out_and_counted():
-    found = parameters([1.0, 2.0], [0.1, 1e-9], other_weight=[1.0, 2.1])
+@pytest.mark.parametrize("gradients", [[[1, 1e-9], [1, 1e-9]], [[1, 1e-9], [1, 1]], [[1, 1], [1, 1e-9]]])
+def test_steps_made_of_rounding_noise_are_left_out_and_counted(gradients):
+    found = parameters([1.0, 2.0], [0.1, 0.1], other_weight=[1.0, 2.1], gradients=gradients)
     assert found["w"].relative == 0 and found["w"].noise == 1
 
 
 def test_a_wrong_moment_is_not_noise():
-    found = parameters([1.0, 2.0], [0.1, 1e-9], other_moment=[0.1, 1e-3])
+    found = parameters([1.0, 2.0], [0.1, 1e-9], other_moment=[0.1, 1e-3], gradients=[[1, 1e-9]])
     assert found["adam_m.w"].relative == pytest.approx(0.01, rel=1e-3)
 
 

@@ -92,8 +92,8 @@ class GLM32KModel(GLM2PreTrainedModel):
         heads = "mp" if self.config.multi_query_group_num % model == 0 else "None"
         repeated = Layout((data, context, model), ("dp", "cp", "mp"))("dp", heads, "None", "cp")
         for layer in self.encoder.layers:
-            if context > 1:
-                layer.add.shard(((data, rows, 1), (data, rows, 1)))
+            # without a strategy the compiler cuts rows over mp and gathers them again, in every layer
+            layer.add.shard(((data, rows, 1), (data, rows, 1)))
             # where key-value heads are repeated; upstream's layout is written for one layout of eight ranks
             layer.self_attention.tile_kv.shard((repeated,), (repeated,))
         self.embedding.pipeline_stage = 0

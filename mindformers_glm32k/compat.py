@@ -14,6 +14,10 @@ changed on disk; what is bound to another name is bound back.
   operators of upstream's glm2 | all | with cells that take their parts as arguments |
 | kernels/compressed_attention.py | upstream's glm2 offers FlashAttention's sparse modes 0 and 3 only, and a layout
   of the mask with four axes | all | with sparse_mode 2 upstream |
+| kernels/blocks.py | scatter kernels write into tensors that are no Parameters, for which their Python classes refuse them
+  | all | with operators that write in place in graph mode |
+| portable_step.py | AdamW of twenty operators a parameter, a forward pass for the loss and one for the gradient; 1.6
+  cannot be told otherwise of the latter | all | when loops are joined, and with a fused AdamW on CPU |
 | train_step.py | the overflow check reads NPU status registers (NPUGetFloatStatusV2) | all | with a check that runs
   everywhere |
 | finetune_glm32k_cp8.yaml | check_rules warns that glm2 repeats KV heads for ulysses_cp, then raises all the same;

@@ -217,7 +217,7 @@ def test_parameter_names_are_upstreams(reference, concat):
 
 
 @pytest.mark.parametrize("flash", [True, False])
-def test_packed_row_gives_each_document_the_logits_it_has_alone(build, golden, flash):
+def test_packed_row_gives_each_document_the_logits_it_has_alone(build, golden, small_blocks, flash):
     network = build(use_flash_attention=flash)
     row = golden["input_ids"][:, :64]
     alone = [logits_of(network, row[:1, start:stop]) for start, stop in ((0, 20), (20, 45), (45, 64))]

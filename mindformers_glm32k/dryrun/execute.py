@@ -21,7 +21,7 @@ from mindformers_glm32k.dryrun.mindir import read_program
 from mindformers_glm32k.dryrun.strategy import copy_atomically, strategy_file
 from mindformers_glm32k.dryrun.worker import STATE_FILE
 from mindformers_glm32k.dryrun.workers import read_layout, run_workers
-from mindformers_glm32k.weights.shards import read_strategy
+from mindformers_glm32k.weights.shards import ParameterLayout, read_strategy
 
 PRECISIONS = ("float32", "float16", "bfloat16", "config")
 _JOBS = 2  # programs compiled at the same time
@@ -156,13 +156,37 @@ def compile_all(arguments, layout, work):
         phases = {entry["phase"]: read_program(folder / entry["file"]) for entry in record["programs"]}
         found[compiled.rank] = Rehearsed(
             list(phases.values())[-1], dict(np.load(folder / STATE_FILE)),
-            read_strategy(strategy) if strategy.exists() else {}, record.get("inputs"), record.get("columns"), phases)
+            _layouts(list(phases.values())[-1], strategy, record.get("layouts") or {}), record.get("inputs"), record.get("columns"), phases)
         if strategy.exists():
             shutil.copyfile(strategy, work / "strategy" / strategy.name)
         shutil.rmtree(folder)
 
     run_workers(range(layout.world), layout, work, arguments, on_done=gather, jobs=_JOBS, to_execute=True)
     return [found[rank] for rank in range(layout.world)]
+
+
+def _layouts(program, strategy, compiled):
+    """The layouts of a stage: of its strategy file, and of frozen weights, which MindSpore cuts and does not put there.
+
+    Args:
+        program (Program): a rank's.
+        strategy (pathlib.Path): the file; may be missing.
+        compiled (dict[str, dict]): how the compiler cuts each parameter, before the optimizer cuts it again, and its whole
+            shape.
+
+    Returns:
+        dict[str, ParameterLayout]
+    """
+    layouts = read_strategy(strategy) if strategy.exists() else {}
+    for name, spec in program.parameters.values():
+        if name in layouts or name not in compiled or not spec.shape:
+            continue
+        matrix = tuple(compiled[name]["dev_matrix"])
+        cut = tuple(tuple(axis for axis in (axes if isinstance(axes, list) else [axes]) if axis != -1)
+                    for axes in compiled[name]["tensor_map"])
+        left = ParameterLayout(matrix, cut).slice_shape(compiled[name]["shape"])
+        layouts[name] = ParameterLayout(matrix, cut, left[0] // spec.shape[0])
+    return layouts
 
 
 def run(programs, layout, whole, rows, traces=(), announce=False, beta=0.9):

@@ -101,7 +101,11 @@ def _compile_instead_of_training(recorder):
         recorder.record["trainable"] = [parameter.name for parameter in network.trainable_params()]
         recorder.save_state(network)
         note("compile")
+        shapes = {parameter.name: list(parameter.shape) for parameter in network.get_parameters()}
         network.compile(*inputs)
+        recorder.record["layouts"] = {
+            name: {"dev_matrix": list(layout[0]), "tensor_map": list(layout[1]), "shape": shapes[name]}
+            for name, layout in (network.parameter_layout_dict or {}).items() if name in shapes}
         recorder.finish()
 
     Model.train = train

@@ -173,7 +173,7 @@ def test_scale_comes_from_the_run(run, tensors, strategy, tmp_path, capsys):
     assert_close(tmp_path / "out.ckpt", merged(tensors, 2.0))
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_strategy_and_scale_of_the_yaml(compiled_split, tmp_path):
     """The frozen weights' layouts too: compiled without adapters."""
     folder, whole, _ = compiled_split("lora")

@@ -20,7 +20,7 @@ from weights.synthetic import chatglm_shapes, random_values, write_folder
 WEIGHT = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_layouts(name, compiled_split, tmp_path):
     folder, whole, result = compiled_split(name)

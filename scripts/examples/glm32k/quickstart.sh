@@ -165,5 +165,5 @@ ask it yourself:  . $venv/bin/activate
                       $configs/predict_glm32k_tiny_cpu.yaml \\
                       $checkpoint \\
                       $vocabulary "YOUR QUESTION"
-run the tests:    cd $root && $venv/bin/python -m pytest
+run the tests:    cd $root && $venv/bin/python -m pytest -n 2 --dist loadfile
 TEXT

@@ -32,6 +32,8 @@ def random_weights(state, seed=0):
         if name.startswith(_STATES) or not name.endswith(("weight", "bias", "_lora_a", "_lora_b")):
             continue
         spread = 0.1 if value.ndim < 2 else value.shape[-1] ** -0.5
+        if name.endswith("_lora_b"):
+            spread = 0.02  # small beside the weight that it adapts, as after a few steps from zero
         center = 1.0 if "layernorm" in name and value.ndim == 1 else 0.0
         result[name] = (center + spread * rng.standard_normal(value.shape)).astype(value.dtype)
     return result

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a temporary working directory and the reference data."""
 import logging
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ logging.raiseExceptions = False
 
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch):
-    """MindFormers writes output/, rank_0/ and the like into the current folder: every test gets its own."""
+    """MindFormers writes output/, rank_0/ and the like into the current folder: every test gets its own, and MindSpore's
+    context of parallel runs, which a trainer sets for the whole process, as it was."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    if "mindspore" in sys.modules:
+        sys.modules["mindspore"].reset_auto_parallel_context()
 
 
 @pytest.fixture(scope="session")

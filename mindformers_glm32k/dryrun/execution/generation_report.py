@@ -1,21 +1,10 @@
 """execution.json and execution.md of prediction: what was generated, and whether it agrees with one device."""
-import json
-
-from mindformers_glm32k.files import atomic_path
-
-_SHOWN = 8
+from mindformers_glm32k.dryrun.execution import report as reports
 
 
 def write_reports(report, folder):
-    """Writes both files.
-
-    Args:
-        report (dict): execution.json.
-        folder (pathlib.Path): where they go.
-    """
-    for name, text in (("execution.json", json.dumps(report, indent=1)), ("execution.md", render(report))):
-        with atomic_path(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+    """Writes both files, see `report.write_reports`."""
+    reports.write_reports(report, folder, render(report))
 
 
 def table(report):
@@ -30,14 +19,10 @@ def table(report):
         lines.append(f"{number:>5} {step['logit_difference']:>28.3g} {step['smallest_margin']:>10.3g} {text}")
     lines.append(f"logits differ by {report['largest_logit_difference']:.3g} at most "
                  f"({report['largest_logit_difference_relative']:.2g} of the largest, {report['largest_logit']:.4g})")
-    for event in report["non_finite"][:_SHOWN]:
+    for event in report["non_finite"][:reports.SHOWN]:
         lines.append(f"a value that is not finite, rank {event['rank']}: {event['place']} -> {event['output']}")
-    lines += [f"near tie: {text}" for text in report["near_ties"][:_SHOWN]]
-    lines += [f"DIFFERS: {problem}" for problem in report["problems"][:_SHOWN]]
-    if len(report["problems"]) > _SHOWN:
-        lines.append(f"... and {len(report['problems']) - _SHOWN} more, see execution.json")
-    lines.append("all agree" if report["agrees"] else f"{len(report['problems'])} disagreements")
-    return "\n".join(lines)
+    lines += [f"near tie: {text}" for text in report["near_ties"][:reports.SHOWN]]
+    return "\n".join(lines + reports.verdict(report))
 
 
 def render(report):
@@ -55,8 +40,7 @@ def render(report):
         f"(one device {report['execution_seconds_one_device']} s).",
         "- It shows that the layout computes what one device computes. It does not show the kernels of an NPU, their "
         "speed, or HCCL.", "", "```", table(report), "```"]
-    if report["problems"]:
-        lines += ["", "## Disagreements", "", *[f"- {problem}" for problem in report["problems"]]]
+    lines += reports.disagreements(report)
     lines += ["", "## Collectives executed, by rank", "", "| collective | rank | program | calls |",
               "| --- | ---: | --- | ---: |"]
     lines += [f"| {item['kind']} | {item['rank']} | {item['phase']} | {item['count']} |" for item in report["collectives"]]

@@ -3,19 +3,35 @@ import json
 
 from mindformers_glm32k.files import atomic_path
 
-_SHOWN = 8
+SHOWN = 8
 
 
-def write_reports(report, folder):
+def write_reports(report, folder, text=None):
     """Writes both files.
 
     Args:
         report (dict): execution.json.
         folder (pathlib.Path): where they go.
+        text (str | None): execution.md; by default that of a training run.
     """
-    for name, text in (("execution.json", json.dumps(report, indent=1)), ("execution.md", render(report))):
+    for name, content in (("execution.json", json.dumps(report, indent=1)), ("execution.md", text or render(report))):
         with atomic_path(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(content, encoding="utf-8")
+
+
+def verdict(report):
+    """list[str]: what differs, for the terminal, and whether all agree."""
+    lines = [f"DIFFERS: {problem}" for problem in report["problems"][:SHOWN]]
+    if len(report["problems"]) > SHOWN:
+        lines.append(f"... and {len(report['problems']) - SHOWN} more, see execution.json")
+    return lines + ["all agree" if report["agrees"] else f"{len(report['problems'])} disagreements"]
+
+
+def disagreements(report):
+    """list[str]: the section of execution.md that lists all that differs; empty when nothing does."""
+    if not report["problems"]:
+        return []
+    return ["", "## Disagreements", "", *[f"- {problem}" for problem in report["problems"]]]
 
 
 def table(report):
@@ -31,14 +47,10 @@ def table(report):
     lines.append(f"weights differ by {report['largest_weight_difference']:.3g} at most "
                  f"({report['largest_weight_difference_relative']:.2g} of the parameter's largest element), "
                  f"moments by {report['largest_moment_difference_relative']:.2g} of theirs")
-    for event in report["non_finite"][:_SHOWN]:
+    for event in report["non_finite"][:SHOWN]:
         lines.append(f"first value that is not finite in step {event['step']}: rank {event['rank']}, {event['place']} -> "
                      f"{event['output']}")
-    lines += [f"DIFFERS: {problem}" for problem in report["problems"][:_SHOWN]]
-    if len(report["problems"]) > _SHOWN:
-        lines.append(f"... and {len(report['problems']) - _SHOWN} more, see execution.json")
-    lines.append("all agree" if report["agrees"] else f"{len(report['problems'])} disagreements")
-    return "\n".join(lines)
+    return "\n".join(lines + verdict(report))
 
 
 def _text(value):
@@ -63,8 +75,7 @@ def render(report):
         "| parameter | largest difference | of its largest element | elements left out as noise |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {item['name']} | {item['largest']:.3g} | {item['relative']:.3g} | {item['noise']} |"
               for item in report["largest_differences"]]
-    if report["problems"]:
-        lines += ["", "## Disagreements", "", *[f"- {problem}" for problem in report["problems"]]]
+    lines += disagreements(report)
     lines += ["", "## Collectives executed, by rank", "", "| collective | rank | calls |", "| --- | ---: | ---: |"]
     lines += [f"| {item['kind']} | {item['rank']} | {item['count']} |" for item in report["collectives"]]
     return "\n".join(lines) + "\n"

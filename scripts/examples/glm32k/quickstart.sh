@@ -38,6 +38,7 @@ data=$output/data logs=$output/logs
 mkdir -p "$logs" || exit 1
 own=${venv:+no}  # a given environment needs only the packages: the project is found by PYTHONPATH
 venv=${venv:-$root/.venv}
+[[ $venv == /* ]] || venv=$PWD/$venv  # stages run in folders of their own
 
 STAGES=5
 stage=0 begun=$SECONDS

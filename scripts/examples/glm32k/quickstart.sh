@@ -38,7 +38,6 @@ data=$output/data logs=$output/logs
 mkdir -p "$logs" || exit 1
 own=${venv:+no}  # a given environment needs only the packages: the project is found by PYTHONPATH
 venv=${venv:-$root/.venv}
-[[ $venv == /* ]] || venv=$PWD/$venv  # stages run in folders of their own
 
 STAGES=5
 stage=0 begun=$SECONDS
@@ -66,6 +65,7 @@ if [[ ! -x $venv/bin/python ]]; then
     [[ -n $python ]] || fail "no Python 3.9 to 3.12 with venv found (on Debian: apt install python3-venv)"
     "$python" -m venv "$venv" > "$logs/venv.log" 2>&1 || fail "cannot make it with $python" "$logs/venv.log"
 fi
+venv=$(cd "$venv" && pwd)  # stages run in folders of their own
 export PATH=$venv/bin:$PATH VIRTUAL_ENV=$venv
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 

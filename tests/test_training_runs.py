@@ -84,9 +84,10 @@ class Runs:
                                 PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
     def options(self, config, changes):
-        """The launcher's options for a run on the data, shrunk to rows of 48 tokens; changes by dotted key."""
-        values = {"model.model_config.seq_length": 48, "model.model_config.padded_vocab_size": 512,
-                  "lr_schedule.learning_rate": 1e-2, "lr_schedule.warmup_steps": 4, "lr_schedule.total_steps": STEPS,
+        """The launcher's options for a run on the data, shrunk to rows of 48 tokens; changes by dotted key. A model that
+        is trained could take longer ones, so that its layers are loops."""
+        values = {"model.model_config.seq_length": 48 if config == PREDICT else 1024,
+                  "model.model_config.padded_vocab_size": 512, "lr_schedule.learning_rate": 1e-2, "lr_schedule.warmup_steps": 4, "lr_schedule.total_steps": STEPS,
                   "runner_config.epochs": EPOCHS, "runner_config.batch_size": BATCH,
                   "callbacks.2.keep_checkpoint_max": 3, "callbacks.2.save_checkpoint_steps": SAVED,
                   "processor.tokenizer.vocab_file": self.vocab_file}

@@ -278,8 +278,10 @@ def is_plain(cell):
 
 
 def can_loop(config):
-    """bool: whether the layers of this configuration can be computed by LoopedTransformer."""
-    return (config.use_portable_cells and config.use_flash_attention and not config.use_past
+    """bool: whether the layers of this configuration are computed by LoopedTransformer: it can, and rows may be longer
+    than a block. A loop of one block saves no memory, and is slower than upstream's cells by a third."""
+    return (blocks.block_count(config.seq_length)[0] > 1
+            and config.use_portable_cells and config.use_flash_attention and not config.use_past
             and config.attention_dropout == 0 and not config.apply_residual_connection_post_layernorm
             and not config.post_self_attn_layernorm and not config.post_mlp_layernorm)
 

@@ -3,7 +3,7 @@ import argparse
 import importlib
 import sys
 
-from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.errors import CommandFailed, InputError
 
 # name -> (module, one line of help). A module has add_arguments(parser) and run(args) -> exit status, and
 # imports nothing heavy before run: `glm32k --help` and `glm32k COMMAND --help` answer at once.
@@ -64,9 +64,9 @@ def _parse(parser, module, argv):
 def _call(run, args):
     try:
         return run(args) or 0
-    except InputError as error:
+    except (InputError, CommandFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
 
 
 def main(argv=None):

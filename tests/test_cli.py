@@ -9,7 +9,7 @@ import types
 import pytest
 
 from mindformers_glm32k import cli
-from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.errors import CommandFailed, InputError
 
 from conftest import ROOT
 
@@ -75,6 +75,17 @@ def test_input_errors_end_with_2_and_no_traceback(monkeypatch, capsys):
     status, output = run_glm32k("things", "--size", "3", capsys=capsys)
     assert status == 2
     assert output.err == "error: size 3 is too small; give 5 or more\n"
+
+
+def test_what_failed_is_one_line_on_stderr_and_another_status(monkeypatch, capsys):
+    def run(args):
+        raise CommandFailed("the process ended")
+
+    monkeypatch.setitem(sys.modules, "command", command_module(run))
+    monkeypatch.setitem(cli.COMMANDS, "things", ("command", "do things"))
+    status, output = run_glm32k("things", "--size", "3", capsys=capsys)
+    assert status == 1
+    assert output.err == "error: the process ended\n"
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

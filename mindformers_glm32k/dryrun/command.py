@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.files import atomic_path
 
 TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
@@ -42,22 +42,16 @@ def add_arguments(parser):
 
 
 def run(args):
-    from mindformers_glm32k.dryrun.workers import WorkerFailed
-
     output = Path(args.output_dir)
     _refuse_contradictions(args)
-    try:
-        if args.compare:
-            from mindformers_glm32k.dryrun.compare import compare
-            print(compare(args.compare, output, lambda config, folder: make_report(
-                config, args.overrides, folder, keep_programs=args.keep_programs, quick=args.quick)))
-            return 0
-        if args.execute is not None:
-            return _execute(args, output)
-        make_report(args.config, args.overrides, output, args.rank, args.keep_programs, args.quick, args.devices)
-    except WorkerFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.compare:
+        from mindformers_glm32k.dryrun.compare import compare
+        print(compare(args.compare, output, lambda config, folder: make_report(
+            config, args.overrides, folder, keep_programs=args.keep_programs, quick=args.quick)))
+        return 0
+    if args.execute is not None:
+        return _execute(args, output)
+    make_report(args.config, args.overrides, output, args.rank, args.keep_programs, args.quick, args.devices)
     print(f"report: {output / 'report.md'} (figures: report.json)")
     return 0
 
@@ -87,8 +81,7 @@ def _execute(args, output):
         report = execute(args.config, args.overrides, output, args.execute, args.load_checkpoint, args.shrink,
                          args.precision, args.trace)
     except (ExecutionError, NetworkError) as error:
-        print(f"error: the programs cannot be executed: {error}", file=sys.stderr)
-        return 1
+        raise CommandFailed(f"the programs cannot be executed: {error}") from error
     print((generation_report if "tokens" in report else training_report).table(report))
     print(f"report: {output / 'execution.md'} (figures: execution.json)")
     return 0 if report["agrees"] else 1

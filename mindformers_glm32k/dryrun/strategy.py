@@ -21,20 +21,16 @@ def add_arguments(parser):
 
 
 def run(args):
-    from mindformers_glm32k.dryrun.workers import WorkerFailed, read_layout
+    from mindformers_glm32k.dryrun.workers import read_layout
 
     launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
     output = Path(args.output)
-    try:
-        layout, config = read_layout(launcher_arguments, args.devices)
-        if layout.world == 1:
-            raise InputError(f"{args.config}: one NPU (use_parallel is false, or all of parallel_config is 1) has no "
-                             "strategy; its checkpoints are whole")
-        _refuse_other_layouts(output, layout)
-        written = write_strategies(layout, output, launcher_arguments, has_adapters(config))
-    except WorkerFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    layout, config = read_layout(launcher_arguments, args.devices)
+    if layout.world == 1:
+        raise InputError(f"{args.config}: one NPU (use_parallel is false, or all of parallel_config is 1) has no "
+                         "strategy; its checkpoints are whole")
+    _refuse_other_layouts(output, layout)
+    written = write_strategies(layout, output, launcher_arguments, has_adapters(config))
     print(f"{len(written)} strategy files ({layout.describe()}): {output}")
     return 0
 

@@ -17,7 +17,7 @@ from mindformers_glm32k.dryrun import frontend
 from mindformers_glm32k.dryrun.layout import layout_of
 from mindformers_glm32k.dryrun.layout_checks import check_layout
 from mindformers_glm32k.dryrun.worker import CONFIG_FILE, NOTE, RECORD_FILE, ROWS_FILE
-from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.errors import CommandFailed, InputError
 
 _ERROR = "error: "
 _WORKER = (sys.executable, "-m", "mindformers_glm32k.dryrun.worker")
@@ -41,7 +41,7 @@ class Compiled:
     record: dict
 
 
-class WorkerFailed(RuntimeError):
+class WorkerFailed(CommandFailed):
     """A worker ended without a program. The message holds the end of its log."""
 
 

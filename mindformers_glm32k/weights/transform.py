@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 
+from mindformers_glm32k.errors import CommandFailed
+
 _REPLY = "transformed: "
 
 
-class TransformFailed(RuntimeError):
+class TransformFailed(CommandFailed):
     """MindSpore could not cut or join. The message holds what it said."""
 
 

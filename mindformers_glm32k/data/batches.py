@@ -7,7 +7,7 @@ from mindspore.dataset import GeneratorDataset
 from mindformers_glm32k.data.dataset_config import ROW_COLUMNS
 from mindformers_glm32k.data.packed_rows import StreamedRows
 from mindformers_glm32k.data.packing import COLUMNS
-from mindformers_glm32k.data.rows import IGNORED
+from mindformers_glm32k.data.rows import IGNORED, padded
 
 
 class PaddingCounter:
@@ -87,13 +87,6 @@ class BatchPadding:
         self._padding.add(len(input_ids), sum(len(ids) for ids in input_ids), length * len(input_ids))
         return ([padded(ids, length, self._pad_id) for ids in input_ids],
                 [padded(row, length, IGNORED) for row in labels])
-
-
-def padded(values, length, filler):
-    """np.ndarray: int32 (length,), the values with the filler behind them."""
-    row = np.full(length, filler, np.int32)
-    row[:len(values)] = values
-    return row
 
 
 def fixed_batches(loader, rows, config):

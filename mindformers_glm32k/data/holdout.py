@@ -3,6 +3,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from mindformers_glm32k.data.prompts import plain_name
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
 
@@ -40,7 +41,7 @@ def is_held_out(context, fraction, seed=0):
 
 def is_test_set(dataset):
     """bool: whether a value is the name of one of LongBench's data sets, or LongBench-E's (`trec_e`)."""
-    return isinstance(dataset, str) and (dataset in TEST_SETS or dataset[-2:] == "_e" and dataset[:-2] in TEST_SETS)
+    return isinstance(dataset, str) and plain_name(dataset) in TEST_SETS
 
 
 def manifest_path(rows):

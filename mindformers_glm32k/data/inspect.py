@@ -64,17 +64,19 @@ def row_text(number, numbers, documents, columns, samples, writer, tokenizer, co
     Returns:
         str
     """
+    from mindformers_glm32k.data.rows import IGNORED
+
     length, used = len(columns["input_ids"]), sum(len(document.input_ids) for document in documents)
     labels = columns["labels"]
     weights = columns.get("input_mask")
     if weights is None:
-        weights = (labels != -100).astype("float32")
+        weights = (labels != IGNORED).astype("float32")
     parts = [writer.border(f"row {number}: {len(documents)} document{'s' * (len(documents) != 1)}, {used} of {length} "
                            f"tokens, {100 * (1 - used / length):.1f} % padding")]
     end = 0
     for place, (sample, document) in enumerate(zip(numbers, documents), 1):
         start, end = end, end + len(document.input_ids)
-        learnt = labels[start:end] != -100
+        learnt = labels[start:end] != IGNORED
         title = (f"document {place} of {len(documents)}: {samples.place(sample)}: {end - start} tokens, "
                  f"{int(learnt.sum())} learnt")
         if "input_mask" in columns and learnt.any():

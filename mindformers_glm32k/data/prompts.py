@@ -9,6 +9,11 @@ CONTEXT = "context"  # the field that holds the long document
 _HINT = "It maps each data set's name to its prompt, as LongBench's config/dataset2prompt.json does."
 
 
+def plain_name(dataset):
+    """str: the data set's name without LongBench-E's ending `_e`; both have the same prompt and metric."""
+    return dataset[:-2] if dataset.endswith("_e") else dataset
+
+
 class PromptTemplate:
     """One prompt in str.format's syntax, with plain field names only.
 
@@ -97,7 +102,7 @@ class PromptTemplates:
     def template(self, dataset):
         """PromptTemplate: that of a data set; InputError, with the names there are, for one without."""
         # LongBench-E names its files hotpotqa_e; the prompts are those of hotpotqa.
-        for name in (dataset, dataset[:-2] if dataset.endswith("_e") else dataset):
+        for name in (dataset, plain_name(dataset)):
             if name in self._templates:
                 return self._templates[name]
         raise InputError(f"no prompt for the data set {dataset!r} in {self.path}, which has "

@@ -29,7 +29,7 @@ line break that the published chat format puts there (or a tool's name before it
 ids that the tokenizer makes of a line break. Source of the mask: preprocess_utils.py of ChatGLM3's
 finetune_chatmodel_demo, whose labels stand one place further right, for its model shifts them itself.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional, Tuple
 
 import numpy as np
@@ -66,6 +66,13 @@ class Row:
     prompt_tokens: int
     seams: Tuple[int, ...] = ()
     dropped: Optional[str] = None
+
+
+def padded(values, length, filler):
+    """np.ndarray: int32 (length,), the values with the filler behind them."""
+    row = np.full(length, filler, np.int32)
+    row[:len(values)] = values
+    return row
 
 
 class RowBuilder:
@@ -114,11 +121,8 @@ class RowBuilder:
             InputError: answers too long for a row, where that is not to be dropped.
         """
         row = self.tokens(sample)
-        input_ids = np.full(self._row_length, self._vocabulary.unk_id, np.int32)
-        labels = np.full(self._row_length, IGNORED, np.int32)
-        input_ids[:len(row.input_ids)] = row.input_ids
-        labels[:len(row.labels)] = row.labels
-        return Row(input_ids, labels, row.tokens_before, row.tokens_after, row.prompt_tokens, row.seams, row.dropped)
+        return replace(row, input_ids=padded(row.input_ids, self._row_length, self._vocabulary.unk_id),
+                       labels=padded(row.labels, self._row_length, IGNORED))
 
     def tokens(self, sample):
         """Builds the row of one sample without padding; otherwise as a call."""

@@ -1,7 +1,7 @@
 """The ids that LongBench's pred.py feeds to chatglm3-6b-32k."""
 from mindformers_glm32k import chat
 from mindformers_glm32k.data.options import whole_number
-from mindformers_glm32k.data.prompts import PromptTemplate
+from mindformers_glm32k.data.prompts import PromptTemplate, plain_name
 from mindformers_glm32k.data.truncation import halves
 from mindformers_glm32k.errors import InputError
 
@@ -41,8 +41,3 @@ def build_prompt_ids(sample, prompt_template, tokenizer, max_length):
     if plain_name(name) in WITHOUT_CHAT_FORMAT:
         return chat.prefix_ids(vocabulary) + ids
     return chat.conversation_ids(vocabulary, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-
-
-def plain_name(dataset):
-    """str: the data set's name without LongBench-E's ending `_e`; both have the same prompt and metric."""
-    return dataset[:-2] if dataset.endswith("_e") else dataset

@@ -23,10 +23,10 @@ from mindformers_glm32k.weights.dtypes import ITEM_SIZE, cast, count_overflow
 from mindformers_glm32k.weights.lock import lock_file
 from mindformers_glm32k.weights.source import read_file
 from mindformers_glm32k.weights.tensors import StoredTensor
+from mindformers_glm32k.weights.workspace import require_space
 
 _CHUNK_BYTES = 2 << 20  # of source values; with what is made of it, it fits a core's cache
 _FLUSH_SECONDS = 0.25
-_SPARE_BYTES = 16 << 20  # of disk beyond the output itself: journal, report, file system
 _PLAN_VERSION = 1
 
 
@@ -114,15 +114,8 @@ class Job:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _check_space(self):
-        existing = self.work.parent
-        while not existing.exists():
-            existing = existing.parent
-        needed = sum(file.size for file in self.files) + _SPARE_BYTES
         held = sum(path.stat().st_blocks * 512 for path in self.work.glob("*")) if self.work.is_dir() else 0
-        free = shutil.disk_usage(existing).free
-        if needed - held > free:
-            raise InputError(f"{self.destination}: {needed - held:,} bytes are needed, {free:,} are free on that disk; "
-                             "free some space or choose another folder")
+        require_space(self.destination, sum(file.size for file in self.files) - held, self.work.parent)
 
     def fingerprint(self):
         """What must be equal for a partial output to be gone on with: sources, options and layout."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.lock import lock_file
 
-SPARE_BYTES = 16 << 20  # of disk: reports, logs, file system
+SPARE_BYTES = 16 << 20  # of disk: journals, reports, logs, file system
 
 
 @contextlib.contextmanager
@@ -43,9 +43,15 @@ def workspace(output):
         raise InputError(f"{error.filename or output}: cannot be written ({error.strerror})") from error
 
 
-def require_space(output, nbytes):
-    """Raises InputError when the disk of `output` has less than `nbytes` free."""
-    existing = Path(output).absolute().parent
+def require_space(output, nbytes, folder=None):
+    """Raises InputError when there is less than `nbytes` and a little free on a disk.
+
+    Args:
+        output (str | os.PathLike): what is to be written, for the message.
+        nbytes (int): that are needed.
+        folder (pathlib.Path | None): on that disk, or to be made there; by default the one that `output` lies in.
+    """
+    existing = folder or Path(output).absolute().parent
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free

@@ -112,6 +112,14 @@ def interleaved_copies(network):
     return next((cell.interleave_num for cell in _wrapped_cells(network) if hasattr(cell, "interleave_num")), 1)
 
 
+def data_parallel_devices():
+    """int: devices that average their gradients after the step; 1 in semi-automatic parallel, where one program has
+    the whole batch."""
+    from mindspore.communication import get_group_size
+    from mindspore.context import ParallelMode, get_auto_parallel_context
+    return get_group_size() if get_auto_parallel_context("parallel_mode") == ParallelMode.DATA_PARALLEL else 1
+
+
 def pipeline_stages():
     """int: pipeline stages of this process's context; 1 without a pipeline."""
     from mindspore import get_auto_parallel_context

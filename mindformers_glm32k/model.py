@@ -5,10 +5,7 @@ Legend: B batch, S tokens of a row, T tokens of a call, H hidden size, V padded 
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Layout, Tensor, ops
-from mindspore.communication import get_group_size
-from mindspore.context import ParallelMode
 from mindspore.ops import operations as P
-from mindspore.parallel._utils import _get_parallel_mode
 
 from mindformers.models.glm2.glm2 import (ChatGLM2ForConditionalGeneration, ChatGLM2Transformer, FreqsMgr,
                                           GLM2PreTrainedModel, GLMEmbedding, Linear, LowerTriangularMaskWithDynamic)
@@ -219,9 +216,8 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         self.transformer.output_layer.recompute()  # see ChunkedLoss: keeps the chunks' weight gradients apart
         self.per_token = getattr(config, "calculate_per_token_loss", False)
         self.weights_are_shares = False  # set by a train-step cell that has divided them by the step's total
-        self.devices = 1
-        if _get_parallel_mode() == ParallelMode.DATA_PARALLEL and get_group_size() > 1:
-            self.devices = get_group_size()
+        self.devices = compat.data_parallel_devices()
+        if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
 
     def construct(self, input_ids=None, labels=None, input_mask=None, position_ids=None, document_ids=None,

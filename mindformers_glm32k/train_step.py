@@ -7,11 +7,8 @@ of the step's loss is computed before the batch is cut.
 """
 import mindspore.common.dtype as mstype
 from mindspore import Tensor, nn, ops
-from mindspore.communication import get_group_size
-from mindspore.context import ParallelMode
 from mindspore.ops import composite as C
 from mindspore.ops import operations as P
-from mindspore.parallel._utils import _get_parallel_mode
 
 from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 
@@ -26,12 +23,6 @@ def _tensor_is_non_finite(gradient):
     """1.0 when any element is NaN or infinite, else 0.0."""
     # the sum is not finite when an element is not, and needs no tensor of the gradient's size
     return 1.0 - ops.cast(ops.isfinite(ops.cast(gradient, mstype.float32).sum()), mstype.float32)
-
-
-def _data_parallel_devices():
-    """int: devices that average their gradients after the step; 1 in semi-automatic parallel, where one program has
-    the whole batch."""
-    return get_group_size() if _get_parallel_mode() == ParallelMode.DATA_PARALLEL else 1
 
 
 class TokenShares(nn.Cell):
@@ -63,7 +54,7 @@ class TokenShares(nn.Cell):
         self.sum = P.ReduceSum().shard(((1, 1),))
         self.scale = P.Mul().shard(whole)
         self.smallest = Tensor(1e-6, mstype.float32)
-        self.devices = _data_parallel_devices()
+        self.devices = compat.data_parallel_devices()
         self.sum_over_devices = P.AllReduce() if self.devices > 1 else None
 
     def construct(self, *inputs):
@@ -101,7 +92,7 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
         config = getattr(compat.innermost_network(network), "config", None)
         self.portable = getattr(config, "use_portable_cells", not compat.on_ascend())
         self.check_each = C.HyperMap()
-        self.devices = _data_parallel_devices()
+        self.devices = compat.data_parallel_devices()
         if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
         self.one = Tensor(1.0, mstype.float32)

@@ -3,14 +3,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from mindformers_glm32k.dryrun import shrink
-from mindformers_glm32k.dryrun.execution import checkpoints, states
+from mindformers_glm32k.dryrun.execution import checkpoints, operators, states
 from mindformers_glm32k.dryrun.execution.comparison import TOLERANCES, NoiseWatch, compare_parameters, disagreements
 from mindformers_glm32k.dryrun.execution.interpreter import Machine
 from mindformers_glm32k.dryrun.execution.network import Network
@@ -23,17 +22,14 @@ from mindformers_glm32k.dryrun.worker import STATE_FILE
 from mindformers_glm32k.dryrun.workers import read_layout, run_workers
 from mindformers_glm32k.weights.shards import ParameterLayout, read_strategy
 
-PRECISIONS = ("float32", "float16", "bfloat16", "config")
 _JOBS = 2  # programs compiled at the same time
-_COLLECTIVES = frozenset(("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AllToAll", "Broadcast", "Send", "Receive"))
 
 
 @dataclass
 class Rehearsed:
-    """A program that is ready to be executed.
+    """Programs of a rank that are ready to be executed.
 
     Args:
-        program (Program): compiled.
         state (dict[str, numpy.ndarray]): initial values that its process left.
         layouts (dict[str, ParameterLayout]): of its stage; {} for one device.
         inputs (list[list[int]]): shapes of the inputs that it was compiled for.
@@ -41,12 +37,16 @@ class Rehearsed:
         phases (dict[str, Program]): all that were compiled: "train", or of prediction "prefill" and "increment".
     """
 
-    program: object
     state: dict
     layouts: dict
     inputs: list
     columns: list
     phases: dict
+
+    @property
+    def program(self):
+        """Program: of training, or the last one of prediction."""
+        return list(self.phases.values())[-1]
 
 
 @dataclass
@@ -103,17 +103,10 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
         arguments += shrink.precision_overrides(precision)
     layout, config = read_layout(arguments)
     one_arguments = [*arguments, *shrink.one_device_overrides(layout.rows)]
-    one_layout, _ = read_layout(one_arguments)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as folder:
         work = Path(folder).resolve()
-        try:
-            one = compile_all(one_arguments, one_layout, work / "one")
-            programs = compile_all(arguments, layout, work) if layout.world > 1 else one
-        finally:
-            for log in (*work.glob("log_rank_*.txt"), *work.glob("one/log_rank_*.txt")):
-                name = log.name if log.parent == work else "log_one_device.txt"
-                copy_atomically(log, output / "log" / name)
+        one, programs = compile_beside_one_device(arguments, one_arguments, layout, work, output)
         compiled = time.monotonic() - started
         rows, source = make_rows(one_arguments, one[0], steps, config, work)
         whole = (checkpoints.load_weights(load_checkpoint, one[0].state, config, work) if load_checkpoint
@@ -121,7 +114,7 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
         for file in (work / "strategy").glob("ckpt_strategy_rank_*.ckpt"):
             copy_atomically(file, output / "strategy" / file.name)
     beta = float((config["optimizer"].get("betas") or (0.9,))[0])
-    reference = run(one, one_layout, whole, rows, beta=beta)
+    reference = run(one, layout.on_one_device(), whole, rows, beta=beta)
     result = run(programs, layout, whole, rows, traces, announce=True) if layout.world > 1 else reference
     report = {
         "world_size": layout.world, "layout": layout.describe(), "config": config_file, "shrunk": small.changes,
@@ -134,6 +127,26 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
         checkpoints.save(machine, output / "checkpoint", steps)
     write_reports(report, output)
     return report
+
+
+def compile_beside_one_device(arguments, one_arguments, layout, work, output):
+    """Compiles the programs of a layout and of one device; logs go to `log/` below the output, whatever happens.
+
+    Args:
+        arguments (list[str]), one_arguments (list[str]): run_mindformer's, of the two.
+        layout (Layout): of the configuration.
+        work (pathlib.Path): folder for intermediate files.
+        output (pathlib.Path): folder of the results.
+
+    Returns:
+        tuple[list[Rehearsed], list[Rehearsed]]: of one device (one item), and by rank.
+    """
+    try:
+        one = compile_all(one_arguments, layout.on_one_device(), work / "one")
+        return one, compile_all(arguments, layout, work) if layout.world > 1 else one
+    finally:
+        for log in (*work.glob("log_rank_*.txt"), *work.glob("one/log_rank_*.txt")):
+            copy_atomically(log, output / "log" / (log.name if log.parent == work else "log_one_device.txt"))
 
 
 def compile_all(arguments, layout, work):
@@ -153,10 +166,10 @@ def compile_all(arguments, layout, work):
     def gather(compiled):
         record, folder = compiled.record, compiled.folder
         strategy = strategy_file(folder, compiled.rank)
-        phases = {entry["phase"]: read_program(folder / entry["file"]) for entry in record["programs"]}
-        found[compiled.rank] = Rehearsed(
-            list(phases.values())[-1], dict(np.load(folder / STATE_FILE)),
-            _layouts(list(phases.values())[-1], strategy, record.get("layouts") or {}), record.get("inputs"), record.get("columns"), phases)
+        rehearsed = found[compiled.rank] = Rehearsed(
+            dict(np.load(folder / STATE_FILE)), {}, record.get("inputs"), record.get("columns"),
+            {entry["phase"]: read_program(folder / entry["file"]) for entry in record["programs"]})
+        rehearsed.layouts = _layouts(rehearsed.program, strategy, record.get("layouts") or {})
         if strategy.exists():
             shutil.copyfile(strategy, work / "strategy" / strategy.name)
         shutil.rmtree(folder)
@@ -288,9 +301,8 @@ def compare(result, reference, programs, layout, config):
     problems += [f"{name} is held by no rank" for name in missing]
     weights = [item for item in differences if states.weight_of(item.name) == item.name]
     moments = [item for item in differences if states.weight_of(item.name) != item.name]
-    counted = Counter()
-    for machine in result.machines:
-        counted.update({(kind, machine.rank): count for kind, count in machine.executed.items() if kind in _COLLECTIVES})
+    counted = {(kind, machine.rank): count for machine in result.machines
+               for kind, count in operators.collectives_of(machine.executed).items()}
     return {
         "agrees": not problems, "problems": problems, "tolerance": vars(TOLERANCES[dtype]), "steps": steps,
         "largest_weight_difference": max((item.largest for item in weights), default=0.0),

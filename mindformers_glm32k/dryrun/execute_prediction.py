@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_glm32k.dryrun import shrink
-from mindformers_glm32k.dryrun.execute import compile_all, make_watch
+from mindformers_glm32k.dryrun.execute import compile_beside_one_device, make_watch
 from mindformers_glm32k.dryrun.execution import checkpoints, states
 from mindformers_glm32k.dryrun.execution.generation import generate, is_cache
 from mindformers_glm32k.dryrun.execution.generation_comparison import TOLERANCES, compare
@@ -15,9 +15,9 @@ from mindformers_glm32k.dryrun.execution.precision import widen, widen_values
 from mindformers_glm32k.dryrun.execution.prompts import check_prompts, make_prompts
 from mindformers_glm32k.dryrun.layout import layout_of
 from mindformers_glm32k.dryrun.layout_checks import check_layout
-from mindformers_glm32k.dryrun.strategy import copy_atomically
 from mindformers_glm32k.dryrun.workers import read_layout
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.overrides import set_key
 
 _KERNELS = "float16"  # what the kernels of prediction are compiled for where everything is computed in float32
 
@@ -124,13 +124,8 @@ def prepare(config_file, overrides, output, count, load_checkpoint=None, shrunk=
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as folder:
         work = Path(folder).resolve()
-        try:
-            one = compile_all([*arguments, *shrink.one_device_overrides(1)], layout_of({**config, "use_parallel": False}),
-                              work / "one")
-            programs = compile_all(arguments, layout, work) if layout.world > 1 else one
-        finally:
-            for log in (*work.glob("log_rank_*.txt"), *work.glob("one/log_rank_*.txt")):
-                copy_atomically(log, output / "log" / (log.name if log.parent == work else "log_one_device.txt"))
+        one, programs = compile_beside_one_device(arguments, [*arguments, *shrink.one_device_overrides(1)], layout, work,
+                                                  output)
         seconds = round(time.monotonic() - started, 1)
         whole = whole_weights(one[0], kernels, load_checkpoint, config, work)
     if kernels:
@@ -168,9 +163,5 @@ def _changed(config, changes):
     """The configuration with a plan's changes, by dotted keys."""
     config = copy.deepcopy(config)
     for key, (_, value) in changes.items():
-        *path, last = key.split(".")
-        node = config
-        for part in path:
-            node = node[part]
-        node[last] = value
+        set_key(config, key, value, f"--{key}")
     return config

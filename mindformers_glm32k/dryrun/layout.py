@@ -1,5 +1,5 @@
 """The parallel layout that a configuration asks for: how many NPUs, which rank belongs to which pipeline stage."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _SHORTEST_RUN = 1024  # positions
 
@@ -39,6 +39,10 @@ class Layout:
         """range: the ranks of a stage."""
         size = self.world // self.stages
         return range(stage * size, (stage + 1) * size)
+
+    def on_one_device(self):
+        """Layout: the same rows and model, cut over nothing."""
+        return replace(self, data_parallel=1, model_parallel=1, context_parallel=1, stages=1, micro_batches=1)
 
     @property
     def lengths(self):

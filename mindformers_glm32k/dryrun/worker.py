@@ -88,7 +88,7 @@ def note(text):
 
 
 def _compile_instead_of_training(recorder):
-    from mindspore import Tensor, dtype_to_nptype
+    from mindspore import Tensor
     from mindspore.train import Model
 
     def train(self, epoch, train_dataset, *args, **kwargs):

@@ -6,13 +6,14 @@ import numpy as np
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.weights.direct_loading import is_huggingface
-from mindformers_glm32k.weights.names import slot_of
+from mindformers_glm32k.weights.dtypes import cast
+from mindformers_glm32k.weights.parameters import COUNTER, SCRATCH_PREFIX, kind_of
+from mindformers_glm32k.weights.plan import weights_in
 from mindformers_glm32k.weights.sizes import sizes_from_tensors
 from mindformers_glm32k.weights.source import open_source
 from mindformers_glm32k.weights.to_mindspore import convert
 from mindformers_glm32k.weights.writer import CheckpointWriter
 
-_NOT_SAVED = "accu_grads."
 _FILE_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -29,16 +30,7 @@ def sizes_of(path, config):
     Raises:
         InputError: no weights, or broken ones.
     """
-    source = open_source(path)
-    slots = {}
-    for name, tensor in source.tensors.items():
-        try:
-            slot = slot_of(name)
-        except ValueError:
-            continue  # optimizer states, adapters
-        if slot is not None:
-            slots[slot] = tensor
-    sizes = sizes_from_tensors(slots)
+    sizes = sizes_from_tensors(weights_in(open_source(path).tensors))
     groups = int(config["model"]["model_config"]["multi_query_group_num"])
     if sizes.kv_rows % groups:
         raise InputError(f"{path}: {sizes.kv_rows} rows of keys are no multiple of model_config.multi_query_group_num="
@@ -73,12 +65,12 @@ def load_weights(path, state, config, work):
     tensors = open_source(path).tensors
     result, wrong, taken = dict(state), [], 0
     for name, value in state.items():
-        if name not in tensors:
+        if name not in tensors or kind_of(name) == COUNTER:
             continue
         if tuple(tensors[name].shape) != value.shape:
             wrong.append(f"{name} is {list(tensors[name].shape)}, expected {list(value.shape)}")
             continue
-        result[name] = _array(tensors[name]).astype(value.dtype)
+        result[name] = cast(tensors[name].load(), tensors[name].dtype, "fp32").astype(value.dtype)
         taken += 1
     missing = [name for name in state if name.startswith("transformer.") and name not in tensors and "lora" not in name]
     wrong += [f"{name} is missing" for name in missing]
@@ -87,13 +79,6 @@ def load_weights(path, state, config, work):
                          f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}; check model_config's sizes, "
                          "qkv_concat and mlp_concat")
     return result
-
-
-def _array(tensor):
-    values = tensor.load()
-    if tensor.dtype == "bf16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values
 
 
 def save(machine, folder, steps, prefix="glm32k"):
@@ -107,7 +92,7 @@ def save(machine, folder, steps, prefix="glm32k"):
     """
     entries, values = [], []
     for parameter in machine.parameters.values():
-        if not parameter.name.startswith(_NOT_SAVED):
+        if not parameter.name.startswith(SCRATCH_PREFIX):
             dtype = _FILE_DTYPES.get(parameter.dtype, parameter.dtype.capitalize())
             entries.append((parameter.name, parameter.value.shape, dtype))
             values.append(_file_values(parameter))
@@ -125,5 +110,5 @@ def save(machine, folder, steps, prefix="glm32k"):
 def _file_values(parameter):
     """A parameter's values as the file holds them: bit patterns of bfloat16, bytes of counters."""
     if parameter.dtype == "bfloat16":
-        return (np.ascontiguousarray(parameter.value).view(np.uint32) >> 16).astype(np.uint16)
+        return cast(np.ascontiguousarray(parameter.value).reshape(-1), "fp32", "bf16")
     return parameter.value if parameter.dtype in _FILE_DTYPES else np.ascontiguousarray(parameter.value).tobytes()

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.execution.states import weight_of
+from mindformers_glm32k.weights.parameters import plain_name
 
 # An element whose gradient in some step is this small beside the parameter's largest has rounding noise for a gradient (the
 # bias of the keys, which softmax does not see; a few of any weight). AdamW makes steps of full size out of noise: such
@@ -71,7 +71,7 @@ class NoiseWatch:
                 moment = parameter.value.astype(np.float64)
                 gradient = np.abs(moment - self.beta * self.before.get(name, 0.0))
                 self.before[name] = moment
-                weight = weight_of(name)
+                weight = plain_name(name)
                 noisy = gradient <= NOISE * gradient.max(initial=0.0)
                 self.masks[weight] = self.masks.get(weight, False) | noisy
 
@@ -130,7 +130,7 @@ def disagreements(steps, parameters, unequal, unread, tolerance):
             if step.get(f"{name}_differs"):
                 found.append(f"step {number}: ranks report different values of {name}: {step[f'{name}_differs']}")
     for item in parameters:
-        allowed = tolerance.weights if weight_of(item.name) == item.name else tolerance.moments
+        allowed = tolerance.weights if plain_name(item.name) == item.name else tolerance.moments
         if item.relative > allowed:
             found.append(f"{item.name} differs from one device's by {item.largest:.3g}, {item.relative:.3g} of its "
                          f"largest element (allowed: {allowed:g})")

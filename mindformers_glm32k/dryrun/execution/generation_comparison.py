@@ -2,8 +2,6 @@
 
 Letters: B prompts, N generated tokens, V words.
 """
-from collections import Counter
-
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution import operators
@@ -69,12 +67,9 @@ def unequal_ranks(result):
 
 def collectives(result):
     """list[dict]: {"kind", "rank", "phase", "count"} of what was executed."""
-    kinds = {name for name, entry in operators.table().items() if entry.function.__module__.endswith(".collectives")}
-    counted = Counter()
-    for generator in result.generators:
-        for phase, machine in generator.machines.items():
-            counted.update({(kind, machine.rank, phase): count for kind, count in machine.executed.items()
-                            if kind in kinds})
+    counted = {(kind, machine.rank, phase): count for generator in result.generators
+               for phase, machine in generator.machines.items()
+               for kind, count in operators.collectives_of(machine.executed).items()}
     return [{"kind": kind, "rank": rank, "phase": phase, "count": count}
             for (kind, rank, phase), count in sorted(counted.items())]
 

@@ -27,19 +27,10 @@ def table(report):
 
 def render(report):
     """str: execution.md."""
-    shrunk = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in report["shrunk"].items())
-    lines = [
-        f"# Rehearsal of {report['config']}", "",
-        f"{report['layout']}: greedy decoding by the programs of {report['world_size']} NPUs (prefill, increment), compiled "
-        "for Ascend and executed in NumPy, beside the programs of one device on the same prompts. "
-        f"{'**All agree.**' if report['agrees'] else '**They differ.**'}",
-        "", f"- Precision: {report['precision_text']}.",
-        f"- Shrunk: {shrunk or 'nothing'}.",
-        f"- Prompts: {report['prompts_text']}. Weights: {report['weights']}.",
-        f"- Compiled in {report['compile_seconds']} s, executed in {report['execution_seconds']} s "
-        f"(one device {report['execution_seconds_one_device']} s).",
-        "- It shows that the layout computes what one device computes. It does not show the kernels of an NPU, their "
-        "speed, or HCCL.", "", "```", table(report), "```"]
+    what = (f"greedy decoding by the programs of {report['world_size']} NPUs (prefill, increment), compiled for Ascend and "
+            "executed in NumPy, beside the programs of one device on the same prompts.")
+    lines = reports.introduction(report, what, report["precision_text"], f"Prompts: {report['prompts_text']}.",
+                                 table(report))
     lines += reports.disagreements(report)
     lines += ["", "## Collectives executed, by rank", "", "| collective | rank | program | calls |",
               "| --- | ---: | --- | ---: |"]

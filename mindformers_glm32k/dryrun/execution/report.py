@@ -57,20 +57,38 @@ def _text(value):
     return "-" if value is None else f"{value:.8g}"
 
 
-def render(report):
-    """str: execution.md."""
+def introduction(report, what, precision, inputs, shown):
+    """What every execution.md begins with.
+
+    Args:
+        report (dict): execution.json.
+        what (str): was executed beside what.
+        precision (str), inputs (str): a sentence each.
+        shown (str): the table.
+
+    Returns:
+        list[str]: lines.
+    """
     shrunk = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in report["shrunk"].items())
-    lines = [
+    return [
         f"# Rehearsal of {report['config']}", "",
-        f"{report['layout']}: the programs of {report['world_size']} NPUs, compiled for Ascend and executed in NumPy, "
-        f"beside the program of one device on the same rows. {'**All agree.**' if report['agrees'] else '**They differ.**'}",
-        "", f"- Precision: {report['precision']}.",
+        f"{report['layout']}: {what} {'**All agree.**' if report['agrees'] else '**They differ.**'}",
+        "", f"- Precision: {precision}.",
         f"- Shrunk: {shrunk or 'nothing'}.",
-        f"- Rows: {report['rows_per_step']} a step, {report['rows']}. Weights: {report['weights']}.",
+        f"- {inputs} Weights: {report['weights']}.",
         f"- Compiled in {report['compile_seconds']} s, executed in {report['execution_seconds']} s "
         f"(one device {report['execution_seconds_one_device']} s).",
         "- It shows that the layout computes what one device computes. It does not show the kernels of an NPU, their "
-        "speed, or HCCL.", "", "```", table(report), "```", "",
+        "speed, or HCCL.", "", "```", shown, "```"]
+
+
+def render(report):
+    """str: execution.md."""
+    what = (f"the programs of {report['world_size']} NPUs, compiled for Ascend and executed in NumPy, beside the program "
+            "of one device on the same rows.")
+    lines = [
+        *introduction(report, what, report["precision"], f"Rows: {report['rows_per_step']} a step, {report['rows']}.",
+                      table(report)), "",
         "## Largest differences of parameters", "",
         "| parameter | largest difference | of its largest element | elements left out as noise |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {item['name']} | {item['largest']:.3g} | {item['relative']:.3g} | {item['noise']} |"

@@ -1,9 +1,8 @@
 """The rows that a rehearsal is executed on."""
 import numpy as np
 
+from mindformers_glm32k.data.rows import IGNORED
 from mindformers_glm32k.dryrun.workers import read_rows
-
-_IGNORED = -100
 
 
 def make_rows(arguments, one, steps, config, work):
@@ -28,7 +27,7 @@ def make_rows(arguments, one, steps, config, work):
     if any(found[name].max() >= words for name in ("input_ids", "labels")):
         note += f", tokens folded into the {words} words of the small model"
         found["input_ids"] = found["input_ids"] % words
-        found["labels"] = np.where(found["labels"] == _IGNORED, _IGNORED, found["labels"] % words).astype(np.int32)
+        found["labels"] = np.where(found["labels"] == IGNORED, IGNORED, found["labels"] % words).astype(np.int32)
     return found, note
 
 
@@ -51,9 +50,9 @@ def random_rows(columns, shape, steps, words, seed=7):
     labels = np.roll(ids, -1, axis=2)
     prompts = rng.integers(0, length - 4, (steps, rows, 1))
     position = np.broadcast_to(np.arange(length), ids.shape)
-    labels = np.where((position < prompts) | (position == length - 1), _IGNORED, labels).astype(np.int32)
+    labels = np.where((position < prompts) | (position == length - 1), IGNORED, labels).astype(np.int32)
     half = length // 2
-    values = {"input_ids": ids, "labels": labels, "input_mask": (labels != _IGNORED).astype(np.float32),
+    values = {"input_ids": ids, "labels": labels, "input_mask": (labels != IGNORED).astype(np.float32),
               "position_ids": (position % half).astype(np.int32), "document_ids": (position // half).astype(np.int32)}
     return {name: values[name] for name in columns}
 

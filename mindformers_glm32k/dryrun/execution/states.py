@@ -2,18 +2,7 @@
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.values import round_bfloat16
-from mindformers_glm32k.weights.shards import slice_of
-
-ACCUMULATOR = "accu_grads."
-_STATES = (ACCUMULATOR, "adam_m.", "adam_v.")
-
-
-def weight_of(name):
-    """str: the weight that a parameter belongs to: "adam_m.a.b" -> "a.b"."""
-    for prefix in _STATES:
-        if name.startswith(prefix):
-            return name[len(prefix):]
-    return name
+from mindformers_glm32k.weights.parameters import SCRATCH_PREFIX, STATE_PREFIXES
 
 
 def random_weights(state, seed=0):
@@ -29,7 +18,7 @@ def random_weights(state, seed=0):
     rng = np.random.default_rng(seed)
     result = dict(state)
     for name, value in state.items():
-        if name.startswith(_STATES) or not name.endswith(("weight", "bias", "_lora_a", "_lora_b")):
+        if name.startswith(STATE_PREFIXES) or not name.endswith(("weight", "bias", "_lora_a", "_lora_b")):
             continue
         spread = 0.1 if value.ndim < 2 else value.shape[-1] ** -0.5
         if name.endswith("_lora_b"):
@@ -57,10 +46,10 @@ def cut(program, rank_in_stage, layouts, whole, counters):
     """
     values = {}
     for name, spec in program.parameters.values():
-        if name.startswith(ACCUMULATOR):
+        if name.startswith(SCRATCH_PREFIX):
             values[name] = np.zeros(spec.shape, np.float32)
         elif name in whole:
-            values[name] = slice_of(whole[name], layouts[name], rank_in_stage) if name in layouts else whole[name]
+            values[name] = whole[name][slices_of(layouts, name, rank_in_stage, whole[name].shape)]
         else:
             values[name] = counters[name]
         if spec.dtype == "bfloat16":
@@ -90,7 +79,7 @@ def join(machines, ranks_of_stages, layouts_of_stages, shapes):
             whole = values.setdefault(name, np.zeros(shape, machines[holders[0]].parameters[name].value.dtype))
             first = {}  # part -> rank
             for rank in holders:
-                place = (slices_of(layouts, name, rank - ranks[0], shape))
+                place = slices_of(layouts, name, rank - ranks[0], shape)
                 value = machines[rank].parameters[name].value
                 key = str(place)
                 if key in first:

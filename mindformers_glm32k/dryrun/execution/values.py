@@ -5,11 +5,11 @@ bfloat16, which NumPy lacks, is held in float32 arrays whose values are bfloat16
 import numpy as np
 
 from mindformers_glm32k.dryrun.mindir import Graph, Spec
+from mindformers_glm32k.weights.dtypes import cast
 
 NUMPY = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "bfloat16": np.float32, "bool": np.bool_,
          **{name: getattr(np, name) for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
                                                  "uint64", "complex64", "complex128")}}
-FLOATS = frozenset(("float16", "float32", "float64", "bfloat16"))
 
 
 class Parameter:
@@ -60,10 +60,8 @@ def round_bfloat16(array):
     Returns:
         numpy.ndarray: float32.
     """
-    array = np.ascontiguousarray(array, np.float32)
-    bits = array.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(array), array, rounded.view(np.float32))
+    flat = np.ascontiguousarray(array, np.float32).reshape(-1)
+    return cast(cast(flat, "fp32", "bf16"), "bf16", "fp32").reshape(np.shape(array))
 
 
 def from_bytes(data, spec):
@@ -77,8 +75,7 @@ def from_bytes(data, spec):
         numpy.ndarray: read-only.
     """
     if spec.dtype == "bfloat16":
-        wide = np.frombuffer(data, np.uint16).astype(np.uint32) << 16
-        return wide.view(np.float32).reshape(spec.shape)
+        return cast(np.frombuffer(data, np.uint16), "bf16", "fp32").reshape(spec.shape)
     return np.frombuffer(data, NUMPY[spec.dtype]).reshape(spec.shape)
 
 

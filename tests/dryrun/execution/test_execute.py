@@ -42,7 +42,7 @@ def changed(case, change, ranks=range(4)):
     programs = list(case.programs)
     for rank in ranks:
         programs[rank] = copy.copy(programs[rank])
-        programs[rank].program = copy.deepcopy(programs[rank].program)
+        programs[rank].phases = copy.deepcopy(programs[rank].phases)
         program = programs[rank].program
         for graph in (program.main, *program.graphs.values()):
             for node in graph.nodes:

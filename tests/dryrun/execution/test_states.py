@@ -74,8 +74,3 @@ def test_random_weights_spare_counters_and_states():
     for name in ("adam_m.x.weight", "scale_sense", "global_step"):
         np.testing.assert_array_equal(after[name], before[name])
     np.testing.assert_array_equal(after[NAME], states.random_weights(before)[NAME])  # the same every time
-
-
-@pytest.mark.parametrize("name", ["a.b", "adam_m.a.b", "adam_v.a.b", "accu_grads.a.b"])
-def test_the_weight_of_a_state(name):
-    assert states.weight_of(name) == "a.b"

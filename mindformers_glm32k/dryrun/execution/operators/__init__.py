@@ -85,3 +85,16 @@ def table():
     for name in _MODULES:
         import_module(f"{__name__}.{name}")
     return _TABLE
+
+
+def collectives_of(executed):
+    """Of executed operators those that talk to other ranks, sends and receives among them.
+
+    Args:
+        executed (dict[str, int]): how often each operator ran.
+
+    Returns:
+        dict[str, int]: likewise.
+    """
+    return {name: count for name, count in executed.items()
+            if table()[name].function.__module__ == f"{__name__}.collectives"}

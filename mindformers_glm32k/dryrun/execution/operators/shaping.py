@@ -2,7 +2,7 @@
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator
-from mindformers_glm32k.dryrun.execution.operators.numeric import as_output, attribute
+from mindformers_glm32k.dryrun.execution.operators.numeric import attribute
 
 
 @operator("Reshape")

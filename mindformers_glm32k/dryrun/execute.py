@@ -20,6 +20,7 @@ from mindformers_glm32k.dryrun.mindir import read_program
 from mindformers_glm32k.dryrun.strategy import copy_atomically, strategy_file
 from mindformers_glm32k.dryrun.worker import STATE_FILE
 from mindformers_glm32k.dryrun.workers import read_layout, run_workers
+from mindformers_glm32k.weights.parameters import plain_name
 from mindformers_glm32k.weights.shards import ParameterLayout, read_strategy
 
 _JOBS = 2  # programs compiled at the same time
@@ -299,8 +300,8 @@ def compare(result, reference, programs, layout, config):
     problems = disagreements(steps, differences, unequal, result.unread, TOLERANCES[dtype])
     missing = sorted(set(shapes) - set(whole))
     problems += [f"{name} is held by no rank" for name in missing]
-    weights = [item for item in differences if states.weight_of(item.name) == item.name]
-    moments = [item for item in differences if states.weight_of(item.name) != item.name]
+    weights = [item for item in differences if plain_name(item.name) == item.name]
+    moments = [item for item in differences if plain_name(item.name) != item.name]
     counted = {(kind, machine.rank): count for machine in result.machines
                for kind, count in operators.collectives_of(machine.executed).items()}
     return {

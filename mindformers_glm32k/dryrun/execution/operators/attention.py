@@ -24,7 +24,8 @@ def flash_attention_score(call, query, key, value, real_shift, drop_mask, paddin
     """softmax(scale * query @ keyᵀ, masked) @ value.
 
     query, key, value in `input_layout`; attn_mask see `masks.hidden`, for TH `masks.causal_prefill`; actual_seq_*:
-    cumulative lengths for TND, each sequence's own for TH, where zeros are the answer to what lies behind the last.
+    cumulative lengths for TND, each sequence's own for TH, where zeros are the answer to what lies behind the last;
+    a sequence may have no tokens at all.
     -> softmax_max, softmax_sum (B, N, S, 8), (T, N, 8) or (T, N * 8) float32, softmax_out (a placeholder),
     attention_out as query.
     """
@@ -120,6 +121,10 @@ def _sequences(layout, head_num, mask, q_lengths, kv_lengths, query, key, value,
     if len(q_spans) != len(kv_spans):
         raise ValueError(f"{len(q_spans)} sequences of queries, {len(kv_spans)} of keys")
     for q_span, kv_span in zip(q_spans, kv_spans):
+        if q_span[0] == q_span[1]:
+            continue
+        if kv_span[0] == kv_span[1]:
+            raise ValueError(f"a sequence with queries {q_span} and no keys ({layout})")
         spans = [q_span, kv_span, kv_span] + [q_span] * len(like_query)
         yield (*(tensor[:, :, start:end] for tensor, (start, end) in zip(heads, spans)), mask)
 
@@ -130,7 +135,10 @@ def _spans(layout, lengths, tensor):
     if ends[-1] > tensor.shape[0] or (layout == "TND" and ends[-1] != tensor.shape[0]):
         raise ValueError(f"the sequences of lengths {lengths} ({layout}) end at {ends[-1]}, the tensor has "
                          f"{tensor.shape[0]} tokens")
-    return list(zip([0, *ends[:-1]], ends))
+    starts = np.concatenate([[0], ends[:-1]])
+    if (starts > ends).any():
+        raise ValueError(f"the sequences of lengths {lengths} ({layout}): one ends before it starts")
+    return list(zip(starts.tolist(), ends.tolist()))
 
 
 _AXES = {"BSH": (0, 2, 1, 3), "BSND": (0, 2, 1, 3), "SBH": (1, 2, 0, 3), "BNSD": (0, 1, 2, 3)}  # to (B, N, S, D)
@@ -159,7 +167,7 @@ def _split_statistics(layout, q_lengths, *statistics):
     if layout != "TND":
         return [[tensor[..., :1] for tensor in statistics]]
     return [[tensor[start:end, :, :1].transpose(1, 0, 2)[None] for tensor in statistics]
-            for start, end in _spans(layout, q_lengths, statistics[0])]
+            for start, end in _spans(layout, q_lengths, statistics[0]) if end > start]
 
 
 def _placeholder(spec):

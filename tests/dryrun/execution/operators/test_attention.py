@@ -175,6 +175,44 @@ def test_sequences_behind_each_other(mode):
         attend(q, k, v, 4, **{**options, "lengths": ((5, 6, 9), (5, 6, 9))})
 
 
+def causal_blocks(ends):
+    """(T, T) bool, True where a token does not see another: of another document, or later."""
+    document = np.searchsorted(ends, np.arange(ends[-1]), side="right")
+    return (document[:, None] != document) | causal(ends[-1], ends[-1])
+
+
+@covers("FlashAttentionScore", "FlashAttentionScoreGrad")
+@pytest.mark.parametrize("ends", [(4, 7, 9, 9, 9), (0, 4, 4, 9), (9,), (1, 2, 9, 9)])
+def test_documents_see_themselves_only(ends):
+    """All tokens in one sequence under a block-diagonal causal mask; documents may have no tokens."""
+    together = heads_of(1, 4, 2, 9, 9, 3, "float64")
+    q, k, v = (behind_each_other([x]) for x in together)
+    options = {"layout": "TND", "mask": TRIANGLE, "mode": 2, "lengths": (np.array(ends), np.array(ends)), "dtype": "float64"}
+    expected, largest, total = formula(*together, causal_blocks(ends))
+    forward = attend(q, k, v, 4, **options)
+    np.testing.assert_allclose(forward[3], behind_each_other([expected]), atol=1e-12)
+    np.testing.assert_allclose(forward[0], behind_each_other([np.repeat(largest, 8, -1)]), atol=1e-12)
+    np.testing.assert_allclose(forward[1], behind_each_other([np.repeat(total, 8, -1)]), atol=1e-12)
+    dy = random(q.shape, "float64", 9)
+    gradients = attend_grad(q, k, v, dy, forward, 4, **options)
+    for index in range(3):
+        wanted = numeric_gradient(lambda *inputs: behind_each_other([formula(
+            *(x.transpose(1, 0, 2)[None] for x in inputs), causal_blocks(ends))[0]]), [q, k, v], dy, index)
+        np.testing.assert_allclose(gradients[index], wanted, atol=1e-8)
+
+
+@covers("FlashAttentionScore")
+@pytest.mark.parametrize("q_ends, kv_ends, message", [
+    ((5, 4, 9), (5, 4, 9), "one ends before it starts"),
+    ((4, 9), (9, 9), r"queries \(4, 9\) and no keys"),
+    ((4, 9), (4, 5, 9), "2 sequences of queries, 3 of keys"),
+])
+def test_ends_that_the_kernel_does_not_take_are_refused(q_ends, kv_ends, message):
+    q, k, v = (behind_each_other([x]) for x in heads_of(1, 4, 2, 9, 9, 3, "float64"))
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, v, 4, "TND", TRIANGLE, 2, lengths=(q_ends, kv_ends), dtype="float64")
+
+
 @covers("FlashAttentionScore")
 @pytest.mark.parametrize("dtype, coefficient", [("float16", -10000.0), ("bfloat16", 1.0)])
 def test_prefill_of_prompts_behind_each_other(dtype, coefficient):

@@ -51,19 +51,29 @@ def _transposes_left(event):
     return bool(attributes.get("transpose_a", attributes.get("transpose_x1", False)))
 
 
-def position_axis(query):
-    """int: which axis of an attention operand counts positions: of TH 0, of BSH 1, of BNSD 2."""
-    return len(query.shape) - 2
+_TND = 4  # MindSpore's number of the layout
+
+
+def position_axis(event):
+    """int: which axis of an attention kernel's operands counts positions: of TH and TND 0, of BSH 1, of BNSD 2.
+
+    The kernel's last argument but one is its layout (MindSpore 2.7 to 2.9).
+    """
+    layout = event.arguments[-2] if len(event.arguments) > 1 else None
+    if isinstance(layout, Literal) and layout.value == _TND and len(event.reads[0].spec.shape) == 3:
+        return 0
+    return len(event.reads[0].spec.shape) - 2
 
 
 def _pairs(event):
     """Sum over the rows of a batch of query positions x key positions x query width (heads x head size).
 
-    Prompts that lie behind each other in one TH operand are taken for one: their lengths are known only at run time.
+    Prompts or documents that lie behind each other in one TH or TND operand are taken for one: their lengths are known
+    only at run time.
     Paged attention is counted over all slots of its block tables.
     """
     query, key = event.reads[0].spec, event.reads[1].spec
     elements = query.bytes // query.itemsize
     if event.node.op == "PagedAttention":  # keys: (blocks, block size, heads, head size); tables: (batch, blocks)
         return elements * key.shape[1] * event.reads[3].spec.shape[-1]
-    return elements * key.shape[position_axis(query)]
+    return elements * key.shape[position_axis(event)]

@@ -49,7 +49,7 @@ def share_of_pairs(event):
         return 1.0
     tail = [argument.value if isinstance(argument, Literal) else None for argument in event.arguments[-4:]]
     next_tokens, mode = (tail[0], tail[3]) if len(tail) == 4 else (None, None)
-    queries, keys = (buffer.spec.shape[flops.position_axis(buffer.spec)] for buffer in event.reads[:2])
+    queries, keys = (buffer.spec.shape[flops.position_axis(event)] for buffer in event.reads[:2])
     if queries != keys or not (mode in _CAUSAL_MODES or (mode == 0 and next_tokens == 0)):
         return 1.0
     return (queries + 1) / (2 * queries)

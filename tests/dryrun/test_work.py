@@ -41,9 +41,9 @@ def test_products_by_element_type():
     assert measured(nodes[1:] + nodes[:1])["matmul_flops"] == {"float16": 2 * 8 * 16 * 4}
 
 
-def attention(next_tokens, mode):
-    tensor = Spec((1, 64, 32), "float16", 2)
-    tail = [literal("pre", 65536), literal("next", next_tokens), literal("inner", 0), literal("layout", 0),
+def attention(next_tokens, mode, shape=(1, 64, 32), layout=0):
+    tensor = Spec(shape, "float16", 2)
+    tail = [literal("pre", 65536), literal("next", next_tokens), literal("inner", 0), literal("layout", layout),
             literal("mode", mode)]
     nodes = [Node("q", "Exp", ["x"], tensor),
              Node("o", "FlashAttentionScore", ["q", "q", "q", *(node.name for node in tail)], tensor)]
@@ -54,6 +54,7 @@ def test_attention_counts_the_pairs_that_the_kernel_works_on():
     whole, causal = 4 * 64 * 64 * 32, 2 * 64 * 65 * 32
     assert attention(0, 2) == attention(65536, 3) == attention(0, 0) == causal
     assert attention(65536, 0) == whole
+    assert attention(0, 2, (64, 4, 8), layout=4) == causal  # TND: the tokens of a row behind each other
 
 
 def test_the_compiled_program_is_causal(report):

@@ -44,6 +44,8 @@ class GLM32KDataset(BaseDataset):
             - on_long_answer (str): "raise" (default) or "drop", where answers alone do not fit a row.
             - packing (bool): several samples in a row. Default False.
             - packing_window (int): the samples of so many full rows are packed together, >= 1. Default 64.
+            - documents_per_row (int | None): samples of a packed row, at most. Default as many as it has room for; for
+              an NPU with flash attention GLM32KTrainer takes model_config.documents_per_row.
             - rows_per_epoch (int | None): packed rows of an epoch, all ranks together: a multiple of their number
               and batch_size. By default an epoch has each sample once, for which all samples are tokenized before
               the first step. With a number, packing goes along with training, pass after pass over the samples
@@ -159,9 +161,11 @@ def _packed(config, loader, tokens, pad_id):
                              f"{shards} ranks; take {-(-config.rows_per_epoch // (batch * shards)) * batch * shards}")
         rows = config.rows_per_epoch // shards
         counters = _counters(config, tokens.samples, len(tokens) // shards, rows)
-        return StreamedRows(config.packing_window, order["shuffle"], order["seed"], order["shard_id"], shards,
-                            config.num_parallel_workers, tokens, length, pad_id, equal, *counters), StreamSampler(rows)
-    plan, lengths = plan_rows(tokens, length, config.packing_window, order, batch, config.num_parallel_workers)
+        return StreamedRows(config.packing_window, config.documents_per_row, order["shuffle"], order["seed"],
+                            order["shard_id"], shards, config.num_parallel_workers, tokens, length, pad_id, equal,
+                            *counters), StreamSampler(rows)
+    plan, lengths = plan_rows(tokens, length, config.packing_window, order, batch, config.num_parallel_workers,
+                              config.documents_per_row)
     documents, total, left_out = int((lengths > 0).sum()), int(lengths.sum()), int((lengths == 0).sum())
     logger.info("packing: %d samples in %d rows of %d tokens, %.1f %% of them padding; %d samples left out",
                 documents, len(plan), length, 100 * (1 - total / (len(plan) * length)), left_out)

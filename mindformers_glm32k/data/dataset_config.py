@@ -11,7 +11,8 @@ SAMPLE, TOKEN = "sample", "token"
 DEFAULTS = {
     "data_loader": None, "tokenizer": None, "input_columns": ROW_COLUMNS, "max_source_length": None,
     "max_target_length": None, "seq_length": None, "truncation": "middle", "on_long_answer": RAISE,
-    "packing": False, "packing_window": 64, "rows_per_epoch": None, "loss_weights": SAMPLE,
+    "packing": False, "packing_window": 64, "rows_per_epoch": None, "documents_per_row": None,
+    "loss_weights": SAMPLE,
     "sort_by_length": False, "pad_to_multiple_of": None, "cache_tokens": None, "cache_dir": None,
     "ignore_pad_token_for_loss": True, "batch_size": 8, "repeat": 1, "drop_remainder": True,
     "num_parallel_workers": 1, "python_multiprocessing": False, "seed": 0, "prefetch_size": 1, "numa_enable": False,
@@ -43,7 +44,7 @@ def checked(dataset_config):
     row_length(config)
     for name in ("batch_size", "repeat", "prefetch_size", "packing_window"):
         whole_number(config[name], name, 1)
-    for name in ("rows_per_epoch", "pad_to_multiple_of"):
+    for name in ("rows_per_epoch", "documents_per_row", "pad_to_multiple_of"):
         if config[name] is not None:
             whole_number(config[name], name, 1)
     config.num_parallel_workers = workers(config.num_parallel_workers, "num_parallel_workers")
@@ -52,7 +53,8 @@ def checked(dataset_config):
         boolean(config[name], name)
     choice(config.cache_tokens, "cache_tokens", (None, True, False))
     choice(config.loss_weights, "loss_weights", (SAMPLE, TOKEN))
-    for name in ("sort_by_length", "pad_to_multiple_of") if config.packing else ("rows_per_epoch",):
+    for name in ("sort_by_length", "pad_to_multiple_of") if config.packing \
+            else ("rows_per_epoch", "documents_per_row"):
         if config[name]:
             raise InputError(f"{name}: {config[name]!r} has no meaning with packing: {config.packing}; remove it")
     choice(config.truncation, "truncation", tuple(TRUNCATIONS))

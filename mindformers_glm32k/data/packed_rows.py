@@ -75,15 +75,16 @@ class StreamedRows(PackedRows):
 
     Args:
         window (int): the documents of so many full rows are packed together.
+        most (int | None): documents of a row; None: as many as it has room for.
         shuffle (bool), seed (int): determine the order.
         shard_id (int), num_shards (int): this rank.
         threads (int): that tokenize ahead of what is asked for.
         others: as PackedRows.
     """
 
-    def __init__(self, window, shuffle, seed, shard_id, num_shards, threads, *others):
+    def __init__(self, window, most, shuffle, seed, shard_id, num_shards, threads, *others):
         super().__init__(*others)
-        self._window, self._shuffle, self._seed = window, shuffle, seed
+        self._window, self._most, self._shuffle, self._seed = window, most, shuffle, seed
         self._shard_id, self._num_shards, self._threads = shard_id, num_shards, threads
         self._rows, self._next = None, 0
         self._lock = threading.Lock()
@@ -107,7 +108,8 @@ class StreamedRows(PackedRows):
             order = sample_order(len(self.tokens), self._shuffle, self._seed, number)
             held, empty = {}, True
             seed = (self._seed, number, self._shard_id) if self._shuffle else None
-            for samples in pack(self._documents(order, held), self._capacity, self._window, seed):
+            for samples in pack(self._documents(order, held), self._capacity, self._window, seed,
+                                self._most):
                 yield samples, [held.pop(sample) for sample in samples]
                 empty = False
             if empty:
@@ -136,7 +138,7 @@ class StreamedRows(PackedRows):
                 yield sample, length
 
 
-def plan_rows(tokens, capacity, window, order, batch, threads):
+def plan_rows(tokens, capacity, window, order, batch, threads, most=None):
     """Packs all documents, for which all lengths are needed.
 
     Args:
@@ -146,6 +148,7 @@ def plan_rows(tokens, capacity, window, order, batch, threads):
         order (dict): shuffle, seed, num_shards, shard_id.
         batch (int): rows of a batch of one rank; the number of rows is made a multiple of those of all ranks.
         threads (int): that tokenize.
+        most (int | None): documents of a row; None: as many as it has room for.
 
     Returns:
         tuple[list[list[int]], np.ndarray]: samples of each row; tokens of each sample, 0 where it is left out.
@@ -154,7 +157,7 @@ def plan_rows(tokens, capacity, window, order, batch, threads):
     lengths = tokens.all_lengths(threads, start=len(tokens) * order["shard_id"] // shards)
     samples = sample_order(len(tokens), order["shuffle"], order["seed"], 0)
     rows = list(pack(zip(samples.tolist(), lengths[samples].tolist()), capacity, window,
-                     order["seed"] if order["shuffle"] else None))
+                     order["seed"] if order["shuffle"] else None, most))
     if not rows:
         raise InputError("packing: every sample was left out by the truncation; see the log")
     return split_to_multiple(rows, batch * shards), lengths

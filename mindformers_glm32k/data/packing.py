@@ -26,12 +26,13 @@ FIRST_WINDOW = 2  # rows; the first ones are there soon
 _HELD_BACK = 8  # the emptiest of so many rows of a window waits for the next one's short documents
 
 
-def first_fit(lengths, capacity):
+def first_fit(lengths, capacity, most=None):
     """Puts documents into rows, longest first, each into the first row that has room.
 
     Args:
         lengths (Sequence[int]): tokens of each document, 1 <= length <= capacity.
         capacity (int): tokens of a row.
+        most (int | None): documents of a row; None: as many as it has room for.
 
     Returns:
         list[list[int]]: places in `lengths`, row by row.
@@ -50,12 +51,12 @@ def first_fit(lengths, capacity):
         if not used or not fits[row]:
             row, used = used, used + 1
             rows.append([])
-        room[row] -= lengths[place]
         rows[row].append(int(place))
+        room[row] = 0 if len(rows[row]) == most else room[row] - lengths[place]
     return rows
 
 
-def pack(documents, capacity, window, seed=None):
+def pack(documents, capacity, window, seed=None, most=None):
     """Packs a stream of documents, a window of them at a time; each is in one row and in one only.
 
     Windows grow from FIRST_WINDOW rows' worth of documents to `window` rows'. The emptiest eighth of a window's rows
@@ -67,6 +68,7 @@ def pack(documents, capacity, window, seed=None):
         capacity (int): tokens of a row.
         window (int): the documents of so many full rows are sorted at once, >= 1; the more, the fuller the rows.
         seed: rows leave a window in an order that depends on it; None: those with the earliest documents first.
+        most (int | None): documents of a row; None: as many as it has room for.
 
     Yields:
         list[int]: numbers of the documents of a row, in the stream's order.
@@ -85,7 +87,7 @@ def pack(documents, capacity, window, seed=None):
                 break
         waiting.sort()
         rows = [sorted(waiting[place] for place in row)
-                for row in first_fit([length for _, _, length in waiting], capacity)]
+                for row in first_fit([length for _, _, length in waiting], capacity, most)]
         waiting = []
         if more:
             rows.sort(key=lambda row: (-sum(length for _, _, length in row), row))

@@ -47,8 +47,8 @@ def lengths():
     return np.random.default_rng(0).integers(1, CAPACITY + 1, 100).tolist()
 
 
-def stream(tokens, shard_id=0, num_shards=1, shuffle=True, seed=0, window=3, threads=2, cuts=None):
-    return StreamedRows(window, shuffle, seed, shard_id, num_shards, threads, tokens, CAPACITY, 0, True,
+def stream(tokens, shard_id=0, num_shards=1, shuffle=True, seed=0, window=3, threads=2, cuts=None, most=None):
+    return StreamedRows(window, most, shuffle, seed, shard_id, num_shards, threads, tokens, CAPACITY, 0, True,
                         cuts or Counter(), Counter())
 
 
@@ -121,3 +121,12 @@ def test_samples_that_are_left_out_are_counted(lengths):
     rows = stream(Tokens([0, 5, 0, 7]), cuts=cuts)
     assert sorted(rows.documents(0)[0]) == [1, 3]
     assert sorted(cuts.calls) == [(0, 99, 0), (2, 99, 0)]
+
+
+def test_a_limit_of_documents_holds_in_both_ways(lengths):
+    tokens = Tokens(lengths)
+    rows = stream(tokens, most=2)
+    assert max(len(rows.documents(place)[0]) for place in range(60)) == 2
+    order = {"shuffle": True, "seed": 0, "shard_id": 0, "num_shards": 1}
+    plan, _ = plan_rows(tokens, CAPACITY, 3, order, 1, 1, most=2)
+    assert max(map(len, plan)) == 2 and sorted(sample for row in plan for sample in row) == list(range(100))

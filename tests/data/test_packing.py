@@ -44,6 +44,15 @@ def test_each_document_is_in_one_row_and_in_one_only(lengths, window, seed):
     assert rows == list(pack(documents, CAPACITY, window, seed)), "the same each time"
 
 
+@settings(deadline=None)
+@given(LENGTHS, strategies.integers(1, 50), strategies.integers(1, 5))
+def test_rows_have_no_more_documents_than_allowed(lengths, window, most):
+    documents = list(enumerate(lengths))
+    rows = list(pack(iter(documents), CAPACITY, window, most=most))
+    assert sorted(number for row in rows for number in row) == [number for number, length in documents if length]
+    assert all(len(row) <= most and sum(lengths[number] for number in row) <= CAPACITY for row in rows)
+
+
 def test_the_seed_changes_the_order_of_rows_alone():
     rng = np.random.default_rng(0)
     documents = list(enumerate(rng.integers(1, CAPACITY, 500).tolist()))

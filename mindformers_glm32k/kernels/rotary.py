@@ -35,12 +35,14 @@ class _Rotation(nn.Cell):
         self.head_dim = head_dim
         self.portable = portable
         self.swap = Tensor(swap_matrix(head_dim), dtype)
-        rows = (strategy[2], 1)
+        rows, own_rows = (strategy[2], 1), (strategy[0], 1, strategy[2], 1)
         self.cast = P.Cast()
         # on CPU BatchMatMul does not broadcast; elsewhere a reshape to two axes would move what the strategy cuts
         self.exchange = P.MatMul() if portable else P.BatchMatMul().shard((strategy, (1, 1)))
         self.scale = P.Mul().shard((strategy, rows))
         self.turn = P.Mul().shard((strategy, rows))
+        self.scale_own = P.Mul().shard((strategy, own_rows))
+        self.turn_own = P.Mul().shard((strategy, own_rows))
         self.add = P.Add().shard((strategy, strategy))
 
     def construct(self, x, cos, sin):
@@ -50,7 +52,9 @@ class _Rotation(nn.Cell):
             swapped = self.exchange(x.reshape((-1, self.head_dim)), self.swap).reshape(x.shape)
         else:
             swapped = self.exchange(x, self.swap)
-        return self.cast(self.add(self.scale(x, cos), self.turn(swapped, sin)), dtype)
+        if cos.ndim == 2:
+            return self.cast(self.add(self.scale(x, cos), self.turn(swapped, sin)), dtype)
+        return self.cast(self.add(self.scale_own(x, cos), self.turn_own(swapped, sin)), dtype)
 
 
 class RotaryEmbedding(nn.Cell):
@@ -61,8 +65,8 @@ class RotaryEmbedding(nn.Cell):
 
     Inputs:
         x (Tensor): (B, N, S, D).
-        rotary_pos_emb (tuple[Tensor]): cos (S, D) and sin (S, D), 1 and 0 where a dimension is not rotated; the
-            third entry is unused.
+        rotary_pos_emb (tuple[Tensor]): cos (S, D) and sin (S, D), 1 and 0 where a dimension is not rotated, or
+            (B, 1, S, D) where each row has positions of its own; the third entry is unused.
 
     Outputs:
         Tensor: (B, N, S, D), dtype of x.

@@ -47,6 +47,10 @@ class GLM32KConfig(ChatGLM2Config):
         eos_token_id (int | list[int]): generation stops at these. Default 2 (`</s>`).
         residual_dtype (str): dtype of the residual stream. Default "float32".
         loss_chunk_size (int): tokens of a row whose logits exist at a time in training, >= 1. Default 2048.
+        mlp_chunk_size (int | None): on Ascend, tokens of a row that the feed-forward part takes at a time in training;
+            less memory with recompute on, for NPUs of 32 GB. Default None: all.
+        documents_per_row (int): documents that a packed row holds at most on Ascend with flash attention, >= 1; rows of
+            a device times one more must not exceed 1024. Default 127.
         cells (str): "ascend" takes upstream's NPU kernels, "portable" cells that run on any device,
             "auto" (default) decides by the device target.
         **kwargs: the other fields of ChatGLM2Config, upstream's generation settings (top_k, max_decode_length, …)
@@ -59,8 +63,8 @@ class GLM32KConfig(ChatGLM2Config):
     model_type = MODEL_TYPE
     _support_list = []
 
-    def __init__(self, seq_length=32768, rope_ratio=50, eos_token_id=2, loss_chunk_size=2048, cells="auto",
-                 **kwargs):
+    def __init__(self, seq_length=32768, rope_ratio=50, eos_token_id=2, loss_chunk_size=2048, mlp_chunk_size=None,
+                 cells="auto", documents_per_row=127, **kwargs):
         kwargs = normalize_values(dict(kwargs))
         rope_ratio, eos_token_id = normalize_values([rope_ratio, eos_token_id])
         problems = _unknown_keys(kwargs)
@@ -70,13 +74,15 @@ class GLM32KConfig(ChatGLM2Config):
                 problems.append(f"{derived}={value!r}: contradicts {field}={kwargs[field]!r}")
         fields = {name: parameter.default for name, parameter in _upstream_parameters().items()}
         fields.update(kwargs, seq_length=seq_length, rope_ratio=rope_ratio, eos_token_id=eos_token_id,
-                      loss_chunk_size=loss_chunk_size, cells=cells)
+                      loss_chunk_size=loss_chunk_size, mlp_chunk_size=mlp_chunk_size, cells=cells,
+                      documents_per_row=documents_per_row)
         problems += _wrong_values(fields)
         if problems:
             raise InputError("GLM32KConfig: " + "; ".join(problems))
         super().__init__(seq_length=seq_length, rope_ratio=rope_ratio, eos_token_id=eos_token_id, **kwargs)
-        self.loss_chunk_size = loss_chunk_size
+        self.loss_chunk_size, self.mlp_chunk_size = loss_chunk_size, mlp_chunk_size
         self.cells = cells
+        self.documents_per_row = documents_per_row
         # Upstream's generator and the LoRA adapter read these without a default.
         for name in ("is_encoder_decoder", "is_sample_acceleration"):
             if getattr(self, name, None) is None:
@@ -137,7 +143,8 @@ def known_keys():
         set[str]
     """
     generation = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    return set(_upstream_parameters()) | {"loss_chunk_size", "cells"} | generation | {"max_decode_length"} | _HOST_KEYS | set(_DERIVED)
+    return set(_upstream_parameters()) | {"loss_chunk_size", "mlp_chunk_size", "cells", "documents_per_row"} \
+        | generation | {"max_decode_length"} | _HOST_KEYS | set(_DERIVED)
 
 
 def _unknown_keys(kwargs):
@@ -169,7 +176,8 @@ def _wrong_values(fields):
     positive = [name for name in (
         "batch_size", "num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
         "seq_length", "multi_query_group_num", "block_size", "num_blocks", "loss_chunk_size", "pp_interleave_num",
-        "fine_grain_interleave") if check(name, "an integer >= 1", lambda value: is_int(value) and value >= 1)]
+        "fine_grain_interleave", "documents_per_row") if check(name, "an integer >= 1", lambda value: is_int(value) and value >= 1)]
+    check("mlp_chunk_size", "null or an integer >= 2", lambda value: value is None or is_int(value) and value >= 2)
     check("kv_channels", "a multiple of 4 (half of each head is rotated, in pairs)",
           lambda value: is_int(value) and value >= 4 and value % 4 == 0)
     if {"num_attention_heads", "multi_query_group_num"} <= set(positive):

@@ -5,6 +5,7 @@ MindSpore finds most of these after a minute of compiling, in words of its own, 
 from mindformers_glm32k.errors import InputError
 
 FLASH_ATTENTION_STEP = 16  # the kernel works on blocks of 16 positions
+MOST_SEQUENCES = 1024  # that one call of its variable-length form takes (mindspore.ops.flash_attention_score, "TND")
 _SEMI_AUTO = (1, 2, "semi_auto_parallel", "auto_parallel")  # of parallel.parallel_mode: one program is cut
 _AXES = ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage")
 
@@ -40,9 +41,31 @@ def problems(config, devices=None):
     if found:
         return found
     sizes = _Sizes(config, parallel)
-    for check in (_devices, _mode, _heads, _widths, _sequence, _batch):
+    for check in (_devices, _mode, _heads, _widths, _sequence, _chunks, _batch, _packing):
         found += check(sizes, devices)
     return found + list(_prediction(sizes) if sizes.predicts else _pipeline(sizes))
+
+
+def packing_problems(config):
+    """What keeps an NPU's flash attention from packed rows.
+
+    Args:
+        config (dict): merged configuration, with packed training or evaluation data.
+
+    Returns:
+        list[str]: one sentence each, the key first.
+    """
+    model, found = config["model"]["model_config"], []
+    if model.get("attention_dropout"):
+        found.append(f"model_config.attention_dropout={model['attention_dropout']!r}: must be 0 with packing: True, flash "
+                     "attention drops nothing in rows of several documents")
+    rows = int((config.get("runner_config") or {}).get("batch_size") or 1)
+    documents = int(model.get("documents_per_row") or 127)
+    if rows * (documents + 1) > MOST_SEQUENCES:
+        found.append(f"model_config.documents_per_row={documents}: runner_config.batch_size={rows} rows of a device with "
+                     f"so many documents each and padding are more than the {MOST_SEQUENCES} sequences that flash "
+                     f"attention takes at once; {MOST_SEQUENCES // rows - 1} is the most")
+    return found
 
 
 def layers_per_stage(config):
@@ -148,6 +171,25 @@ def _sequence(sizes, _):
                    "use_flash_attention needs")
     elif sizes.context_parallel > 1:
         yield f"model_config.use_flash_attention: must be true for context_parallel={sizes.context_parallel}"
+
+
+def _chunks(sizes, _):
+    if sizes.model.get("mlp_chunk_size") and sizes.model_parallel * sizes.context_parallel > 1:
+        yield (f"model_config.mlp_chunk_size={sizes.model['mlp_chunk_size']!r}: for layouts with model_parallel 1 and "
+               "context_parallel 1; the others cut these tensors already, set it to null")
+
+
+def _packing(sizes, _):
+    sections = ("eval_dataset",) if str(sizes.config.get("run_mode")) == "eval" else ("train_dataset",)
+    if not any((sizes.config.get(section) or {}).get("packing") for section in sections) or sizes.predicts \
+            or not sizes.model.get("use_flash_attention") or sizes.model.get("cells") == "portable":
+        return
+    yield from packing_problems(sizes.config)
+    if sizes.context_parallel > sizes.ulysses:
+        yield (f"parallel_config.context_parallel={sizes.context_parallel} with context_parallel_algo="
+               f"{sizes.parallel.get('context_parallel_algo') or 'colossalai_cp'!r}: with packing: True each device needs "
+               "all positions of its heads; set context_parallel_algo: ulysses_cp with "
+               f"ulysses_degree_in_cp: {sizes.context_parallel}")
 
 
 def _batch(sizes, _):

@@ -129,12 +129,14 @@ def _model_sizes(config):
 
 
 def _lengths(config):
-    """Lengths of short rows, with a loss that is still computed in several chunks."""
+    """Lengths of short rows, with a loss (and MLP) that is still computed in several chunks."""
     _, context_parallel = _cut(config)
     unit = FLASH_ATTENTION_STEP * context_parallel
     length = -(-_LENGTH // unit) * unit
     source, run = length * 5 // 8, length // context_parallel
+    chunked = config["model"]["model_config"].get("mlp_chunk_size")
     return {"model.model_config.seq_length": length, "model.model_config.loss_chunk_size": run // (4 if run >= 64 else 2),
+            **({"model.model_config.mlp_chunk_size": run // 4} if chunked else {}),
             "train_dataset.max_source_length": source, "train_dataset.max_target_length": length - source - 1}
 
 

@@ -9,6 +9,7 @@ import contextlib
 from mindformers.models.glm2 import glm2, glm2_transformer
 
 from mindformers_glm32k.kernels.blockwise_attention import BlockwiseAttention
+from mindformers_glm32k.kernels.chunked_mlp import ChunkedMLP
 from mindformers_glm32k.kernels.compressed_attention import CompressedCausalAttention
 from mindformers_glm32k.kernels.norm import RMSNorm
 from mindformers_glm32k.kernels.paged_attention import NoCache, PagedAttention
@@ -17,7 +18,8 @@ from mindformers_glm32k.kernels.split import SplitLastAxis
 
 _PORTABLE = ((glm2_transformer, "ChatGLM2RMSNorm", RMSNorm),
              (glm2_transformer, "FlashAttention", BlockwiseAttention))
-_ASCEND = ((glm2_transformer, "FlashAttention", CompressedCausalAttention),)
+_ASCEND = ((glm2_transformer, "FlashAttention", CompressedCausalAttention),
+           (glm2_transformer, "ChatGLM2MLP", ChunkedMLP))
 
 
 @contextlib.contextmanager

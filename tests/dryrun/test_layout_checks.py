@@ -43,6 +43,8 @@ def test_shipped_layouts_pass(path):
     ({"parallel_config.context_parallel": 64, **ULYSSES}, ["model_config.num_attention_heads=32", "= 64"]),
     ({"parallel_config.model_parallel": 4, "model.model_config.padded_vocab_size": 65022},
      ["model_config.padded_vocab_size=65022"]),
+    ({"parallel_config.model_parallel": 2, "model.model_config.mlp_chunk_size": 4096},
+     ["model_config.mlp_chunk_size=4096", "model_parallel 1"]),
     ({"parallel_config.context_parallel": 3}, ["model_config.seq_length=32768", "context_parallel = 3"]),
     ({"model.model_config.seq_length": 32760}, ["model_config.seq_length=32760", "16"]),
     ({"model.model_config.use_flash_attention": False, "parallel_config.context_parallel": 2},
@@ -98,3 +100,24 @@ def test_commands_refuse_before_they_compile(tmp_path, command, folder):
     assert result.returncode == 2
     assert "micro_batch_num=2" in result.stderr and "the run has 16" in result.stderr
     assert "rank 0" not in result.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("algorithm, degree, words", [
+    ("ulysses_cp", 1, None), ("hybrid_cp", 2, None),
+    ("colossalai_cp", 1, "set context_parallel_algo: ulysses_cp with ulysses_degree_in_cp: 2"),
+])
+def test_packed_rows_need_all_positions_of_a_row(algorithm, degree, words):
+    values = {"parallel_config.pipeline_stage": 1, "parallel_config.context_parallel": 2,
+              "parallel_config.context_parallel_algo": algorithm, "parallel_config.ulysses_degree_in_cp": degree}
+    assert problems(changed(**values)) == []
+    found = problems(changed(**values, **{"train_dataset.packing": True}))
+    assert len(found) == (words is not None)
+    assert all("context_parallel_algo='colossalai_cp'" in sentence and sentence.endswith(words) for sentence in found)
+    assert problems(changed(**values, **{"train_dataset.packing": True, "model.model_config.cells": "portable"})) == []
+
+
+def test_packed_rows_of_a_device_fit_into_one_call():
+    found = problems(changed(**{"train_dataset.packing": True, "runner_config.batch_size": 4,
+                                "model.model_config.documents_per_row": 300}))
+    assert any(sentence.startswith("model_config.documents_per_row=300") and "255 is the most" in sentence
+               for sentence in found)

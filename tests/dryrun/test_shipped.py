@@ -9,7 +9,8 @@ from dryrun.tiny import CONFIG, run_dryrun
 SHIPPED = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONFIG.parent.glob("*.yaml"))}
 SHIPPED = {name: config for name, config in SHIPPED.items() if config["context"]["device_target"] == "Ascend"}
 # several stages or two graphs each: the tests of analysis, strategy and prediction compile smaller ones of their kind
-LONG = {"finetune_glm32k", "finetune_glm32k_16p", "finetune_glm32k_lora", "finetune_glm32k_mp4", "predict_glm32k_mp2"}
+LONG = {"finetune_glm32k", "finetune_glm32k_16p", "finetune_glm32k_32gb", "finetune_glm32k_lora", "finetune_glm32k_mp4",
+        "predict_glm32k_mp2"}
 HEADS = 8  # for eight ranks of Ulysses
 
 

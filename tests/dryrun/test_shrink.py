@@ -39,6 +39,7 @@ def test_every_shipped_layout_still_fits_its_small_model(name):
     assert rows["max_source_length"] + rows["max_target_length"] + 1 == model["seq_length"]
     run = model["seq_length"] // small["parallel_config"].get("context_parallel", 1)
     assert 1 < run // model["loss_chunk_size"] <= 4  # the loss is still computed in several chunks
+    assert model.get("mlp_chunk_size", 1) < run
 
 
 def test_the_offset_of_the_stages_stays():

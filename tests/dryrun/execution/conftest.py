@@ -51,6 +51,13 @@ def four_ranks(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def two_ranks_in_chunks(tmp_path_factory):
+    """The same on dp 2 with the feed-forward part in chunks of tokens."""
+    return Case(tmp_path_factory.mktemp("two_ranks"), parallel_config__data_parallel=2, runner_config__batch_size=1,
+                model__model_config__mlp_chunk_size=24)
+
+
+@pytest.fixture(scope="session")
 def golden(reference):
     """Arrays that the published model computed; `labels` as the model takes them."""
     values = dict(np.load(reference / "tiny_hf" / "golden.npz"))

@@ -108,6 +108,16 @@ def test_upstreams_transform_ckpt_merges_what_the_ranks_leave(four_ranks, weight
     assert differences[0].relative < 1e-5, differences[0]
 
 
+def test_an_mlp_in_chunks_equals_the_whole(two_ranks_in_chunks, weights, rows, reference_run):
+    case = two_ranks_in_chunks
+    program = case.programs[0].program
+    gates = sum(node.op == "SiLU" for graph in (program.main, *program.graphs.values()) for node in graph.nodes)
+    chunks, layers = 3, case.config["model"]["model_config"]["num_layers"]
+    assert gates == 3 * chunks * layers  # forward, recomputed with the layer, and for the gradient
+    report = compared(case.run(weights, rows), reference_run, case)
+    assert report["agrees"], report["problems"]
+
+
 def test_a_shard_on_the_wrong_axis_is_found(four_ranks, weights, rows, reference_run):
     name = "transformer.encoder.layers.0.self_attention.dense.weight"
     right = four_ranks.programs[0].layouts[name]

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.rehearsal
 # name -> (YAML, overrides); as few micro batches as each pipeline allows, so that it compiles sooner
 LAYOUTS = {
     "card: dp 2 x pp 4": ("finetune_glm32k", {"parallel_config__micro_batch_num": 4}),
+    "less memory: dp 2 x pp 4": ("finetune_glm32k_32gb", {"parallel_config__micro_batch_num": 4}),
     "cp 8 (Ulysses)": ("finetune_glm32k_cp8", {}),
     "dp 2 x mp 4": ("finetune_glm32k_mp4", {}),
     "16 cards": ("finetune_glm32k_16p", {"parallel_config__micro_batch_num": 4}),

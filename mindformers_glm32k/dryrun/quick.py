@@ -22,7 +22,8 @@ def layers_of_stages(config):
     stages = int((config.get("parallel_config") or {}).get("pipeline_stage") or 1) if config.get("use_parallel") else 1
     for name in ("recompute", "select_recompute", "select_comm_recompute"):
         value = (config.get("recompute_config") or {}).get(name)
-        if isinstance(value, (list, tuple, dict)):
+        patterns = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+        if isinstance(value, (list, tuple, dict)) and not patterns:  # names of operators hold for all layers
             raise InputError(f"--quick: recompute_config.{name} is {value!r}, another value for some layers; "
                              "compile at full depth (without --quick) or give one value for all layers")
     if int(model.get("pp_interleave_num") or 1) > 1:

@@ -43,6 +43,8 @@ def test_layers_of_stages():
     assert quick.layers_of_stages(config()) == [7, 7, 7, 7]
     assert quick.layers_of_stages(config(offset=[1, 1, 0, -2])) == [8, 8, 7, 5]
     assert quick.layers_of_stages({**config(), "use_parallel": False}) == [28]
+    named = {"recompute": False, "select_recompute": ["mlp.mul", "input_layernorm.norm"]}  # in every layer
+    assert quick.layers_of_stages({**config(), "recompute_config": named}) == [7, 7, 7, 7]
 
 
 @pytest.mark.parametrize("wrong, told", [

@@ -13,20 +13,13 @@ from mindformers.version_control import get_dropout
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.config import GLM32KConfig
-from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.kernels.blocks import numbers
 from mindformers_glm32k.kernels.chunked_loss import ChunkedLoss
 from mindformers_glm32k.kernels.compressed_attention import compressed_causal_mask
+from mindformers_glm32k.kernels.document_ends import DocumentEnds
 from mindformers_glm32k.kernels.looped_layers import LoopedTransformer, can_loop
 from mindformers_glm32k.kernels.mask import MASKED, differs, hides
 from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
-
-
-@ops.constexpr
-def refuse_packed_rows():
-    """Raises InputError when a program for NPUs is compiled with packed rows."""
-    raise InputError("position_ids, document_ids: packed rows are supported with portable cells only (CPU); on Ascend "
-                     "a token would see the documents before its own. Turn packing off in train_dataset")
 
 
 class GLM32KModel(GLM2PreTrainedModel):
@@ -65,6 +58,8 @@ class GLM32KModel(GLM2PreTrainedModel):
         rows = context * model if parallel.use_seq_parallel else context
         self.dropout.dropout.shard(((data, rows, 1),))
         self.gather = P.Gather()
+        self.gather_positions = P.Gather().shard(((1, 1), (data, context)))
+        self.across_heads = P.ExpandDims().shard(((data, context, 1),))
         if self.portable:
             replace_splits(self.encoder)
         elif self.use_past:
@@ -74,6 +69,7 @@ class GLM32KModel(GLM2PreTrainedModel):
                 use_flash_attention=config.use_flash_attention, use_past=True)
         elif self.use_flash_attention:
             self.compressed_mask = compressed_causal_mask()
+            self.document_ends = DocumentEnds(config.documents_per_row + 1, data)  # padding takes a place, too
 
     def _shard(self, parallel):
         """Tokens over dp x cp everywhere, the vocabulary of the output layer over mp, the residual along the sequence.
@@ -93,6 +89,11 @@ class GLM32KModel(GLM2PreTrainedModel):
             layer.add.shard(((data, rows, 1), (data, rows, 1)))
             # where key-value heads are repeated; upstream's layout is written for one layout of eight ranks
             layer.self_attention.tile_kv.shard((repeated,), (repeated,))
+            if self.use_flash_attention and not self.portable:
+                exchanged = parallel.get_ulysses_cp_num()  # which repeats key-value heads where they are too few
+                groups = self.config.multi_query_group_num
+                key_heads = min(groups, model) if exchanged == 1 else model * exchanged
+                layer.self_attention.flash_attention.shard_packed(data, model * exchanged, key_heads)
         self.embedding.pipeline_stage = 0
         if parallel.pipeline_stage > 1:
             self.embedding.set_comm_fusion(2)
@@ -113,8 +114,6 @@ class GLM32KModel(GLM2PreTrainedModel):
         Outputs:
             Tensor: shape of input_ids + (H,), compute dtype.
         """
-        if not self.portable and (position_ids is not None or document_ids is not None):
-            refuse_packed_rows()
         if self.looped:
             if position_ids is None:
                 position_ids = ops.broadcast_to(numbers(input_ids.shape[1]), input_ids.shape)
@@ -137,15 +136,19 @@ class GLM32KModel(GLM2PreTrainedModel):
         """Rotary factors (S, D), or (B, 1, S, D) where every row has its own positions."""
         if position_ids is None:
             return self.freqs_mgr(input_ids.shape[1])
-        cos = ops.expand_dims(self.gather(self.freqs_mgr.freqs_cos, position_ids, 0), 1)
-        sin = ops.expand_dims(self.gather(self.freqs_mgr.freqs_sin, position_ids, 0), 1)
+        cos = self.across_heads(self.gather_positions(self.freqs_mgr.freqs_cos, position_ids, 0), 1)
+        sin = self.across_heads(self.gather_positions(self.freqs_mgr.freqs_sin, position_ids, 0), 1)
         return cos, sin, sin
 
     def _causal_mask(self, input_ids, document_ids):
         """What the attention of this configuration takes: document ids or nothing (portable flash attention), the
-        compressed mask, or (B, 1, S, S) of 0 and 1."""
+        compressed mask and with documents their ends, or (B, 1, S, S) of 0 and 1."""
         if self.use_flash_attention:
-            return document_ids if self.portable else self.compressed_mask
+            if self.portable:
+                return document_ids
+            if document_ids is None:
+                return self.compressed_mask
+            return self.compressed_mask, self.document_ends(document_ids)
         batch, length = input_ids.shape
         position = ops.arange(length)
         mask = hides(position, position).reshape((1, 1, length, length))
@@ -187,7 +190,8 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         position_ids (Tensor): (B, S) int32 in [0, seq_length), the position that each token is rotated to; by default
             0, 1, 2, … along the row. Without use_past.
         document_ids (Tensor): (B, S) int32, for rows that hold several documents: a token sees earlier tokens of its
-            own document only (padding has an id of its own); by default the row is one document. Without use_past.
+            own document only (padding has an id of its own); by default the row is one document. On Ascend with
+            flash attention ids rise along the row from 0, and none is above documents_per_row. Without use_past.
         batch_valid_length (Tensor): (B,) or (1, B) int32 tokens of each prompt; block_tables, slot_mapping: with use_past.
         Others are upstream's, accepted and unused.
 

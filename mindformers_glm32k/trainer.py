@@ -17,6 +17,7 @@ from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.dryrun.layout_checks import check_layout
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
+from mindformers_glm32k.packing_check import check_packing
 from mindformers_glm32k.predict import ChatPromptTokenizer, read_prompts
 from mindformers_glm32k.weights.direct_loading import checkpoint_to_load
 from mindformers_glm32k.yaml_values import normalize_values
@@ -176,10 +177,7 @@ def _name_columns(config, sections):
     """
     if not any(config[section] and config[section].get("packing") for section in sections):
         return
-    model = GLM32KConfig(**config.model.model_config)
-    if model.use_flash_attention and not model.use_portable_cells:
-        raise InputError("packing: the NPU's flash attention does not know documents, and a token would see other "
-                         "samples of its row; set packing: False, or model_config.use_flash_attention: False")
+    check_packing(config, sections)
     for section in sections:
         config[section].construct_args_key = list(PACKED_COLUMNS)
     if config.train_dataset and config.train_dataset.get("packing"):

@@ -9,7 +9,6 @@ from mindformers.pet import LoraConfig, get_pet_model
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.kernels import blocks, blockwise_attention
-from mindformers_glm32k.model import refuse_packed_rows
 from mindformers_glm32k.weights.names import name_of, slot_of
 
 NO_STOP = [1023]  # an id that the golden continuations do not contain: generation runs to its limit
@@ -313,8 +312,3 @@ def test_prediction_computes_the_logits_of_the_last_token_only(build, golden):
     np.testing.assert_allclose(last, golden["logits"][[0, 1], [63, 9]], atol=1e-4)
     inputs = network.prepare_inputs_for_generation(golden["input_ids"], valid_length_each_example=np.array([3, 4]))
     assert inputs["batch_valid_length"].asnumpy().tolist() == [3, 4]
-
-
-def test_packed_rows_are_refused_where_they_would_be_wrong():
-    with pytest.raises(InputError, match="packed rows"):
-        refuse_packed_rows()

@@ -210,9 +210,10 @@ def test_layouts_that_cannot_work_are_refused_before_the_run(monkeypatch, mode, 
 
 
 @pytest.mark.parametrize("run, section", [("finetune", "train_dataset"), ("eval", "eval_dataset")])
-def test_packed_rows_need_an_attention_that_knows_documents(run, section, options, capsys):
-    error = refused(options(run) + [f"--{section}.packing", "True", "--model.model_config.cells", "ascend"], capsys)
-    assert error.startswith("error: packing: the NPU's flash attention does not know documents")
+def test_packed_rows_that_flash_attention_cannot_take_are_refused(run, section, options, capsys):
+    error = refused(options(run) + [f"--{section}.packing", "True", "--model.model_config.cells", "ascend",
+                                    "--model.model_config.attention_dropout", "0.1"], capsys)
+    assert error.startswith("error: packing: model_config.attention_dropout=0.1")
 
 
 @pytest.mark.parametrize("train, evaluation", [(True, True), (True, False), (False, True), (False, False)])

@@ -46,10 +46,8 @@ def _inputs(config):
     """(section, key, maker of a stand-in) of every file that the run reads."""
     if config.run_mode in ("train", "finetune"):
         dataset = config.train_dataset
-        task_dataset = config.train_dataset_task.get("dataset_config") or {}
-        for node in (dataset, task_dataset):  # one section in the YAML, two copies after it is read
-            yield node.get("data_loader") or {}, "dataset_dir", _data
-            yield node.get("tokenizer") or {}, "vocab_file", _vocabulary
+        yield dataset.get("data_loader") or {}, "dataset_dir", _data
+        yield dataset.get("tokenizer") or {}, "vocab_file", _vocabulary
     yield (config.get("processor") or {}).get("tokenizer") or {}, "vocab_file", _vocabulary
 
 

@@ -120,9 +120,9 @@ def _adapt(config):
     config.do_eval = False
     if config.get("checkpoint"):
         config.checkpoint.load_path = ""
-    for section in (config.train_dataset, (config.train_dataset_task or {}).get("dataset_config")):
-        if section and section.get("num_parallel_workers"):  # MindSpore refuses more than this machine has cores
-            section["num_parallel_workers"] = min(section["num_parallel_workers"], os.cpu_count())
+    section = config.train_dataset
+    if section and section.get("num_parallel_workers"):  # MindSpore refuses more than this machine has cores
+        section["num_parallel_workers"] = min(section["num_parallel_workers"], os.cpu_count())
     for name in ("save_graphs", "save_graphs_path"):  # upstream would switch off what the frontend is asked to write
         config.context.pop(name, None)
     model = config.model.model_config
@@ -146,6 +146,8 @@ def _read(folder, launcher_arguments, use_files=True):
     """The configuration as the launcher merges it, adapted, with paths that stay right when this process moves."""
     from mindformers_glm32k import run_mindformer
     config = _adapt(run_mindformer.read_config([*launcher_arguments, "--load_checkpoint", ""]))
+    if config.get("train_dataset") and config.get("train_dataset_task"):
+        config.train_dataset_task.dataset_config = config.train_dataset  # as upstream does when training begins
     return config, stand_in.fill(config, folder, _batch_rows(config), use_files)
 
 
@@ -159,9 +161,12 @@ def save_rows(folder, steps, launcher_arguments):
     """Writes the first batches of the training data, as the configuration's data set class makes them; the data set
     is read from its start again when it ends. Nothing is written when its files are not there."""
     from mindformers.dataset import build_dataset
+
+    from mindformers_glm32k.packing_check import check_packing
     config, missing = _read(folder, launcher_arguments)
     if missing:
         return
+    check_packing(config, ["train_dataset"])
     columns = []
     dataset = build_dataset(config.train_dataset_task)
     while len(columns) < steps:

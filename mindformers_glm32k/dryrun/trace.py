@@ -57,6 +57,7 @@ class Event:
         node (Node): the operation.
         reads (list[Buffer]), writes (list[Buffer]): operands and results, views included among the operands.
         arguments (list): the operands as values: Buffer, Literal, tuple, Closure or None.
+        again (bool): a copy of an earlier node, as selective recompute makes them (without a mark, unlike recompute).
     """
 
     index: int
@@ -64,11 +65,12 @@ class Event:
     reads: list
     writes: list
     arguments: list
+    again: bool = False
 
     @property
     def part(self):
         """str: "recompute", "backward" or "forward"."""
-        if self.node.marks.get("duplicated"):
+        if self.node.marks.get("duplicated") or self.again:
             return "recompute"
         return "backward" if self.node.scope.startswith("Gradients") else "forward"
 
@@ -136,6 +138,7 @@ class _Walker:
         self.globals = {}
         self.by_parameter = {}
         self.active = []
+        self.originals = {}  # name of the node that first had an id and a micro batch
         for name, (parameter, spec) in program.parameters.items():
             self.globals[name] = self.by_parameter[parameter] = Buffer(spec, "parameter", parameter)
             self.trace.parameters.append(self.globals[name])
@@ -250,10 +253,17 @@ class _Walker:
         self._event(node, arguments, written)
         return value
 
+    def _is_copy(self, node):
+        """bool: whether selective recompute made a node of another that was run before."""
+        if "need_cse_after_recompute" not in node.marks or node.scope.startswith("Gradients"):
+            return False
+        key = (node.marks.get("unique_id"), node.marks.get("micro"))
+        return self.originals.setdefault(key, node.name) != node.name
+
     def _event(self, node, arguments, written):
         index = len(self.trace.events)
         reads = [buffer for argument in arguments for buffer in buffers_in(argument)]
-        event = Event(index, node, reads, written, arguments)
+        event = Event(index, node, reads, written, arguments, self._is_copy(node))
         for buffer in reads:
             buffer.storage.last = index
         for buffer in written:

@@ -29,6 +29,15 @@ def test_an_update_in_place_needs_no_memory():
     assert measure(trace_program(program(nodes, ["new"]))).activation_peak == 0
 
 
+def test_what_selective_recompute_copies_is_recomputed():
+    marks = {"unique_id": "7", "need_cse_after_recompute": 1}
+    nodes = [Node("a", "Exp", ["x"], tensor(100), marks=marks), Node("b", "Exp", ["x"], tensor(100), marks=marks),
+             Node("c", "Exp", ["x"], tensor(100), marks={"unique_id": "7"}),
+             Node("d", "Exp", ["x"], tensor(100), marks={**marks, "micro": 1})]
+    assert [event.part for event in trace_program(program(nodes, ["b"])).events] == ["forward", "recompute", "forward",
+                                                                                     "forward"]
+
+
 def test_a_closure_keeps_what_it_holds_until_it_is_called():
     backward = Graph("backward", ["saved", "dout"], [Node("dx", "Mul", ["saved", "dout"], tensor(100))], ["dx"])
     nodes = [Node("saved_1", "Exp", ["x"], tensor(100)),

@@ -13,7 +13,7 @@ from mindspore.ops import operations as P
 from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 
 from mindformers_glm32k import compat
-from mindformers_glm32k.portable_step import LossAndGradients, update_in_place
+from mindformers_glm32k.portable_step import LossAndGradients, PortableClipGradNorm, sum_of, update_in_place
 
 _count_non_finite = C.MultitypeFuncGraph("glm32k_count_non_finite")
 
@@ -22,7 +22,7 @@ _count_non_finite = C.MultitypeFuncGraph("glm32k_count_non_finite")
 def _tensor_is_non_finite(gradient):
     """1.0 when any element is NaN or infinite, else 0.0."""
     # the sum is not finite when an element is not, and needs no tensor of the gradient's size
-    return 1.0 - ops.cast(ops.isfinite(ops.cast(gradient, mstype.float32).sum()), mstype.float32)
+    return 1.0 - ops.cast(ops.isfinite(sum_of(gradient)), mstype.float32)
 
 
 class TokenShares(nn.Cell):
@@ -98,6 +98,8 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
         self.one = Tensor(1.0, mstype.float32)
         if self.portable:
             self.loss_and_gradients = LossAndGradients(self.network, self.weights)
+            if self.use_clip_grad:
+                self.clip_grad_norm = PortableClipGradNorm(max_norm=self.clip_grad_norm.clip_norm.asnumpy().item())
             update_in_place(self.optimizer)
         self.copies = compat.interleaved_copies(network)
         if self.copies > 1:

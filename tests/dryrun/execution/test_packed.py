@@ -135,8 +135,8 @@ def test_the_kernel_gets_all_tokens_behind_each_other(one, ranks):
     ("finetune_glm32k_cp8", {"parallel_config__data_parallel": 2, "parallel_config__context_parallel": 2,
                              "parallel_config__ulysses_degree_in_cp": 2}),
     ("finetune_glm32k_cp8", {}),
-    ("finetune_glm32k_mp4", {}),
-], ids=["dp 2 x pp 2", "dp 2 x cp 2 (Ulysses)", "cp 8 (Ulysses)", "dp 2 x mp 4"])
+    ("finetune_glm32k_mp4", {"parallel_config__micro_batch_num": 2}),
+], ids=["dp 2 x pp 2", "dp 2 x cp 2 (Ulysses)", "cp 8 (Ulysses)", "mp 4 x pp 2"])
 def test_every_kind_of_layout_equals_one_device(tmp_path, yaml, layout):
     result = run_command("dryrun", "--execute", "3", "--output_dir", str(tmp_path), sizes={},
                          config=CONFIG.with_name(f"{yaml}.yaml"), train_dataset__packing=True, **layout)

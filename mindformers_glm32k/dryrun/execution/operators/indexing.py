@@ -38,6 +38,19 @@ def _masks(call, given):
     return given or tuple(attribute(call, name) for name in _MASKS)
 
 
+@operator("Slice")
+def slice_of_size(call, x, begin, size):
+    """x[begin:begin + size] along each axis; a size of -1 reaches to the end. Source: mindspore.ops.slice.
+
+    Raises:
+        ValueError: the slice reaches beyond x.
+    """
+    ends = [length if count == -1 else start + count for start, count, length in zip(begin, size, x.shape)]
+    if len(begin) != x.ndim or len(size) != x.ndim or any(end > length for end, length in zip(ends, x.shape)):
+        raise ValueError(f"a slice from {tuple(begin)} of {tuple(size)} elements is not inside {x.shape}")
+    return np.array(x[tuple(slice(start, end) for start, end in zip(begin, ends))])
+
+
 @operator("StridedSlice")
 def strided_slice(call, x, begin, end, strides, *masks):
     """x[begin:end:strides] with masks, as inputs or attributes; see `_index`. Source: mindspore.ops.strided_slice."""

@@ -22,6 +22,20 @@ def primitive(name, *arguments):
     return getattr(operations, name)(*arguments)
 
 
+@covers("Slice")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32"])
+@pytest.mark.parametrize("begin, size", [((0, 0, 0), (3, 4, 7)), ((1, 2, 3), (2, 1, 4)), ((0, 1, 0), (-1, 2, -1))])
+def test_slice(begin, size, dtype):
+    x = (random((3, 4, 7)) * 5).astype(dtype)
+    np.testing.assert_array_equal(call("Slice", x, begin, size, to=dtype), run(primitive("Slice"), x, begin, size))
+
+
+@covers("Slice")
+def test_a_slice_beyond_the_end_is_refused():
+    with pytest.raises(ValueError, match="not inside"):
+        call("Slice", random((3, 4)), (1, 0), (3, 4))
+
+
 @covers("StridedSlice")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int32"])
 @pytest.mark.parametrize("begin, end, strides, masks", SLICES)

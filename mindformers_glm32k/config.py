@@ -9,6 +9,7 @@ from mindformers.generation import GenerationConfig
 from mindformers.models.glm2 import ChatGLM2Config
 
 from mindformers_glm32k import compat
+from mindformers_glm32k.dryrun.layout_checks import DOCUMENTS_PER_ROW
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.registry import MODEL_TYPE
 from mindformers_glm32k.yaml_values import normalize_values
@@ -64,7 +65,7 @@ class GLM32KConfig(ChatGLM2Config):
     _support_list = []
 
     def __init__(self, seq_length=32768, rope_ratio=50, eos_token_id=2, loss_chunk_size=2048, mlp_chunk_size=None,
-                 cells="auto", documents_per_row=127, **kwargs):
+                 cells="auto", documents_per_row=DOCUMENTS_PER_ROW, **kwargs):
         kwargs = normalize_values(dict(kwargs))
         rope_ratio, eos_token_id = normalize_values([rope_ratio, eos_token_id])
         problems = _unknown_keys(kwargs)

@@ -6,6 +6,7 @@ from mindformers_glm32k.errors import InputError
 
 FLASH_ATTENTION_STEP = 16  # the kernel works on blocks of 16 positions
 MOST_SEQUENCES = 1024  # that one call of its variable-length form takes (mindspore.ops.flash_attention_score, "TND")
+DOCUMENTS_PER_ROW = 127  # default of model_config.documents_per_row; with padding 128 places, eight rows a device
 _SEMI_AUTO = (1, 2, "semi_auto_parallel", "auto_parallel")  # of parallel.parallel_mode: one program is cut
 _AXES = ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage")
 
@@ -60,7 +61,7 @@ def packing_problems(config):
         found.append(f"model_config.attention_dropout={model['attention_dropout']!r}: must be 0 with packing: True, flash "
                      "attention drops nothing in rows of several documents")
     rows = int((config.get("runner_config") or {}).get("batch_size") or 1)
-    documents = int(model.get("documents_per_row") or 127)
+    documents = int(model.get("documents_per_row") or DOCUMENTS_PER_ROW)
     if rows * (documents + 1) > MOST_SEQUENCES:
         found.append(f"model_config.documents_per_row={documents}: runner_config.batch_size={rows} rows of a device with "
                      f"so many documents each and padding are more than the {MOST_SEQUENCES} sequences that flash "

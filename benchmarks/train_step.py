@@ -7,8 +7,12 @@ Ours runs in MindFormers' wrapper: GLM32KTrainOneStepCell with clipping and a dy
 groups and learning rate schedule as the trainer builds them from the YAML. torch (an interpreter with torch and
 transformers, --torch_python) runs `sdpa` attention, plain and tuned: fused AdamW, and glibc kept from giving memory
 back (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_). Every measurement is a process of its own; the programs take
-turns (ours, torch, tuned torch, ours, …) and the medians of the steps after the first count. Sizes at which a
-program's memory is expected above --memory_limit are left out, and a process that passes it is ended.
+turns (ours, torch, tuned torch, ours, …) and the medians of the steps after the warm-up count: MindSpore's kernels try
+numbers of threads in their first five launches, so rows of one block, whose layers are not looped over, are warm after
+six steps, longer ones after one. A process that passes --memory_limit is ended, and longer rows are not tried.
+
+Beside it, how fast each framework multiplies the matrices of the output layer (512 tokens, forward and backward), and
+the tokens/s that a step of products alone would reach at that speed: what is left is what else a step does.
 """
 import argparse
 import json
@@ -27,6 +31,9 @@ PROGRAMS = {"ours": {}, "torch": {}, "torch tuned": {"MALLOC_MMAP_THRESHOLD_": s
                                                      "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}}
 WORDS, HIDDEN, LAYERS, HEADS, GROUPS, SIZE, FFN = 65024, 512, 4, 8, 2, 64, 1368
 GIB = 2 ** 30
+PRODUCT_TOKENS = 512
+# multiply-adds of a token, attention's scores aside; a training step does them three times
+PRODUCTS = WORDS * HIDDEN + LAYERS * HIDDEN * ((HEADS + 2 * GROUPS) * SIZE + HEADS * SIZE + 3 * FFN)
 
 
 def measure_ours(length, steps):
@@ -99,8 +106,46 @@ def measure_torch(length, steps, fused):
     return None, seconds, losses
 
 
+def product_speed(program, repeats=10):
+    """GFLOP/s of the output layer's three products (logits, gradient of hidden states, gradient of the weight)."""
+    shapes = (((PRODUCT_TOKENS, HIDDEN), (WORDS, HIDDEN), False, True),
+              ((PRODUCT_TOKENS, WORDS), (WORDS, HIDDEN), False, False),
+              ((PRODUCT_TOKENS, WORDS), (PRODUCT_TOKENS, HIDDEN), True, False))
+    import numpy as np
+    if program == "ours":
+        import mindspore
+        tensor = mindspore.Tensor
+
+        def product(transpose_left, transpose_right):
+            multiply = mindspore.ops.MatMul(transpose_left, transpose_right)
+
+            @mindspore.jit
+            def one_element(left, right):  # of the product; copying it waits for the whole
+                return multiply(left, right)[:1, :1]
+            return lambda left, right: one_element(left, right).asnumpy()
+    else:
+        import torch
+        tensor = torch.from_numpy
+
+        def product(transpose_left, transpose_right):
+            return lambda left, right: (left.T if transpose_left else left) @ (right.T if transpose_right else right)
+    seconds = 0.0
+    for left, right, *transposed in shapes:
+        multiply = product(*transposed)
+        left, right = (tensor(np.random.default_rng(0).random(shape, np.float32)) for shape in (left, right))
+        for number in range(6 + repeats):
+            if number == 6:
+                start = time.perf_counter()
+            multiply(left, right)
+        seconds += (time.perf_counter() - start) / repeats
+    return 3 * 2 * PRODUCT_TOKENS * WORDS * HIDDEN / seconds / 1e9
+
+
 def worker(program, length, steps):
     """Measures in this process and prints one line of JSON."""
+    if not length:
+        print(json.dumps({"speed": product_speed(program)}), flush=True)
+        return
     measured = measure_ours(length, steps) if program == "ours" else measure_torch(length, steps, "tuned" in program)
     compiled, seconds, losses = measured
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -140,6 +185,11 @@ def run(program, python, length, steps, limit):
     return json.loads(lines[-1])
 
 
+def warm_up(length):
+    """Steps of a process that do not count."""
+    return 6 if length <= 512 else 1
+
+
 def has_torch(python):
     """bool: whether an interpreter has torch and transformers."""
     found = subprocess.run([python, "-c", "import torch, transformers; print(torch.__version__, transformers.__version__)"],
@@ -153,7 +203,7 @@ def has_torch(python):
 
 def summary(runs):
     """Median figures of a program's runs at one length."""
-    return {"seconds": statistics.median(second for run in runs for second in run["seconds"][1:] or run["seconds"]),
+    return {"seconds": statistics.median(second for run in runs for second in run["seconds"][-run["counted"]:]),
             "peak": statistics.median(run["peak"] for run in runs) / GIB,
             "compile": statistics.median(run["compile"] or 0.0 for run in runs)}
 
@@ -191,7 +241,7 @@ def table(results, lengths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the row")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a process; the first does not count")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a process that count")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each program and length")
     parser.add_argument("--torch_python", help="interpreter with torch and transformers; without one torch is left out")
     parser.add_argument("--memory_limit", type=float, default=20.0, help="GiB that a process may have")
@@ -202,6 +252,10 @@ def main():
     pythons = {"ours": sys.executable}
     if has_torch(args.torch_python):
         pythons.update({"torch": args.torch_python, "torch tuned": args.torch_python})
+    for program, python in list(pythons.items())[:2]:
+        speed = run(program, python, 0, 0, args.memory_limit)["speed"]
+        print(f"{program}: the output layer's products at {speed:.0f} GFLOP/s; a step of products alone: "
+              f"{speed * 1e9 / (6 * PRODUCTS):.0f} tokens/s", flush=True)
     results = {program: {} for program in PROGRAMS}
     given_up = set()
     for length in args.lengths:
@@ -210,12 +264,12 @@ def main():
             for program, python in pythons.items():
                 if program in given_up:
                     continue
-                done = run(program, python, length, args.steps, args.memory_limit)
+                done = run(program, python, length, args.steps + warm_up(length), args.memory_limit)
                 print(f"{program} {length}: {done}", flush=True)
                 if isinstance(done, str):
                     given_up.add(program)  # longer rows need more
                 else:
-                    runs[program].append(done)
+                    runs[program].append({**done, "counted": args.steps})
         for program, measured in runs.items():
             if measured:
                 results[program][length] = summary(measured)

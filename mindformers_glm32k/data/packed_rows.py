@@ -1,5 +1,6 @@
 """Packed rows by number: planned for a whole epoch, or packed while they are asked for."""
 import itertools
+import os
 import threading
 
 import numpy as np
@@ -86,7 +87,7 @@ class StreamedRows(PackedRows):
         super().__init__(*others)
         self._window, self._most, self._shuffle, self._seed = window, most, shuffle, seed
         self._shard_id, self._num_shards, self._threads = shard_id, num_shards, threads
-        self._rows, self._next = None, 0
+        self._rows, self._next, self._process = None, 0, None
         self._lock = threading.Lock()
 
     def __len__(self):
@@ -94,8 +95,8 @@ class StreamedRows(PackedRows):
 
     def documents(self, place):
         with self._lock:
-            if self._rows is None or place < self._next:
-                self._rows, self._next = self._stream(), 0
+            if place < self._next or self._process != os.getpid():  # a forked worker has no threads of its parent
+                self._rows, self._next, self._process = self._stream(), 0, os.getpid()
             while self._next < place:
                 next(self._rows)
                 self._next += 1

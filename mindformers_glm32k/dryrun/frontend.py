@@ -12,15 +12,12 @@ MsContext::seter_       The std::function that refuses a device target whose plu
                         MindSpore 2.7.0, 2.7.2, 2.9.0 (x86-64). Not touched where the Ascend plugin is loaded.
                         Goes when MindSpore compiles for Ascend without CANN (MS_SIMULATION_LEVEL asks for it today).
 hccl_test hook          _comm_helper._HCCL_TEST_AVAILABLE and .hccl: MindSpore's own stand-in for the communication
-library in
-                        its tests; it answers rank, size and groups. set_hccl_test_avaible lets device_num exceed the
-                        devices present. Same versions; goes with the above.
-communication.init      does nothing: there is nobody to talk to. set_device and set_memory likewise: tensors and cells
-are
-                        built on the CPU, and only `compile` sees Ascend.
+                        library in its tests; it answers rank, size and groups. set_hccl_test_avaible lets device_num
+                        exceed the devices present. Same versions; goes with the above.
+communication.init      does nothing: there is nobody to talk to. set_device and set_memory likewise: tensors and
+                        cells are built on the CPU, and only `compile` sees Ascend.
 _CellGraphExecutor      `compile` is wrapped to switch the target around it and to hand the compiled program to the
-worker.
-                        `get_func_graph_proto(phase, "mind_ir")` gives the program. All versions.
+                        worker. `get_func_graph_proto(phase, "mind_ir")` gives the program. All versions.
 MS_DEV_PRECOMPILE_ONLY  stops after the frontend; without it the backend is asked for a device.
 MS_DEV_DUMP_IR_PASSES   "validate" writes the validated program as text, the only form that has source lines.
 """

@@ -1,4 +1,5 @@
 """Packed rows by number: plans, and streams that are read at any place."""
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,6 +97,20 @@ def test_a_stream_is_read_from_any_place(lengths):
     rows = stream(Tokens(lengths), threads=1)
     assert samples_in(rows, [70, 71, 3, 4, 60]) == [whole[place] for place in (70, 71, 3, 4, 60)]
     assert samples_in(stream(Tokens(lengths), seed=1), range(90)) != whole
+
+
+def test_a_forked_worker_goes_on_with_a_stream(lengths):
+    """It has none of the threads that its parent began to tokenize in."""
+    rows = stream(Tokens(lengths))
+    samples_in(rows, [0])
+    forked = multiprocessing.get_context("fork")
+    found = forked.SimpleQueue()
+    worker = forked.Process(target=lambda: found.put(rows.documents(50)[0]))
+    worker.start()
+    worker.join(30)
+    stuck = worker.is_alive()
+    worker.kill()
+    assert not stuck and found.get() == rows.documents(50)[0]
 
 
 def test_a_stream_begins_before_all_is_tokenized():

@@ -120,6 +120,12 @@ def data_parallel_devices():
     return get_group_size() if get_auto_parallel_context("parallel_mode") == ParallelMode.DATA_PARALLEL else 1
 
 
+def one_program():
+    """bool: semi-automatic or automatic parallel, where a program has the whole batch and the compiler cuts it."""
+    from mindspore import get_auto_parallel_context
+    return get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+
+
 def pipeline_stages():
     """int: pipeline stages of this process's context; 1 without a pipeline."""
     from mindspore import get_auto_parallel_context

@@ -127,7 +127,7 @@ class GLM32KMonitor(Callback):
 def _sharers(devices):
     """How many devices read the same rows. In data parallel each reads its own; in the semi-automatic modes all read
     the whole batch, or as the first dimension of dataset_strategy says."""
-    if ms.get_auto_parallel_context("parallel_mode") not in ("semi_auto_parallel", "auto_parallel"):
+    if not compat.one_program():
         return 1
     strategy = ms.get_auto_parallel_context("dataset_strategy")
     if ms.get_auto_parallel_context("full_batch") or strategy == "full_batch":

@@ -90,18 +90,18 @@ def in_order(function, items, threads, ahead):
             raise CancelledError  # the program ends, and would wait for all that has been begun
         return function(item)
 
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(call, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool, waiting = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # The threads are not waited for. A generator that is left behind is closed by the garbage collector, which may
+        # run in any thread, also where that holds threading's own locks: waiting there is for ever.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def token_cache(samples, tokenizer, settings, section, configured, cache_dir, log):

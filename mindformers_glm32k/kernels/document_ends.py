@@ -11,8 +11,10 @@ Legend: B rows, S tokens of a row, K places of a row.
 """
 import mindspore.common.dtype as mstype
 import numpy as np
-from mindspore import Tensor, context, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
+
+from mindformers_glm32k import compat
 
 
 @ops.constexpr
@@ -50,8 +52,7 @@ class DocumentEnds(nn.Cell):
     def __init__(self, places, data):
         super().__init__()
         self.places = places
-        one_program = context.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
-        self.parts = data if one_program else 1
+        self.parts = data if compat.one_program() else 1
         self.numbers = Tensor(np.arange(places, dtype=np.int32).reshape(1, 1, places))
         self.expand = P.ExpandDims().shard(((data, 1),))
         self.not_after = P.LessEqual().shard(((data, 1, 1), (1, 1, 1)))

@@ -136,5 +136,23 @@ def test_results_come_in_order_and_some_are_computed_ahead():
         list(in_order(lambda item: 1 // item, [1, 0, 1], threads=2, ahead=1))
 
 
+def test_what_is_left_behind_is_not_waited_for():
+    """The garbage collector closes a generator wherever it happens to run, also where threading holds its locks."""
+    go_on, begun = threading.Event(), []
+
+    def work(item):
+        begun.append(item)
+        assert item == 0 or go_on.wait(60)
+        return item
+    results = in_order(work, range(9), threads=2, ahead=2)
+    assert next(results) == 0
+    closing = threading.Thread(target=results.close)
+    closing.start()
+    closing.join(20)
+    waits = closing.is_alive()
+    go_on.set()
+    assert not waits and len(begun) <= 4  # what had not begun never does
+
+
 def test_numbers_of_numpy_are_taken(source, tokenizer):
     assert len(made(source, tokenizer)[int(np.int64(3))].input_ids) > 5

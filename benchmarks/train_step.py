@@ -142,7 +142,7 @@ def product_speed(program, repeats=10):
 
 
 def worker(program, length, steps):
-    """Measures in this process and prints one line of JSON."""
+    """Measures in this process and prints one line of JSON: steps, or at length 0 the output layer's products."""
     if not length:
         print(json.dumps({"speed": product_speed(program)}), flush=True)
         return
@@ -203,7 +203,7 @@ def has_torch(python):
 
 def summary(runs):
     """Median figures of a program's runs at one length."""
-    return {"seconds": statistics.median(second for run in runs for second in run["seconds"][-run["counted"]:]),
+    return {"seconds": statistics.median(second for run in runs for second in run["seconds"]),
             "peak": statistics.median(run["peak"] for run in runs) / GIB,
             "compile": statistics.median(run["compile"] or 0.0 for run in runs)}
 
@@ -252,10 +252,12 @@ def main():
     pythons = {"ours": sys.executable}
     if has_torch(args.torch_python):
         pythons.update({"torch": args.torch_python, "torch tuned": args.torch_python})
-    for program, python in list(pythons.items())[:2]:
-        speed = run(program, python, 0, 0, args.memory_limit)["speed"]
-        print(f"{program}: the output layer's products at {speed:.0f} GFLOP/s; a step of products alone: "
-              f"{speed * 1e9 / (6 * PRODUCTS):.0f} tokens/s", flush=True)
+    for program in [name for name in pythons if name != "torch tuned"]:  # its products are torch's
+        done = run(program, pythons[program], 0, 0, args.memory_limit)
+        if isinstance(done, dict):
+            done = (f"{done['speed']:.0f} GFLOP/s; a step of products alone: "
+                    f"{done['speed'] * 1e9 / (6 * PRODUCTS):.0f} tokens/s")
+        print(f"{program}, the output layer's products: {done}", flush=True)
     results = {program: {} for program in PROGRAMS}
     given_up = set()
     for length in args.lengths:
@@ -269,7 +271,7 @@ def main():
                 if isinstance(done, str):
                     given_up.add(program)  # longer rows need more
                 else:
-                    runs[program].append({**done, "counted": args.steps})
+                    runs[program].append({**done, "seconds": done["seconds"][-args.steps:]})
         for program, measured in runs.items():
             if measured:
                 results[program][length] = summary(measured)

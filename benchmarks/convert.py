@@ -7,6 +7,7 @@ shards), then measures each program in a process of its own: wall time, and the 
 Every program starts with the source in the page cache and its output removed; the time includes the final flush to
 disk (`cp` is followed by fsync of its files too).
 """
+
 import argparse
 import json
 import multiprocessing
@@ -27,15 +28,25 @@ from weights import synthetic  # noqa: E402  (tests/weights)
 
 from mindformers_glm32k.weights.convert import convert_reversed  # noqa: E402
 
-REAL = {"hidden_size": 4096, "num_attention_heads": 32, "kv_channels": 128, "multi_query_group_num": 2,
-        "ffn_hidden_size": 13696, "padded_vocab_size": 65024}
-_COPY = ("import os, sys, shutil, subprocess; source, target = sys.argv[1:]; "
-         "subprocess.run(['cp', '-r', source, target], check=True); "
-         "[os.fsync(os.open(os.path.join(target, name), os.O_RDONLY)) for name in os.listdir(target)]")
+REAL = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "multi_query_group_num": 2,
+    "ffn_hidden_size": 13696,
+    "padded_vocab_size": 65024,
+}
+_COPY = (
+    "import os, sys, shutil, subprocess; source, target = sys.argv[1:]; "
+    "subprocess.run(['cp', '-r', source, target], check=True); "
+    "[os.fsync(os.open(os.path.join(target, name), os.O_RDONLY)) for name in os.listdir(target)]"
+)
 
 
-_UPSTREAM = ("import sys; from mindformers.models.glm2.convert_weight import convert_pt_to_ms; "
-             "convert_pt_to_ms(input_path=sys.argv[1], output_path=sys.argv[2], config=sys.argv[3])")
+_UPSTREAM = (
+    "import sys; from mindformers.models.glm2.convert_weight import convert_pt_to_ms; "
+    "convert_pt_to_ms(input_path=sys.argv[1], output_path=sys.argv[2], config=sys.argv[3])"
+)
 
 
 def make_source(folder, layers):
@@ -48,8 +59,9 @@ def make_source(folder, layers):
     place = {name: synthetic.shard_of(name, config, count) for name in shapes}
     folder.mkdir(parents=True)
     for number, file in enumerate(names):
-        synthetic.write_torch(folder / file, {name: np.resize(block, shape) for name, shape in shapes.items()
-                                              if place[name] == number})
+        synthetic.write_torch(
+            folder / file, {name: np.resize(block, shape) for name, shape in shapes.items() if place[name] == number}
+        )
     weight_map = {name: names[place[name]] for name in shapes}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(dict(config, model_type="chatglm", layernorm_epsilon=1e-5)))
@@ -61,8 +73,13 @@ def measure(command, output):
     os.sync()
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, cwd=output.parent,
-                                   env=dict(os.environ, PYTHONPATH=str(ROOT)))
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=log,
+            stderr=log,
+            cwd=output.parent,
+            env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         if status:
@@ -108,8 +125,12 @@ def main():
     parser.add_argument("--work", help="folder on the disk to measure; default: a temporary one")
     parser.add_argument("--layers", type=int, default=5, help="of the real width, 408 MB each in fp16, beside 1065 MB")
     parser.add_argument("--torch_python", help="Python of an environment with torch, mindspore and mindformers")
-    parser.add_argument("--torch_layers", type=int, default=2, help="layers for upstream's converter, which takes some "
-                                                                     "ten times the checkpoint's size in memory")
+    parser.add_argument(
+        "--torch_layers",
+        type=int,
+        default=2,
+        help="layers for upstream's converter, which takes some ten times the checkpoint's size in memory",
+    )
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.work))
     convert = [sys.executable, "-m", "mindformers_glm32k.weights.convert", "--input_path"]
@@ -117,26 +138,45 @@ def main():
         source, output = work / "source", work / "out.ckpt"
         in_own_process(make_source, source, args.layers)
         size = sum(path.stat().st_size for path in source.iterdir())
-        print(f"{size / 1e9:.2f} GB fp16, {len(list(source.glob('*.bin')))} shards, {os.cpu_count()} cores, "
-              f"load average before the start {os.getloadavg()[0]:.1f}")
+        print(
+            f"{size / 1e9:.2f} GB fp16, {len(list(source.glob('*.bin')))} shards, {os.cpu_count()} cores, "
+            f"load average before the start {os.getloadavg()[0]:.1f}"
+        )
         start = [*convert, source, "--output_path", output, "--dtype"]
-        table([("cp + fsync", [sys.executable, "-c", _COPY, source, work / "copy"], work / "copy"),
-               ("convert to fp16 .ckpt", [*start, "fp16"], output),
-               ("convert to fp16 .ckpt, split layout",
-                [*start, "fp16", "--qkv_concat", "False", "--mlp_concat", "False"], output),
-               ("convert to bf16 .ckpt", [*start, "bf16"], output),
-               ("convert to fp32 .ckpt (twice the bytes)", [*start, "fp32"], output)])
+        table(
+            [
+                ("cp + fsync", [sys.executable, "-c", _COPY, source, work / "copy"], work / "copy"),
+                ("convert to fp16 .ckpt", [*start, "fp16"], output),
+                (
+                    "convert to fp16 .ckpt, split layout",
+                    [*start, "fp16", "--qkv_concat", "False", "--mlp_concat", "False"],
+                    output,
+                ),
+                ("convert to bf16 .ckpt", [*start, "bf16"], output),
+                ("convert to fp32 .ckpt (twice the bytes)", [*start, "fp32"], output),
+            ]
+        )
         shutil.rmtree(source)
         if args.torch_python:
             in_own_process(make_source, source, args.torch_layers)
             in_own_process(make_native, source, work / "native")
-            (work / "model.yaml").write_text("model:\n  model_config:\n    type: ChatGLM2Config\n"
-                                             f"    num_layers: {args.torch_layers}\n")
-            print(f"\n{args.torch_layers} layers, glm names, fp16 safetensors to fp32 .ckpt "
-                  "(upstream leaves the output layer out: AutoModel has none)")
-            table([("convert", [*convert, work / "native", "--output_path", output, "--dtype", "fp32"], output),
-                   ("upstream's convert_pt_to_ms (torch)",
-                    [args.torch_python, "-c", _UPSTREAM, work / "native", output, work / "model.yaml"], output)])
+            (work / "model.yaml").write_text(
+                f"model:\n  model_config:\n    type: ChatGLM2Config\n    num_layers: {args.torch_layers}\n"
+            )
+            print(
+                f"\n{args.torch_layers} layers, glm names, fp16 safetensors to fp32 .ckpt "
+                "(upstream leaves the output layer out: AutoModel has none)"
+            )
+            table(
+                [
+                    ("convert", [*convert, work / "native", "--output_path", output, "--dtype", "fp32"], output),
+                    (
+                        "upstream's convert_pt_to_ms (torch)",
+                        [args.torch_python, "-c", _UPSTREAM, work / "native", output, work / "model.yaml"],
+                        output,
+                    ),
+                ]
+            )
     finally:
         shutil.rmtree(work)
 

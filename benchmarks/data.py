@@ -13,6 +13,7 @@ program, in a process of its own and in turn, make batches of one row of 32768 t
 
 Printed are medians over the rounds, beside upstream's.
 """
+
 import argparse
 import itertools
 import json
@@ -34,8 +35,12 @@ REFERENCE = ROOT.parent / "shared" / "reference" / "tokenizer" / "tokenizer.mode
 SOURCE, TARGET, ROW = 30720, 2047, 32768
 
 UPSTREAM, ROWS, PACKED, CACHED = "upstream", "rows", "packed", "packed, cached"
-TITLES = {UPSTREAM: "upstream: ADGenDataLoader, KeyWordGenDataset", ROWS: "GLM32KDataset, one sample a row",
-          PACKED: "GLM32KDataset, packing, rows_per_epoch", CACHED: "the same again, tokens on disk"}
+TITLES = {
+    UPSTREAM: "upstream: ADGenDataLoader, KeyWordGenDataset",
+    ROWS: "GLM32KDataset, one sample a row",
+    PACKED: "GLM32KDataset, packing, rows_per_epoch",
+    CACHED: "the same again, tokens on disk",
+}
 
 
 def write_data(path, size):
@@ -45,6 +50,7 @@ def write_data(path, size):
     names: natural English with the many rare words of a big collection.
     """
     from pydoc_data.topics import topics
+
     rng = random.Random(0)
     sentences = re.split(r"(?<=[.:]) +", " ".join(" ".join(topics.values()).split()))
     syllables = ["".join(pair) for pair in itertools.product("bdfgklmnprstvz", "aeiou")]
@@ -59,27 +65,62 @@ def write_data(path, size):
             # letters, some 4 of which make a token
             length = int(min(max(rng.lognormvariate(math.log(20000), 0.9), 800), 240000))
             start = rng.randrange(len(text) - length)
-            file.write(json.dumps({"content": text[start:start + length] + "\n\nQuestion: What is meant?",
-                                   "summary": rng.choice(sentences)[:400]}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "content": text[start : start + length] + "\n\nQuestion: What is meant?",
+                        "summary": rng.choice(sentences)[:400],
+                    }
+                )
+                + "\n"
+            )
 
 
 def dataset(program, path, vocab_file, workers):
     """The data set of one program; mindformers is imported."""
-    common = {"max_source_length": SOURCE, "max_target_length": TARGET, "batch_size": 1, "drop_remainder": True,
-              "num_parallel_workers": workers, "repeat": 1, "seed": 0, "prefetch_size": 1, "numa_enable": False}
+    common = {
+        "max_source_length": SOURCE,
+        "max_target_length": TARGET,
+        "batch_size": 1,
+        "drop_remainder": True,
+        "num_parallel_workers": workers,
+        "repeat": 1,
+        "seed": 0,
+        "prefetch_size": 1,
+        "numa_enable": False,
+    }
     if program == UPSTREAM:
         from mindformers.dataset import KeyWordGenDataset
         from mindformers.tools.register import MindFormerConfig
-        return KeyWordGenDataset(MindFormerConfig(
-            data_loader={"type": "ADGenDataLoader", "dataset_dir": path, "shuffle": True, "phase": "train",
-                         "version": 3, "origin_columns": ["content", "summary"]},
-            tokenizer={"type": "ChatGLM3Tokenizer", "vocab_file": vocab_file},
-            input_columns=["input_ids", "labels"], ignore_pad_token_for_loss=True, python_multiprocessing=False,
-            **common))
+
+        return KeyWordGenDataset(
+            MindFormerConfig(
+                data_loader={
+                    "type": "ADGenDataLoader",
+                    "dataset_dir": path,
+                    "shuffle": True,
+                    "phase": "train",
+                    "version": 3,
+                    "origin_columns": ["content", "summary"],
+                },
+                tokenizer={"type": "ChatGLM3Tokenizer", "vocab_file": vocab_file},
+                input_columns=["input_ids", "labels"],
+                ignore_pad_token_for_loss=True,
+                python_multiprocessing=False,
+                **common,
+            )
+        )
     from mindformers_glm32k.data.dataset import GLM32KDataset
+
     packing = {"packing": True, "rows_per_epoch": 16000} if program != ROWS else {}
-    return GLM32KDataset({"data_loader": {"type": "GLM32KDataLoader", "dataset_dir": path, "shuffle": True},
-                          "tokenizer": {"type": "GLM32KTokenizer", "vocab_file": vocab_file}, **common, **packing})
+    return GLM32KDataset(
+        {
+            "data_loader": {"type": "GLM32KDataLoader", "dataset_dir": path, "shuffle": True},
+            "tokenizer": {"type": "GLM32KTokenizer", "vocab_file": vocab_file},
+            **common,
+            **packing,
+        }
+    )
 
 
 def run_program(args):
@@ -88,6 +129,7 @@ def run_program(args):
     import numpy as np
     from mindformers import build_context  # noqa: F401  what a training run has imported, too
     from mindformers.dataset import KeyWordGenDataset  # noqa: F401
+
     if args.program != UPSTREAM:
         import mindformers_glm32k.data.dataset  # noqa: F401
 
@@ -108,9 +150,19 @@ def run_program(args):
         if time.perf_counter() - start - first > args.seconds:
             break
     seconds = time.perf_counter() - start - first
-    print("RESULT " + json.dumps({
-        "first": first, "speed": tokens / seconds, "rss": _memory("VmHWM") - before, "rows": rows,
-        "padding": 1 - tokens / max(positions, 1)}), flush=True)
+    print(
+        "RESULT "
+        + json.dumps(
+            {
+                "first": first,
+                "speed": tokens / seconds,
+                "rss": _memory("VmHWM") - before,
+                "rows": rows,
+                "padding": 1 - tokens / max(positions, 1),
+            }
+        ),
+        flush=True,
+    )
     os._exit(0)  # threads that read ahead need not be waited for
 
 
@@ -124,10 +176,29 @@ def measure(program, data, args):
     cache = data.parent / ".glm32k_cache"
     if program != CACHED:
         shutil.rmtree(cache, ignore_errors=True)
-    command = [sys.executable, __file__, "--program", program, "--data", str(data), "--vocab_file", args.vocab_file,
-               "--seconds", str(args.seconds), "--workers", str(args.workers)]
-    done = subprocess.run(command, cwd=data.parent, env=dict(os.environ, PYTHONPATH=str(ROOT)), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    command = [
+        sys.executable,
+        __file__,
+        "--program",
+        program,
+        "--data",
+        str(data),
+        "--vocab_file",
+        args.vocab_file,
+        "--seconds",
+        str(args.seconds),
+        "--workers",
+        str(args.workers),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=data.parent,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
     found = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
     if done.returncode or not found:
         raise SystemExit(done.stdout[-3000:])
@@ -172,19 +243,26 @@ def main():
 
 def print_table(results, size, args):
     """Prints medians over the rounds."""
+
     def median(program, part, name):
         return statistics.median(result[name] for result in results[program, part])
 
-    print(f"{size / 1e9:.2f} GB of JSON lines, rows of {ROW} tokens, {args.workers} workers, {os.cpu_count()} cores, "
-          f"median of {args.rounds} rounds")
-    print(f"{'program':48} {'first s':>8} {'sooner':>7} {'tokens/s':>9} {'x':>5} {'RSS MB':>7} {'at 1/8':>7} "
-          f"{'padding %':>9} {'rows':>5}")
+    print(
+        f"{size / 1e9:.2f} GB of JSON lines, rows of {ROW} tokens, {args.workers} workers, {os.cpu_count()} cores, "
+        f"median of {args.rounds} rounds"
+    )
+    print(
+        f"{'program':48} {'first s':>8} {'sooner':>7} {'tokens/s':>9} {'x':>5} {'RSS MB':>7} {'at 1/8':>7} "
+        f"{'padding %':>9} {'rows':>5}"
+    )
     for program, title in TITLES.items():
         first, speed = median(program, 1, "first"), median(program, 1, "speed")
-        print(f"{title:48} {first:8.2f} {median(UPSTREAM, 1, 'first') / first:7.1f} {speed:9.0f} "
-              f"{speed / median(UPSTREAM, 1, 'speed'):5.2f} {median(program, 1, 'rss'):7.0f} "
-              f"{median(program, 8, 'rss'):7.0f} {100 * median(program, 1, 'padding'):9.1f} "
-              f"{median(program, 1, 'rows'):5.0f}")
+        print(
+            f"{title:48} {first:8.2f} {median(UPSTREAM, 1, 'first') / first:7.1f} {speed:9.0f} "
+            f"{speed / median(UPSTREAM, 1, 'speed'):5.2f} {median(program, 1, 'rss'):7.0f} "
+            f"{median(program, 8, 'rss'):7.0f} {100 * median(program, 1, 'padding'):9.1f} "
+            f"{median(program, 1, 'rows'):5.0f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,25 @@
 """The README's table of rehearsals, from the folders that `glm32k dryrun --execute` wrote.
 
-    python benchmarks/rehearsals.py FOLDER …
+python benchmarks/rehearsals.py FOLDER …
 """
+
 import argparse
 import json
 import sys
 from pathlib import Path
 
-HEAD = ("layout", "YAML", "ranks", "steps", "loss, first / last step", "largest difference of a loss", "of a gradient norm",
-        "of a weight", "of a moment", "result")
+HEAD = (
+    "layout",
+    "YAML",
+    "ranks",
+    "steps",
+    "loss, first / last step",
+    "largest difference of a loss",
+    "of a gradient norm",
+    "of a weight",
+    "of a moment",
+    "result",
+)
 
 
 def relative(steps, name):
@@ -25,9 +36,15 @@ def row(folder):
     differences = [f"{relative(kept, name):.1e}" if kept else "-" for name in ("loss", "grad_norm")]
     differences += [f"{report[f'largest_{kind}_difference_relative']:.1e}" for kind in ("weight", "moment")]
     result = "equal" if report["agrees"] else f"{len(report['problems'])} differences"
-    return (report["layout"], Path(report["config"]).stem, str(report["world_size"]),
-            f"{len(steps)}{f' ({skipped} skipped)' if skipped else ''}",
-            f"{steps[0]['loss']:.5f} / {steps[-1]['loss']:.5f}", *differences, result)
+    return (
+        report["layout"],
+        Path(report["config"]).stem,
+        str(report["world_size"]),
+        f"{len(steps)}{f' ({skipped} skipped)' if skipped else ''}",
+        f"{steps[0]['loss']:.5f} / {steps[-1]['loss']:.5f}",
+        *differences,
+        result,
+    )
 
 
 def main():

@@ -5,6 +5,7 @@
 Cuts a checkpoint of the published model's real tensors with fewer layers (2 layers: 1.9 GB in fp16) for two ranks
 (mp 2) and merges it again. Ours compare every value with every rank's file, twice; upstream's compare nothing.
 """
+
 import argparse
 import filecmp
 import multiprocessing
@@ -39,8 +40,9 @@ def make(folder, layers):
     block = (np.random.default_rng(0).standard_normal(1 << 24, np.float32) * np.float32(0.02)).astype(np.float16)
     write_layout(folder / "strategy", "mp2", layers=layers)
     (folder / "whole" / "rank_0").mkdir(parents=True)
-    with CheckpointWriter(folder / "whole" / "rank_0" / "whole.ckpt",
-                          [(name, shape, "fp16") for name, shape in shapes.items()]) as writer:
+    with CheckpointWriter(
+        folder / "whole" / "rank_0" / "whole.ckpt", [(name, shape, "fp16") for name, shape in shapes.items()]
+    ) as writer:
         for name, shape in shapes.items():
             writer.write(name, np.resize(block, shape))
         writer.finish()
@@ -48,8 +50,13 @@ def make(folder, layers):
 
 def upstream(folder, *options):
     """Runs upstream's command."""
-    subprocess.run([sys.executable, "-m", "mindformers.tools.transform_ckpt", *map(str, options)], check=True,
-                   cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "mindformers.tools.transform_ckpt", *map(str, options)],
+        check=True,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def programs(folder):
@@ -58,11 +65,24 @@ def programs(folder):
     return [
         ("split", lambda: split(whole / "rank_0" / "whole.ckpt", folder / "parts", strategy)),
         ("merge", lambda: merge(folder / "parts", folder / "merged.ckpt", strategy)),
-        ("upstream's transform_ckpt, cutting", lambda: upstream(
-            folder, "--dst_ckpt_strategy", strategy, "--src_ckpt_dir", whole, "--dst_ckpt_dir", folder / "cut")),
-        ("upstream's transform_ckpt, merging", lambda: upstream(
-            folder, "--src_ckpt_strategy", strategy, "--src_ckpt_dir", folder / "parts", "--dst_ckpt_dir",
-            folder / "joined")),
+        (
+            "upstream's transform_ckpt, cutting",
+            lambda: upstream(
+                folder, "--dst_ckpt_strategy", strategy, "--src_ckpt_dir", whole, "--dst_ckpt_dir", folder / "cut"
+            ),
+        ),
+        (
+            "upstream's transform_ckpt, merging",
+            lambda: upstream(
+                folder,
+                "--src_ckpt_strategy",
+                strategy,
+                "--src_ckpt_dir",
+                folder / "parts",
+                "--dst_ckpt_dir",
+                folder / "joined",
+            ),
+        ),
     ]
 
 

@@ -14,6 +14,7 @@ six steps, longer ones after one. A process that passes --memory_limit is ended,
 Beside it, how fast each framework multiplies the matrices of the output layer (512 tokens, forward and backward), and
 the tokens/s that a step of products alone would reach at that speed: what is left is what else a step does.
 """
+
 import argparse
 import json
 import math
@@ -27,10 +28,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (512, 2048, 4096, 8192, 16384, 32768)
-PROGRAMS = {"ours": {}, "torch": {}, "torch tuned": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-                                                     "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}}
+PROGRAMS = {
+    "ours": {},
+    "torch": {},
+    "torch tuned": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)},
+}
 WORDS, HIDDEN, LAYERS, HEADS, GROUPS, SIZE, FFN = 65024, 512, 4, 8, 2, 64, 1368
-GIB = 2 ** 30
+GIB = 2**30
 PRODUCT_TOKENS = 512
 # multiply-adds of a token, attention's scores aside; a training step does them three times
 PRODUCTS = WORDS * HIDDEN + LAYERS * HIDDEN * ((HEADS + 2 * GROUPS) * SIZE + HEADS * SIZE + 3 * FFN)
@@ -40,27 +44,48 @@ def measure_ours(length, steps):
     """Returns seconds of compilation, seconds of each step, losses."""
     sys.path.insert(0, str(ROOT))
     import logging
+
     logging.disable(logging.WARNING)
     import mindspore
     import numpy as np
     from mindspore import nn
+
     mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target="CPU")
     from mindformers.core.lr import build_lr
     from mindformers.core.optim import build_optim
     from mindformers.trainer.optimizer_grouped_parameters import get_optimizer_grouped_parameters
+
     from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
     from mindformers_glm32k.train_step import GLM32KTrainOneStepCell
+
     config = GLM32KConfig(
-        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, kv_channels=SIZE, ffn_hidden_size=FFN,
-        multi_query_group_num=GROUPS, padded_vocab_size=WORDS, seq_length=length, use_flash_attention=True,
-        param_init_type="float32", compute_dtype="float32", hidden_dropout=0.0, attention_dropout=0.0,
-        qkv_concat=True, mlp_concat=True, add_qkv_bias=True, add_bias_linear=False)
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        kv_channels=SIZE,
+        ffn_hidden_size=FFN,
+        multi_query_group_num=GROUPS,
+        padded_vocab_size=WORDS,
+        seq_length=length,
+        use_flash_attention=True,
+        param_init_type="float32",
+        compute_dtype="float32",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        qkv_concat=True,
+        mlp_concat=True,
+        add_qkv_bias=True,
+        add_bias_linear=False,
+    )
     network = GLM32KForConditionalGeneration(config).set_train()
-    schedule = build_lr({"type": "polynomial", "learning_rate": 1e-4, "lr_end": 1e-6, "warmup_steps": 1,
-                         "total_steps": 1000})
+    schedule = build_lr(
+        {"type": "polynomial", "learning_rate": 1e-4, "lr_end": 1e-6, "warmup_steps": 1, "total_steps": 1000}
+    )
     groups = get_optimizer_grouped_parameters(network, weight_decay=0.01, dynamic_lr_schedule=schedule)
-    optimizer = build_optim({"type": "AdamW", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01},
-                            default_args={"params": groups, "learning_rate": schedule})
+    optimizer = build_optim(
+        {"type": "AdamW", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01},
+        default_args={"params": groups, "learning_rate": schedule},
+    )
     scale = nn.DynamicLossScaleUpdateCell(loss_scale_value=65536, scale_factor=2, scale_window=1000)
     step = GLM32KTrainOneStepCell(network, optimizer, use_clip_grad=True, max_grad_norm=1.0, scale_sense=scale)
     step.set_train()
@@ -83,14 +108,27 @@ def measure_torch(length, steps, fused):
     """Returns None (nothing is compiled), seconds of each step, losses."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
+
     torch.manual_seed(0)
-    config = GlmConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                       num_key_value_heads=GROUPS, head_dim=SIZE, attn_implementation="sdpa", vocab_size=WORDS,
-                       max_position_embeddings=length, pad_token_id=0, eos_token_id=None, attention_bias=True,
-                       tie_word_embeddings=False)
+    config = GlmConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        head_dim=SIZE,
+        attn_implementation="sdpa",
+        vocab_size=WORDS,
+        max_position_embeddings=length,
+        pad_token_id=0,
+        eos_token_id=None,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
     model = GlmForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01,
-                                  fused=True if fused else None)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True if fused else None
+    )
     ids = torch.randint(3, 60000, (1, length))
     seconds, losses = [], []
     for _ in range(steps):
@@ -108,12 +146,16 @@ def measure_torch(length, steps, fused):
 
 def product_speed(program, repeats=10):
     """GFLOP/s of the output layer's three products (logits, gradient of hidden states, gradient of the weight)."""
-    shapes = (((PRODUCT_TOKENS, HIDDEN), (WORDS, HIDDEN), False, True),
-              ((PRODUCT_TOKENS, WORDS), (WORDS, HIDDEN), False, False),
-              ((PRODUCT_TOKENS, WORDS), (PRODUCT_TOKENS, HIDDEN), True, False))
+    shapes = (
+        ((PRODUCT_TOKENS, HIDDEN), (WORDS, HIDDEN), False, True),
+        ((PRODUCT_TOKENS, WORDS), (WORDS, HIDDEN), False, False),
+        ((PRODUCT_TOKENS, WORDS), (PRODUCT_TOKENS, HIDDEN), True, False),
+    )
     import numpy as np
+
     if program == "ours":
         import mindspore
+
         tensor = mindspore.Tensor
 
         def product(transpose_left, transpose_right):
@@ -122,13 +164,16 @@ def product_speed(program, repeats=10):
             @mindspore.jit
             def one_element(left, right):  # of the product; copying it waits for the whole
                 return multiply(left, right)[:1, :1]
+
             return lambda left, right: one_element(left, right).asnumpy()
     else:
         import torch
+
         tensor = torch.from_numpy
 
         def product(transpose_left, transpose_right):
             return lambda left, right: (left.T if transpose_left else left) @ (right.T if transpose_right else right)
+
     seconds = 0.0
     for left, right, *transposed in shapes:
         multiply = product(*transposed)
@@ -168,8 +213,9 @@ def run(program, python, length, steps, limit):
         dict | str: what the worker printed, or why there is nothing.
     """
     command = [python, __file__, "--worker", program, "--lengths", str(length), "--steps", str(steps)]
-    with subprocess.Popen(command, env={**os.environ, **PROGRAMS[program]}, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env={**os.environ, **PROGRAMS[program]}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         while True:
             try:
                 output, errors = process.communicate(timeout=0.5)
@@ -192,8 +238,16 @@ def warm_up(length):
 
 def has_torch(python):
     """bool: whether an interpreter has torch and transformers."""
-    found = subprocess.run([python, "-c", "import torch, transformers; print(torch.__version__, transformers.__version__)"],
-                           capture_output=True, text=True, check=False) if python else None
+    found = (
+        subprocess.run(
+            [python, "-c", "import torch, transformers; print(torch.__version__, transformers.__version__)"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if python
+        else None
+    )
     if not found or found.returncode:
         print("torch is left out: --torch_python names no interpreter with torch and transformers")
         return False
@@ -203,9 +257,11 @@ def has_torch(python):
 
 def summary(runs):
     """Median figures of a program's runs at one length."""
-    return {"seconds": statistics.median(second for run in runs for second in run["seconds"]),
-            "peak": statistics.median(run["peak"] for run in runs) / GIB,
-            "compile": statistics.median(run["compile"] or 0.0 for run in runs)}
+    return {
+        "seconds": statistics.median(second for run in runs for second in run["seconds"]),
+        "peak": statistics.median(run["peak"] for run in runs) / GIB,
+        "compile": statistics.median(run["compile"] or 0.0 for run in runs),
+    }
 
 
 def growth(figures, name, previous, length):
@@ -217,8 +273,10 @@ def growth(figures, name, previous, length):
 
 def table(results, lengths):
     """Prints what was measured as Markdown: one row per length."""
-    print("\n| tokens | ours tokens/s | GiB | compile s | time exponent | memory exponent | torch tokens/s | GiB | ratio "
-          "| torch tuned tokens/s | GiB | ratio |\n|" + "---|" * 12)
+    print(
+        "\n| tokens | ours tokens/s | GiB | compile s | time exponent | memory exponent | torch tokens/s | GiB | ratio "
+        "| torch tuned tokens/s | GiB | ratio |\n|" + "---|" * 12
+    )
 
     def cell(value, digits):
         return "–" if value is None else f"{value:.{digits}f}"
@@ -227,14 +285,22 @@ def table(results, lengths):
         previous = lengths[place - 1] if place else None
         ours = results["ours"].get(length)
         speed = length / ours["seconds"] if ours else None
-        row = [length, cell(speed, 0), cell(ours and ours["peak"], 2), cell(ours and ours["compile"], 1),
-               cell(growth(results["ours"], "seconds", previous, length), 2),
-               cell(growth(results["ours"], "peak", previous, length), 2)]
+        row = [
+            length,
+            cell(speed, 0),
+            cell(ours and ours["peak"], 2),
+            cell(ours and ours["compile"], 1),
+            cell(growth(results["ours"], "seconds", previous, length), 2),
+            cell(growth(results["ours"], "peak", previous, length), 2),
+        ]
         for program in ("torch", "torch tuned"):
             theirs = results[program].get(length)
             their_speed = length / theirs["seconds"] if theirs else None
-            row += [cell(their_speed, 0), cell(theirs and theirs["peak"], 2),
-                    cell(speed / their_speed if speed and their_speed else None, 2)]
+            row += [
+                cell(their_speed, 0),
+                cell(theirs and theirs["peak"], 2),
+                cell(speed / their_speed if speed and their_speed else None, 2),
+            ]
         print("| " + " | ".join(map(str, row)) + " |")
 
 
@@ -255,8 +321,10 @@ def main():
     for program in [name for name in pythons if name != "torch tuned"]:  # its products are torch's
         done = run(program, pythons[program], 0, 0, args.memory_limit)
         if isinstance(done, dict):
-            done = (f"{done['speed']:.0f} GFLOP/s; a step of products alone: "
-                    f"{done['speed'] * 1e9 / (6 * PRODUCTS):.0f} tokens/s")
+            done = (
+                f"{done['speed']:.0f} GFLOP/s; a step of products alone: "
+                f"{done['speed'] * 1e9 / (6 * PRODUCTS):.0f} tokens/s"
+            )
         print(f"{program}, the output layer's products: {done}", flush=True)
     results = {program: {} for program in PROGRAMS}
     given_up = set()
@@ -271,7 +339,7 @@ def main():
                 if isinstance(done, str):
                     given_up.add(program)  # longer rows need more
                 else:
-                    runs[program].append({**done, "seconds": done["seconds"][-args.steps:]})
+                    runs[program].append({**done, "seconds": done["seconds"][-args.steps :]})
         for program, measured in runs.items():
             if measured:
                 results[program][length] = summary(measured)

@@ -2,6 +2,7 @@
 
 Importing this package is enough for MindFormers' YAMLs, Auto classes and Trainer to find GLM32K.
 """
+
 from mindformers_glm32k import registry
 
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ A message ends where the next role token begins; there is no </s> between turns.
 end asks for an answer, which the model ends with one of `stop_ids`. Source: the tokenizer published with
 THUDM/chatglm3-6b-32k (`build_chat_input`).
 """
+
 import json
 from collections.abc import Mapping
 
@@ -42,8 +43,9 @@ def message_ids(vocabulary, role, metadata, content):
     metadata = "" if metadata is None else metadata
     for name, value in (("metadata", metadata), ("content", content)):
         if not isinstance(value, str):
-            raise InputError(f"the {name} of a {role} message must be text (str); found {type(value).__name__}: "
-                             f"{value!r:.80}")
+            raise InputError(
+                f"the {name} of a {role} message must be text (str); found {type(value).__name__}: {value!r:.80}"
+            )
     return [vocabulary.special[f"<|{role}|>"], *vocabulary.encode(f"{metadata}\n"), *vocabulary.encode(content)]
 
 
@@ -92,8 +94,10 @@ def with_tools(messages, tools):
         return messages
     first = messages[0] if messages else None
     if not isinstance(first, Mapping) or first.get("role") != "system" or first.get("tools") is not None:
-        raise InputError("tools need a system message without tools at the beginning of the conversation, which tells "
-                         "the model to use them")
+        raise InputError(
+            "tools need a system message without tools at the beginning of the conversation, which tells "
+            "the model to use them"
+        )
     return [{**first, "tools": tools}, *messages[1:]]
 
 

@@ -1,4 +1,5 @@
 """The tokenizer's chat methods: prompts as batches of ids, and answers out of generated rows."""
+
 from mindformers_glm32k import chat
 from mindformers_glm32k.errors import InputError
 
@@ -47,16 +48,36 @@ class ChatInput:
         histories = [None] * len(queries) if histories is None else histories
         roles = [roles] * len(queries) if roles is None or isinstance(roles, str) else roles
         if not len(queries) == len(histories) == len(roles):
-            raise InputError(f"as many histories and roles as queries are needed; found {len(queries)} queries, "
-                             f"{len(histories)} histories, {len(roles)} roles")
-        return self._batch([
-            chat.conversation_ids(self.vocabulary, [*(history or ()), {"role": role or "user", "content": query}],
-                                  add_generation_prompt=True)
-            for query, history, role in zip(queries, histories, roles)], padding, return_tensors)
+            raise InputError(
+                f"as many histories and roles as queries are needed; found {len(queries)} queries, "
+                f"{len(histories)} histories, {len(roles)} roles"
+            )
+        return self._batch(
+            [
+                chat.conversation_ids(
+                    self.vocabulary,
+                    [*(history or ()), {"role": role or "user", "content": query}],
+                    add_generation_prompt=True,
+                )
+                for query, history, role in zip(queries, histories, roles)
+            ],
+            padding,
+            return_tensors,
+        )
 
-    def apply_chat_template(self, conversation, chat_template=None, add_generation_prompt=False, tokenize=True,
-                            padding=False, truncation=False, max_length=None, return_tensors=None,
-                            return_dict=False, tools=None):
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template=None,
+        add_generation_prompt=False,
+        tokenize=True,
+        padding=False,
+        truncation=False,
+        max_length=None,
+        return_tensors=None,
+        return_dict=False,
+        tools=None,
+    ):
         """Turns a whole conversation into ids, with no way through text: role tokens cannot be forged.
 
         Args:
@@ -78,15 +99,20 @@ class ChatInput:
             InputError: a wrong message, or an argument that is refused.
         """
         if chat_template is not None or truncation:
-            raise InputError("chat_template and truncation are not supported: the format of ChatGLM3 is fixed, and "
-                             "cutting a conversation breaks it; shorten the messages")
+            raise InputError(
+                "chat_template and truncation are not supported: the format of ChatGLM3 is fixed, and "
+                "cutting a conversation breaks it; shorten the messages"
+            )
         conversation = getattr(conversation, "messages", conversation)
         if not isinstance(conversation, (list, tuple)) or not conversation:
             raise InputError(f"a conversation is a list of messages, at least one; found {conversation!r:.80}")
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        rows = [chat.conversation_ids(self.vocabulary, chat.with_tools(getattr(one, "messages", one), tools),
-                                      add_generation_prompt)
-                for one in (conversation if batched else [conversation])]
+        rows = [
+            chat.conversation_ids(
+                self.vocabulary, chat.with_tools(getattr(one, "messages", one), tools), add_generation_prompt
+            )
+            for one in (conversation if batched else [conversation])
+        ]
         if not tokenize:
             texts = [self.vocabulary.decode(row) for row in rows]
             return texts if batched else texts[0]

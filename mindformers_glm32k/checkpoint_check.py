@@ -1,5 +1,6 @@
 """Compares a checkpoint file with a network before anything is loaded: MindFormers loads what fits and trains the
 rest from random numbers without a word."""
+
 import os
 
 from mindformers_glm32k.errors import InputError
@@ -29,17 +30,24 @@ def check_checkpoint(path, network):
     wanted, optional = _parameters(network)
     problems = []
     missing = [name for name in wanted if name not in stored]
-    extra = [name for name in stored if name not in wanted and name not in optional and not _is_state(name, stored[name])]
-    shapes = [f"{name} is {stored[name]} in the file, {shape} in the model"
-              for name, shape in {**wanted, **optional}.items() if name in stored and stored[name] != shape]
+    extra = [
+        name for name in stored if name not in wanted and name not in optional and not _is_state(name, stored[name])
+    ]
+    shapes = [
+        f"{name} is {stored[name]} in the file, {shape} in the model"
+        for name, shape in {**wanted, **optional}.items()
+        if name in stored and stored[name] != shape
+    ]
     for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", shapes)):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             problems.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}")
     if problems:
-        raise InputError(f"{path} does not fit the model: {'; '.join(problems)}. Check model_config (num_layers, sizes, "
-                         "qkv_concat and mlp_concat must be those the file was made with; `glm32k convert` writes "
-                         "either layout)")
+        raise InputError(
+            f"{path} does not fit the model: {'; '.join(problems)}. Check model_config (num_layers, sizes, "
+            "qkv_concat and mlp_concat must be those the file was made with; `glm32k convert` writes "
+            "either layout)"
+        )
 
 
 def _is_state(name, shape):

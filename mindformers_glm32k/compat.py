@@ -23,6 +23,7 @@ changed on disk; what is bound to another name is bound back.
 | finetune_glm32k_cp8.yaml | check_rules warns that glm2 repeats KV heads for ulysses_cp, then raises all the same;
   hybrid_cp of full degree is the same layout | all | when it no longer raises |
 """
+
 import contextlib
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from mindformers_glm32k.errors import InputError
 def on_ascend():
     """bool: whether MindSpore's device target is Ascend."""
     import mindspore
+
     return mindspore.get_context("device_target") == "Ascend"
 
 
@@ -54,6 +56,7 @@ def portable_argmax(values, axis=-1):
         Tensor: (B,) int.
     """
     from mindspore import Tensor
+
     array = values.asnumpy() if isinstance(values, Tensor) else values
     return Tensor(array.argmax(axis))
 
@@ -69,14 +72,19 @@ def check_buildable(config):
     """
     parallel = config.parallel_config
     if getattr(parallel, "seq_split_num", 1) > 1:
-        raise InputError(f"parallel_config.seq_split_num={parallel.seq_split_num}: sequence pipelines are not "
-                         "supported; set it to 1 and use context_parallel for long rows")
+        raise InputError(
+            f"parallel_config.seq_split_num={parallel.seq_split_num}: sequence pipelines are not "
+            "supported; set it to 1 and use context_parallel for long rows"
+        )
     from mindspore import dtype
+
     if config.use_portable_cells and not on_ascend():
         for name in ("param_init_type", "compute_dtype", "layernorm_compute_type", "residual_dtype", "rotary_dtype"):
             if getattr(config, name) == dtype.bfloat16:
-                raise InputError(f"model_config.{name}=bfloat16: MindSpore has no bfloat16 MatMul, Gather or Softmax "
-                                 "on CPU; use float32 or float16")
+                raise InputError(
+                    f"model_config.{name}=bfloat16: MindSpore has no bfloat16 MatMul, Gather or Softmax "
+                    "on CPU; use float32 or float16"
+                )
 
 
 def innermost_network(network):
@@ -117,18 +125,21 @@ def data_parallel_devices():
     the whole batch."""
     from mindspore.communication import get_group_size
     from mindspore.context import ParallelMode, get_auto_parallel_context
+
     return get_group_size() if get_auto_parallel_context("parallel_mode") == ParallelMode.DATA_PARALLEL else 1
 
 
 def one_program():
     """bool: semi-automatic or automatic parallel, where a program has the whole batch and the compiler cuts it."""
     from mindspore import get_auto_parallel_context
+
     return get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
 
 
 def pipeline_stages():
     """int: pipeline stages of this process's context; 1 without a pipeline."""
     from mindspore import get_auto_parallel_context
+
     return get_auto_parallel_context("pipeline_stages") or 1
 
 
@@ -207,6 +218,7 @@ def barrier_on_cpu():
     """
     import mindspore
     from mindspore.communication import GlobalComm, comm_func, get_group_size
+
     if mindspore.get_context("device_target") != "CPU" or not GlobalComm.INITED or get_group_size() == 1:
         yield
         return
@@ -216,8 +228,14 @@ def barrier_on_cpu():
         mindspore.ops.AllReduce(group=group)(mindspore.Tensor([1.0], mindspore.float32)).asnumpy()
 
     # resuming calls comm_func.barrier, loading and saving call the names they imported
-    users = [comm_func, *(module for name, module in sys.modules.items()
-                          if name.startswith("mindformers.") and getattr(module, "barrier", None) is upstream)]
+    users = [
+        comm_func,
+        *(
+            module
+            for name, module in sys.modules.items()
+            if name.startswith("mindformers.") and getattr(module, "barrier", None) is upstream
+        ),
+    ]
     for module in users:
         module.barrier = barrier
     try:

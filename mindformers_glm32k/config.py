@@ -1,4 +1,5 @@
 """GLM32KConfig: the fields of upstream's glm2 with ChatGLM3-6B-32K's defaults, checked when constructed."""
+
 import difflib
 import inspect
 import json
@@ -18,22 +19,68 @@ CELLS = ("auto", "ascend", "portable")
 DTYPES = ("float32", "float16", "bfloat16")
 
 # Keys that MindFormers itself puts into a model config, beside the fields of ChatGLM2Config.
-_HOST_KEYS = frozenset((
-    "name_or_path", "_name_or_path", "_commit_hash", "pretrained_model_dir", "mindformers_version",
-    "tokenizer_class", "architectures", "is_encoder_decoder", "is_sample_acceleration", "quantization_config",
-    "quantization", "pet_config", "moe_config", "monitor_config", "dataset_config", "calculate_per_token_loss", "disable_lazy_inline",
-    "model_type", "type", "auto_map", "auto_register", "max_position_embeddings", "input_sliced_sig",
-    "parallel_decoding_params", "use_eod_attn_mask_compression", "track_max_attention_logit", "generation_config",
-    "llm_backend", "parallel_optimizer", "num_samples",
-))
+_HOST_KEYS = frozenset(
+    (
+        "name_or_path",
+        "_name_or_path",
+        "_commit_hash",
+        "pretrained_model_dir",
+        "mindformers_version",
+        "tokenizer_class",
+        "architectures",
+        "is_encoder_decoder",
+        "is_sample_acceleration",
+        "quantization_config",
+        "quantization",
+        "pet_config",
+        "moe_config",
+        "monitor_config",
+        "dataset_config",
+        "calculate_per_token_loss",
+        "disable_lazy_inline",
+        "model_type",
+        "type",
+        "auto_map",
+        "auto_register",
+        "max_position_embeddings",
+        "input_sliced_sig",
+        "parallel_decoding_params",
+        "use_eod_attn_mask_compression",
+        "track_max_attention_logit",
+        "generation_config",
+        "llm_backend",
+        "parallel_optimizer",
+        "num_samples",
+    )
+)
 # Attributes that the constructor derives; saved configs carry them, so they come back when one is loaded.
-_DERIVED = {"vocab_size": "padded_vocab_size", "num_heads": "num_attention_heads", "n_kv_heads": "multi_query_group_num"}
+_DERIVED = {
+    "vocab_size": "padded_vocab_size",
+    "num_heads": "num_attention_heads",
+    "n_kv_heads": "multi_query_group_num",
+}
 
 _HUGGINGFACE_FIELDS = (
-    "num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
-    "seq_length", "hidden_dropout", "attention_dropout", "layernorm_epsilon", "rope_ratio", "rmsnorm",
-    "apply_residual_connection_post_layernorm", "post_layer_norm", "add_bias_linear", "add_qkv_bias",
-    "multi_query_attention", "multi_query_group_num", "eos_token_id", "pad_token_id",
+    "num_layers",
+    "padded_vocab_size",
+    "hidden_size",
+    "ffn_hidden_size",
+    "kv_channels",
+    "num_attention_heads",
+    "seq_length",
+    "hidden_dropout",
+    "attention_dropout",
+    "layernorm_epsilon",
+    "rope_ratio",
+    "rmsnorm",
+    "apply_residual_connection_post_layernorm",
+    "post_layer_norm",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "multi_query_attention",
+    "multi_query_group_num",
+    "eos_token_id",
+    "pad_token_id",
 )
 
 
@@ -64,8 +111,17 @@ class GLM32KConfig(ChatGLM2Config):
     model_type = MODEL_TYPE
     _support_list = []
 
-    def __init__(self, seq_length=32768, rope_ratio=50, eos_token_id=2, loss_chunk_size=2048, mlp_chunk_size=None,
-                 cells="auto", documents_per_row=DOCUMENTS_PER_ROW, **kwargs):
+    def __init__(
+        self,
+        seq_length=32768,
+        rope_ratio=50,
+        eos_token_id=2,
+        loss_chunk_size=2048,
+        mlp_chunk_size=None,
+        cells="auto",
+        documents_per_row=DOCUMENTS_PER_ROW,
+        **kwargs,
+    ):
         kwargs = normalize_values(dict(kwargs))
         rope_ratio, eos_token_id = normalize_values([rope_ratio, eos_token_id])
         problems = _unknown_keys(kwargs)
@@ -74,9 +130,16 @@ class GLM32KConfig(ChatGLM2Config):
             if value is not None and kwargs.setdefault(field, value) != value:
                 problems.append(f"{derived}={value!r}: contradicts {field}={kwargs[field]!r}")
         fields = {name: parameter.default for name, parameter in _upstream_parameters().items()}
-        fields.update(kwargs, seq_length=seq_length, rope_ratio=rope_ratio, eos_token_id=eos_token_id,
-                      loss_chunk_size=loss_chunk_size, mlp_chunk_size=mlp_chunk_size, cells=cells,
-                      documents_per_row=documents_per_row)
+        fields.update(
+            kwargs,
+            seq_length=seq_length,
+            rope_ratio=rope_ratio,
+            eos_token_id=eos_token_id,
+            loss_chunk_size=loss_chunk_size,
+            mlp_chunk_size=mlp_chunk_size,
+            cells=cells,
+            documents_per_row=documents_per_row,
+        )
         problems += _wrong_values(fields)
         if problems:
             raise InputError("GLM32KConfig: " + "; ".join(problems))
@@ -144,8 +207,14 @@ def known_keys():
         set[str]
     """
     generation = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    return set(_upstream_parameters()) | {"loss_chunk_size", "mlp_chunk_size", "cells", "documents_per_row"} \
-        | generation | {"max_decode_length"} | _HOST_KEYS | set(_DERIVED)
+    return (
+        set(_upstream_parameters())
+        | {"loss_chunk_size", "mlp_chunk_size", "cells", "documents_per_row"}
+        | generation
+        | {"max_decode_length"}
+        | _HOST_KEYS
+        | set(_DERIVED)
+    )
 
 
 def _unknown_keys(kwargs):
@@ -174,13 +243,32 @@ def _wrong_values(fields):
     def is_number(value):
         return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
-    positive = [name for name in (
-        "batch_size", "num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-        "seq_length", "multi_query_group_num", "block_size", "num_blocks", "loss_chunk_size", "pp_interleave_num",
-        "fine_grain_interleave", "documents_per_row") if check(name, "an integer >= 1", lambda value: is_int(value) and value >= 1)]
+    positive = [
+        name
+        for name in (
+            "batch_size",
+            "num_layers",
+            "padded_vocab_size",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "seq_length",
+            "multi_query_group_num",
+            "block_size",
+            "num_blocks",
+            "loss_chunk_size",
+            "pp_interleave_num",
+            "fine_grain_interleave",
+            "documents_per_row",
+        )
+        if check(name, "an integer >= 1", lambda value: is_int(value) and value >= 1)
+    ]
     check("mlp_chunk_size", "null or an integer >= 2", lambda value: value is None or is_int(value) and value >= 2)
-    check("kv_channels", "a multiple of 4 (half of each head is rotated, in pairs)",
-          lambda value: is_int(value) and value >= 4 and value % 4 == 0)
+    check(
+        "kv_channels",
+        "a multiple of 4 (half of each head is rotated, in pairs)",
+        lambda value: is_int(value) and value >= 4 and value % 4 == 0,
+    )
     if {"num_attention_heads", "multi_query_group_num"} <= set(positive):
         heads = fields["num_attention_heads"]
         check("multi_query_group_num", f"a divisor of num_attention_heads={heads}", lambda value: heads % value == 0)
@@ -192,22 +280,42 @@ def _wrong_values(fields):
     for name in ("param_init_type", "compute_dtype", "layernorm_compute_type", "residual_dtype", "rotary_dtype"):
         if name != "rotary_dtype" or fields[name] is not None:
             check(name, f"one of {', '.join(DTYPES)}", lambda value: str(value).lower() in DTYPES)
-    for name in ("apply_residual_connection_post_layernorm", "post_layer_norm", "add_bias_linear", "add_qkv_bias",
-                 "use_past", "use_flash_attention", "enable_high_performance", "is_dynamic", "mlp_concat",
-                 "qkv_concat", "use_ring_attention", "post_self_attn_layernorm", "post_mlp_layernorm"):
+    for name in (
+        "apply_residual_connection_post_layernorm",
+        "post_layer_norm",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "use_past",
+        "use_flash_attention",
+        "enable_high_performance",
+        "is_dynamic",
+        "mlp_concat",
+        "qkv_concat",
+        "use_ring_attention",
+        "post_self_attn_layernorm",
+        "post_mlp_layernorm",
+    ):
         check(name, "true or false", lambda value: isinstance(value, bool))
     check("cells", f"one of {', '.join(CELLS)}", lambda value: value in CELLS)
     vocabulary = fields["padded_vocab_size"]
     if "padded_vocab_size" in positive:
+
         def is_id(value):
             return is_int(value) and 0 <= value < vocabulary
+
         check("pad_token_id", f"an id in [0, padded_vocab_size={vocabulary})", is_id)
-        check("eos_token_id", f"an id in [0, padded_vocab_size={vocabulary}) or a list of them",
-              lambda value: is_id(value) or (isinstance(value, (list, tuple)) and value and all(map(is_id, value))))
+        check(
+            "eos_token_id",
+            f"an id in [0, padded_vocab_size={vocabulary}) or a list of them",
+            lambda value: is_id(value) or (isinstance(value, (list, tuple)) and value and all(map(is_id, value))),
+        )
     # What upstream's glm2 offers but the published model does not use, and this plugin does not build:
     check("rmsnorm", "true (the published model has no LayerNorm)", lambda value: value is True)
-    check("multi_query_attention", "true (set multi_query_group_num to the number of key-value heads)",
-          lambda value: value is True)
+    check(
+        "multi_query_attention",
+        "true (set multi_query_group_num to the number of key-value heads)",
+        lambda value: value is True,
+    )
     check("pre_seq_len", "null (prefix tuning is not supported; LoRA is: pet_config)", lambda value: value in (None, 0))
     check("use_rearrange_rope", "false (the weights are not permuted)", lambda value: value is False)
     check("mask_generate", "null (the causal mask is built by the attention)", lambda value: value is None)

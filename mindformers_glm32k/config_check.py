@@ -3,6 +3,7 @@
 MindFormers finds such mistakes late, one at a time and in its own words, or passes over them: its train-step cell
 takes any key.
 """
+
 import difflib
 import inspect
 import numbers
@@ -31,7 +32,9 @@ def _is_float(value):
 
 
 def _is_pair_of_shares(value):
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_float(part) and 0 < part < 1 for part in value)
+    return (
+        isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_float(part) and 0 < part < 1 for part in value)
+    )
 
 
 _NUMBER = (_is_number(0), "a number of at least 0")
@@ -43,26 +46,43 @@ _BOOL = (_is_bool, "true or false")
 VALUES = {
     "seed": (_is_int(0), "a whole number of at least 0"),
     **{key: _BOOL for key in ("use_parallel", "auto_trans_ckpt", "only_save_strategy", "do_eval")},
-    "runner_config.epochs": _COUNT, "runner_config.batch_size": _COUNT,
-    "runner_config.gradient_accumulation_steps": _COUNT, "runner_config.sink_mode": _BOOL,
+    "runner_config.epochs": _COUNT,
+    "runner_config.batch_size": _COUNT,
+    "runner_config.gradient_accumulation_steps": _COUNT,
+    "runner_config.sink_mode": _BOOL,
     "runner_config.sink_size": (lambda value: _is_int(1)(value) or value == -1, "a whole number of at least 1, or -1"),
-    "lr_schedule.learning_rate": _NUMBER, "lr_schedule.lr_end": _NUMBER, "lr_schedule.warmup_ratio": _NUMBER,
+    "lr_schedule.learning_rate": _NUMBER,
+    "lr_schedule.lr_end": _NUMBER,
+    "lr_schedule.warmup_ratio": _NUMBER,
     "lr_schedule.warmup_steps": (_is_int(0), "a whole number of at least 0"),
     "lr_schedule.total_steps": (_is_int(-1), "a whole number of steps, or -1 for all of the run"),
-    "optimizer.betas": (_is_pair_of_shares, "a list of two numbers between 0 and 1"), "optimizer.eps": _FLOAT,
+    "optimizer.betas": (_is_pair_of_shares, "a list of two numbers between 0 and 1"),
+    "optimizer.eps": _FLOAT,
     "optimizer.weight_decay": _FLOAT,
-    "runner_wrapper.use_clip_grad": _BOOL, "runner_wrapper.max_grad_norm": _NUMBER,
+    "runner_wrapper.use_clip_grad": _BOOL,
+    "runner_wrapper.max_grad_norm": _NUMBER,
     "runner_wrapper.scale_sense": (_is_scale, "a number or a section with the type of a loss scale cell"),
 }
 _NEEDED = ("runner_config.epochs", "runner_config.batch_size")
 
 # sections of each kind of run, with MindFormers' category of the class that `type` names, if it names one
 _MODEL = {"model": None, "model.model_config": "config", "model.arch": "models"}
-_TRAIN = {"train_dataset": None, "train_dataset.data_loader": "dataset_loader", "train_dataset.tokenizer": "tokenizer",
-          "train_dataset_task": "dataset", "runner_config": None, "runner_wrapper": "wrapper", "optimizer": "optimizer",
-          "lr_schedule": "lr"}
-_EVALUATE = {"eval_dataset": None, "eval_dataset.data_loader": "dataset_loader", "eval_dataset.tokenizer": "tokenizer",
-             "eval_dataset_task": "dataset"}
+_TRAIN = {
+    "train_dataset": None,
+    "train_dataset.data_loader": "dataset_loader",
+    "train_dataset.tokenizer": "tokenizer",
+    "train_dataset_task": "dataset",
+    "runner_config": None,
+    "runner_wrapper": "wrapper",
+    "optimizer": "optimizer",
+    "lr_schedule": "lr",
+}
+_EVALUATE = {
+    "eval_dataset": None,
+    "eval_dataset.data_loader": "dataset_loader",
+    "eval_dataset.tokenizer": "tokenizer",
+    "eval_dataset_task": "dataset",
+}
 _PREDICT = {"processor": None, "processor.tokenizer": "tokenizer"}
 
 
@@ -87,8 +107,11 @@ def check_config(config, run_mode, built=()):
         sections.update(_EVALUATE)
     else:
         sections.update(_PREDICT)
-    sections = {key: category for key, category in sections.items()
-                if not any(key == name or key.startswith((name + ".", name + "_task")) for name in built)}
+    sections = {
+        key: category
+        for key, category in sections.items()
+        if not any(key == name or key.startswith((name + ".", name + "_task")) for name in built)
+    }
     problems = []
     for key, category in sections.items():
         section, parent = _value(config, key), key.rpartition(".")[0]
@@ -133,8 +156,11 @@ def _class_problems(section, category, key):
     known, closed = constructor_keys(classes[name])
     if not closed and category != "wrapper":
         return []
-    return [f"{key}: {name} has no key {unknown!r}{_similar(unknown, known)}"
-            for unknown in section if unknown not in known | {"type"}]
+    return [
+        f"{key}: {name} has no key {unknown!r}{_similar(unknown, known)}"
+        for unknown in section
+        if unknown not in known | {"type"}
+    ]
 
 
 def _similar(word, known):
@@ -158,8 +184,11 @@ def constructor_keys(cls):
         if constructor is None:
             continue
         parameters = inspect.signature(constructor).parameters.values()
-        names.update(parameter.name for parameter in parameters
-                     if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY))
+        names.update(
+            parameter.name
+            for parameter in parameters
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        )
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
             return names, True
     return names, False

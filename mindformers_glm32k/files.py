@@ -1,4 +1,5 @@
 """Writing files so that an interrupted program never leaves half of one under its final name."""
+
 import contextlib
 import os
 import tempfile

@@ -2,14 +2,21 @@
 
 Legend: B batch, S tokens of a row, T tokens of a call, H hidden size, V padded vocabulary.
 """
+
 import mindspore.common.dtype as mstype
 import numpy as np
+from mindformers.models.glm2.glm2 import (
+    ChatGLM2ForConditionalGeneration,
+    ChatGLM2Transformer,
+    FreqsMgr,
+    GLM2PreTrainedModel,
+    GLMEmbedding,
+    Linear,
+    LowerTriangularMaskWithDynamic,
+)
+from mindformers.version_control import get_dropout
 from mindspore import Layout, Tensor, ops
 from mindspore.ops import operations as P
-
-from mindformers.models.glm2.glm2 import (ChatGLM2ForConditionalGeneration, ChatGLM2Transformer, FreqsMgr,
-                                          GLM2PreTrainedModel, GLMEmbedding, Linear, LowerTriangularMaskWithDynamic)
-from mindformers.version_control import get_dropout
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.config import GLM32KConfig
@@ -43,16 +50,33 @@ class GLM32KModel(GLM2PreTrainedModel):
         self.portable = config.use_portable_cells
         self.mask_dtype = config.compute_dtype
         self.is_first_iteration = True
-        self.embedding = GLMEmbedding(vocab_table_size=config.vocab_size, embedding_size=config.hidden_size,
-                                      param_init_type=config.param_init_type, parallel_optimizer=True)
-        self.freqs_mgr = FreqsMgr(dim=config.kv_channels // 2, seq_length=config.seq_length,
-                                  rotary_dtype=config.rotary_dtype, base=10000, rope_ratio=config.rope_ratio,
-                                  parallel_config=parallel)
+        self.embedding = GLMEmbedding(
+            vocab_table_size=config.vocab_size,
+            embedding_size=config.hidden_size,
+            param_init_type=config.param_init_type,
+            parallel_optimizer=True,
+        )
+        self.freqs_mgr = FreqsMgr(
+            dim=config.kv_channels // 2,
+            seq_length=config.seq_length,
+            rotary_dtype=config.rotary_dtype,
+            base=10000,
+            rope_ratio=config.rope_ratio,
+            parallel_config=parallel,
+        )
         self.looped = can_loop(config)
-        self.encoder = LoopedTransformer(config, self.freqs_mgr.freqs_cos, self.freqs_mgr.freqs_sin) \
-            if self.looped else ChatGLM2Transformer(config)
-        self.output_layer = Linear(config.hidden_size, config.vocab_size, has_bias=False,
-                                   param_init_type=config.param_init_type, compute_dtype=config.compute_dtype)
+        self.encoder = (
+            LoopedTransformer(config, self.freqs_mgr.freqs_cos, self.freqs_mgr.freqs_sin)
+            if self.looped
+            else ChatGLM2Transformer(config)
+        )
+        self.output_layer = Linear(
+            config.hidden_size,
+            config.vocab_size,
+            has_bias=False,
+            param_init_type=config.param_init_type,
+            compute_dtype=config.compute_dtype,
+        )
         self._shard(parallel)
         self.dropout = get_dropout(config.hidden_dropout)
         rows = context * model if parallel.use_seq_parallel else context
@@ -64,9 +88,14 @@ class GLM32KModel(GLM2PreTrainedModel):
             replace_splits(self.encoder)
         elif self.use_past:
             self.casual_mask = LowerTriangularMaskWithDynamic(
-                seq_length=config.seq_length, batch_size=config.batch_size * data, compute_type=config.compute_dtype,
-                is_dynamic=config.is_dynamic, pad_token_id=config.pad_token_id,
-                use_flash_attention=config.use_flash_attention, use_past=True)
+                seq_length=config.seq_length,
+                batch_size=config.batch_size * data,
+                compute_type=config.compute_dtype,
+                is_dynamic=config.is_dynamic,
+                pad_token_id=config.pad_token_id,
+                use_flash_attention=config.use_flash_attention,
+                use_past=True,
+            )
         elif self.use_flash_attention:
             self.compressed_mask = compressed_causal_mask()
             self.document_ends = DocumentEnds(config.documents_per_row + 1, data)  # padding takes a place, too
@@ -101,8 +130,16 @@ class GLM32KModel(GLM2PreTrainedModel):
         else:
             self.embedding.set_comm_fusion(parallel.gradient_aggregation_group)
 
-    def construct(self, input_ids, batch_valid_length=None, block_tables=None, slot_mapping=None,
-                  prefix_key_values=None, position_ids=None, document_ids=None):
+    def construct(
+        self,
+        input_ids,
+        batch_valid_length=None,
+        block_tables=None,
+        slot_mapping=None,
+        prefix_key_values=None,
+        position_ids=None,
+        document_ids=None,
+    ):
         """Hidden states of the last layer after the final norm.
 
         Inputs:
@@ -129,8 +166,15 @@ class GLM32KModel(GLM2PreTrainedModel):
         else:
             rotary, mask = self._rotary(input_ids, position_ids), self._causal_mask(input_ids, document_ids)
         hidden = self.dropout(self.embedding(input_ids))
-        return self.encoder(hidden, mask, rotary, batch_valid_length=batch_valid_length, block_tables=block_tables,
-                            slot_mapping=slot_mapping, prefix_key_values=prefix_key_values)
+        return self.encoder(
+            hidden,
+            mask,
+            rotary,
+            batch_valid_length=batch_valid_length,
+            block_tables=block_tables,
+            slot_mapping=slot_mapping,
+            prefix_key_values=prefix_key_values,
+        )
 
     def _rotary(self, input_ids, position_ids):
         """Rotary factors (S, D), or (B, 1, S, D) where every row has its own positions."""
@@ -224,14 +268,29 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
 
-    def construct(self, input_ids=None, labels=None, input_mask=None, position_ids=None, document_ids=None,
-                  input_embeds=None, init_reset=None, batch_valid_length=None, prefix_key_values=None,
-                  block_tables=None, slot_mapping=None, batch_index=None, zactivate_len=None, attention_mask=None,
-                  input_position=None):
+    def construct(
+        self,
+        input_ids=None,
+        labels=None,
+        input_mask=None,
+        position_ids=None,
+        document_ids=None,
+        input_embeds=None,
+        init_reset=None,
+        batch_valid_length=None,
+        prefix_key_values=None,
+        block_tables=None,
+        slot_mapping=None,
+        batch_index=None,
+        zactivate_len=None,
+        attention_mask=None,
+        input_position=None,
+    ):
         if batch_valid_length is not None:
             batch_valid_length = batch_valid_length.reshape((-1,))
-        hidden = self.transformer(input_ids, batch_valid_length, block_tables, slot_mapping, prefix_key_values,
-                                  position_ids, document_ids)
+        hidden = self.transformer(
+            input_ids, batch_valid_length, block_tables, slot_mapping, prefix_key_values, position_ids, document_ids
+        )
         if self.use_past and self.is_first_iteration:
             # (1, T, H) -> (1, B, H): the last token of each prompt
             hidden = self.gather(hidden, ops.cumsum(batch_valid_length, 0) - 1, 1)
@@ -274,8 +333,23 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         if self.use_past:
             batch_valid_length, block_tables = (Tensor(shape=[None, None], dtype=mstype.int32) for _ in range(2))
             slot_mapping = Tensor(shape=[None], dtype=mstype.int32)
-        self.set_inputs(Tensor(shape=[None, None], dtype=mstype.int32), None, None, None, None, None, None,
-                        batch_valid_length, None, block_tables, slot_mapping, None, None, None, None)
+        self.set_inputs(
+            Tensor(shape=[None, None], dtype=mstype.int32),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            batch_valid_length,
+            None,
+            block_tables,
+            slot_mapping,
+            None,
+            None,
+            None,
+            None,
+        )
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Upstream's inputs; on portable cells decode reads only the blocks that hold tokens, and without a cache

@@ -1,4 +1,5 @@
 """GLM32KMonitor: throughput in tokens/s/p beside MindFormers' progress lines, and the loss curve as CSV and PNG."""
+
 import csv
 import math
 import os
@@ -6,10 +7,10 @@ import time
 
 import mindspore as ms
 import numpy as np
-from mindspore.communication import GlobalComm, get_group_size, get_rank
-from mindspore.train.callback import Callback
 from mindformers.tools.logger import logger
 from mindformers.tools.utils import get_output_root_path
+from mindspore.communication import GlobalComm, get_group_size, get_rank
+from mindspore.train.callback import Callback
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.data.options import whole_number
@@ -61,11 +62,11 @@ class GLM32KMonitor(Callback):
         overflow = overflow > 0  # NaN: a train step without the check
         throughput = self.tokens_per_step * steps / seconds
         step = self.rows[-1]["step"] + steps if self.rows else self._global_step(arguments) or steps
-        self.rows.append(dict(zip(COLUMNS, (step, loss / self.micro_batches, rate, norm, scale, overflow,
-                                            throughput))))
+        self.rows.append(dict(zip(COLUMNS, (step, loss / self.micro_batches, rate, norm, scale, overflow, throughput))))
         if overflow:
-            logger.warning("step %d skipped: its gradients are not finite (loss %g, loss scale now %g)", step,
-                           loss, scale)
+            logger.warning(
+                "step %d skipped: its gradients are not finite (loss %g, loss scale now %g)", step, loss, scale
+            )
         if len(self.rows) % self.per_print_times == 0:
             logger.info("step %d: %.1f tokens/s/p", step, throughput)
         if self.writes and len(self.rows) % ROWS_BETWEEN_SAVES == 0:
@@ -77,8 +78,16 @@ class GLM32KMonitor(Callback):
         skipped = sum(row["overflow"] for row in self.rows)
         speed = np.median([row["tokens_per_second_per_device"] for row in self.rows[1:] or self.rows])
         table, picture = self._save_table(), self._save_picture()
-        logger.info("training: %d steps, %d skipped, loss %.4f -> %.4f, median %.1f tokens/s/p; curve: %s, %s",
-                    self.rows[-1]["step"], skipped, self.rows[0]["loss"], self.rows[-1]["loss"], speed, table, picture)
+        logger.info(
+            "training: %d steps, %d skipped, loss %.4f -> %.4f, median %.1f tokens/s/p; curve: %s, %s",
+            self.rows[-1]["step"],
+            skipped,
+            self.rows[0]["loss"],
+            self.rows[-1]["loss"],
+            speed,
+            table,
+            picture,
+        )
 
     @staticmethod
     def _global_step(arguments):
@@ -105,8 +114,10 @@ class GLM32KMonitor(Callback):
 
     def _save_picture(self):
         import matplotlib
+
         matplotlib.use("Agg")
         from matplotlib import pyplot
+
         steps = [row["step"] for row in self.rows]
         figure, axis = pyplot.subplots(figsize=(8, 4.5), dpi=100)
         axis.plot(steps, [row["loss"] for row in self.rows], label="loss", linewidth=1.2)

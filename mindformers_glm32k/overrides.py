@@ -1,4 +1,5 @@
 """Overrides of a configuration by dotted keys, as upstream's launcher takes them: --a.b 1 or --a.b=1."""
+
 import difflib
 import logging
 
@@ -81,7 +82,8 @@ def set_key(config, dotted, value, option):
         near = difflib.get_close_matches(leaf, list(node), n=1, cutoff=0.8)
         if near:
             logging.getLogger("mindformers").warning(
-                "%s sets a new key %r; did you mean %r, which the YAML has?", option, dotted, near[0])
+                "%s sets a new key %r; did you mean %r, which the YAML has?", option, dotted, near[0]
+            )
     node[leaf] = value
 
 

@@ -1,4 +1,5 @@
 """Packed data against what an NPU's flash attention takes, before a run."""
+
 from mindformers_glm32k.config import GLM32KConfig
 from mindformers_glm32k.dryrun.layout_checks import packing_problems
 from mindformers_glm32k.errors import InputError
@@ -16,8 +17,12 @@ def check_packing(config, sections):
     Raises:
         InputError: names the keys.
     """
-    packed = {name: section for section in sections for name, section in _copies(config, section)
-              if section and section.get("packing")}
+    packed = {
+        name: section
+        for section in sections
+        for name, section in _copies(config, section)
+        if section and section.get("packing")
+    }
     if not packed:
         return
     model = GLM32KConfig(**config.model.model_config)
@@ -29,8 +34,10 @@ def check_packing(config, sections):
         if wanted is None:
             section.documents_per_row = model.documents_per_row
         elif isinstance(wanted, int) and wanted > model.documents_per_row:
-            found.append(f"{name}.documents_per_row={wanted}: the program has places for model_config.documents_per_row="
-                         f"{model.documents_per_row} documents of a row; raise that, or lower this")
+            found.append(
+                f"{name}.documents_per_row={wanted}: the program has places for model_config.documents_per_row="
+                f"{model.documents_per_row} documents of a row; raise that, or lower this"
+            )
     if found:
         raise InputError("packing: " + "; ".join(found))
 

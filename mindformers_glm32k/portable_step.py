@@ -5,14 +5,14 @@ Upstream's train step runs the network for the loss and again inside the gradien
 loops it does not join. Upstream's AdamW is written in some twenty operators for each parameter; on CPU each of them
 makes a tensor of the parameter's size, 2.6 GB for the two vocabulary matrices of 65024 x 512.
 """
+
 import mindspore.common.dtype as mstype
+from mindformers.core.clip_grad import ClipGradNorm, apply_global_norm
+from mindformers.core.optim.adamw import AdamW
 from mindspore import nn, ops
 from mindspore.ops import composite as C
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
-
-from mindformers.core.clip_grad import ClipGradNorm, apply_global_norm
-from mindformers.core.optim.adamw import AdamW
 
 _square_sum = C.MultitypeFuncGraph("glm32k_square_sum")
 
@@ -100,9 +100,17 @@ class InPlaceAdamW(AdamW):
         for i in range(len(self.exp_avg)):
             rate_i = rate[i] if self.is_group_lr else rate
             decay_i = weight_decay[i] if self.is_group else weight_decay
-            done = self.update(self._parameters[i], self.exp_avg[i], self.exp_avg_sq[i],
-                               ops.cast(rate_i, mstype.float32).reshape(()) * second / first, beta1, beta2,
-                               self.eps.reshape(()) * second, decay_i * first / second, gradients[i])
+            done = self.update(
+                self._parameters[i],
+                self.exp_avg[i],
+                self.exp_avg_sq[i],
+                ops.cast(rate_i, mstype.float32).reshape(()) * second / first,
+                beta1,
+                beta2,
+                self.eps.reshape(()) * second,
+                decay_i * first / second,
+                gradients[i],
+            )
             updated += (done[0],)
         return updated
 

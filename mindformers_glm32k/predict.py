@@ -1,4 +1,5 @@
 """Prompts in chat format through upstream's text-generation pipeline: what it tokenizes and decodes with."""
+
 import os
 
 from mindformers_glm32k.errors import InputError
@@ -36,8 +37,10 @@ class ChatPromptTokenizer(GLM32KTokenizer):
         self.prompt_lengths = [len(ids) for ids in ragged]
         for prompt, length in zip(prompts, self.prompt_lengths):
             if length > self.longest_prompt:
-                raise InputError(f"a prompt has {length} tokens, {self.longest_prompt} fit into seq_length with "
-                                 f"room for the answer: {prompt[:60]!r}…; shorten it or raise seq_length")
+                raise InputError(
+                    f"a prompt has {length} tokens, {self.longest_prompt} fit into seq_length with "
+                    f"room for the answer: {prompt[:60]!r}…; shorten it or raise seq_length"
+                )
         return self.build_batch_input(prompts, padding=True, return_tensors=None)
 
     def decode(self, rows, **_):
@@ -75,8 +78,10 @@ def read_prompts(input_data):
         return prompts
     prompts = [input_data] if isinstance(input_data, str) else input_data
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(f"no prompt to answer: found {type(input_data).__name__}; give --predict_data TEXT …, or a "
-                         "file with one prompt a line")
+        raise InputError(
+            f"no prompt to answer: found {type(input_data).__name__}; give --predict_data TEXT …, or a "
+            "file with one prompt a line"
+        )
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise InputError(f"prompt {number} is empty; give a text")

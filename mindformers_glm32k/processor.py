@@ -1,4 +1,5 @@
 """GLM32KProcessor: the `processor` section of the YAML, which MindFormers builds around a tokenizer."""
+
 from mindformers.models.glm2.glm_processor import GLMProcessor
 
 
@@ -11,4 +12,5 @@ class GLM32KProcessor(GLMProcessor):
         padding (str): "max_length" (default), "longest" or "do_not_pad".
         return_tensors (str | None): "ms" (default), "np", or None for lists.
     """
+
     tokenizer_class = "AutoTokenizer"

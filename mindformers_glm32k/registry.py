@@ -3,6 +3,7 @@
 MindFormers has no entry points: its YAMLs name classes that must have been put into `MindFormerRegister`
 before. Importing `mindformers_glm32k` arranges that; see `register_when_imported`.
 """
+
 import importlib
 import os
 import sys
@@ -51,10 +52,12 @@ def _register_auto_classes():
     from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from mindformers.mindformer_book import MindFormerBook
     from mindformers.trainer import trainer as upstream_trainer
+
     from mindformers_glm32k.compat import config_folder
 
-    config, model, tokenizer = (load(name) for name in
-                                ("GLM32KConfig", "GLM32KForConditionalGeneration", "GLM32KTokenizer"))
+    config, model, tokenizer = (
+        load(name) for name in ("GLM32KConfig", "GLM32KForConditionalGeneration", "GLM32KTokenizer")
+    )
     AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForCausalLM):
         auto_class.register(config, model, exist_ok=True)
@@ -90,7 +93,12 @@ def _register_unless_loading(loaded):
     Args:
         loaded (module): the one that has just been loaded; Python still counts it among those being loaded.
     """
-    half_loaded = [name for name, module in list(sys.modules.items()) if name.startswith(__package__ + ".")
-                   and module is not loaded and getattr(module.__spec__, "_initializing", False)]
+    half_loaded = [
+        name
+        for name, module in list(sys.modules.items())
+        if name.startswith(__package__ + ".")
+        and module is not loaded
+        and getattr(module.__spec__, "_initializing", False)
+    ]
     if "mindformers" in sys.modules and not half_loaded:
         register_all()

@@ -3,6 +3,7 @@
 Upstream keeps run_mindformer.py in its source repository only. Nothing heavy is imported before the options are known
 to be right, so that --help answers at once.
 """
+
 import argparse
 import os
 import sys
@@ -74,14 +75,17 @@ def build_parser():
         argparse.ArgumentParser
     """
     parser = argparse.ArgumentParser(
-        prog="run_mindformer", allow_abbrev=False,
+        prog="run_mindformer",
+        allow_abbrev=False,
         description="Train, evaluate or predict with MindFormers from a YAML configuration.",
-        epilog="Any other key of the YAML is set by its dotted name: --runner_config.epochs 3 or --a.b=value.")
+        epilog="Any other key of the YAML is set by its dotted name: --runner_config.epochs 3 or --a.b=value.",
+    )
     parser.add_argument("--config", required=True, help="YAML configuration")
     parser.add_argument("--run_mode", choices=RUN_MODES, help="what to do; default: the YAML's run_mode")
     parser.add_argument("--register_path", help="folder of classes that the YAML loads by auto_register")
-    parser.add_argument("--options", nargs="+", type=_key_value, metavar="KEY=VALUE",
-                        help="override keys by their dotted names")
+    parser.add_argument(
+        "--options", nargs="+", type=_key_value, metavar="KEY=VALUE", help="override keys by their dotted names"
+    )
     parser.add_argument("--num_samples", type=int, help="use so many samples of each data set")
     parser.add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts, or a file with one a line")
     parser.add_argument("--predict_batch_size", type=int, help="prompts per batch")
@@ -115,6 +119,7 @@ def read_config(argv=None):
         sys.path.append(os.path.abspath(args.register_path))
 
     from mindformers.tools.register import MindFormerConfig
+
     try:
         config = MindFormerConfig(args.config, **({"run_mode": args.run_mode} if args.run_mode else {}))
     except (KeyError, TypeError, ValueError, OSError) as error:  # a section of a wrong type or with unknown keys
@@ -133,8 +138,10 @@ def read_config(argv=None):
                 set_key(config, f"{section}.data_loader.num_samples", args.num_samples, "--num_samples")
     if isinstance(config.load_checkpoint, str) and config.load_checkpoint:
         if not os.path.exists(config.load_checkpoint):
-            raise InputError(f"load_checkpoint {config.load_checkpoint}: no such file or folder (seen from "
-                             f"{os.getcwd()}); training leaves its checkpoints in output/checkpoint/rank_N")
+            raise InputError(
+                f"load_checkpoint {config.load_checkpoint}: no such file or folder (seen from "
+                f"{os.getcwd()}); training leaves its checkpoints in output/checkpoint/rank_N"
+            )
     if config.run_mode not in RUN_MODES:
         raise InputError(f"{args.config}: run_mode is {config.run_mode!r}, allowed are {', '.join(RUN_MODES)}")
     if config.run_mode.startswith("predict"):
@@ -158,8 +165,10 @@ def _check_yaml(path):
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
-        raise InputError(f"--config {path}: a mapping of keys to values is needed, found "
-                         f"{'comments alone' if found is None else type(found).__name__}")
+        raise InputError(
+            f"--config {path}: a mapping of keys to values is needed, found "
+            f"{'comments alone' if found is None else type(found).__name__}"
+        )
 
 
 def _prompts(predict_data):
@@ -179,17 +188,22 @@ def run(config):
         list[dict] | None: the answers of a prediction, as GLM32KTrainer.predict returns them.
     """
     from mindformers import Trainer, build_context
+
     from mindformers_glm32k.compat import barrier_on_cpu, set_output_path
     from mindformers_glm32k.config_check import check_config
 
     if config.trainer.type == "GLM32KTrainer":
         check_config(config, config.run_mode)
     if config.use_parallel and not any(name in os.environ for name in _LAUNCHERS):
-        raise InputError("use_parallel: True needs several processes; start them with scripts/msrun_launcher.sh, or "
-                         "set use_parallel: False")
+        raise InputError(
+            "use_parallel: True needs several processes; start them with scripts/msrun_launcher.sh, or "
+            "set use_parallel: False"
+        )
     if not config.use_parallel and int(os.environ.get("MS_WORKER_NUM", 1)) > 1:
-        raise InputError("one of several processes, and use_parallel is False: each would do the whole work and write "
-                         "the same files; add --use_parallel True")
+        raise InputError(
+            "one of several processes, and use_parallel is False: each would do the whole work and write "
+            "the same files; add --use_parallel True"
+        )
     set_output_path(config.output_dir)
     build_context(config)
     trainer = Trainer(config)
@@ -199,8 +213,12 @@ def run(config):
         elif config.run_mode == "eval":
             trainer.evaluate(eval_checkpoint=config.load_checkpoint)
         else:
-            return trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data,
-                                   batch_size=config.predict_batch_size, adapter_id=config.adapter_id)
+            return trainer.predict(
+                predict_checkpoint=config.load_checkpoint,
+                input_data=config.input_data,
+                batch_size=config.predict_batch_size,
+                adapter_id=config.adapter_id,
+            )
     return None
 
 

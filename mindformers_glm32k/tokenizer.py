@@ -7,6 +7,7 @@ Upstream's ChatGLM3Tokenizer is not its base (1.6 to 1.9 alike): it pads on the 
 keeps their names in decoded answers, takes one message in apply_chat_template, cannot be saved as YAML, and lists
 <sop> and <eop> as added tokens with the ids of <|assistant|> and <|observation|>.
 """
+
 import difflib
 from numbers import Integral
 from pathlib import Path
@@ -29,15 +30,41 @@ _TOKEN_NAMES = {
     "pad_token": ("<unk>", "<pad>"),
     "unk_token": ("<unk>",),
 }
-_PASSED_ON = ("name_or_path", "model_max_length", "max_len", "truncation_side", "model_input_names",
-              "processor_class", "verbose")
+_PASSED_ON = (
+    "name_or_path",
+    "model_max_length",
+    "max_len",
+    "truncation_side",
+    "model_input_names",
+    "processor_class",
+    "verbose",
+)
 # What tokenizer_config.json files and MindFormers' loaders hold besides; without effect here.
-_WITHOUT_EFFECT = ("additional_special_tokens", "added_tokens_decoder", "auto_map", "chat_template", "do_lower_case",
-                   "remove_space", "special_tokens_map_file", "split_special_tokens", "tokenizer_class",
-                   "tokenizer_file", "type")
-_ENCODE_OPTIONS = ("max_length", "stride", "pad_to_multiple_of", "return_tensors", "return_token_type_ids",
-                   "return_attention_mask", "return_overflowing_tokens", "return_special_tokens_mask",
-                   "return_length", "verbose")
+_WITHOUT_EFFECT = (
+    "additional_special_tokens",
+    "added_tokens_decoder",
+    "auto_map",
+    "chat_template",
+    "do_lower_case",
+    "remove_space",
+    "special_tokens_map_file",
+    "split_special_tokens",
+    "tokenizer_class",
+    "tokenizer_file",
+    "type",
+)
+_ENCODE_OPTIONS = (
+    "max_length",
+    "stride",
+    "pad_to_multiple_of",
+    "return_tensors",
+    "return_token_type_ids",
+    "return_attention_mask",
+    "return_overflowing_tokens",
+    "return_special_tokens_mask",
+    "return_length",
+    "verbose",
+)
 
 
 class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
@@ -55,13 +82,20 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
     Raises:
         InputError: no usable vocabulary file, an unknown argument, or a name that the vocabulary does not have.
     """
+
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
     _support_list = []
 
-    def __init__(self, vocab_file=None, encode_special_tokens=False, padding_side="left",
-                 clean_up_tokenization_spaces=False, **kwargs):
+    def __init__(
+        self,
+        vocab_file=None,
+        encode_special_tokens=False,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **kwargs,
+    ):
         _check_arguments(kwargs)
         if not vocab_file and kwargs.get("name_or_path"):  # from_pretrained of a folder without the file
             vocab_file = Path(kwargs["name_or_path"]) / self.vocab_files_names["vocab_file"]
@@ -69,12 +103,18 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
         self.vocabulary = Vocabulary(vocab_file)
         self.encode_special_tokens = encode_special_tokens
         name = self.vocabulary.token
-        super().__init__(bos_token=name(self.vocabulary.bos_id), eos_token=name(self.vocabulary.eos_id),
-                         unk_token=name(self.vocabulary.unk_id), pad_token=name(self.vocabulary.unk_id),
-                         mask_token="[MASK]", additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-                         encode_special_tokens=encode_special_tokens, padding_side=padding_side,
-                         clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-                         **{key: kwargs[key] for key in _PASSED_ON if key in kwargs})
+        super().__init__(
+            bos_token=name(self.vocabulary.bos_id),
+            eos_token=name(self.vocabulary.eos_id),
+            unk_token=name(self.vocabulary.unk_id),
+            pad_token=name(self.vocabulary.unk_id),
+            mask_token="[MASK]",
+            additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+            encode_special_tokens=encode_special_tokens,
+            padding_side=padding_side,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **{key: kwargs[key] for key in _PASSED_ON if key in kwargs},
+        )
 
     # --- the vocabulary ---
 
@@ -94,8 +134,13 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
 
     def get_command(self, token):
         """Returns the id (int) of a special token, <bos>, <eos>, <pad> or <unk>; InputError for others."""
-        commands = {"<bos>": self.vocabulary.bos_id, "<eos>": self.vocabulary.eos_id,
-                    "<pad>": self.vocabulary.unk_id, "<unk>": self.vocabulary.unk_id, **self.vocabulary.special}
+        commands = {
+            "<bos>": self.vocabulary.bos_id,
+            "<eos>": self.vocabulary.eos_id,
+            "<pad>": self.vocabulary.unk_id,
+            "<unk>": self.vocabulary.unk_id,
+            **self.vocabulary.special,
+        }
         if token not in commands:
             raise InputError(f"no special token {token!r}; there are {', '.join(commands)}")
         return commands[token]
@@ -159,26 +204,53 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
             return [1] * len(self.get_prefix_tokens()) + [0] * len(token_ids_0) + pair
         return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
 
-    def _encode_plus(self, text, text_pair=None, add_special_tokens=True,
-                     padding_strategy=PaddingStrategy.DO_NOT_PAD,
-                     truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE, is_split_into_words=False,
-                     return_offsets_mapping=False, encode_special_tokens=None, **options):
+    def _encode_plus(
+        self,
+        text,
+        text_pair=None,
+        add_special_tokens=True,
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE,
+        is_split_into_words=False,
+        return_offsets_mapping=False,
+        encode_special_tokens=None,
+        **options,
+    ):
         _check_encode_options(options, return_offsets_mapping)
         first, second = self._text_ids(text, text_pair, is_split_into_words, encode_special_tokens)
         return self.prepare_for_model(
-            first, second, add_special_tokens=add_special_tokens, padding=padding_strategy.value,
-            truncation=truncation_strategy.value, prepend_batch_axis=True, **options)
+            first,
+            second,
+            add_special_tokens=add_special_tokens,
+            padding=padding_strategy.value,
+            truncation=truncation_strategy.value,
+            prepend_batch_axis=True,
+            **options,
+        )
 
-    def _batch_encode_plus(self, batch_text_or_text_pairs, add_special_tokens=True,
-                           padding_strategy=PaddingStrategy.DO_NOT_PAD,
-                           truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE, is_split_into_words=False,
-                           return_offsets_mapping=False, encode_special_tokens=None, **options):
+    def _batch_encode_plus(
+        self,
+        batch_text_or_text_pairs,
+        add_special_tokens=True,
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE,
+        is_split_into_words=False,
+        return_offsets_mapping=False,
+        encode_special_tokens=None,
+        **options,
+    ):
         _check_encode_options(options, return_offsets_mapping)
-        rows = [self._text_ids(*_as_pair(item, is_split_into_words), is_split_into_words, encode_special_tokens)
-                for item in batch_text_or_text_pairs]
+        rows = [
+            self._text_ids(*_as_pair(item, is_split_into_words), is_split_into_words, encode_special_tokens)
+            for item in batch_text_or_text_pairs
+        ]
         return self._batch_prepare_for_model(
-            rows, add_special_tokens=add_special_tokens, padding_strategy=padding_strategy,
-            truncation_strategy=truncation_strategy, **options)
+            rows,
+            add_special_tokens=add_special_tokens,
+            padding_strategy=padding_strategy,
+            truncation_strategy=truncation_strategy,
+            **options,
+        )
 
     def _text_ids(self, text, text_pair, is_split_into_words, encode_special_tokens):
         """Ids of a text and of its pair (None without one). Straight from text to ids: by way of pieces, a piece of
@@ -209,16 +281,23 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
 
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs):
         text = self.vocabulary.decode(token_ids, skip_special_tokens)
-        clean = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None \
-            else clean_up_tokenization_spaces
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
         return self.clean_up_tokenization(text) if clean else text
 
     def convert_tokens_to_string(self, tokens):
         """Returns the text (str) of pieces (list[str])."""
         return self.vocabulary.model.decode_pieces(tokens)
 
-    def _pad(self, encoded_inputs, max_length=None, padding_strategy=PaddingStrategy.DO_NOT_PAD,
-             pad_to_multiple_of=None, return_attention_mask=None):
+    def _pad(
+        self,
+        encoded_inputs,
+        max_length=None,
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of=None,
+        return_attention_mask=None,
+    ):
         """Adds mask and positions to one row and pads everything in it on `padding_side` (0 in mask and positions)."""
         length = len(encoded_inputs["input_ids"])
         if return_attention_mask is not False:
@@ -229,8 +308,13 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
         target = length if padding_strategy == PaddingStrategy.LONGEST or max_length is None else max_length
         if pad_to_multiple_of:
             target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
-        fillers = {"input_ids": self.pad_token_id, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0,
-                   "special_tokens_mask": 1}
+        fillers = {
+            "input_ids": self.pad_token_id,
+            "attention_mask": 0,
+            "position_ids": 0,
+            "token_type_ids": 0,
+            "special_tokens_mask": 1,
+        }
         for key, filler in fillers.items():
             if key in encoded_inputs:
                 row, padding = list(encoded_inputs[key]), [filler] * (target - length)
@@ -247,8 +331,14 @@ def _check_arguments(kwargs):
                 problems.append(f"{key} {str(value)!r} is not ChatGLM3's ({' or '.join(_TOKEN_NAMES[key])})")
         elif key not in _PASSED_ON + _WITHOUT_EFFECT and "name_or_path" not in kwargs:
             # With name_or_path, the arguments come from a tokenizer_config.json that serves other programs, too.
-            known = [*_TOKEN_NAMES, *_PASSED_ON, "vocab_file", "encode_special_tokens", "padding_side",
-                     "clean_up_tokenization_spaces"]
+            known = [
+                *_TOKEN_NAMES,
+                *_PASSED_ON,
+                "vocab_file",
+                "encode_special_tokens",
+                "padding_side",
+                "clean_up_tokenization_spaces",
+            ]
             near = difflib.get_close_matches(key, known, n=1)
             problems.append(f"unknown argument {key}" + (f" (did you mean {near[0]}?)" if near else ""))
     if problems:
@@ -265,6 +355,10 @@ def _check_encode_options(options, return_offsets_mapping):
 
 def _as_pair(item, is_split_into_words):
     """One entry of a batch as (text, pair or None): a text, ids, words (when split), or a pair of these."""
-    single = not isinstance(item, (list, tuple)) or not item or isinstance(item[0], Integral) \
+    single = (
+        not isinstance(item, (list, tuple))
+        or not item
+        or isinstance(item[0], Integral)
         or (is_split_into_words and not isinstance(item[0], (list, tuple)))
+    )
     return (item, None) if single else tuple(item)

@@ -5,12 +5,12 @@ Upstream adds up the mean losses of micro batches (pipeline, gradient accumulati
 micro batch with few labels counts for more, and loss, gradient and clipping depend on the cut. Here every token's share
 of the step's loss is computed before the batch is cut.
 """
+
 import mindspore.common.dtype as mstype
+from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 from mindspore import Tensor, nn, ops
 from mindspore.ops import composite as C
 from mindspore.ops import operations as P
-
-from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.portable_step import LossAndGradients, PortableClipGradNorm, sum_of, update_in_place
@@ -67,7 +67,7 @@ class TokenShares(nn.Cell):
             total = self.sum_over_devices(total.reshape((1,)))[0] / self.devices
         total = ops.maximum(total, self.smallest)  # a batch without labels has no loss, not 0 / 0
         shares = self.scale(weights, self.divisor / total)
-        return inputs[:self.place] + (shares,) + inputs[self.place + 1:]
+        return inputs[: self.place] + (shares,) + inputs[self.place + 1 :]
 
 
 class GLM32KTrainOneStepCell(MFTrainOneStepCell):

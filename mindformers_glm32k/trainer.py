@@ -1,15 +1,14 @@
 """GLM32KTrainer: upstream's causal language modeling trainer, which checks its inputs before it starts."""
-import copy
 
-from mindspore.communication import get_group_size
+import copy
 
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.trainer import CausalLanguageModelingTrainer
+from mindspore.communication import get_group_size
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.checkpoint_check import check_checkpoint
-from mindformers_glm32k.config import GLM32KConfig
 from mindformers_glm32k.config_check import check_config
 from mindformers_glm32k.data.dataset import check_vocabulary
 from mindformers_glm32k.data.dataset_config import row_length
@@ -22,8 +21,16 @@ from mindformers_glm32k.predict import ChatPromptTokenizer, read_prompts
 from mindformers_glm32k.weights.direct_loading import checkpoint_to_load
 from mindformers_glm32k.yaml_values import normalize_values
 
-_LAYOUT_KEYS = ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage", "micro_batch_num", "use_seq_parallel",
-                "context_parallel_algo", "ulysses_degree_in_cp")
+_LAYOUT_KEYS = (
+    "data_parallel",
+    "model_parallel",
+    "context_parallel",
+    "pipeline_stage",
+    "micro_batch_num",
+    "use_seq_parallel",
+    "context_parallel_algo",
+    "ulysses_degree_in_cp",
+)
 
 
 class GLM32KTrainer(CausalLanguageModelingTrainer):
@@ -82,16 +89,23 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         model.eos_token_id = tokenizer.stop_token_ids
         answer_tokens = model.max_new_tokens or 1
         if answer_tokens >= model.seq_length:
-            raise InputError(f"model_config.max_new_tokens={answer_tokens}: no room for a prompt in "
-                             f"seq_length={model.seq_length}; lower the one or raise the other")
+            raise InputError(
+                f"model_config.max_new_tokens={answer_tokens}: no room for a prompt in "
+                f"seq_length={model.seq_length}; lower the one or raise the other"
+            )
         chat = ChatPromptTokenizer(tokenizer.vocab_file, longest_prompt=model.seq_length - answer_tokens)
         batch_size = batch_size or (model.batch_size if model.use_past else None) or 1
         missing = -len(prompts) % batch_size  # upstream's pipeline takes whole batches only
         with compat.barrier_on_cpu():
             results = self.predict_process(
-                config=config, input_data=prompts + prompts[-1:] * missing, task=self.task, network=network,
-                tokenizer=chat, batch_size=batch_size, **{key: kwargs[key] for key in ("is_full_config",)
-                                                          if key in kwargs})
+                config=config,
+                input_data=prompts + prompts[-1:] * missing,
+                task=self.task,
+                network=network,
+                tokenizer=chat,
+                batch_size=batch_size,
+                **{key: kwargs[key] for key in ("is_full_config",) if key in kwargs},
+            )
         if missing:
             for _ in range(missing):
                 results[-1]["text_generation_text"].pop()
@@ -155,8 +169,13 @@ def _convert_huggingface_folder(config):
     """A Hugging Face folder in load_checkpoint becomes a checkpoint in the model's layout, whatever its kind."""
     path, model = compat.checkpoint_path(config), config.model.model_config
     chosen = checkpoint_to_load(
-        path, config.output_dir or "./output", config.get("load_ckpt_format"), model.get("qkv_concat", True),
-        model.get("mlp_concat", True), bool(config.auto_trans_ckpt))
+        path,
+        config.output_dir or "./output",
+        config.get("load_ckpt_format"),
+        model.get("qkv_concat", True),
+        model.get("mlp_concat", True),
+        bool(config.auto_trans_ckpt),
+    )
     if chosen != path:
         logger.info("%s is a Hugging Face folder; loading %s, converted from it", path, chosen)
         compat.set_checkpoint_path(config, chosen)
@@ -164,8 +183,12 @@ def _convert_huggingface_folder(config):
 
 def _built(arguments, dataset):
     """Sections for which the caller of `train` or `evaluate` brings an object."""
-    names = {"dataset": (dataset,), "eval_dataset": ("eval_dataset",), "wrapper": ("runner_wrapper",),
-             "optimizer": ("optimizer", "lr_schedule")}
+    names = {
+        "dataset": (dataset,),
+        "eval_dataset": ("eval_dataset",),
+        "wrapper": ("runner_wrapper",),
+        "optimizer": ("optimizer", "lr_schedule"),
+    }
     return [name for argument, sections in names.items() if arguments.get(argument) is not None for name in sections]
 
 
@@ -190,7 +213,9 @@ def _check_rows(config, section):
     model = config.model.model_config
     rows = row_length(dataset)
     if rows > model.seq_length:
-        raise InputError(f"{section}: rows have {rows} tokens (max_source_length {dataset.max_source_length} + "
-                         f"max_target_length {dataset.max_target_length} + 1), more than model_config.seq_length="
-                         f"{model.seq_length}; lower them or raise seq_length")
+        raise InputError(
+            f"{section}: rows have {rows} tokens (max_source_length {dataset.max_source_length} + "
+            f"max_target_length {dataset.max_target_length} + 1), more than model_config.seq_length="
+            f"{model.seq_length}; lower them or raise seq_length"
+        )
     check_vocabulary(build_tokenizer(copy.deepcopy(dataset.tokenizer)), model.padded_vocab_size)

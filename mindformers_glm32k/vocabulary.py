@@ -3,6 +3,7 @@
 Ids 0 .. n-1 are the pieces of `tokenizer.model` (n = 64789 in the published one), n .. n+8 the special tokens
 in the order of SPECIAL_TOKENS. Needs sentencepiece alone, so that data workers stay light.
 """
+
 import re
 from pathlib import Path
 
@@ -15,8 +16,10 @@ ROLES = ("system", "user", "assistant", "observation")
 ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop") + ROLE_TOKENS
 
-WHERE_TO_GET_IT = ("Take tokenizer.model from https://huggingface.co/THUDM/chatglm3-6b-32k, "
-                   "or let `glm32k make-data` write a small one.")
+WHERE_TO_GET_IT = (
+    "Take tokenizer.model from https://huggingface.co/THUDM/chatglm3-6b-32k, "
+    "or let `glm32k make-data` write a small one."
+)
 
 _ROLE_PATTERN = re.compile("(" + "|".join(map(re.escape, ROLE_TOKENS)) + ")")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -41,11 +44,14 @@ class Vocabulary:
         first = self.model.vocab_size()
         self.special = {token: first + offset for offset, token in enumerate(SPECIAL_TOKENS)}
         self.bos_id, self.eos_id, self.unk_id = self.model.bos_id(), self.model.eos_id(), self.model.unk_id()
-        missing = [name for name, index in (("<s>", self.bos_id), ("</s>", self.eos_id), ("<unk>", self.unk_id))
-                   if index < 0]
+        missing = [
+            name for name, index in (("<s>", self.bos_id), ("</s>", self.eos_id), ("<unk>", self.unk_id)) if index < 0
+        ]
         if missing:
-            raise InputError(f"vocabulary file {path}: has no {' and no '.join(missing)}; train it with "
-                             "sentencepiece's default bos_id, eos_id and unk_id")
+            raise InputError(
+                f"vocabulary file {path}: has no {' and no '.join(missing)}; train it with "
+                "sentencepiece's default bos_id, eos_id and unk_id"
+            )
         self._special_names = {index: token for token, index in self.special.items()}
         self._silent = {self.bos_id, self.eos_id, self.unk_id}
 
@@ -105,7 +111,7 @@ class Vocabulary:
         ids = [int(index) for index in ids]
         if skip_special_tokens:
             ids = [index for index in ids if index not in self._special_names and index not in self._silent]
-        if ids and 0 <= min(ids) and max(ids) < self.model.vocab_size() and self._silent.isdisjoint(ids):
+        if ids and min(ids) >= 0 and max(ids) < self.model.vocab_size() and self._silent.isdisjoint(ids):
             return self.model.decode(ids)  # pieces alone, as in long prompts: four times as fast, the same text
         return self.model.decode_pieces([self._surface(index) for index in ids])
 
@@ -144,13 +150,15 @@ def _load(path):
     except OSError as error:
         raise InputError(f"vocabulary file {path}: cannot be read ({error.strerror})") from error
     if proto.startswith(b"version https://git-lfs"):
-        raise InputError(f"vocabulary file {path}: is a git-lfs pointer, not the file itself; run `git lfs pull`. "
-                         f"{WHERE_TO_GET_IT}")
+        raise InputError(
+            f"vocabulary file {path}: is a git-lfs pointer, not the file itself; run `git lfs pull`. {WHERE_TO_GET_IT}"
+        )
     try:
         return SentencePieceProcessor(model_proto=proto)
     except (RuntimeError, OSError, ValueError, TypeError) as error:  # its versions disagree on the class
-        raise InputError(f"vocabulary file {path}: is corrupt or no sentencepiece model ({len(proto)} bytes). "
-                         f"{WHERE_TO_GET_IT}") from error
+        raise InputError(
+            f"vocabulary file {path}: is corrupt or no sentencepiece model ({len(proto)} bytes). {WHERE_TO_GET_IT}"
+        ) from error
 
 
 def _require_text(text):
@@ -159,5 +167,7 @@ def _require_text(text):
     # sentencepiece refuses these too, but without saying where; JSON files hold them where text was cut by bytes
     lone = None if text.isascii() else _SURROGATE.search(text)
     if lone:
-        raise InputError(f"the text holds a lone surrogate U+{ord(lone.group()):04X} at character {lone.start()}, "
-                         "which is half a character and no valid Unicode; remove it or write the whole character")
+        raise InputError(
+            f"the text holds a lone surrogate U+{ord(lone.group()):04X} at character {lone.start()}, "
+            "which is half a character and no valid Unicode; remove it or write the whole character"
+        )

@@ -3,6 +3,7 @@
 YAML 1.1 reads `1e-5` (no dot) and `None` as strings. MindFormers' configurations are full of both, and a string where
 a number was meant fails late or not at all.
 """
+
 import re
 
 import yaml

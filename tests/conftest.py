@@ -1,4 +1,5 @@
 """Fixtures shared by all tests: a temporary working directory and the reference data."""
+
 import logging
 import random
 import sys
@@ -36,16 +37,26 @@ def reference():
 def train_vocabulary(tmp_path_factory):
     """A function that trains a sentencepiece vocabulary of some 400 pieces and returns its file; takes the trainer's
     options. As in the published one, any byte can be spelled and no text is normalised."""
+
     def train(**options):
         rng = random.Random(0)
         words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 7))) for _ in range(300)]
         lines = [" ".join(rng.choices(words, k=8)) + " \u7684\u662f\uff0c 0123456789 <>|/[]\n" for _ in range(200)]
         path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
         with open(path, "wb") as target:
-            sentencepiece.SentencePieceTrainer.train(**{
-                "sentence_iterator": iter(lines), "model_writer": target, "vocab_size": 400, "model_type": "bpe",
-                "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-                "minloglevel": 2, **options})
+            sentencepiece.SentencePieceTrainer.train(
+                **{
+                    "sentence_iterator": iter(lines),
+                    "model_writer": target,
+                    "vocab_size": 400,
+                    "model_type": "bpe",
+                    "byte_fallback": True,
+                    "normalization_rule_name": "identity",
+                    "remove_extra_whitespaces": False,
+                    "minloglevel": 2,
+                    **options,
+                }
+            )
         return path
 
     return train

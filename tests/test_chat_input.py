@@ -1,4 +1,5 @@
 """The tokenizer's chat methods, against the published tokenizer and as transformers' users expect them."""
+
 import json
 
 import numpy as np
@@ -8,8 +9,10 @@ from mindformers_glm32k import GLM32KTokenizer
 from mindformers_glm32k.errors import InputError
 
 CONVERSATION = [
-    {"role": "system", "content": "be brief"}, {"role": "user", "content": "a"},
-    {"role": "assistant", "content": "b"}, {"role": "user", "content": "c d e"},
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c d e"},
 ]
 
 
@@ -94,12 +97,17 @@ def test_templates_take_batches_and_tools(tokenizer):
     assert given == tokenizer.apply_chat_template([{**CONVERSATION[0], "tools": tools}, *CONVERSATION[1:]])
 
 
-@pytest.mark.parametrize("arguments", [
-    {"conversation": []}, {"conversation": "hello"}, {"conversation": ["hello"]},
-    {"conversation": CONVERSATION, "chat_template": "{{ messages }}"},
-    {"conversation": CONVERSATION, "truncation": True, "max_length": 5},
-    {"conversation": CONVERSATION[1:], "tools": [{"name": "clock"}]},
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"conversation": []},
+        {"conversation": "hello"},
+        {"conversation": ["hello"]},
+        {"conversation": CONVERSATION, "chat_template": "{{ messages }}"},
+        {"conversation": CONVERSATION, "truncation": True, "max_length": 5},
+        {"conversation": CONVERSATION[1:], "tools": [{"name": "clock"}]},
+    ],
+)
 def test_templates_refuse_what_would_break_the_format(tokenizer, arguments):
     with pytest.raises(InputError):
         tokenizer.apply_chat_template(**arguments)

@@ -17,8 +17,9 @@ class Network(nn.Cell):
         self.transformer = nn.CellList([nn.Dense(hidden, hidden) for _ in range(2)])
         self.embedding = Parameter(Tensor(np.zeros((8, hidden), np.float32)), name="embedding.weight")
         if adapters:
-            self.mindpet_delta_lora_a = Parameter(Tensor(np.zeros((2, hidden), np.float32)),
-                                                  name="mindpet_delta_lora_a")
+            self.mindpet_delta_lora_a = Parameter(
+                Tensor(np.zeros((2, hidden), np.float32)), name="mindpet_delta_lora_a"
+            )
         if cache:
             self.key_cache = Parameter(Tensor(np.zeros((2, hidden), np.float32)), name="key_cache")
 
@@ -51,8 +52,15 @@ def test_a_checkpoint_of_the_network_passes(name):
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
 def test_missing_extra_and_misshapen_are_named_at_once(name):
     network = Network()
-    path = save(values(network, transformer__0__bias=None, transformer__9__weight=np.zeros((4, 4), np.float32),
-                       transformer__1__weight=np.zeros((4, 6), np.float32)), name)
+    path = save(
+        values(
+            network,
+            transformer__0__bias=None,
+            transformer__9__weight=np.zeros((4, 4), np.float32),
+            transformer__1__weight=np.zeros((4, 6), np.float32),
+        ),
+        name,
+    )
     message = refusal(path, network)
     assert message.startswith(f"{path} does not fit the model: ")
     assert "1 missing: transformer.0.bias;" in message
@@ -74,18 +82,28 @@ def test_another_size_of_model_names_the_first_few():
 def test_optimizer_states_and_counters_are_no_weights():
     network = Network()
     weights = values(network)
-    states = {f"{prefix}.{name}": array for name, array in weights.items()
-              for prefix in ("adam_m", "adam_v", "moment1", "moment2", "accu_grads")}
-    scalars = {name: np.float32(1).reshape(shape) for name, shape in
-               (("scale_sense", ()), ("global_step", (1,)), ("learning_rate", ()), ("beta1_power", ()))}
+    states = {
+        f"{prefix}.{name}": array
+        for name, array in weights.items()
+        for prefix in ("adam_m", "adam_v", "moment1", "moment2", "accu_grads")
+    }
+    scalars = {
+        name: np.float32(1).reshape(shape)
+        for name, shape in (("scale_sense", ()), ("global_step", (1,)), ("learning_rate", ()), ("beta1_power", ()))
+    }
     path = save({**weights, **states, **scalars}, epoch_num=2, step_num=7, loss_scale=65536.0)
     check_checkpoint(path, network)
 
 
-@pytest.mark.parametrize("build", [
-    lambda parameters: importlib.import_module("mindformers.core.optim").AdamW(parameters, learning_rate=1e-3),
-    lambda parameters: nn.Adam(parameters), lambda parameters: nn.Momentum(parameters, 0.1, 0.9)],
-    ids=["AdamW", "Adam", "Momentum"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda parameters: importlib.import_module("mindformers.core.optim").AdamW(parameters, learning_rate=1e-3),
+        lambda parameters: nn.Adam(parameters),
+        lambda parameters: nn.Momentum(parameters, 0.1, 0.9),
+    ],
+    ids=["AdamW", "Adam", "Momentum"],
+)
 def test_what_optimizers_save_passes(build):
     """The names are the optimizers' own."""
     network = Network()
@@ -123,7 +141,7 @@ def test_caches_are_not_asked_for():
 def test_a_file_cut_off_is_named(name, share, tmp_path):
     path = save(values(Network(hidden=64)), name)
     whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(whole[:int(len(whole) * share)])
+    (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
     assert name in refusal(path, Network(hidden=64))
 
 

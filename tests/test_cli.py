@@ -1,4 +1,5 @@
 """The table of commands; what each command does is tested with its module."""
+
 import configparser
 import importlib
 import os
@@ -7,11 +8,10 @@ import sys
 import types
 
 import pytest
+from conftest import ROOT
 
 from mindformers_glm32k import cli
 from mindformers_glm32k.errors import CommandFailed, InputError
-
-from conftest import ROOT
 
 
 def run_glm32k(*argv, capsys):
@@ -50,12 +50,19 @@ def test_help_of_each_command(name, capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_needs_nothing_heavy(name):
-    code = ("import sys\nfrom mindformers_glm32k.cli import main\n"
-            f"try:\n    main([{name!r}, '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-            "heavy = {'mindspore', 'mindformers', 'matplotlib', 'transformers'} & set(sys.modules)\n"
-            "assert not heavy, heavy")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code = (
+        "import sys\nfrom mindformers_glm32k.cli import main\n"
+        f"try:\n    main([{name!r}, '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'mindspore', 'mindformers', 'matplotlib', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -90,6 +97,7 @@ def test_what_failed_is_one_line_on_stderr_and_another_status(monkeypatch, capsy
 
 def test_other_errors_keep_their_traceback(monkeypatch):
     """A mistake in the program is no bad input."""
+
     def run(_):
         raise ZeroDivisionError
 
@@ -114,8 +122,13 @@ def test_exit_status_is_the_commands(returned, status, capsys):
 def test_each_command_is_a_program_of_its_own(name):
     """`python -m MODULE` and `glm32k NAME` are the same."""
     module = importlib.import_module(cli.COMMANDS[name][0])
-    done = subprocess.run([sys.executable, "-m", module.__name__, "--help"], capture_output=True, text=True,
-                          check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-m", module.__name__, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
 

@@ -3,11 +3,10 @@ import os
 import mindspore as ms
 import numpy as np
 import pytest
+from conftest import ROOT
 from mindspore import nn
 
 from mindformers_glm32k import compat
-
-from conftest import ROOT
 
 
 class Wrapper(nn.Cell):
@@ -58,16 +57,23 @@ def test_micro_batches():
 
 def test_set_output_path(tmp_path, monkeypatch):
     from mindformers.tools.utils import get_output_root_path
+
     monkeypatch.setenv("LOCAL_DEFAULT_PATH", "elsewhere")
     compat.set_output_path(str(tmp_path / "results"))
     assert get_output_root_path() == os.path.realpath(tmp_path / "results")
 
 
-@pytest.mark.parametrize("config, path", [
-    ({}, None), ({"load_checkpoint": ""}, None), ({"load_checkpoint": "a.ckpt"}, "a.ckpt"),
-    ({"load_checkpoint": "", "checkpoint": {"load_path": "b"}}, "b"),
-    ({"load_checkpoint": "a.ckpt", "checkpoint": {"load_path": ""}}, "a.ckpt"),
-    ({"load_checkpoint": "a.ckpt", "checkpoint": None}, "a.ckpt")])
+@pytest.mark.parametrize(
+    "config, path",
+    [
+        ({}, None),
+        ({"load_checkpoint": ""}, None),
+        ({"load_checkpoint": "a.ckpt"}, "a.ckpt"),
+        ({"load_checkpoint": "", "checkpoint": {"load_path": "b"}}, "b"),
+        ({"load_checkpoint": "a.ckpt", "checkpoint": {"load_path": ""}}, "a.ckpt"),
+        ({"load_checkpoint": "a.ckpt", "checkpoint": None}, "a.ckpt"),
+    ],
+)
 def test_checkpoint_path(config, path):
     assert compat.checkpoint_path(config) == path
 
@@ -78,8 +84,12 @@ def modules_with_barrier():
 
     import mindformers  # noqa: F401, loads them
     from mindspore.communication import comm_func
-    found = [module for name, module in list(sys.modules.items())
-             if name.startswith("mindformers.") and getattr(module, "barrier", None) is comm_func.barrier]
+
+    found = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("mindformers.") and getattr(module, "barrier", None) is comm_func.barrier
+    ]
     assert found
     return [comm_func, *found], comm_func.barrier
 
@@ -94,11 +104,11 @@ def test_barriers_stay_in_one_process():
 def test_barriers_of_several_processes(target, replaced, monkeypatch):
     modules, upstream = modules_with_barrier()
     import mindspore.communication
+
     monkeypatch.setattr(mindspore.communication.GlobalComm, "INITED", True)
     monkeypatch.setattr(mindspore.communication, "get_group_size", lambda: 2)
     monkeypatch.setattr(ms, "get_context", {"device_target": target}.get)
-    with pytest.raises(KeyError):
-        with compat.barrier_on_cpu():
-            assert all((module.barrier is not upstream) == replaced for module in modules)
-            raise KeyError
+    with pytest.raises(KeyError), compat.barrier_on_cpu():
+        assert all((module.barrier is not upstream) == replaced for module in modules)
+        raise KeyError
     assert all(module.barrier is upstream for module in modules)

@@ -1,4 +1,5 @@
 """GLM32KConfig: defaults, the published config.json, validation."""
+
 import json
 
 import mindspore.common.dtype as mstype
@@ -11,8 +12,19 @@ from mindformers_glm32k.errors import InputError
 def test_defaults_are_those_of_the_published_model(reference):
     published = GLM32KConfig.from_huggingface(reference / "chatglm3-6b-32k_config.json")
     default = GLM32KConfig()
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "multi_query_group_num",
-                 "kv_channels", "padded_vocab_size", "seq_length", "rope_ratio", "layernorm_epsilon", "add_qkv_bias"):
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "multi_query_group_num",
+        "kv_channels",
+        "padded_vocab_size",
+        "seq_length",
+        "rope_ratio",
+        "layernorm_epsilon",
+        "add_qkv_bias",
+    ):
         assert getattr(default, name) == getattr(published, name), name
     assert (default.seq_length, default.rope_ratio) == (32768, 50)
     assert published.compute_dtype == published.param_init_type == mstype.float16
@@ -25,9 +37,16 @@ def test_from_huggingface_takes_folder_and_overrides(reference):
     assert GLM32KConfig.from_huggingface(folder / "config.json").seq_length == 32768
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, "no such file"), ("{", "not a JSON file"), ("[]", "model_type"), ('{"model_type": "llama"}', "'llama'"),
-    ('{"model_type": "chatglm", "num_layers": 0}', "num_layers=0")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "no such file"),
+        ("{", "not a JSON file"),
+        ("[]", "model_type"),
+        ('{"model_type": "llama"}', "'llama'"),
+        ('{"model_type": "chatglm", "num_layers": 0}', "num_layers=0"),
+    ],
+)
 def test_from_huggingface_names_the_file_and_the_fault(tmp_path, content, words):
     path = tmp_path / "config.json"
     if content is not None:
@@ -39,13 +58,29 @@ def test_from_huggingface_names_the_file_and_the_fault(tmp_path, content, words)
 
 def test_all_wrong_values_are_named_at_once():
     with pytest.raises(InputError) as error:
-        GLM32KConfig(num_layers=0, hidden_dropout=1.5, kv_channels=6, multi_query_group_num=3, compute_dtype="int8",
-                     qkv_concat="yes", eos_token_id=[2, 70000], pre_seq_len=128, cells="gpu")
+        GLM32KConfig(
+            num_layers=0,
+            hidden_dropout=1.5,
+            kv_channels=6,
+            multi_query_group_num=3,
+            compute_dtype="int8",
+            qkv_concat="yes",
+            eos_token_id=[2, 70000],
+            pre_seq_len=128,
+            cells="gpu",
+        )
     message = str(error.value)
-    for part in ("num_layers=0: allowed is an integer >= 1", "hidden_dropout=1.5: allowed is a number in [0, 1)",
-                 "kv_channels=6: allowed is a multiple of 4", "multi_query_group_num=3: allowed is a divisor of",
-                 "compute_dtype='int8': allowed is one of float32", "qkv_concat='yes': allowed is true or false",
-                 "eos_token_id=[2, 70000]", "pre_seq_len=128", "cells='gpu': allowed is one of auto"):
+    for part in (
+        "num_layers=0: allowed is an integer >= 1",
+        "hidden_dropout=1.5: allowed is a number in [0, 1)",
+        "kv_channels=6: allowed is a multiple of 4",
+        "multi_query_group_num=3: allowed is a divisor of",
+        "compute_dtype='int8': allowed is one of float32",
+        "qkv_concat='yes': allowed is true or false",
+        "eos_token_id=[2, 70000]",
+        "pre_seq_len=128",
+        "cells='gpu': allowed is one of auto",
+    ):
         assert part in message, part
 
 

@@ -21,10 +21,9 @@ def test_the_file_appears_when_the_block_ends(tmp_path):
 def test_a_failure_leaves_the_old_file(tmp_path, error):
     target = tmp_path / "model.ckpt"
     target.write_text("old")
-    with pytest.raises(error):
-        with atomic_path(str(target)) as temporary:
-            temporary.write_text("half of the n")
-            raise error
+    with pytest.raises(error), atomic_path(str(target)) as temporary:
+        temporary.write_text("half of the n")
+        raise error
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["model.ckpt"]
 
@@ -62,9 +61,16 @@ def test_require_file_returns_the_path(tmp_path):
     assert require_file(str(tmp_path / "data.jsonl"), "data file", "hint") == tmp_path / "data.jsonl"
 
 
-@pytest.mark.parametrize("name, found", [
-    (None, "data file: no path given"), ("", "data file: no path given"), ("none.jsonl", "none.jsonl: no such file"),
-    ("folder", "folder: is a folder, a file is needed"), ("empty.jsonl", "empty.jsonl: the file is empty")])
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        (None, "data file: no path given"),
+        ("", "data file: no path given"),
+        ("none.jsonl", "none.jsonl: no such file"),
+        ("folder", "folder: is a folder, a file is needed"),
+        ("empty.jsonl", "empty.jsonl: the file is empty"),
+    ],
+)
 def test_require_file_says_what_is_wrong(name, found):
     os.mkdir("folder")
     open("empty.jsonl", "w", encoding="utf-8").close()

@@ -1,10 +1,10 @@
 """A training step's memory grows with the length of its row, not with its square."""
+
 import os
 import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 STEP = """
@@ -31,8 +31,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 def peak(length):
     """MB of a process that trains one step on a row of so many tokens."""
-    done = subprocess.run([sys.executable, "-c", STEP, str(length)], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, str(length)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return float(done.stdout.split()[-1])
 

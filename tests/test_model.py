@@ -1,4 +1,5 @@
 """GLM32KForConditionalGeneration against the published model's golden outputs (fp32, CPU)."""
+
 import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -23,13 +24,17 @@ def golden(reference):
 def weights(reference):
     """Hugging Face tensors by name, float32."""
     from mindformers_glm32k.weights.convert import load_hf_weights
-    return {name: np.asarray(values, np.float32) for name, values in
-            load_hf_weights(reference / "tiny_hf" / "hf_safetensors_fp32")}
+
+    return {
+        name: np.asarray(values, np.float32)
+        for name, values in load_hf_weights(reference / "tiny_hf" / "hf_safetensors_fp32")
+    }
 
 
 @pytest.fixture
 def build(reference, weights):
     """A function that builds the tiny published model with its weights; keyword arguments override its config."""
+
     def build_model(mode=ms.GRAPH_MODE, spoil=None, **overrides):
         ms.set_context(mode=mode)
         fields = dict(param_init_type="float32", compute_dtype="float32", seq_length=64)
@@ -39,6 +44,7 @@ def build(reference, weights):
         set_weights(network, spoil(weights) if spoil else weights)
         network.set_train(False)
         return network
+
     yield build_model
     ms.set_context(mode=ms.GRAPH_MODE)
 
@@ -48,8 +54,13 @@ def set_weights(network, weights):
     config = network.config
     query = config.num_attention_heads * config.kv_channels
     key = config.multi_query_group_num * config.kv_channels
-    pieces = {"wq": (0, query), "wk": (query, query + key), "wv": (query + key, query + 2 * key),
-              "dense_left": (0, config.ffn_hidden_size), "dense_right": (config.ffn_hidden_size, None)}
+    pieces = {
+        "wq": (0, query),
+        "wk": (query, query + key),
+        "wv": (query + key, query + 2 * key),
+        "dense_left": (0, config.ffn_hidden_size),
+        "dense_right": (config.ffn_hidden_size, None),
+    }
     for parameter in network.get_parameters():
         if parameter.name.endswith("_cache"):
             continue
@@ -88,7 +99,8 @@ def test_logits_loss_and_gradients(build, golden, mode, concat, flash):
     network.set_train(True)
     parameters = network.trainable_params()
     loss, gradients = ms.value_and_grad(network, None, parameters)(
-        ms.Tensor(golden["input_ids"].astype(np.int32)), ms.Tensor(shifted(golden)))
+        ms.Tensor(golden["input_ids"].astype(np.int32)), ms.Tensor(shifted(golden))
+    )
     assert abs(float(loss) / float(golden["loss"]) - 1) < 1e-5
     squares = {}
     for parameter, gradient in zip(parameters, gradients):
@@ -96,7 +108,7 @@ def test_logits_loss_and_gradients(build, golden, mode, concat, flash):
         squares[name] = squares.get(name, 0.0) + float((gradient.asnumpy().astype(np.float64) ** 2).sum())
         if concat and f"grad:{name}" in golden:
             np.testing.assert_allclose(gradient.asnumpy(), golden[f"grad:{name}"], atol=1e-4)
-    norms = {key[len("gradnorm:"):]: float(golden[key]) for key in golden.files if key.startswith("gradnorm:")}
+    norms = {key[len("gradnorm:") :]: float(golden[key]) for key in golden.files if key.startswith("gradnorm:")}
     assert squares.keys() == norms.keys()
     for name, square in squares.items():
         assert np.sqrt(square) == pytest.approx(norms[name], rel=1e-3), name
@@ -107,7 +119,9 @@ def test_known_wrong_rope_ratio_is_caught(build, golden):
 
 
 def test_known_wrong_mask_is_caught(build, golden, monkeypatch):
-    visible = lambda query, key: ms.ops.zeros((query.shape[0], key.shape[0]), mstype.float32)
+    def visible(query, key):
+        return ms.ops.zeros((query.shape[0], key.shape[0]), mstype.float32)
+
     monkeypatch.setattr(blockwise_attention, "causal_bias", visible)
     network = build(use_flash_attention=True)
     assert np.abs(logits_of(network, golden["input_ids"]) - golden["logits"]).max() > 1e-1
@@ -116,7 +130,7 @@ def test_known_wrong_mask_is_caught(build, golden, monkeypatch):
 def test_known_wrong_split_of_qkv_is_caught(build, golden):
     def swapped(weights):  # key and value exchanged inside the fused weight
         query, key = 64, 32
-        order = np.r_[0:query, query + key:query + 2 * key, query:query + key]
+        order = np.r_[0:query, query + key : query + 2 * key, query : query + key]
         return {name: values[order] if "query_key_value" in name else values for name, values in weights.items()}
 
     assert np.abs(logits_of(build(spoil=swapped), golden["input_ids"]) - golden["logits"]).max() > 1e-1
@@ -136,8 +150,9 @@ def test_token_before_a_change_keeps_its_logits(build, golden):
 @pytest.mark.parametrize("use_past", [True, False])
 def test_greedy_output_is_identical(build, golden, mode, use_past):
     network = build(mode, use_past=use_past, is_dynamic=use_past, num_blocks=16, batch_size=2)
-    outputs = network.generate(golden["greedy_prompt"].tolist(), max_new_tokens=48, do_sample=False,
-                               eos_token_id=NO_STOP)
+    outputs = network.generate(
+        golden["greedy_prompt"].tolist(), max_new_tokens=48, do_sample=False, eos_token_id=NO_STOP
+    )
     for ours, theirs in zip(outputs, golden["greedy_output"]):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -185,8 +200,17 @@ def test_bfloat16_is_refused_where_there_are_no_kernels(build):
 @pytest.mark.parametrize("flash", [True, False])
 def test_no_square_tensor_is_created_at_construction(cells, flash):
     length = 3001
-    config = GLM32KConfig(num_layers=1, hidden_size=64, num_attention_heads=4, kv_channels=16, ffn_hidden_size=64,
-                          padded_vocab_size=512, seq_length=length, cells=cells, use_flash_attention=flash)
+    config = GLM32KConfig(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        kv_channels=16,
+        ffn_hidden_size=64,
+        padded_vocab_size=512,
+        seq_length=length,
+        cells=cells,
+        use_flash_attention=flash,
+    )
     network = GLM32KForConditionalGeneration(config)
     for _, cell in network.cells_and_names():
         for name, value in vars(cell).items():
@@ -195,8 +219,17 @@ def test_no_square_tensor_is_created_at_construction(cells, flash):
 
 
 def test_ascend_cells_are_upstreams():
-    config = GLM32KConfig(num_layers=1, hidden_size=64, num_attention_heads=4, kv_channels=16, ffn_hidden_size=64,
-                          padded_vocab_size=512, seq_length=128, cells="ascend", use_flash_attention=True)
+    config = GLM32KConfig(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        kv_channels=16,
+        ffn_hidden_size=64,
+        padded_vocab_size=512,
+        seq_length=128,
+        cells="ascend",
+        use_flash_attention=True,
+    )
     layer = GLM32KForConditionalGeneration(config).transformer.encoder.layers[0]
     assert type(layer.input_layernorm) is glm2_transformer.ChatGLM2RMSNorm
     assert isinstance(layer.self_attention.flash_attention, glm2_transformer.FlashAttention)
@@ -205,14 +238,20 @@ def test_ascend_cells_are_upstreams():
 
 @pytest.mark.parametrize("concat", [True, False])
 def test_parameter_names_are_upstreams(reference, concat):
-    config = GLM32KConfig.from_huggingface(reference / "tiny_hf" / "hf_safetensors_fp32", seq_length=64,
-                                           qkv_concat=concat, mlp_concat=concat)
+    config = GLM32KConfig.from_huggingface(
+        reference / "tiny_hf" / "hf_safetensors_fp32", seq_length=64, qkv_concat=concat, mlp_concat=concat
+    )
     names = {parameter.name for parameter in GLM32KForConditionalGeneration(config).get_parameters()}
     assert {name_of(slot_of(name), "mindspore") for name in names} == names
-    expected = ("query_key_value.weight", "query_key_value.bias") if concat else \
-        ("wq.weight", "wq.bias", "wk.weight", "wk.bias", "wv.weight", "wv.bias")
-    assert {name.split("self_attention.")[1] for name in names if "layers.2.self_attention" in name} == \
-        {*expected, "dense.weight"}
+    expected = (
+        ("query_key_value.weight", "query_key_value.bias")
+        if concat
+        else ("wq.weight", "wq.bias", "wk.weight", "wk.bias", "wv.weight", "wv.bias")
+    )
+    assert {name.split("self_attention.")[1] for name in names if "layers.2.self_attention" in name} == {
+        *expected,
+        "dense.weight",
+    }
 
 
 @pytest.mark.parametrize("flash", [True, False])
@@ -225,8 +264,13 @@ def test_packed_row_gives_each_document_the_logits_it_has_alone(build, golden, s
     # the second row is one document after two of padding, to see that rows do not share ids or positions
     documents = np.concatenate([documents, np.repeat([[7, 3]], [2, 62], axis=1)]).astype(np.int32)
     positions = np.concatenate([positions, np.r_[0, 0, np.arange(62)][None]]).astype(np.int32)
-    packed = network(ms.Tensor(row.astype(np.int32)), position_ids=ms.Tensor(positions),
-                     document_ids=ms.Tensor(documents))[0].asnumpy().reshape(2, 64, -1)
+    packed = (
+        network(ms.Tensor(row.astype(np.int32)), position_ids=ms.Tensor(positions), document_ids=ms.Tensor(documents))[
+            0
+        ]
+        .asnumpy()
+        .reshape(2, 64, -1)
+    )
     np.testing.assert_allclose(packed[0], np.concatenate(alone, 1)[0], atol=3e-5)
     np.testing.assert_allclose(packed[1, 2:], logits_of(network, row[1:, 2:])[0], atol=3e-5)
     without = network(ms.Tensor(row.astype(np.int32)))[0].asnumpy().reshape(2, 64, -1)
@@ -245,7 +289,8 @@ def gradients_of(network, golden):
     network.set_train(True)
     parameters = network.trainable_params()
     loss, gradients = ms.value_and_grad(network, None, parameters)(
-        ms.Tensor(golden["input_ids"].astype(np.int32)), ms.Tensor(shifted(golden)))
+        ms.Tensor(golden["input_ids"].astype(np.int32)), ms.Tensor(shifted(golden))
+    )
     return float(loss), {parameter.name: gradient.asnumpy() for parameter, gradient in zip(parameters, gradients)}
 
 
@@ -287,8 +332,10 @@ def test_logits_at_32768_positions(build, golden):
 def test_adapters_train_through_the_loops(build, golden, small_blocks):
     """LoRA on query_key_value: that part goes through upstream's cells, the rest through loops with frozen weights."""
     _, gradients = gradients_of(build(use_flash_attention=True), golden)
-    network = get_pet_model(build(use_flash_attention=True), LoraConfig(
-        lora_rank=4, lora_alpha=8, lora_dropout=0.0, target_modules=".*query_key_value.*"))
+    network = get_pet_model(
+        build(use_flash_attention=True),
+        LoraConfig(lora_rank=4, lora_alpha=8, lora_dropout=0.0, target_modules=".*query_key_value.*"),
+    )
     model = network.network.network if hasattr(network.network, "network") else network.network
     assert model.transformer.encoder.ways(0) == ("cells", "frozen") and model.loss_way() == "frozen"
     loss, of_adapters = gradients_of(network, golden)

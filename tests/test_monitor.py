@@ -1,4 +1,5 @@
 """GLM32KMonitor, driven as MindSpore's Model drives a callback; in real runs it is tested in test_training_runs.py."""
+
 import csv
 import math
 from types import SimpleNamespace
@@ -45,8 +46,12 @@ class Run:
         network = network or Wrapper(nn.Dense(2, 2))
         network.optimizer = Optimizer(updates)
         self.arguments = SimpleNamespace(
-            train_network=network, network=network, cur_step_num=0, net_outputs=None,
-            train_dataset=SimpleNamespace(output_shapes=lambda: [[BATCH, LENGTH], [BATCH, LENGTH]]))
+            train_network=network,
+            network=network,
+            cur_step_num=0,
+            net_outputs=None,
+            train_dataset=SimpleNamespace(output_shapes=lambda: [[BATCH, LENGTH], [BATCH, LENGTH]]),
+        )
         self.context = SimpleNamespace(original_args=lambda: self.arguments)
         callback.on_train_begin(self.context)
 
@@ -56,8 +61,13 @@ class Run:
         self.arguments.cur_step_num += steps
         counter = self.arguments.network.optimizer.global_step
         counter.set_data(Tensor(counter.asnumpy() + steps - int(overflow)))
-        self.arguments.net_outputs = (Tensor(loss, ms.float32), Tensor(overflow), Tensor(1024.0), Tensor(0.001),
-                                      Tensor([2.5]))
+        self.arguments.net_outputs = (
+            Tensor(loss, ms.float32),
+            Tensor(overflow),
+            Tensor(1024.0),
+            Tensor(0.001),
+            Tensor([2.5]),
+        )
         self.callback.on_train_step_end(self.context)
 
     def end(self):
@@ -76,17 +86,24 @@ def messages(monkeypatch):
     """What is logged, by level."""
     found = SimpleNamespace(info=[], warning=[])
     for level in ("info", "warning"):
-        monkeypatch.setattr(monitor.logger, level,
-                            lambda text, *rest, level=level: getattr(found, level).append(text % rest))
+        monkeypatch.setattr(
+            monitor.logger, level, lambda text, *rest, level=level: getattr(found, level).append(text % rest)
+        )
     return found
 
 
 @pytest.fixture
 def devices(monkeypatch):
     """A function that makes this process one of several."""
+
     def set_up(count, rank=0, **parallel):
-        context = {"parallel_mode": "data_parallel", "pipeline_stages": 1, "full_batch": False,
-                   "dataset_strategy": "data_parallel", **parallel}
+        context = {
+            "parallel_mode": "data_parallel",
+            "pipeline_stages": 1,
+            "full_batch": False,
+            "dataset_strategy": "data_parallel",
+            **parallel,
+        }
         monkeypatch.setattr(monitor.GlobalComm, "INITED", True)
         monkeypatch.setattr(monitor, "get_group_size", lambda: count)
         monkeypatch.setattr(monitor, "get_rank", lambda: rank)
@@ -106,15 +123,16 @@ def steps_of(rows):
 
 def test_curve_as_table_and_picture(tmp_path, messages):
     from matplotlib import image
+
     run = Run(GLM32KMonitor(str(tmp_path / "curves")))
     for loss in (6.0, 4.0, 3.5):
         run.step(loss)
     run.end()
     rows = table("curves")
     assert tuple(rows[0]) == COLUMNS
-    assert [[float(row[name]) for name in ("step", "loss", "learning_rate", "global_norm", "loss_scale")]
-            for row in rows] == [[number, loss, pytest.approx(0.001), 2.5, 1024.0]
-                                 for number, loss in ((1, 6.0), (2, 4.0), (3, 3.5))]
+    assert [
+        [float(row[name]) for name in ("step", "loss", "learning_rate", "global_norm", "loss_scale")] for row in rows
+    ] == [[number, loss, pytest.approx(0.001), 2.5, 1024.0] for number, loss in ((1, 6.0), (2, 4.0), (3, 3.5))]
     assert {row["overflow"] for row in rows} == {"False"}
     pixels = image.imread("curves/loss_curve.png")
     assert pixels.shape[0] > 300 and pixels.shape[1] > 600
@@ -151,13 +169,20 @@ def test_throughput_of_one_device(messages):
     assert messages.info[1] == f"step 11: {10 * BATCH * LENGTH / SECONDS:.1f} tokens/s/p"
 
 
-@pytest.mark.parametrize("parallel, share", [
-    ({"parallel_mode": "data_parallel"}, 1),  # each device reads its own rows
-    ({"parallel_mode": "semi_auto_parallel", "full_batch": True}, 8),  # all read all rows
-    ({"parallel_mode": "auto_parallel", "full_batch": True, "pipeline_stages": 4}, 8),
-    ({"parallel_mode": "semi_auto_parallel", "dataset_strategy": "full_batch"}, 8),
-    ({"parallel_mode": "semi_auto_parallel", "dataset_strategy": ((2, 1), (2, 1))}, 4),  # 2 shares, 4 devices read each
-    ({"parallel_mode": "semi_auto_parallel", "dataset_strategy": "data_parallel"}, 1)])
+@pytest.mark.parametrize(
+    "parallel, share",
+    [
+        ({"parallel_mode": "data_parallel"}, 1),  # each device reads its own rows
+        ({"parallel_mode": "semi_auto_parallel", "full_batch": True}, 8),  # all read all rows
+        ({"parallel_mode": "auto_parallel", "full_batch": True, "pipeline_stages": 4}, 8),
+        ({"parallel_mode": "semi_auto_parallel", "dataset_strategy": "full_batch"}, 8),
+        (
+            {"parallel_mode": "semi_auto_parallel", "dataset_strategy": ((2, 1), (2, 1))},
+            4,
+        ),  # 2 shares, 4 devices read each
+        ({"parallel_mode": "semi_auto_parallel", "dataset_strategy": "data_parallel"}, 1),
+    ],
+)
 def test_throughput_per_device(parallel, share, devices):
     devices(8, **parallel)
     run = Run(GLM32KMonitor("."))
@@ -201,8 +226,9 @@ def test_losses_of_micro_batches_are_averaged(devices):
     assert run.callback.rows[0]["loss"] == 5.0
 
 
-@pytest.mark.parametrize("rank, stages, writes", [
-    (0, 1, True), (3, 1, False), (0, 4, False), (6, 4, True), (7, 4, False)])
+@pytest.mark.parametrize(
+    "rank, stages, writes", [(0, 1, True), (3, 1, False), (0, 4, False), (6, 4, True), (7, 4, False)]
+)
 def test_one_process_writes(rank, stages, writes, devices, tmp_path):
     """Rank 0, or the first rank of the last stage, which has the loss."""
     devices(8, rank, pipeline_stages=stages, parallel_mode="semi_auto_parallel", full_batch=True)

@@ -23,8 +23,8 @@ def test_prompts_become_chats_padded_on_the_right(chat, plain):
     wanted = [plain.build_chat_input(prompt)["input_ids"][0].tolist() for prompt in prompts]
     assert len({len(row) for row in rows}) == 1
     for row, ids in zip(rows, wanted):
-        assert list(row[:len(ids)]) == ids
-        assert set(row[len(ids):]) <= {plain.pad_token_id}
+        assert list(row[: len(ids)]) == ids
+        assert set(row[len(ids) :]) <= {plain.pad_token_id}
     assert chat.prompt_lengths == [len(ids) for ids in wanted]
 
 
@@ -58,9 +58,15 @@ def test_a_prompt_without_room_for_an_answer_is_named(chat):
         chat(["short", "ab" * 300])
 
 
-@pytest.mark.parametrize("given, prompts", [
-    ("hello", ["hello"]), (["one", "two"], ["one", "two"]), ("line one\nline two", ["line one\nline two"]),
-    ("no/such/file.txt", ["no/such/file.txt"])])
+@pytest.mark.parametrize(
+    "given, prompts",
+    [
+        ("hello", ["hello"]),
+        (["one", "two"], ["one", "two"]),
+        ("line one\nline two", ["line one\nline two"]),
+        ("no/such/file.txt", ["no/such/file.txt"]),
+    ],
+)
 def test_texts_are_prompts(given, prompts):
     assert read_prompts(given) == prompts
 
@@ -70,18 +76,30 @@ def test_a_file_has_one_prompt_a_line(tmp_path):
     assert read_prompts("prompts.txt") == ["first", "第二个问题", "with\nbreak"]
 
 
-@pytest.mark.parametrize("given, message", [
-    (None, "no prompt to answer: found NoneType; give --predict_data"), ([], "no prompt to answer"),
-    ([1], "no prompt to answer"), ({"a": 1}, "no prompt to answer"), ("", "prompt 1 is empty"),
-    (["one", " \n"], "prompt 2 is empty")])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (None, "no prompt to answer: found NoneType; give --predict_data"),
+        ([], "no prompt to answer"),
+        ([1], "no prompt to answer"),
+        ({"a": 1}, "no prompt to answer"),
+        ("", "prompt 1 is empty"),
+        (["one", " \n"], "prompt 2 is empty"),
+    ],
+)
 def test_what_is_no_prompt(given, message):
     with pytest.raises(InputError, match=message):
         read_prompts(given)
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "prompts.txt: no prompts; write one a line"), (b"\n \n", "prompts.txt: no prompts"),
-    (b"good\n\xff\xfe bad\n", "prompts.txt: not UTF-8")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "prompts.txt: no prompts; write one a line"),
+        (b"\n \n", "prompts.txt: no prompts"),
+        (b"good\n\xff\xfe bad\n", "prompts.txt: not UTF-8"),
+    ],
+)
 def test_files_without_prompts(content, message, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(InputError, match=message):

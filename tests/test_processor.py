@@ -26,6 +26,7 @@ def test_padding_to_the_longest(tokenizer):
 def test_a_saved_tokenizer_has_its_processor(tokenizer, tmp_path):
     """save_pretrained writes a YAML with the processor around the tokenizer, and AutoProcessor reads it."""
     from mindformers import AutoProcessor
+
     tokenizer.save_pretrained(str(tmp_path))
     processor = AutoProcessor.from_pretrained(str(tmp_path))
     assert type(processor) is load("GLM32KProcessor") and type(processor.tokenizer) is GLM32KTokenizer

@@ -1,15 +1,15 @@
 """What the plugin adds to MindFormers, and how it gets there."""
+
 import os
 import pickle
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import mindformers_glm32k
 from mindformers_glm32k import registry
-
-from conftest import ROOT
 
 HOOK_FOLDER = ROOT / "research" / "glm32k"
 
@@ -19,14 +19,24 @@ def register():
     """MindFormerRegister after `import mindformers`; nothing else is called."""
     import mindformers  # noqa: F401
     from mindformers.tools.register import MindFormerRegister
+
     return MindFormerRegister
 
 
 @pytest.fixture(scope="module")
 def small_config():
     return mindformers_glm32k.GLM32KConfig(
-        num_layers=1, hidden_size=32, ffn_hidden_size=48, kv_channels=8, num_attention_heads=4, multi_query_group_num=2,
-        padded_vocab_size=512, seq_length=32, param_init_type="float32", compute_dtype="float32")
+        num_layers=1,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        kv_channels=8,
+        num_attention_heads=4,
+        multi_query_group_num=2,
+        padded_vocab_size=512,
+        seq_length=32,
+        param_init_type="float32",
+        compute_dtype="float32",
+    )
 
 
 def run_python(code, **environment):
@@ -47,8 +57,12 @@ def test_every_entry_is_registered(category, name, register):
 
 def test_no_name_is_one_of_upstreams(register):
     """MindFormers' registry overwrites silently; upstream's classes must still be its own."""
-    ours = [(category, name) for category, classes in register.registry.items() for name, found in classes.items()
-            if str(getattr(found, "__module__", "")).startswith("mindformers_glm32k")]
+    ours = [
+        (category, name)
+        for category, classes in register.registry.items()
+        for name, found in classes.items()
+        if str(getattr(found, "__module__", "")).startswith("mindformers_glm32k")
+    ]
     assert sorted(ours) == sorted(entry[:2] for entry in registry.ENTRIES)
     assert all(name.startswith("GLM32K") for _, name in ours)
 
@@ -76,8 +90,10 @@ def test_another_class_of_the_same_name_is_not_overwritten(register, monkeypatch
 
 # --- Auto classes and Trainer ---
 
+
 def test_auto_config_and_models(small_config, register, tmp_path):
     from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
     small_config.save_pretrained(str(tmp_path), save_json=True)
     config = AutoConfig.from_pretrained(str(tmp_path))
     assert type(config) is mindformers_glm32k.GLM32KConfig
@@ -88,6 +104,7 @@ def test_auto_config_and_models(small_config, register, tmp_path):
 
 def test_auto_tokenizer(small_vocab_file, small_config, register, tmp_path):
     from mindformers import AutoTokenizer
+
     tokenizer = mindformers_glm32k.GLM32KTokenizer(str(small_vocab_file))
     tokenizer.save_pretrained(str(tmp_path))
     small_config.save_pretrained(str(tmp_path), save_json=True)
@@ -100,6 +117,7 @@ def test_auto_tokenizer(small_vocab_file, small_config, register, tmp_path):
 @pytest.mark.parametrize("key", ["model", "model_name"])
 def test_trainer_finds_its_yaml(key, register, monkeypatch):
     from mindformers import Trainer
+
     monkeypatch.setenv("REGISTER_PATH", str(HOOK_FOLDER))
     trainer = Trainer(task="text_generation", **{key: "glm32k"})
     assert trainer.config.trainer.type == "GLM32KTrainer"
@@ -109,28 +127,40 @@ def test_trainer_finds_its_yaml(key, register, monkeypatch):
 
 # --- imports ---
 
+
 def test_importing_the_package_is_cheap():
     """`glm32k --help` must not wait for MindFormers."""
-    run_python("import sys, mindformers_glm32k\n"
-               "heavy = {'mindformers', 'mindspore', 'numpy', 'matplotlib'} & set(sys.modules)\n"
-               "assert not heavy, heavy")
+    run_python(
+        "import sys, mindformers_glm32k\n"
+        "heavy = {'mindformers', 'mindspore', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
 
 
-@pytest.mark.parametrize("first", [
-    "mindformers_glm32k, mindformers", "mindformers, mindformers_glm32k", "mindformers_glm32k.predict",
-    "mindformers_glm32k.kernels.substitution"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "mindformers_glm32k, mindformers",
+        "mindformers, mindformers_glm32k",
+        "mindformers_glm32k.predict",
+        "mindformers_glm32k.kernels.substitution",
+    ],
+)
 def test_any_order_of_imports_registers(first):
     """Also modules that import mindformers themselves and are half loaded when it is."""
-    run_python(f"import {first}\nfrom mindformers.tools.register import MindFormerRegister\n"
-               "from mindformers_glm32k.registry import ENTRIES\n"
-               "assert all(MindFormerRegister.is_exist(category, name) for category, name, _ in ENTRIES)")
+    run_python(
+        f"import {first}\nfrom mindformers.tools.register import MindFormerRegister\n"
+        "from mindformers_glm32k.registry import ENTRIES\n"
+        "assert all(MindFormerRegister.is_exist(category, name) for category, name, _ in ENTRIES)"
+    )
 
 
 def test_a_pickled_tokenizer_can_come_first(small_vocab_file, tmp_path):
     """Worker processes of a data set unpickle it before anything else."""
     (tmp_path / "tokenizer.pickle").write_bytes(pickle.dumps(mindformers_glm32k.GLM32KTokenizer(str(small_vocab_file))))
-    out = run_python("import pickle\ntokenizer = pickle.load(open('tokenizer.pickle', 'rb'))\n"
-                     "print(tokenizer.encode('words'))")
+    out = run_python(
+        "import pickle\ntokenizer = pickle.load(open('tokenizer.pickle', 'rb'))\nprint(tokenizer.encode('words'))"
+    )
     assert out.splitlines()[-1] == str(mindformers_glm32k.GLM32KTokenizer(str(small_vocab_file)).encode("words"))
 
 
@@ -147,4 +177,6 @@ def test_auto_register_from_a_checkout_that_is_not_installed():
         "from mindformers_glm32k.registry import ENTRIES\n"
         "assert all(MindFormerRegister.is_exist(category, name) for category, name, _ in ENTRIES)\n"
         f"assert sys.modules['mindformers_glm32k'].__file__.startswith({str(ROOT)!r})\n",
-        PYTHONPATH=None, REGISTER_PATH=str(HOOK_FOLDER))
+        PYTHONPATH=None,
+        REGISTER_PATH=str(HOOK_FOLDER),
+    )

@@ -1,25 +1,55 @@
 """The launcher's options and override rules; what a run does is in test_training_runs.py."""
+
 import os
 import subprocess
 import sys
 import time
 
 import pytest
+from conftest import ROOT
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.run_mindformer import OVERRIDES, build_parser, main, read_config
-
-from conftest import ROOT
 
 YAML = str(ROOT / "research" / "glm32k" / "finetune_glm32k_tiny_cpu.yaml")
 PREDICT_YAML = str(ROOT / "research" / "glm32k" / "predict_glm32k_tiny_cpu.yaml")
 
 # the options of run_mindformer.py in MindFormers' source repository, branches r1.6.0 to r1.8.0
-UPSTREAM_OPTIONS = """config mode device_id device_target run_mode do_eval train_dataset_dir eval_dataset_dir
-    predict_data modal_type predict_batch_size adapter_id load_checkpoint src_strategy_path_or_dir auto_trans_ckpt
-    transform_process_num only_save_strategy resume_training strategy_load_checkpoint remote_save_url seed use_parallel
-    profile options epochs batch_size gradient_accumulation_steps sink_mode num_samples output_dir register_path
-    do_sample trust_remote_code""".split()
+UPSTREAM_OPTIONS = [
+    "config",
+    "mode",
+    "device_id",
+    "device_target",
+    "run_mode",
+    "do_eval",
+    "train_dataset_dir",
+    "eval_dataset_dir",
+    "predict_data",
+    "modal_type",
+    "predict_batch_size",
+    "adapter_id",
+    "load_checkpoint",
+    "src_strategy_path_or_dir",
+    "auto_trans_ckpt",
+    "transform_process_num",
+    "only_save_strategy",
+    "resume_training",
+    "strategy_load_checkpoint",
+    "remote_save_url",
+    "seed",
+    "use_parallel",
+    "profile",
+    "options",
+    "epochs",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "sink_mode",
+    "num_samples",
+    "output_dir",
+    "register_path",
+    "do_sample",
+    "trust_remote_code",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +86,12 @@ def assert_refused(capsys, argv, *words):
 
 
 def test_the_options_are_upstreams():
-    assert sorted(name.lstrip("-") for action in build_parser()._actions for name in action.option_strings
-                  if name.startswith("--") and name != "--help") == sorted(UPSTREAM_OPTIONS)
+    assert sorted(
+        name.lstrip("-")
+        for action in build_parser()._actions
+        for name in action.option_strings
+        if name.startswith("--") and name != "--help"
+    ) == sorted(UPSTREAM_OPTIONS)
 
 
 TYPED = {int: ("3", 3), str: ("some/where", "some/where")}
@@ -74,6 +108,7 @@ def test_each_option_sets_its_key(name, kind, key, _, tmp_path):
 
 def test_options_that_are_left_out_change_nothing():
     from mindformers.tools.register import MindFormerConfig
+
     assert read() == MindFormerConfig(YAML)
 
 
@@ -87,10 +122,18 @@ def test_resume_training_takes_a_name():
     assert read("--resume_training", "glm32k_rank_0-1_5.ckpt").resume_training == "glm32k_rank_0-1_5.ckpt"
 
 
-@pytest.mark.parametrize("argv", [
-    [], ["--config"], ["--config", YAML, "--use_parallel", "maybe"], ["--config", YAML, "--use_parallel", "1"],
-    ["--config", YAML, "--epochs", "two"], ["--config", YAML, "--run_mode", "dance"],
-    ["--config", YAML, "--options", "epochs"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--config"],
+        ["--config", YAML, "--use_parallel", "maybe"],
+        ["--config", YAML, "--use_parallel", "1"],
+        ["--config", YAML, "--epochs", "two"],
+        ["--config", YAML, "--run_mode", "dance"],
+        ["--config", YAML, "--options", "epochs"],
+    ],
+)
 def test_wrong_option_values_are_usage_errors(argv, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(argv)
@@ -100,9 +143,23 @@ def test_wrong_option_values_are_usage_errors(argv, capsys):
 
 # --- any other key, by its dotted name ---
 
-@pytest.mark.parametrize("text, value", [
-    ("7", 7), ("1e-5", 1e-5), ("None", None), ("null", None), ("True", True), ("false", False),
-    ("[0.9, 0.95]", [0.9, 0.95]), ("dir/with #sign", "dir/with #sign"), ("-1", -1), ("a=b", "a=b"), ("", None)])
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("7", 7),
+        ("1e-5", 1e-5),
+        ("None", None),
+        ("null", None),
+        ("True", True),
+        ("false", False),
+        ("[0.9, 0.95]", [0.9, 0.95]),
+        ("dir/with #sign", "dir/with #sign"),
+        ("-1", -1),
+        ("a=b", "a=b"),
+        ("", None),
+    ],
+)
 @pytest.mark.parametrize("joined", [False, True], ids=["--key value", "--key=value"])
 def test_dotted_keys(text, value, joined):
     key = "--train_dataset.tokenizer.vocab_file"
@@ -117,8 +174,12 @@ def test_keys_at_the_top():
 
 def test_sections_and_lists_of_sections_become_configurations():
     """MindFormers reads them by attribute (`pet_config.pet_type`)."""
-    config = read("--model.model_config.pet_config", "{pet_type: lora, lora_rank: 8}",
-                  "--callbacks", "[{type: MFLossMonitor}, {type: CheckpointMonitor, save_checkpoint_steps: 5}]")
+    config = read(
+        "--model.model_config.pet_config",
+        "{pet_type: lora, lora_rank: 8}",
+        "--callbacks",
+        "[{type: MFLossMonitor}, {type: CheckpointMonitor, save_checkpoint_steps: 5}]",
+    )
     assert config.model.model_config.pet_config.pet_type == "lora"
     assert config.callbacks == [{"type": "MFLossMonitor"}, {"type": "CheckpointMonitor", "save_checkpoint_steps": 5}]
 
@@ -141,24 +202,30 @@ def test_dotted_keys_come_last():
     assert read("--runner_config.epochs", "5", "--epochs", "3").runner_config.epochs == 5
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--trian_dataset.batch_size", "3"], "has no section 'trian_dataset'; did you mean 'train_dataset'?"),
-    (["--train_dataset.data_loadr.shuffle", "True"],
-     "--train_dataset.data_loadr.shuffle: train_dataset has no section 'data_loadr'; did you mean 'data_loader'?"),
-    (["--seed.value", "3"], "has no section 'seed'"),
-    (["--options", "modl.x=1"], "--options modl.x: the configuration has no section 'modl'; did you mean 'model'?"),
-    (["--epoch", "3"], "--epoch: no such option; did you mean --epochs?"),
-    (["--load_checkpiont=x.ckpt"], "did you mean --load_checkpoint?"),
-    (["--predict-data", "hello"], "did you mean --predict_data?"),
-    (["--runner_config.epochs"], "--runner_config.epochs: a value is needed after it"),
-    (["--runner_config.epochs", "--seed", "3"], "--runner_config.epochs: a value is needed after it"),
-    (["stray"], "'stray': an option starting with -- is needed here"),
-    (["--epochs", "3", "4"], "'4': an option starting with -- is needed here"),
-    (["--a..b", "3"], "--a..b"), (["--=3"], "--=3"),
-    (["--modal_type", "text"], "--modal_type: GLM32K is a text model"),
-    (["--load_checkpoint", "nowhere.ckpt"], "load_checkpoint nowhere.ckpt: no such file or folder"),
-    (["--options", "load_checkpoint=nowhere.ckpt"], "load_checkpoint nowhere.ckpt: no such file or folder"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--trian_dataset.batch_size", "3"], "has no section 'trian_dataset'; did you mean 'train_dataset'?"),
+        (
+            ["--train_dataset.data_loadr.shuffle", "True"],
+            "--train_dataset.data_loadr.shuffle: train_dataset has no section 'data_loadr'; did you mean 'data_loader'?",
+        ),
+        (["--seed.value", "3"], "has no section 'seed'"),
+        (["--options", "modl.x=1"], "--options modl.x: the configuration has no section 'modl'; did you mean 'model'?"),
+        (["--epoch", "3"], "--epoch: no such option; did you mean --epochs?"),
+        (["--load_checkpiont=x.ckpt"], "did you mean --load_checkpoint?"),
+        (["--predict-data", "hello"], "did you mean --predict_data?"),
+        (["--runner_config.epochs"], "--runner_config.epochs: a value is needed after it"),
+        (["--runner_config.epochs", "--seed", "3"], "--runner_config.epochs: a value is needed after it"),
+        (["stray"], "'stray': an option starting with -- is needed here"),
+        (["--epochs", "3", "4"], "'4': an option starting with -- is needed here"),
+        (["--a..b", "3"], "--a..b"),
+        (["--=3"], "--=3"),
+        (["--modal_type", "text"], "--modal_type: GLM32K is a text model"),
+        (["--load_checkpoint", "nowhere.ckpt"], "load_checkpoint nowhere.ckpt: no such file or folder"),
+        (["--options", "load_checkpoint=nowhere.ckpt"], "load_checkpoint nowhere.ckpt: no such file or folder"),
+    ],
+)
 def test_mistakes_are_named(words, message, capsys):
     assert_refused(capsys, ["--config", YAML, *words], message)
 
@@ -166,6 +233,7 @@ def test_mistakes_are_named(words, message, capsys):
 def test_a_new_key_close_to_a_known_one_is_taken_with_a_warning(monkeypatch):
     """Keys that a YAML leaves out can be set, so a new one is no error."""
     import logging
+
     warnings = []
     monkeypatch.setattr(logging.getLogger("mindformers"), "warning", lambda text, *rest: warnings.append(text % rest))
     assert read("--optimizer.weight_decy", "0.1").optimizer.weight_decy == 0.1
@@ -174,17 +242,23 @@ def test_a_new_key_close_to_a_known_one_is_taken_with_a_warning(monkeypatch):
 
 # --- the YAML itself ---
 
-@pytest.mark.parametrize("text, message", [
-    ("", "the file is empty"),
-    ("- a\n- b\n", "a mapping of keys to values is needed, found list"),
-    ("seed: 0\nmodel: {a: [1\n", "not YAML"),
-    ("seed: 0\nrun_mode: finetune\n\tx: 1\n", "line 3"),
-    ("run_mode: finetune\nrunner_config: {epoch: 3}\nmodel: {model_config: {}}\ntrainer: {type: x}\n",
-     "unexpected key: epoch"),
-    ("run_mode: finetune\nrunner_config: 3\n", "should be a dict"),
-    ("run_mode: finetune\ncallbacks: {type: x}\n", "should be a list"),
-    ("run_mode: finetune\nmodel: {arch: {type: x}}\n", "missing a required key"),
-])
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "the file is empty"),
+        ("- a\n- b\n", "a mapping of keys to values is needed, found list"),
+        ("seed: 0\nmodel: {a: [1\n", "not YAML"),
+        ("seed: 0\nrun_mode: finetune\n\tx: 1\n", "line 3"),
+        (
+            "run_mode: finetune\nrunner_config: {epoch: 3}\nmodel: {model_config: {}}\ntrainer: {type: x}\n",
+            "unexpected key: epoch",
+        ),
+        ("run_mode: finetune\nrunner_config: 3\n", "should be a dict"),
+        ("run_mode: finetune\ncallbacks: {type: x}\n", "should be a list"),
+        ("run_mode: finetune\nmodel: {arch: {type: x}}\n", "missing a required key"),
+    ],
+)
 def test_broken_yamls(text, message, capsys):
     assert_refused(capsys, ["--config", write_yaml(text)], "run.yaml: ", message)
 
@@ -217,6 +291,7 @@ def test_numbers_and_null_as_written():
 
 # --- options that do more than set one key ---
 
+
 def test_register_path(tmp_path, monkeypatch):
     read("--register_path", "classes")
     assert os.environ["REGISTER_PATH"] == str(tmp_path / "classes")
@@ -246,14 +321,22 @@ def test_predict_options_do_not_touch_training():
 
 # --- the process ---
 
+
 def test_help_is_quick_and_needs_nothing_heavy():
-    code = ("import sys\nfrom mindformers_glm32k.run_mindformer import main\n"
-            "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-            "heavy = {'mindspore', 'mindformers', 'matplotlib', 'numpy', 'transformers'} & set(sys.modules)\n"
-            "assert not heavy, heavy")
+    code = (
+        "import sys\nfrom mindformers_glm32k.run_mindformer import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'mindspore', 'mindformers', 'matplotlib', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
     assert all(f"--{name}" in done.stdout for name in UPSTREAM_OPTIONS)
@@ -261,7 +344,12 @@ def test_help_is_quick_and_needs_nothing_heavy():
 
 
 def test_module_exits_with_2():
-    done = subprocess.run([sys.executable, "-m", "mindformers_glm32k.run_mindformer", "--config", "none.yaml"],
-                          capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-m", "mindformers_glm32k.run_mindformer", "--config", "none.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config none.yaml: no such file") and "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
 """The shell scripts: their arguments, their messages, what they start, and whose exit status they return."""
+
 import ast
 import os
 import re
@@ -36,14 +37,24 @@ def environment(tmp_path):
     (folder / "msrun").chmod(0o755)
     (folder / "python").write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
     (folder / "python").chmod(0o755)
-    kept = {key: value for key, value in os.environ.items()
-            if key not in ("MF_LOG_SUFFIX", "LOG_MF_PATH", "PLOG_REDIRECT_TO_OUTPUT")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("MF_LOG_SUFFIX", "LOG_MF_PATH", "PLOG_REDIRECT_TO_OUTPUT")
+    }
     return {**kept, "PATH": f"{folder}:/usr/bin:/bin"}
 
 
 def bash(script, *arguments, **options):
-    return subprocess.run(["bash", str(script), *map(str, arguments)], capture_output=True, text=True, timeout=600,
-                          stdin=subprocess.DEVNULL, check=False, **options)
+    return subprocess.run(
+        ["bash", str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        **options,
+    )
 
 
 def launched():
@@ -68,15 +79,38 @@ def test_help_goes_to_stdout(script):
 
 # ---- msrun_launcher.sh
 
-@pytest.mark.parametrize("arguments, options", [
-    ((), {"worker_num": "8", "local_worker_num": "8", "master_port": "8118", "join": "True"}),
-    ((2,), {"worker_num": "2", "local_worker_num": "2", "log_dir": "output/msrun_log", "cluster_time_out": "7200"}),
-    ((4, 8200, "logs", "False", 60), {"worker_num": "4", "local_worker_num": "4", "master_port": "8200",
-                                      "log_dir": "logs", "join": "False", "cluster_time_out": "60"}),
-    ((16, 8, "10.0.0.1", 8200, 1, "logs", "true", 60), {
-        "worker_num": "16", "local_worker_num": "8", "master_addr": "10.0.0.1", "master_port": "8200",
-        "node_rank": "1", "log_dir": "logs", "join": "True", "cluster_time_out": "60"}),
-])
+
+@pytest.mark.parametrize(
+    "arguments, options",
+    [
+        ((), {"worker_num": "8", "local_worker_num": "8", "master_port": "8118", "join": "True"}),
+        ((2,), {"worker_num": "2", "local_worker_num": "2", "log_dir": "output/msrun_log", "cluster_time_out": "7200"}),
+        (
+            (4, 8200, "logs", "False", 60),
+            {
+                "worker_num": "4",
+                "local_worker_num": "4",
+                "master_port": "8200",
+                "log_dir": "logs",
+                "join": "False",
+                "cluster_time_out": "60",
+            },
+        ),
+        (
+            (16, 8, "10.0.0.1", 8200, 1, "logs", "true", 60),
+            {
+                "worker_num": "16",
+                "local_worker_num": "8",
+                "master_addr": "10.0.0.1",
+                "master_port": "8200",
+                "node_rank": "1",
+                "log_dir": "logs",
+                "join": "True",
+                "cluster_time_out": "60",
+            },
+        ),
+    ],
+)
 def test_launcher_passes_upstreams_positional_arguments_to_msrun(environment, arguments, options):
     done = bash(LAUNCHER, "run_mindformer.py --config a.yaml", *arguments, env=environment)
     assert done.returncode == 0, done.stderr
@@ -123,18 +157,21 @@ def test_launcher_does_not_blame_logs_of_an_earlier_job(environment):
     assert done.returncode == 1 and "Traceback" not in done.stderr and "killed from outside" in done.stderr
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((), "1, 2, 6 or 9 arguments are needed, got 0"),
-    (("run_mindformer.py", 2, 8118), "got 3"),
-    (("run_mindformer.py", "two"), "WORKER_NUM is 'two'"),
-    (("run_mindformer.py", 0), "WORKER_NUM is '0'"),
-    (("run_mindformer.py", 2, 80, "logs", "True", 60), "MASTER_PORT is '80'"),
-    (("run_mindformer.py", 2, 8118, "logs", "maybe", 60), "JOIN is 'Maybe'"),
-    (("run_mindformer.py", 8, 9, "10.0.0.1", 8118, 0, "logs", "True", 60), "LOCAL_WORKER is '9'"),
-    (("run_mindformer.py 'x", 2), "quotes"),
-    (("", 2), "first argument is empty"),
-    (("train.py", 2), "train.py: no such file"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "1, 2, 6 or 9 arguments are needed, got 0"),
+        (("run_mindformer.py", 2, 8118), "got 3"),
+        (("run_mindformer.py", "two"), "WORKER_NUM is 'two'"),
+        (("run_mindformer.py", 0), "WORKER_NUM is '0'"),
+        (("run_mindformer.py", 2, 80, "logs", "True", 60), "MASTER_PORT is '80'"),
+        (("run_mindformer.py", 2, 8118, "logs", "maybe", 60), "JOIN is 'Maybe'"),
+        (("run_mindformer.py", 8, 9, "10.0.0.1", 8118, 0, "logs", "True", 60), "LOCAL_WORKER is '9'"),
+        (("run_mindformer.py 'x", 2), "quotes"),
+        (("", 2), "first argument is empty"),
+        (("train.py", 2), "train.py: no such file"),
+    ],
+)
 def test_launcher_names_what_is_wrong(environment, arguments, message):
     done = bash(LAUNCHER, *arguments, env=environment)
     assert done.returncode == 2 and message in done.stderr
@@ -158,11 +195,15 @@ def test_launcher_says_when_msrun_is_missing(environment):
 
 # ---- run_glm32k_predict.sh
 
-@pytest.mark.parametrize("arguments, message", [
-    ((), "got 0 arguments"),
-    (("a.yaml", "b.ckpt"), "got 2 arguments"),
-    (("nowhere.yaml", "b.ckpt", "tokenizer.model"), "--config nowhere.yaml: no such file"),
-])
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "got 0 arguments"),
+        (("a.yaml", "b.ckpt"), "got 2 arguments"),
+        (("nowhere.yaml", "b.ckpt", "tokenizer.model"), "--config nowhere.yaml: no such file"),
+    ],
+)
 def test_predict_names_what_is_wrong(environment, arguments, message):
     done = bash(EXAMPLES / "run_glm32k_predict.sh", *arguments, env=environment)
     assert done.returncode == 2 and message in done.stderr and done.stdout == ""
@@ -173,6 +214,7 @@ def random_checkpoint(tmp_path_factory):
     """A checkpoint of random weights for predict_glm32k_tiny_cpu.yaml."""
     import mindspore
     from mindformers import MindFormerConfig
+
     from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
 
     mindspore.set_seed(1)
@@ -186,8 +228,14 @@ def random_checkpoint(tmp_path_factory):
 
 def test_predict_prints_answers_alone(environment, random_checkpoint, small_vocab_file):
     Path("prompts.txt").write_text("".join(f"prompt number {number}\n" for number in range(5)))
-    done = bash(EXAMPLES / "run_glm32k_predict.sh", CONFIGS / "predict_glm32k_tiny_cpu.yaml", random_checkpoint,
-                small_vocab_file, "prompts.txt", env=environment)
+    done = bash(
+        EXAMPLES / "run_glm32k_predict.sh",
+        CONFIGS / "predict_glm32k_tiny_cpu.yaml",
+        random_checkpoint,
+        small_vocab_file,
+        "prompts.txt",
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     batches = ast.literal_eval(Path("output/predict/text_generation_result.txt").read_text())
     answers = [answer for batch in batches for answer in batch["text_generation_text"]]
@@ -199,11 +247,15 @@ def test_predict_prints_answers_alone(environment, random_checkpoint, small_voca
 
 # ---- quickstart.sh
 
-@pytest.mark.parametrize("arguments, message", [
-    (("--venv",), "--venv needs a folder"),
-    (("--fast",), "unknown option --fast"),
-    (("one", "two"), "one OUTPUT_DIR, got also two"),
-])
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--venv",), "--venv needs a folder"),
+        (("--fast",), "unknown option --fast"),
+        (("one", "two"), "one OUTPUT_DIR, got also two"),
+    ],
+)
 def test_quickstart_names_what_is_wrong(arguments, message):
     done = bash(EXAMPLES / "quickstart.sh", *arguments)
     assert done.returncode == 2 and message in done.stderr

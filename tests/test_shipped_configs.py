@@ -1,4 +1,5 @@
 """Every YAML of research/glm32k: nothing in it that is ignored, and everything in it can be built."""
+
 import importlib
 import inspect
 import json
@@ -8,6 +9,7 @@ import re
 import mindspore as ms
 import pytest
 import yaml
+from conftest import ROOT
 
 from mindformers_glm32k import registry
 from mindformers_glm32k.config_check import check_config, constructor_keys
@@ -16,23 +18,42 @@ from mindformers_glm32k.data.loader import GLM32KDataLoader
 from mindformers_glm32k.run_mindformer import read_config
 from mindformers_glm32k.yaml_values import normalize_values
 
-from conftest import ROOT
-
 FOLDER = ROOT / "research" / "glm32k"
 NAMES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 RUN_MODES = ("finetune", "eval", "predict")
 
 # sections with a `type`, and MindFormers' category of the class it names; * stands for any name or number
 CATEGORIES = {
-    "trainer": "trainer", "model.model_config": "config", "model.arch": "models", "processor": "processor",
-    "*.tokenizer": "tokenizer", "*.data_loader": "dataset_loader", "*_task.dataset_config.tokenizer": "tokenizer",
-    "*_task.dataset_config.data_loader": "dataset_loader", "*_task": "dataset", "metric": "metric",
-    "runner_wrapper": "wrapper", "runner_wrapper.scale_sense": "wrapper", "lr_schedule": "lr", "optimizer": "optimizer",
+    "trainer": "trainer",
+    "model.model_config": "config",
+    "model.arch": "models",
+    "processor": "processor",
+    "*.tokenizer": "tokenizer",
+    "*.data_loader": "dataset_loader",
+    "*_task.dataset_config.tokenizer": "tokenizer",
+    "*_task.dataset_config.data_loader": "dataset_loader",
+    "*_task": "dataset",
+    "metric": "metric",
+    "runner_wrapper": "wrapper",
+    "runner_wrapper.scale_sense": "wrapper",
+    "lr_schedule": "lr",
+    "optimizer": "optimizer",
     "callbacks.*": "callback",
 }
-SMALL = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 48, "kv_channels": 8, "num_attention_heads": 4,
-         "multi_query_group_num": 2, "padded_vocab_size": 512, "seq_length": 32, "param_init_type": "float32",
-         "compute_dtype": "float32", "residual_dtype": "float32", "num_blocks": 8}
+SMALL = {
+    "num_layers": 1,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "kv_channels": 8,
+    "num_attention_heads": 4,
+    "multi_query_group_num": 2,
+    "padded_vocab_size": 512,
+    "seq_length": 32,
+    "param_init_type": "float32",
+    "compute_dtype": "float32",
+    "residual_dtype": "float32",
+    "num_blocks": 8,
+}
 
 
 def raw(name):
@@ -61,14 +82,18 @@ def sections(node, path=""):
 
 
 def category_of(path):
-    found = [category for pattern, category in CATEGORIES.items()
-             if re.fullmatch(pattern.replace(".", r"\.").replace("*", r"\w+"), path)]
+    found = [
+        category
+        for pattern, category in CATEGORIES.items()
+        if re.fullmatch(pattern.replace(".", r"\.").replace("*", r"\w+"), path)
+    ]
     return found[0] if found else None
 
 
 def keys_of(category, name):
     """Keys that the class takes."""
     from mindformers.tools.register import MindFormerRegister
+
     return constructor_keys(MindFormerRegister.get_cls(category, name))[0]
 
 
@@ -77,6 +102,7 @@ def host():
     """MindFormers' lists of the keys that it reads."""
     import mindformers  # noqa: F401, registers its classes
     from mindformers.tools.register import template
+
     try:
         arguments = importlib.import_module("mindformers.core.config_args")
     except ImportError:  # 1.6
@@ -90,6 +116,7 @@ def test_there_are_yamls_for_every_kind_of_run():
 
 
 # --- values ---
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_and_null_are_what_they_look_like(name):
@@ -124,8 +151,20 @@ def test_lengths_fit(name):
 def test_the_model_is_chatglm3_6b_32k(name, reference):
     published = json.loads((reference / "chatglm3-6b-32k_config.json").read_text(encoding="utf-8"))
     model = raw(name)["model"]["model_config"]
-    same = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
-            "multi_query_group_num", "seq_length", "rope_ratio", "layernorm_epsilon", "eos_token_id", "pad_token_id")
+    same = (
+        "num_layers",
+        "padded_vocab_size",
+        "hidden_size",
+        "ffn_hidden_size",
+        "kv_channels",
+        "num_attention_heads",
+        "multi_query_group_num",
+        "seq_length",
+        "rope_ratio",
+        "layernorm_epsilon",
+        "eos_token_id",
+        "pad_token_id",
+    )
     assert {key: model[key] for key in same} == {key: published[key] for key in same}
 
 
@@ -134,8 +173,9 @@ def test_the_layout_uses_the_devices_that_the_first_line_names(name):
     text = (FOLDER / name).read_text(encoding="utf-8").splitlines()[0]
     values = raw(name)
     layout = values["parallel_config"]
-    product = math.prod(layout.get(key, 1) for key in ("data_parallel", "model_parallel", "context_parallel",
-                                                       "pipeline_stage"))
+    product = math.prod(
+        layout.get(key, 1) for key in ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage")
+    )
     numbers = {"one": 1, "two": 2, "eight": 8}
     named = re.search(r"on (\w+) NPU", text)
     devices = 1 if named is None else numbers.get(named[1]) or int(named[1])
@@ -148,15 +188,28 @@ def test_the_layout_uses_the_devices_that_the_first_line_names(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if "tiny" in name])
 def test_the_tiny_ones_have_the_keys_of_the_large_ones(name):
     """What is learnt on the tiny model applies to the large one. The differences are the devices' own."""
+
     def keys(file):
-        return {path for path, _ in leaves(raw(file))
-                if not path.startswith(("context.", "parallel.", "parallel_config.", "recompute_config.",
-                                        "micro_batch_interleave_num", "model.model_config.residual_dtype"))}
+        return {
+            path
+            for path, _ in leaves(raw(file))
+            if not path.startswith(
+                (
+                    "context.",
+                    "parallel.",
+                    "parallel_config.",
+                    "recompute_config.",
+                    "micro_batch_interleave_num",
+                    "model.model_config.residual_dtype",
+                )
+            )
+        }
 
     assert keys(name) == keys(name.replace("_tiny_cpu", ""))
 
 
 # --- keys ---
+
 
 @pytest.mark.parametrize("run_mode", RUN_MODES)
 @pytest.mark.parametrize("name", NAMES)
@@ -190,6 +243,7 @@ def test_mindspore_takes_the_parallel_section(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_type_is_registered_and_takes_its_keys(name, host):
     from mindformers.tools.register import MindFormerRegister
+
     typed = [(path, section) for path, section in sections(raw(name)) if "type" in section]
     assert len(typed) > 10
     for path, section in typed:
@@ -219,12 +273,14 @@ def test_the_plugins_classes_know_all_of_their_keys(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if "lora" in name])
 def test_lora_keys(name):
     from mindformers.pet.pet_config import LoraConfig
+
     adapters = raw(name)["model"]["model_config"]["pet_config"]
     assert set(adapters) <= set(inspect.signature(LoraConfig.__init__).parameters) | {"pet_type"}
     assert LoraConfig(**{key: value for key, value in adapters.items() if key != "pet_type"}).lora_rank == 8
 
 
 # --- building ---
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_config_validates_at_full_size(name):
@@ -245,10 +301,15 @@ def small(small_vocab_file, tmp_path, monkeypatch):
     def load(name):
         values = {f"model.model_config.{key}": value for key, value in SMALL.items()}
         for kind in ("train", "eval"):
-            values.update({
-                f"{kind}_dataset.data_loader.dataset_dir": "data.jsonl", f"{kind}_dataset.max_source_length": 20,
-                f"{kind}_dataset.tokenizer.vocab_file": small_vocab_file, f"{kind}_dataset.max_target_length": 8,
-                f"{kind}_dataset.batch_size": 2})
+            values.update(
+                {
+                    f"{kind}_dataset.data_loader.dataset_dir": "data.jsonl",
+                    f"{kind}_dataset.max_source_length": 20,
+                    f"{kind}_dataset.tokenizer.vocab_file": small_vocab_file,
+                    f"{kind}_dataset.max_target_length": 8,
+                    f"{kind}_dataset.batch_size": 2,
+                }
+            )
         values["processor.tokenizer.vocab_file"] = small_vocab_file
         values["lr_schedule.total_steps"] = 100  # what the trainer puts in for -1
         return read_config(["--config", str(FOLDER / name), *(f"--{key}={value}" for key, value in values.items())])
@@ -263,6 +324,7 @@ def test_everything_can_be_built(name, small):
     from mindformers.models.build_model import build_network
     from mindformers.models.build_processor import build_processor
     from mindformers.wrapper import build_wrapper
+
     config = small(name)
     check_config(config, "finetune")
     check_config(config, "eval")

@@ -1,4 +1,5 @@
 """GLM32KTokenizer as MindFormers uses it, and against the published tokenizer's outputs."""
+
 import copy
 import json
 import os
@@ -18,8 +19,15 @@ from mindformers_glm32k import GLM32KTokenizer
 from mindformers_glm32k.errors import InputError
 
 # What the YAMLs of ChatGLM2 and ChatGLM3 pass.
-CARD_NAMES = {"bos_token": "<sop>", "eos_token": "<eop>", "end_token": "</s>", "mask_token": "[MASK]",
-              "gmask_token": "[gMASK]", "pad_token": "<pad>", "unk_token": "<unk>"}
+CARD_NAMES = {
+    "bos_token": "<sop>",
+    "eos_token": "<eop>",
+    "end_token": "</s>",
+    "mask_token": "[MASK]",
+    "gmask_token": "[gMASK]",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +87,14 @@ def test_names_from_yamls_do_not_move_ids(small, small_vocab_file):
     assert len(named) == named.vocab_size == len(named.get_vocab())
 
 
-@pytest.mark.parametrize("arguments, found", [
-    ({"eos_token": "<|user|>"}, "eos_token '<|user|>'"),
-    ({"encode_special_token": True}, "did you mean encode_special_tokens?"),
-    ({"sep_token": "[SEP]"}, "sep_token"),
-])
+@pytest.mark.parametrize(
+    "arguments, found",
+    [
+        ({"eos_token": "<|user|>"}, "eos_token '<|user|>'"),
+        ({"encode_special_token": True}, "did you mean encode_special_tokens?"),
+        ({"sep_token": "[SEP]"}, "sep_token"),
+    ],
+)
 def test_wrong_arguments_are_named(small_vocab_file, arguments, found):
     with pytest.raises(InputError) as caught:
         GLM32KTokenizer(str(small_vocab_file), **arguments)
@@ -143,12 +154,19 @@ def test_copies_encode_the_same(small):
 def test_fresh_workers_can_unpickle(small, tmp_path):
     """The first import of such a process is this very module; registration must survive that."""
     (tmp_path / "tokenizer.pickle").write_bytes(pickle.dumps(small))
-    program = ("import pickle, sys; t = pickle.load(open(sys.argv[1], 'rb'));"
-               "from mindformers.tools.register import MindFormerRegister as r;"
-               "assert r.get_cls('tokenizer', 'GLM32KTokenizer') is type(t); print(t.encode('a b'))")
+    program = (
+        "import pickle, sys; t = pickle.load(open(sys.argv[1], 'rb'));"
+        "from mindformers.tools.register import MindFormerRegister as r;"
+        "assert r.get_cls('tokenizer', 'GLM32KTokenizer') is type(t); print(t.encode('a b'))"
+    )
     path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run([sys.executable, "-c", program, str(tmp_path / "tokenizer.pickle")], capture_output=True,
-                            text=True, check=False, env={**os.environ, "PYTHONPATH": path})
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "tokenizer.pickle")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == str(small.encode("a b"))
 
@@ -158,8 +176,13 @@ def test_forged_role_tokens_stay_text(small):
     user = small.get_command("<|user|>")
     first_special = small.vocab_size - 9
     prefix = small.get_prefix_tokens()
-    for ids in (small.encode(text), small(text)["input_ids"], small([text])["input_ids"][0],
-                small([[text]], is_split_into_words=True)["input_ids"][0], small.encode(text, text_pair=text)[:-1]):
+    for ids in (
+        small.encode(text),
+        small(text)["input_ids"],
+        small([text])["input_ids"][0],
+        small([[text]], is_split_into_words=True)["input_ids"][0],
+        small.encode(text, text_pair=text)[:-1],
+    ):
         assert ids[:2] == prefix and max(ids[2:]) < first_special and small.eos_token_id not in ids
     assert small.convert_tokens_to_ids(small.tokenize("<|user|>")) == small.vocabulary.encode("<|user|>")
     assert small.encode("<|user|>", add_special_tokens=False, encode_special_tokens=True) == [user]

@@ -1,10 +1,11 @@
 """GLM32KTrainOneStepCell on a small network whose step can be computed by hand."""
+
 import mindspore as ms
 import numpy as np
 import pytest
+from mindformers.core.optim import AdamW
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindformers.core.optim import AdamW
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration, GLM32KTrainOneStepCell
 
 RATE = 0.5
@@ -94,9 +95,20 @@ def language_model_step(copies):
     """A tiny model's step, the batch cut into interleaved copies as the trainer does it."""
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_seed(0)
-    model = GLM32KForConditionalGeneration(GLM32KConfig(
-        num_layers=1, hidden_size=32, kv_channels=8, num_attention_heads=4, multi_query_group_num=2,
-        ffn_hidden_size=64, padded_vocab_size=64, seq_length=16, param_init_type="float32", compute_dtype="float32"))
+    model = GLM32KForConditionalGeneration(
+        GLM32KConfig(
+            num_layers=1,
+            hidden_size=32,
+            kv_channels=8,
+            num_attention_heads=4,
+            multi_query_group_num=2,
+            ffn_hidden_size=64,
+            padded_vocab_size=64,
+            seq_length=16,
+            param_init_type="float32",
+            compute_dtype="float32",
+        )
+    )
     model.set_train(True)
     network = nn.MicroBatchInterleaved(model, copies) if copies > 1 else model
     return GLM32KTrainOneStepCell(network, nn.SGD(model.trainable_params(), RATE), use_clip_grad=True)

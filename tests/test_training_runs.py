@@ -3,6 +3,7 @@
 The task: a text that ends in `left` is answered with one word, one that ends in `right` with four, so rows have
 unequal numbers of labels. `Runs` starts what depends on the first training two at a time; the tests look at it.
 """
+
 import ast
 import concurrent.futures
 import csv
@@ -22,14 +23,14 @@ import mindspore as ms
 import numpy as np
 import pytest
 import yaml
+from conftest import ROOT
 
 from mindformers_glm32k.run_mindformer import main
 
-from conftest import ROOT
-
 YAMLS = ROOT / "research" / "glm32k"
-FINETUNE, LORA, PREDICT = (f"{kind}_tiny_cpu.yaml" for kind in
-                           ("finetune_glm32k", "finetune_glm32k_lora", "predict_glm32k"))
+FINETUNE, LORA, PREDICT = (
+    f"{kind}_tiny_cpu.yaml" for kind in ("finetune_glm32k", "finetune_glm32k_lora", "predict_glm32k")
+)
 ANSWERS = {"left": "yes", "right": "no it is 42"}
 ROWS, BATCH, EPOCHS = 64, 8, 8
 STEPS = ROWS // BATCH * EPOCHS
@@ -41,6 +42,7 @@ TIMEOUT = 900  # seconds; a run takes about 15 on a quiet machine
 @dataclass
 class Finished:
     """A process that has ended, and its folder."""
+
     folder: Path
     status: int
     log: str
@@ -48,8 +50,10 @@ class Finished:
     def curve(self):
         """Rows of loss_curve.csv: dicts of floats, `overflow` as bool."""
         with open(self.folder / "output" / "loss_curve.csv", newline="", encoding="utf-8") as file:
-            return [{name: text == "True" if name == "overflow" else float(text) for name, text in row.items()}
-                    for row in csv.DictReader(file)]
+            return [
+                {name: text == "True" if name == "overflow" else float(text) for name, text in row.items()}
+                for row in csv.DictReader(file)
+            ]
 
     def losses(self):
         return [row["loss"] for row in self.curve()]
@@ -77,31 +81,49 @@ class Runs:
         write_rows(folder / "train.jsonl", ROWS, seed=0)
         write_rows(folder / "eval.jsonl", 16, seed=1)
         self.pool = concurrent.futures.ThreadPoolExecutor(2)
-        self.environment = {name: value for name, value in os.environ.items()
-                            if name not in ("LOCAL_DEFAULT_PATH", "REGISTER_PATH", "LOG_MF_PATH")}
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("LOCAL_DEFAULT_PATH", "REGISTER_PATH", "LOG_MF_PATH")
+        }
         # msrun starts `python`: the one that runs the tests, though its environment need not be activated
-        self.environment.update(PYTHONPATH=str(ROOT),
-                                PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        self.environment.update(
+            PYTHONPATH=str(ROOT), PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        )
 
     def options(self, config, changes):
         """The launcher's options for a run on the data, shrunk to rows of 48 tokens; changes by dotted key. A model that
         is trained could take longer ones, so that its layers are loops."""
-        values = {"model.model_config.seq_length": 48 if config == PREDICT else 1024,
-                  "model.model_config.padded_vocab_size": 512, "lr_schedule.learning_rate": 1e-2, "lr_schedule.warmup_steps": 4, "lr_schedule.total_steps": STEPS,
-                  "runner_config.epochs": EPOCHS, "runner_config.batch_size": BATCH,
-                  "callbacks.2.keep_checkpoint_max": 3, "callbacks.2.save_checkpoint_steps": SAVED,
-                  "processor.tokenizer.vocab_file": self.vocab_file}
+        values = {
+            "model.model_config.seq_length": 48 if config == PREDICT else 1024,
+            "model.model_config.padded_vocab_size": 512,
+            "lr_schedule.learning_rate": 1e-2,
+            "lr_schedule.warmup_steps": 4,
+            "lr_schedule.total_steps": STEPS,
+            "runner_config.epochs": EPOCHS,
+            "runner_config.batch_size": BATCH,
+            "callbacks.2.keep_checkpoint_max": 3,
+            "callbacks.2.save_checkpoint_steps": SAVED,
+            "processor.tokenizer.vocab_file": self.vocab_file,
+        }
         for kind in ("train", "eval"):
-            values.update({f"{kind}_dataset.data_loader.dataset_dir": self.folder / f"{kind}.jsonl",
-                           f"{kind}_dataset.tokenizer.vocab_file": self.vocab_file,
-                           f"{kind}_dataset.max_source_length": 32})
+            values.update(
+                {
+                    f"{kind}_dataset.data_loader.dataset_dir": self.folder / f"{kind}.jsonl",
+                    f"{kind}_dataset.tokenizer.vocab_file": self.vocab_file,
+                    f"{kind}_dataset.max_source_length": 32,
+                }
+            )
         values.update(changes)
         return ["--config", str(YAMLS / config), *(f"--{key}={value}" for key, value in values.items())]
 
     def run(self, name, config, changes, *more, prepare=None):
         """Runs the launcher to its end, with the changes and further words. `prepare` gets the folder before."""
-        return self._finish(name, [sys.executable, "-m", "mindformers_glm32k.run_mindformer",
-                                   *self.options(config, changes), *more], prepare)
+        return self._finish(
+            name,
+            [sys.executable, "-m", "mindformers_glm32k.run_mindformer", *self.options(config, changes), *more],
+            prepare,
+        )
 
     def run_two_processes(self, name, config, changes):
         """Runs the launcher in two processes through scripts/msrun_launcher.sh."""
@@ -109,16 +131,25 @@ class Runs:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         order = " ".join(["run_mindformer.py", *(f"'{word}'" for word in self.options(config, changes))])
-        return self._finish(name, ["bash", str(ROOT / "scripts" / "msrun_launcher.sh"), order, "2", str(port),
-                                   "msrun_log", "True", "300"])
+        return self._finish(
+            name,
+            ["bash", str(ROOT / "scripts" / "msrun_launcher.sh"), order, "2", str(port), "msrun_log", "True", "300"],
+        )
 
     def _finish(self, name, command, prepare=None):
         folder = self.folder / name
         folder.mkdir()
         if prepare:
             prepare(folder)
-        done = subprocess.run(command, cwd=folder, env=self.environment, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=TIMEOUT, check=False)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT,
+            check=False,
+        )
         log = done.stdout.decode("utf-8", errors="replace")
         (folder / "log.txt").write_text(log, encoding="utf-8")
         return Finished(folder, done.returncode, log)
@@ -162,8 +193,9 @@ def follow_ups(runs, trained):
         shutil.copy(trained.folder / "output" / "loss_curve.csv", folder / "output")
 
     def lora_then_predict():
-        run = runs.run("lora", LORA, {"load_checkpoint": last, "runner_config.epochs": 1,
-                                      "runner_wrapper.scale_sense": 1024.0})
+        run = runs.run(
+            "lora", LORA, {"load_checkpoint": last, "runner_config.epochs": 1, "runner_wrapper.scale_sense": 1024.0}
+        )
         if run.status:
             return run, None
         with open(YAMLS / LORA, encoding="utf-8") as file:
@@ -172,29 +204,54 @@ def follow_ups(runs, trained):
         return run, runs.run("lora_predict", PREDICT, changes, "--predict_data", *prompts[:2])
 
     started = {
-        "resume": lambda: runs.run("resume", FINETUNE, {"load_checkpoint": "output/checkpoint"}, "--resume_training",
-                                   middle.name, prepare=with_earlier_output),
+        "resume": lambda: runs.run(
+            "resume",
+            FINETUNE,
+            {"load_checkpoint": "output/checkpoint"},
+            "--resume_training",
+            middle.name,
+            prepare=with_earlier_output,
+        ),
         "evaluate": lambda: runs.run("evaluate", FINETUNE, {"run_mode": "eval", "load_checkpoint": last}),
-        "predict": lambda: runs.run("predict", PREDICT, {"load_checkpoint": last}, "--predict_batch_size", "2",
-                                    "--predict_data", *prompts),
-        "sample": lambda: runs.run("sample", PREDICT, {"load_checkpoint": last, "model.model_config.top_k": 3},
-                                   "--do_sample", "True", "--predict_data", *prompts[:2]),
+        "predict": lambda: runs.run(
+            "predict", PREDICT, {"load_checkpoint": last}, "--predict_batch_size", "2", "--predict_data", *prompts
+        ),
+        "sample": lambda: runs.run(
+            "sample",
+            PREDICT,
+            {"load_checkpoint": last, "model.model_config.top_k": 3},
+            "--do_sample",
+            "True",
+            "--predict_data",
+            *prompts[:2],
+        ),
         "lora": lora_then_predict,
         "pynative": lambda: runs.run("pynative", FINETUNE, {"runner_config.epochs": 1}, "--mode", "1"),
-        "overflow": lambda: runs.run("overflow", FINETUNE, {"runner_config.epochs": 2, "eval_step_interval": 8,
-                                                            "runner_wrapper.scale_sense.loss_scale_value": 2.0 ** 126},
-                                     "--do_eval", "True"),
+        "overflow": lambda: runs.run(
+            "overflow",
+            FINETUNE,
+            {
+                "runner_config.epochs": 2,
+                "eval_step_interval": 8,
+                "runner_wrapper.scale_sense.loss_scale_value": 2.0**126,
+            },
+            "--do_eval",
+            "True",
+        ),
         "one process": lambda: runs.run("one_process", FINETUNE, from_middle),
-        "packed": lambda: runs.run("packed", FINETUNE, {**PACKED, "runner_config.epochs": 4, "eval_step_interval": 12},
-                                   "--do_eval", "True"),
-        "two processes": lambda: runs.run_two_processes("two_processes", FINETUNE, {
-            **from_middle, "use_parallel": True, "runner_config.batch_size": BATCH // 2}),
+        "packed": lambda: runs.run(
+            "packed", FINETUNE, {**PACKED, "runner_config.epochs": 4, "eval_step_interval": 12}, "--do_eval", "True"
+        ),
+        "two processes": lambda: runs.run_two_processes(
+            "two_processes", FINETUNE, {**from_middle, "use_parallel": True, "runner_config.batch_size": BATCH // 2}
+        ),
     }
     futures = {name: runs.pool.submit(start) for name, start in started.items()}
     return lambda name: futures[name].result()
 
 
 # --- training ---
+
 
 def test_the_loss_falls(trained):
     losses = trained.losses()
@@ -227,8 +284,7 @@ def test_a_dynamic_loss_scale_grows(trained):
 def test_what_a_run_leaves_behind(trained):
     names = sorted(path.name for path in (trained.checkpoints() / "rank_0").glob("*.ckpt"))
     assert names == [f"glm32k_rank_0-4_{SAVED - 24}.ckpt", "glm32k_rank_0-7_8.ckpt", "glm32k_rank_0-8_8.ckpt"]
-    assert {path.name for path in trained.folder.iterdir()} <= {"output", "log.txt", "modules", "rank_0",
-                                                               "kernel_meta"}
+    assert {path.name for path in trained.folder.iterdir()} <= {"output", "log.txt", "modules", "rank_0", "kernel_meta"}
 
 
 def test_resumed_training_is_bit_equal(trained, follow_ups):
@@ -247,7 +303,7 @@ def test_resumed_training_is_bit_equal(trained, follow_ups):
 
 def test_pynative_mode_trains_alike(trained, follow_ups):
     pynative = succeeded(follow_ups("pynative"))
-    assert pynative.losses() == pytest.approx(trained.losses()[:ROWS // BATCH], rel=1e-4)
+    assert pynative.losses() == pytest.approx(trained.losses()[: ROWS // BATCH], rel=1e-4)
 
 
 def test_steps_that_overflow_are_skipped(follow_ups):
@@ -271,17 +327,19 @@ def test_evaluation_during_training(follow_ups):
 
 def perplexities(run):
     """(loss, perplexity) of every evaluation in a log."""
-    return [(float(loss), float(value)) for loss, value in
-            re.findall(r"'loss': ([\d.e+-]+), 'PPL': ([\d.e+-]+)", run.log)]
+    return [
+        (float(loss), float(value)) for loss, value in re.findall(r"'loss': ([\d.e+-]+), 'PPL': ([\d.e+-]+)", run.log)
+    ]
 
 
 def test_evaluation_of_a_checkpoint(follow_ups):
-    (loss, perplexity), = perplexities(succeeded(follow_ups("evaluate")))
+    ((loss, perplexity),) = perplexities(succeeded(follow_ups("evaluate")))
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     assert 1 < perplexity < 1.5  # what was learnt holds for unseen rows
 
 
 # --- checkpoints that do not fit ---
+
 
 def altered(trained, name, change):
     """A copy of the trained checkpoint with changed entries, in the current folder."""
@@ -294,31 +352,43 @@ def altered(trained, name, change):
 OUTPUT_LAYER = "transformer.output_layer.weight"
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda entries: entries.pop(OUTPUT_LAYER), f"1 missing: {OUTPUT_LAYER}"),
-    (lambda entries: entries.update(extra=ms.Parameter(ms.Tensor(np.ones((2, 3), np.float32)))),
-     "1 not in the model: extra"),
-    (lambda entries: entries.update({OUTPUT_LAYER: ms.Parameter(ms.Tensor(np.ones((400, 128), np.float32)))}),
-     f"1 of another shape: {OUTPUT_LAYER} is (400, 128) in the file, (512, 128) in the model"),
-], ids=["missing", "extra", "misshapen"])
-@pytest.mark.parametrize("config, words_of_run", [(FINETUNE, ()), (FINETUNE, ("--run_mode", "eval")),
-                                                  (PREDICT, ("--predict_data", "ab left"))],
-                         ids=["finetune", "evaluate", "predict"])
-def test_checkpoints_that_do_not_fit_are_refused(config, words_of_run, change, words, runs, trained, monkeypatch,
-                                                 capsys):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda entries: entries.pop(OUTPUT_LAYER), f"1 missing: {OUTPUT_LAYER}"),
+        (
+            lambda entries: entries.update(extra=ms.Parameter(ms.Tensor(np.ones((2, 3), np.float32)))),
+            "1 not in the model: extra",
+        ),
+        (
+            lambda entries: entries.update({OUTPUT_LAYER: ms.Parameter(ms.Tensor(np.ones((400, 128), np.float32)))}),
+            f"1 of another shape: {OUTPUT_LAYER} is (400, 128) in the file, (512, 128) in the model",
+        ),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
+@pytest.mark.parametrize(
+    "config, words_of_run",
+    [(FINETUNE, ()), (FINETUNE, ("--run_mode", "eval")), (PREDICT, ("--predict_data", "ab left"))],
+    ids=["finetune", "evaluate", "predict"],
+)
+def test_checkpoints_that_do_not_fit_are_refused(
+    config, words_of_run, change, words, runs, trained, monkeypatch, capsys
+):
     """Before the first step; MindFormers would go on with random numbers for what it does not find."""
     monkeypatch.setenv("LOCAL_DEFAULT_PATH", "output")
     monkeypatch.setenv("REGISTER_PATH", str(YAMLS))
     name = altered(trained, "altered.ckpt", change)
     assert main(runs.options(config, {"load_checkpoint": name}) + list(words_of_run)) == 2
     captured = capsys.readouterr()
-    error, = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    (error,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert error.startswith(f"error: {name} does not fit the model: {words}") and "Traceback" not in captured.err
     assert not list(Path("output").glob("checkpoint/**/*.ckpt"))
     assert not Path("text_generation_result.txt").exists()
 
 
 # --- two processes ---
+
 
 def label_counts():
     """Labels of each row of the training data in the order of the first epoch."""
@@ -347,9 +417,10 @@ def test_two_processes_loaded_the_checkpoint(trained, follow_ups):
 
 # --- packing ---
 
+
 def test_packed_rows_train_and_are_evaluated(follow_ups):
     run = succeeded(follow_ups("packed"))
-    rows, = map(int, re.findall(rf"packing: {ROWS} samples in (\d+) rows of 48 tokens", run.log))
+    (rows,) = map(int, re.findall(rf"packing: {ROWS} samples in (\d+) rows of 48 tokens", run.log))
     losses = run.losses()
     assert rows % BATCH == 0 and rows < ROWS and len(losses) == 4 * rows // BATCH
     assert np.isfinite(losses).all() and abs(losses[0] - math.log(512)) < 0.3
@@ -363,11 +434,17 @@ def test_packed_rows_train_and_are_evaluated(follow_ups):
 @pytest.mark.slow
 def test_two_processes_train_packed_rows_like_one(runs, trained):
     """Each sample counts alike on whichever device it lies: the losses would differ with weights by device."""
-    options = {**PACKED, "runner_config.epochs": 2, "load_checkpoint": trained.checkpoint(
-        f"glm32k_rank_0-4_{SAVED - 24}.ckpt")}
+    options = {
+        **PACKED,
+        "runner_config.epochs": 2,
+        "load_checkpoint": trained.checkpoint(f"glm32k_rank_0-4_{SAVED - 24}.ckpt"),
+    }
     one = succeeded(runs.run("packed_one_process", FINETUNE, options))
-    two = succeeded(runs.run_two_processes("packed_two_processes", FINETUNE, {
-        **options, "use_parallel": True, "runner_config.batch_size": BATCH // 2}))
+    two = succeeded(
+        runs.run_two_processes(
+            "packed_two_processes", FINETUNE, {**options, "use_parallel": True, "runner_config.batch_size": BATCH // 2}
+        )
+    )
     assert len(one.losses()) == len(two.losses()) > 8
     # at this learning rate rounding grows tenfold every few steps: 1e-8 in the first, 1e-4 after ten
     assert np.abs(np.subtract(one.losses(), two.losses()))[:8].max() < 1e-4
@@ -375,21 +452,35 @@ def test_two_processes_train_packed_rows_like_one(runs, trained):
 
 @pytest.mark.slow
 def test_packed_training_resumes_bit_equal(runs):
-    options = {**PACKED, "train_dataset.rows_per_epoch": 24, "runner_config.epochs": 4,
-               "callbacks.2.save_checkpoint_steps": 5}
+    options = {
+        **PACKED,
+        "train_dataset.rows_per_epoch": 24,
+        "runner_config.epochs": 4,
+        "callbacks.2.save_checkpoint_steps": 5,
+    }
     whole = succeeded(runs.run("packed_whole", FINETUNE, options))
     middle = next(path for path in (whole.checkpoints() / "rank_0").glob("*-2_2.ckpt"))
 
     def with_earlier_output(folder):
         shutil.copytree(whole.checkpoints(), folder / "output" / "checkpoint")
         shutil.copy(whole.folder / "output" / "loss_curve.csv", folder / "output")
-    resumed = succeeded(runs.run("packed_resumed", FINETUNE, {**options, "load_checkpoint": "output/checkpoint"},
-                                 "--resume_training", middle.name, prepare=with_earlier_output))
+
+    resumed = succeeded(
+        runs.run(
+            "packed_resumed",
+            FINETUNE,
+            {**options, "load_checkpoint": "output/checkpoint"},
+            "--resume_training",
+            middle.name,
+            prepare=with_earlier_output,
+        )
+    )
     assert len(re.findall(r"step \d+: \d+\.\d tokens/s/p", resumed.log)) == len(whole.losses()) - 5
     assert resumed.losses() == whole.losses()
 
 
 # --- prediction ---
+
 
 def test_three_prompts_in_batches_of_two(follow_ups):
     assert succeeded(follow_ups("predict")).answers() == ["yes", "no it is 42", "yes"]
@@ -401,6 +492,7 @@ def test_sampling(follow_ups):
 
 
 # --- LoRA ---
+
 
 def test_lora_trains_the_adapters_alone(trained, follow_ups):
     run = succeeded(follow_ups("lora")[0])

@@ -1,4 +1,5 @@
 """Three ways from tokens to batches: rows of fixed length, batches padded to their longest row, packed rows."""
+
 import multiprocessing
 
 import numpy as np
@@ -32,8 +33,13 @@ class PaddingCounter:
             if ends:
                 self._counts[:] = [0, 0, 0]
         if ends:
-            self._log.info("padding: %.1f %% of the positions of %d rows (%d tokens in %d positions)",
-                           100 * (1 - tokens / positions), rows, tokens, positions)
+            self._log.info(
+                "padding: %.1f %% of the positions of %d rows (%d tokens in %d positions)",
+                100 * (1 - tokens / positions),
+                rows,
+                tokens,
+                positions,
+            )
 
 
 class FixedRows:
@@ -85,8 +91,10 @@ class BatchPadding:
         longest = max(1, max(len(ids) for ids in input_ids))
         length = min(-(-longest // self._multiple) * self._multiple, self._length)
         self._padding.add(len(input_ids), sum(len(ids) for ids in input_ids), length * len(input_ids))
-        return ([padded(ids, length, self._pad_id) for ids in input_ids],
-                [padded(row, length, IGNORED) for row in labels])
+        return (
+            [padded(ids, length, self._pad_id) for ids in input_ids],
+            [padded(row, length, IGNORED) for row in labels],
+        )
 
 
 def fixed_batches(loader, rows, config):
@@ -96,20 +104,30 @@ def fixed_batches(loader, rows, config):
 
 def ragged_batches(loader, rows, padding, config):
     """Batches of RaggedRows, padded each to a length of its own."""
-    return _mapped(loader, rows, config).batch(config.batch_size, drop_remainder=config.drop_remainder,
-                                               per_batch_map=padding, input_columns=ROW_COLUMNS)
+    return _mapped(loader, rows, config).batch(
+        config.batch_size, drop_remainder=config.drop_remainder, per_batch_map=padding, input_columns=ROW_COLUMNS
+    )
 
 
 def _mapped(loader, rows, config):
-    dataset = loader.map(rows, input_columns=["sample"], output_columns=ROW_COLUMNS,
-                         num_parallel_workers=config.num_parallel_workers,
-                         python_multiprocessing=config.python_multiprocessing)
+    dataset = loader.map(
+        rows,
+        input_columns=["sample"],
+        output_columns=ROW_COLUMNS,
+        num_parallel_workers=config.num_parallel_workers,
+        python_multiprocessing=config.python_multiprocessing,
+    )
     return dataset.project(ROW_COLUMNS)
 
 
 def packed_batches(rows, sampler, config):
     """Batches of PlannedRows or StreamedRows at the places that the sampler names. A stream has one reader."""
     workers = 1 if isinstance(rows, StreamedRows) else config.num_parallel_workers
-    dataset = GeneratorDataset(rows, COLUMNS, sampler=sampler, num_parallel_workers=workers,
-                               python_multiprocessing=config.python_multiprocessing and workers > 1)
+    dataset = GeneratorDataset(
+        rows,
+        COLUMNS,
+        sampler=sampler,
+        num_parallel_workers=workers,
+        python_multiprocessing=config.python_multiprocessing and workers > 1,
+    )
     return dataset.batch(config.batch_size, drop_remainder=config.drop_remainder)

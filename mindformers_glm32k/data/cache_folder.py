@@ -1,4 +1,5 @@
 """Where files that can be made again are kept: line indexes and token caches."""
+
 import hashlib
 import os
 from pathlib import Path

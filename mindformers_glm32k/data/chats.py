@@ -8,6 +8,7 @@ A message has `role` (system, user, assistant, observation, or tool) and `conten
 answer out of the loss. Sources: README and preprocess_utils.py of ChatGLM3's finetune_chatmodel_demo for
 `conversations`, `tools` and the role `tool`; its PROMPT.md for metadata and observations.
 """
+
 import json
 
 from mindformers_glm32k.data.layouts import Chat, Turn, text_field
@@ -21,6 +22,7 @@ _HINT = 'a message looks like {"role": "user", "content": "…"}'
 
 class ChatLayout:
     """Records with a list of messages; fields besides `messages` or `conversations`, and `tools`, are ignored."""
+
     name = "chat"
     fields = ("messages (or conversations)",)
     _LISTS = ("messages", "conversations")
@@ -82,8 +84,10 @@ def _tool_turns(message, learnt):
     if not isinstance(observation, str):
         observation = json.dumps(observation, ensure_ascii=False)
     arguments = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
-    return [Turn("assistant", f"```python\ntool_call({arguments})\n```", name, learnt),
-            Turn("observation", observation)]
+    return [
+        Turn("assistant", f"```python\ntool_call({arguments})\n```", name, learnt),
+        Turn("observation", observation),
+    ]
 
 
 def _with_tools(turns, first, tools, is_own_message):

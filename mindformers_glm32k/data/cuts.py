@@ -1,4 +1,5 @@
 """Counting what had to be cut or left out, in all worker threads and processes, and saying so."""
+
 import multiprocessing
 
 WORST = 5  # rows named in a report
@@ -60,11 +61,15 @@ class CutReport:
         """
         if not self.worst:
             return f"none of {self.rows} rows had to be cut"
-        worst = "; ".join(f"{place(sample)}: " + (f"{before} to {after}" if after else f"{before}, left out")
-                          for before, after, sample in self.worst)
-        return (f"of {self.rows} rows {self.cut} were cut (truncation: {truncation}) and {self.dropped} left out, "
-                f"{self.lost} of {self.tokens} tokens ({100 * self.lost / self.tokens:.1f} %); most lost, in tokens: "
-                f"{worst}")
+        worst = "; ".join(
+            f"{place(sample)}: " + (f"{before} to {after}" if after else f"{before}, left out")
+            for before, after, sample in self.worst
+        )
+        return (
+            f"of {self.rows} rows {self.cut} were cut (truncation: {truncation}) and {self.dropped} left out, "
+            f"{self.lost} of {self.tokens} tokens ({100 * self.lost / self.tokens:.1f} %); most lost, in tokens: "
+            f"{worst}"
+        )
 
     def _numbers(self):
         """list[int] of a fixed length: all there is, for shared memory."""
@@ -76,8 +81,8 @@ class CutReport:
         report = cls()
         for name, value in zip(_COUNTS, numbers):
             setattr(report, name, value)
-        entries = numbers[len(_COUNTS):]
-        report.worst = [tuple(entries[at:at + 3]) for at in range(0, len(entries), 3) if entries[at] >= 0]
+        entries = numbers[len(_COUNTS) :]
+        report.worst = [tuple(entries[at : at + 3]) for at in range(0, len(entries), 3) if entries[at] >= 0]
         return report
 
 
@@ -109,8 +114,13 @@ class CutCounter:
             epoch_ends = report.rows >= self._rows_per_epoch
             self._numbers[:] = (CutReport() if epoch_ends else report)._numbers()
         if first:
-            self._log.warning("%s: %s (truncation: %s); a summary follows after each epoch", self._place(sample),
-                              f"cut from {before} to {after} tokens to fit the row" if after else
-                              f"left out, {before} tokens do not fit the row", self._truncation)
+            self._log.warning(
+                "%s: %s (truncation: %s); a summary follows after each epoch",
+                self._place(sample),
+                f"cut from {before} to {after} tokens to fit the row"
+                if after
+                else f"left out, {before} tokens do not fit the row",
+                self._truncation,
+            )
         if epoch_ends and report.worst:
             self._log.warning("%s", report.text(self._place, self._truncation))

@@ -1,4 +1,5 @@
 """GLM32KDataset: the `train_dataset_task` and `eval_dataset_task` of the YAML."""
+
 import copy
 from types import SimpleNamespace
 
@@ -8,8 +9,15 @@ from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
-from mindformers_glm32k.data.batches import (BatchPadding, FixedRows, PaddingCounter, RaggedRows, fixed_batches,
-                                              packed_batches, ragged_batches)
+from mindformers_glm32k.data.batches import (
+    BatchPadding,
+    FixedRows,
+    PaddingCounter,
+    RaggedRows,
+    fixed_batches,
+    packed_batches,
+    ragged_batches,
+)
 from mindformers_glm32k.data.cuts import CutCounter
 from mindformers_glm32k.data.dataset_config import SAMPLE, checked, row_length
 from mindformers_glm32k.data.loader import samples_of
@@ -104,8 +112,12 @@ def first_rows(dataset_config):
             length = row_length(config)
             for sample in _sampler(config, loader, tokens):
                 row = tokens[sample]
-                yield [sample], [row], {"input_ids": padded(row.input_ids, length, pad_id),
-                                        "labels": padded(row.labels, length, IGNORED)}
+                yield (
+                    [sample],
+                    [row],
+                    {"input_ids": padded(row.input_ids, length, pad_id), "labels": padded(row.labels, length, IGNORED)},
+                )
+
     return rows(), tokens.samples, tokens.tokenizer
 
 
@@ -120,15 +132,19 @@ def _parts(config, shard_id, num_shards):
 
 def _tokens(config, samples, tokenizer):
     length = row_length(config)
-    encoder = SimpleNamespace(vocabulary=WordEncoder(tokenizer.vocabulary)) if hasattr(tokenizer, "vocabulary") \
-        else tokenizer
-    builder = RowBuilder(encoder, config.max_source_length, config.max_target_length, length, config.truncation,
-                         config.on_long_answer)
-    settings = {name: config[name] for name in ("max_source_length", "max_target_length", "truncation",
-                                                "on_long_answer")}
+    encoder = (
+        SimpleNamespace(vocabulary=WordEncoder(tokenizer.vocabulary)) if hasattr(tokenizer, "vocabulary") else tokenizer
+    )
+    builder = RowBuilder(
+        encoder, config.max_source_length, config.max_target_length, length, config.truncation, config.on_long_answer
+    )
+    settings = {
+        name: config[name] for name in ("max_source_length", "max_target_length", "truncation", "on_long_answer")
+    }
     section = dict(config.data_loader) if isinstance(config.data_loader, dict) else None
-    cache = token_cache(samples, tokenizer, {**settings, "row_length": length}, section, config.cache_tokens,
-                        config.cache_dir, logger)
+    cache = token_cache(
+        samples, tokenizer, {**settings, "row_length": length}, section, config.cache_tokens, config.cache_dir, logger
+    )
     return TokenizedSamples(samples, builder, tokenizer, cache)
 
 
@@ -141,13 +157,19 @@ def _sampler(config, loader, tokens):
 def _unpacked(config, loader, tokens, pad_id):
     rows, length = loader.get_dataset_size(), row_length(config)
     if config.drop_remainder and rows < config.batch_size:
-        raise InputError(f"{rows} rows make no batch of batch_size={config.batch_size}; give more rows, "
-                         "a smaller batch_size, or set drop_remainder: False")
+        raise InputError(
+            f"{rows} rows make no batch of batch_size={config.batch_size}; give more rows, "
+            "a smaller batch_size, or set drop_remainder: False"
+        )
     _sampler(config, loader, tokens)
     cuts, padding = _counters(config, tokens.samples, rows, rows)
     if config.pad_to_multiple_of:
-        return ragged_batches(loader, RaggedRows(tokens, length, pad_id, cuts, None),
-                              BatchPadding(config.pad_to_multiple_of, length, pad_id, padding), config)
+        return ragged_batches(
+            loader,
+            RaggedRows(tokens, length, pad_id, cuts, None),
+            BatchPadding(config.pad_to_multiple_of, length, pad_id, padding),
+            config,
+        )
     return fixed_batches(loader, FixedRows(tokens, length, pad_id, cuts, padding), config)
 
 
@@ -157,28 +179,52 @@ def _packed(config, loader, tokens, pad_id):
     shards, batch = order["num_shards"], config.batch_size if config.drop_remainder else 1
     if config.rows_per_epoch:
         if config.rows_per_epoch % (batch * shards):
-            raise InputError(f"rows_per_epoch: {config.rows_per_epoch} is not a multiple of batch_size={batch} times "
-                             f"{shards} ranks; take {-(-config.rows_per_epoch // (batch * shards)) * batch * shards}")
+            raise InputError(
+                f"rows_per_epoch: {config.rows_per_epoch} is not a multiple of batch_size={batch} times "
+                f"{shards} ranks; take {-(-config.rows_per_epoch // (batch * shards)) * batch * shards}"
+            )
         rows = config.rows_per_epoch // shards
         counters = _counters(config, tokens.samples, len(tokens) // shards, rows)
-        return StreamedRows(config.packing_window, config.documents_per_row, order["shuffle"], order["seed"],
-                            order["shard_id"], shards, config.num_parallel_workers, tokens, length, pad_id, equal,
-                            *counters), StreamSampler(rows)
-    plan, lengths = plan_rows(tokens, length, config.packing_window, order, batch, config.num_parallel_workers,
-                              config.documents_per_row)
+        return StreamedRows(
+            config.packing_window,
+            config.documents_per_row,
+            order["shuffle"],
+            order["seed"],
+            order["shard_id"],
+            shards,
+            config.num_parallel_workers,
+            tokens,
+            length,
+            pad_id,
+            equal,
+            *counters,
+        ), StreamSampler(rows)
+    plan, lengths = plan_rows(
+        tokens, length, config.packing_window, order, batch, config.num_parallel_workers, config.documents_per_row
+    )
     documents, total, left_out = int((lengths > 0).sum()), int(lengths.sum()), int((lengths == 0).sum())
-    logger.info("packing: %d samples in %d rows of %d tokens, %.1f %% of them padding; %d samples left out",
-                documents, len(plan), length, 100 * (1 - total / (len(plan) * length)), left_out)
+    logger.info(
+        "packing: %d samples in %d rows of %d tokens, %.1f %% of them padding; %d samples left out",
+        documents,
+        len(plan),
+        length,
+        100 * (1 - total / (len(plan) * length)),
+        left_out,
+    )
     if not all(plan):
-        raise InputError(f"packing: {documents} samples are too few for a batch of {batch} rows on each of {shards} "
-                         "ranks; give more samples, a smaller batch_size, or set packing: False")
+        raise InputError(
+            f"packing: {documents} samples are too few for a batch of {batch} rows on each of {shards} "
+            "ranks; give more samples, a smaller batch_size, or set packing: False"
+        )
     counters = _counters(config, tokens.samples, documents // shards, len(plan) // shards)
     return PlannedRows(plan, tokens, length, pad_id, equal, *counters), EpochSampler(len(plan), **order)
 
 
 def _counters(config, samples, samples_per_epoch, rows_per_epoch):
-    return (CutCounter(samples.place, samples_per_epoch, logger, config.truncation),
-            PaddingCounter(rows_per_epoch, logger))
+    return (
+        CutCounter(samples.place, samples_per_epoch, logger, config.truncation),
+        PaddingCounter(rows_per_epoch, logger),
+    )
 
 
 def check_vocabulary(tokenizer, padded_vocab_size):
@@ -189,9 +235,11 @@ def check_vocabulary(tokenizer, padded_vocab_size):
         padded_vocab_size (int): rows of the model's embedding.
     """
     if tokenizer.vocab_size > padded_vocab_size:
-        raise InputError(f"the vocabulary {getattr(tokenizer, 'vocab_file', '') or ''} has {tokenizer.vocab_size} ids, "
-                         f"special tokens included, and model_config.padded_vocab_size={padded_vocab_size} has room "
-                         "for fewer; set padded_vocab_size to at least that, or take the model's own tokenizer.model")
+        raise InputError(
+            f"the vocabulary {getattr(tokenizer, 'vocab_file', '') or ''} has {tokenizer.vocab_size} ids, "
+            f"special tokens included, and model_config.padded_vocab_size={padded_vocab_size} has room "
+            "for fewer; set padded_vocab_size to at least that, or take the model's own tokenizer.model"
+        )
 
 
 def _loader(config, shard_id, num_shards):
@@ -206,6 +254,8 @@ def _loader(config, shard_id, num_shards):
             loader.seed = config.seed
         loader = build_dataset_loader(loader)
     if samples_of(loader) is None or loader.column_names != ["sample"]:
-        raise InputError("data_loader: a section with type GLM32KDataLoader is needed, or what that class returns "
-                         'with column_names=["sample"]')
+        raise InputError(
+            "data_loader: a section with type GLM32KDataLoader is needed, or what that class returns "
+            'with column_names=["sample"]'
+        )
     return loader

@@ -1,4 +1,5 @@
 """Splits by document, and what keeps scores on LongBench honest: its test sets in a model's training data."""
+
 import hashlib
 import json
 from pathlib import Path
@@ -8,12 +9,35 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
 
 VERSION = 1
-TEST_SETS = frozenset((
-    "narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh", "hotpotqa", "2wikimqa", "musique", "dureader",
-    "gov_report", "qmsum", "multi_news", "vcsum", "trec", "triviaqa", "samsum", "lsht", "passage_count",
-    "passage_retrieval_en", "passage_retrieval_zh", "lcc", "repobench-p"))
-LOUD = ("THE MODEL IS TRAINED ON LONGBENCH'S TEST SET. LongBench has test sets only: scores on the rows that were "
-        "trained on say nothing about the model. ")
+TEST_SETS = frozenset(
+    (
+        "narrativeqa",
+        "qasper",
+        "multifieldqa_en",
+        "multifieldqa_zh",
+        "hotpotqa",
+        "2wikimqa",
+        "musique",
+        "dureader",
+        "gov_report",
+        "qmsum",
+        "multi_news",
+        "vcsum",
+        "trec",
+        "triviaqa",
+        "samsum",
+        "lsht",
+        "passage_count",
+        "passage_retrieval_en",
+        "passage_retrieval_zh",
+        "lcc",
+        "repobench-p",
+    )
+)
+LOUD = (
+    "THE MODEL IS TRAINED ON LONGBENCH'S TEST SET. LongBench has test sets only: scores on the rows that were "
+    "trained on say nothing about the model. "
+)
 
 
 def document_key(context, seed=0):
@@ -23,8 +47,9 @@ def document_key(context, seed=0):
         context (str): the document.
         seed (int): other seeds give other, unrelated keys.
     """
-    return hashlib.blake2b(context.strip().encode("utf-8", "surrogatepass"), digest_size=16,
-                           key=str(seed).encode("ascii")).digest()
+    return hashlib.blake2b(
+        context.strip().encode("utf-8", "surrogatepass"), digest_size=16, key=str(seed).encode("ascii")
+    ).digest()
 
 
 def is_held_out(context, fraction, seed=0):
@@ -36,7 +61,7 @@ def is_held_out(context, fraction, seed=0):
         fraction (float): the part of all documents to hold out, 0 <= fraction <= 1, met on average.
         seed (int): determines which ones.
     """
-    return int.from_bytes(document_key(context, seed)[:8], "big") < fraction * 2 ** 64
+    return int.from_bytes(document_key(context, seed)[:8], "big") < fraction * 2**64
 
 
 def is_test_set(dataset):
@@ -64,11 +89,19 @@ def contamination_warning(source):
         list[str]: one loud sentence where there are samples of LongBench among them, in its own files or in rows of
         which nothing was held out; else nothing.
     """
-    names = [path for path, dataset in source.longbench_files()
-             if is_test_set(dataset) and not (manifest_path(path).is_file()
-                                              and Manifest.read(manifest_path(path)).holdout)]
-    return [LOUD + f"Files: {', '.join(names)}. `glm32k preprocess --holdout 0.1` splits them by document and notes "
-                   "which rows were trained on."] if names else []
+    names = [
+        path
+        for path, dataset in source.longbench_files()
+        if is_test_set(dataset) and not (manifest_path(path).is_file() and Manifest.read(manifest_path(path)).holdout)
+    ]
+    return (
+        [
+            LOUD + f"Files: {', '.join(names)}. `glm32k preprocess --holdout 0.1` splits them by document and notes "
+            "which rows were trained on."
+        ]
+        if names
+        else []
+    )
 
 
 class Manifest:
@@ -108,8 +141,14 @@ class Manifest:
 
     def write(self, path):
         """Writes the file, whole or not at all."""
-        content = {"version": VERSION, "holdout": self.holdout, "seed": self.seed, "trained": self.trained,
-                   "held_out": self.held_out, "trained_documents": sorted(key.hex() for key in self._documents)}
+        content = {
+            "version": VERSION,
+            "holdout": self.holdout,
+            "seed": self.seed,
+            "trained": self.trained,
+            "held_out": self.held_out,
+            "trained_documents": sorted(key.hex() for key in self._documents),
+        }
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

@@ -8,6 +8,7 @@ behind them; it is memory-mapped, so the offsets of a 10 GB file cost no more me
     bytes 16-23  its mtime, nanoseconds   40-47  empty lines that stand before a line, m
     then         n + 1 starts; m numbers of empty lines (from 1, ascending), int64 all of them
 """
+
 import os
 import struct
 import zlib
@@ -64,12 +65,15 @@ class LineIndex:
                 self._store()
                 problem = self._load()
                 if problem:
-                    raise InputError(f"{self.stored}: {problem}, although it has just been written; is the disk full "
-                                     "or is the data file being changed?")
+                    raise InputError(
+                        f"{self.stored}: {problem}, although it has just been written; is the disk full "
+                        "or is the data file being changed?"
+                    )
         self.blank = self.blank[self.blank < (self.line(len(self) - 1) if len(self) else 0)]
         if not len(self):
-            raise InputError(f"data file {self.path}: there are only empty lines in it; "
-                             "give a file with one JSON object per line")
+            raise InputError(
+                f"data file {self.path}: there are only empty lines in it; give a file with one JSON object per line"
+            )
 
     def __len__(self):
         return len(self._starts) - 1
@@ -127,14 +131,18 @@ class LineIndex:
         except OSError as error:
             return f"cannot be read ({error.strerror})"
         numbers = np.memmap(self.stored, np.int64, "r", _HEADER.size, (lines + 1 + blank,))
-        self._starts, self.blank = numbers[:lines + 1], np.array(numbers[lines + 1:])
+        self._starts, self.blank = numbers[: lines + 1], np.array(numbers[lines + 1 :])
         return None
 
     def _store(self):
         size = self._identity[0]
-        with atomic_path(self.stored) as temporary, open(temporary, "wb+") as file, \
-                tqdm(total=size, unit="B", unit_scale=True, desc=f"index of {self.path.name}",
-                     disable=size < _PROGRESS_FROM) as progress:
+        with (
+            atomic_path(self.stored) as temporary,
+            open(temporary, "wb+") as file,
+            tqdm(
+                total=size, unit="B", unit_scale=True, desc=f"index of {self.path.name}", disable=size < _PROGRESS_FROM
+            ) as progress,
+        ):
             file.write(bytes(_HEADER.size))
             lines, blank = -1, []
             for starts, some_blank in _scan(self.path, size, progress):
@@ -157,7 +165,7 @@ def _scan(path, size, progress=None):
         open_blank = True  # whether only white space of it has been seen
         position = 0
         while position < size:
-            read = file.readinto(memoryview(buffer)[:size - position])
+            read = file.readinto(memoryview(buffer)[: size - position])
             if not read:
                 break  # the file has become shorter: what is there is indexed, and stale by its size the next time
             block, newlines = np.frombuffer(buffer, np.uint8, read), _newlines(buffer, read)
@@ -168,7 +176,7 @@ def _scan(path, size, progress=None):
             inside = np.flatnonzero(~empty)
             empty[inside] = _WHITESPACE[block[first[inside]]]
             for at in np.flatnonzero(empty):
-                empty[at] = _WHITESPACE[block[first[at]:last[at]]].all()
+                empty[at] = _WHITESPACE[block[first[at] : last[at]]].all()
             empty[0] &= open_blank
             begins = first + position
             begins[0] = start

@@ -1,4 +1,5 @@
 """Print training rows as the model sees them, and compare their prompts with what prediction feeds."""
+
 import sys
 
 from mindformers_glm32k.errors import InputError
@@ -9,14 +10,25 @@ TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 def add_arguments(parser):
     """Adds the command's options to an argparse parser."""
     parser.add_argument("--config", required=True, help="YAML of the run, as for run_mindformer")
-    parser.add_argument("-n", "--rows", type=int, default=3, help="rows to print, from the first of the first epoch on. "
-                        "Default %(default)s")
+    parser.add_argument(
+        "-n",
+        "--rows",
+        type=int,
+        default=3,
+        help="rows to print, from the first of the first epoch on. Default %(default)s",
+    )
     parser.add_argument("--dataset", choices=("train", "eval"), default="train", help="which data set. Default train")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto",
-                        help="colours, or [weight|text]; by default colours on a terminal")
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="colours, or [weight|text]; by default colours on a terminal",
+    )
     parser.add_argument("--whole", action="store_true", help="print all tokens, not only both ends of long stretches")
-    parser.epilog = ("Any other option is run_mindformer's: --train_dataset_dir FILE, --train_dataset.packing True, "
-                     "--num_samples 100, …")
+    parser.epilog = (
+        "Any other option is run_mindformer's: --train_dataset_dir FILE, --train_dataset.packing True, "
+        "--num_samples 100, …"
+    )
 
 
 def run(args):
@@ -71,26 +83,40 @@ def row_text(number, numbers, documents, columns, samples, writer, tokenizer, co
     weights = columns.get("input_mask")
     if weights is None:
         weights = (labels != IGNORED).astype("float32")
-    parts = [writer.border(f"row {number}: {len(documents)} document{'s' * (len(documents) != 1)}, {used} of {length} "
-                           f"tokens, {100 * (1 - used / length):.1f} % padding")]
+    parts = [
+        writer.border(
+            f"row {number}: {len(documents)} document{'s' * (len(documents) != 1)}, {used} of {length} "
+            f"tokens, {100 * (1 - used / length):.1f} % padding"
+        )
+    ]
     end = 0
     for place, (sample, document) in enumerate(zip(numbers, documents), 1):
         start, end = end, end + len(document.input_ids)
         learnt = labels[start:end] != IGNORED
-        title = (f"document {place} of {len(documents)}: {samples.place(sample)}: {end - start} tokens, "
-                 f"{int(learnt.sum())} learnt")
+        title = (
+            f"document {place} of {len(documents)}: {samples.place(sample)}: {end - start} tokens, "
+            f"{int(learnt.sum())} learnt"
+        )
         if "input_mask" in columns and learnt.any():
             title += f", weight {weights[start:end][learnt].max():.4g} each"
         if document.dropped:
             title += f"; left out: {document.dropped}"
         elif document.seams:
             title += f"; cut from {document.tokens_before} tokens"
-        parts += [writer.border(title),
-                  writer.document(columns["input_ids"][start:end], labels[start:end], weights[start:end], document,
-                                  float(weights.max()) or 1.0)]
+        parts += [
+            writer.border(title),
+            writer.document(
+                columns["input_ids"][start:end],
+                labels[start:end],
+                weights[start:end],
+                document,
+                float(weights.max()) or 1.0,
+            ),
+        ]
         if not document.dropped:
-            parts.append(writer.border("prediction: " + against_prediction(samples[sample], document, tokenizer, config,
-                                                                           writer)))
+            parts.append(
+                writer.border("prediction: " + against_prediction(samples[sample], document, tokenizer, config, writer))
+            )
     if end < length:
         parts.append(writer.border(f"padding: {length - end} tokens"))
     return "\n".join(parts)
@@ -110,6 +136,7 @@ def against_prediction(sample, document, tokenizer, config, writer):
         str: one paragraph.
     """
     import numpy as np
+
     from mindformers_glm32k.data.layouts import Sample, Text
     from mindformers_glm32k.data.row_text import comparison
     from mindformers_glm32k.data.rows import IGNORED
@@ -122,7 +149,7 @@ def against_prediction(sample, document, tokenizer, config, writer):
     asked = [int(place) for place in learnt if document.input_ids[place] == answer]
     if not asked:
         return "no answer is asked for in what is left"
-    training = document.input_ids[:asked[-1] + 1].tolist()
+    training = document.input_ids[: asked[-1] + 1].tolist()
     model = config.model.model_config
     longest = model.seq_length - (model.get("max_new_tokens") or 1)
     if isinstance(sample, Sample):
@@ -146,4 +173,5 @@ def _before_the_last_answer(sample):
 
 if __name__ == "__main__":
     from mindformers_glm32k.cli import run_command
+
     sys.exit(run_command(sys.modules[__name__], "glm32k inspect"))

@@ -1,4 +1,5 @@
 """One line of a JSON-lines file: read without taking what is too long into memory, parsed, and what is wrong with it."""
+
 import json
 
 from mindformers_glm32k.errors import InputError
@@ -70,8 +71,10 @@ def parse_line(raw, first=False):
         InputError: says what is wrong with the line, but not where it stands.
     """
     if raw is None:
-        raise InputError(f"longer than {MAX_LINE_BYTES >> 20} MB, which no record is; does the file have line breaks "
-                         "between its records? Split or remove the line")
+        raise InputError(
+            f"longer than {MAX_LINE_BYTES >> 20} MB, which no record is; does the file have line breaks "
+            "between its records? Split or remove the line"
+        )
     if not raw.strip():
         raise InputError("empty line; remove it")
     try:
@@ -85,8 +88,11 @@ def parse_line(raw, first=False):
             raise InputError("the file is one JSON array over many lines; write one object per line") from error
         raise InputError(f"broken JSON ({error}): {_shorten(raw)}; mend or remove the line") from error
     if not isinstance(record, dict):
-        hint = "the file is one JSON array; write one object per line" if isinstance(record, list) else \
-            'a line looks like {"content": "…", "summary": "…"}'
+        hint = (
+            "the file is one JSON array; write one object per line"
+            if isinstance(record, list)
+            else 'a line looks like {"content": "…", "summary": "…"}'
+        )
         raise InputError(f"a JSON object is needed, found {type(record).__name__} {_shorten(raw)}; {hint}")
     return record
 

@@ -1,4 +1,5 @@
 """JSON-lines files: records read at random through the index of their lines, and checked."""
+
 import os
 import weakref
 from array import array
@@ -58,7 +59,7 @@ class JsonLines:
             self._check_lines()
 
     def _check_lines(self):
-        for line in self._index.blank[:MAX_PROBLEMS + 1]:
+        for line in self._index.blank[: MAX_PROBLEMS + 1]:
             self.problems.add(int(line), "empty line; remove it")
         last = len(self._index) - 1
         size = min(self._index[last][1], CHECKED_BYTES)
@@ -102,8 +103,10 @@ class JsonLines:
             return True
         except InputError as error:
             cut_off = raw is not None and not raw.endswith(b"\n")
-            self.problems.add(self._index.line(record),
-                              f"{error} (the last line, not closed: is the file cut off?)" if cut_off else error)
+            self.problems.add(
+                self._index.line(record),
+                f"{error} (the last line, not closed: is the file cut off?)" if cut_off else error,
+            )
             return False
 
     def __len__(self):
@@ -132,8 +135,10 @@ class JsonLines:
         try:
             return parse_line(raw, first=start == 0)
         except InputError as error:
-            raise InputError(f"{self.path}: the file has changed since it was checked ({error}); "
-                             "start again with a file that stays as it is") from error
+            raise InputError(
+                f"{self.path}: the file has changed since it was checked ({error}); "
+                "start again with a file that stays as it is"
+            ) from error
 
     def _record(self, index):
         """int: the number in the index of record `index`, 0 <= index < len(self)."""

@@ -3,9 +3,10 @@
 A sample is one of three: a `Sample` (one question with its answer), a `Chat` (any number of turns) or a `Text`
 (no roles at all, for continued training).
 """
+
 import difflib
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import Optional
 
 from mindformers_glm32k.errors import InputError
 
@@ -23,11 +24,12 @@ class Turn:
         learnt (bool): whether the content and the token that ends it have a part in the loss.
         context (tuple[int, int] | None): where in `content`, in characters, the long document stands.
     """
+
     role: str
     content: str
     metadata: str = ""
     learnt: bool = False
-    context: Optional[Tuple[int, int]] = None
+    context: Optional[tuple[int, int]] = None
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class Sample:
         answer (str): what the model is to answer.
         context (tuple[int, int]): where in `prompt`, in characters, the long document stands. Cuts fall inside it.
     """
+
     prompt: str
     answer: str
-    context: Tuple[int, int]
+    context: tuple[int, int]
 
     def turns(self):
         """tuple[Turn, Turn]: the same as a conversation."""
@@ -55,7 +58,8 @@ class Chat:
     Attributes:
         messages (tuple[Turn]): in their order.
     """
-    messages: Tuple[Turn, ...]
+
+    messages: tuple[Turn, ...]
 
     def turns(self):
         """tuple[Turn]: the messages."""
@@ -69,6 +73,7 @@ class Text:
     Attributes:
         text (str): not empty.
     """
+
     text: str
 
 
@@ -81,6 +86,7 @@ class AdGenLayout:
     Args:
         columns (tuple[str, str]): the names of the two fields.
     """
+
     name = "adgen"
 
     def __init__(self, columns):
@@ -101,8 +107,10 @@ def _span(context, length):
         return 0, length
     places = isinstance(context, list) and len(context) == 2 and all(type(place) is int for place in context)
     if not places or not 0 <= context[0] <= context[1] <= length:
-        raise InputError(f"column 'context_span' is {context!r:.60}; it says where in the text, in characters, the "
-                         f"long document stands: [start, stop] within 0 and {length}. Mend or remove it")
+        raise InputError(
+            f"column 'context_span' is {context!r:.60}; it says where in the text, in characters, the "
+            f"long document stands: [start, stop] within 0 and {length}. Mend or remove it"
+        )
     return context[0], context[1]
 
 
@@ -112,6 +120,7 @@ class LongBenchLayout:
     Args:
         prompts (PromptTemplates | None): None only where the layout is asked what it matches.
     """
+
     name = "longbench"
     fields = ("input", "context", "answers", "dataset")
 
@@ -139,6 +148,7 @@ class LongBenchLayout:
 
 class TextLayout:
     """{"text": "…"}; other fields are ignored."""
+
     name = "text"
     fields = ("text",)
 
@@ -169,10 +179,16 @@ def layout_of(record, layouts):
             return layout
     known = " or ".join(", ".join(layout.fields) for layout in layouts)
     missing = [field for layout in layouts for field in layout.fields if field not in record]
-    near = [f"{field!r} looks like {match!r}"
-            for field in record for match in difflib.get_close_matches(field, missing, n=1)]
-    raise InputError(f"has the fields {_names(record)}; needed are {known}"
-                     + (f" ({'; '.join(near)})" if near else "") + f"; {RENAME}")
+    near = [
+        f"{field!r} looks like {match!r}"
+        for field in record
+        for match in difflib.get_close_matches(field, missing, n=1)
+    ]
+    raise InputError(
+        f"has the fields {_names(record)}; needed are {known}"
+        + (f" ({'; '.join(near)})" if near else "")
+        + f"; {RENAME}"
+    )
 
 
 def _names(record):
@@ -202,6 +218,8 @@ def text_field(record, field, hint, may_be_empty=False):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"column {field!r} has half a surrogate pair at character {error.start}, "
-                             "which no tokenizer can read; mend the text") from error
+            raise InputError(
+                f"column {field!r} has half a surrogate pair at character {error.start}, "
+                "which no tokenizer can read; mend the text"
+            ) from error
     return value

@@ -1,4 +1,5 @@
 """GLM32KDataLoader: the `data_loader` section of the YAML."""
+
 import numpy as np
 from mindspore.dataset import GeneratorDataset
 
@@ -15,9 +16,25 @@ COLUMNS = {
     "answer": lambda source, index: np.array(source[index].answer),
     "sample": lambda source, index: np.array(index, np.int64),
 }
-_KEYS = ("type", "dataset_dir", "shuffle", "origin_columns", "layout", "prompt_config_file", "num_samples",
-         "num_shards", "shard_id", "seed", "column_names", "phase", "version", "num_parallel_workers",
-         "python_multiprocessing", "on_error", "cache_dir")
+_KEYS = (
+    "type",
+    "dataset_dir",
+    "shuffle",
+    "origin_columns",
+    "layout",
+    "prompt_config_file",
+    "num_samples",
+    "num_shards",
+    "shard_id",
+    "seed",
+    "column_names",
+    "phase",
+    "version",
+    "num_parallel_workers",
+    "python_multiprocessing",
+    "on_error",
+    "cache_dir",
+)
 _TEXTS = {"prompt", "answer"}  # columns that only a single question has
 
 
@@ -54,11 +71,28 @@ class GLM32KDataLoader:
         InputError: unknown keys, wrong values, files missing or empty, lines not fit for use.
     """
 
-    def __new__(cls, dataset_dir=None, shuffle=False, origin_columns=("content", "summary"), layout=AUTO,
-                prompt_config_file=None, num_samples=None, num_shards=None, shard_id=None, seed=0,
-                column_names=("prompt", "answer"), phase=None, version=None, num_parallel_workers=1,
-                python_multiprocessing=False, on_error=RAISE, cache_dir=None, **unknown):
+    def __new__(
+        cls,
+        dataset_dir=None,
+        shuffle=False,
+        origin_columns=("content", "summary"),
+        layout=AUTO,
+        prompt_config_file=None,
+        num_samples=None,
+        num_shards=None,
+        shard_id=None,
+        seed=0,
+        column_names=("prompt", "answer"),
+        phase=None,
+        version=None,
+        num_parallel_workers=1,
+        python_multiprocessing=False,
+        on_error=RAISE,
+        cache_dir=None,
+        **unknown,
+    ):
         from mindformers.tools.logger import logger
+
         reject_unknown(unknown, _KEYS, "data_loader")
         boolean(shuffle, "data_loader.shuffle")
         boolean(python_multiprocessing, "data_loader.python_multiprocessing")
@@ -66,40 +100,58 @@ class GLM32KDataLoader:
         choice(phase, "data_loader.phase", (None, "train", "eval"))
         choice(on_error, "data_loader.on_error", ON_ERROR)
         if not _names(origin_columns) or len(origin_columns) != 2:
-            raise InputError(f"data_loader.origin_columns: {origin_columns!r} is not a list of two names, "
-                             "that of the question's field and that of the answer's")
+            raise InputError(
+                f"data_loader.origin_columns: {origin_columns!r} is not a list of two names, "
+                "that of the question's field and that of the answer's"
+            )
         if not _names(column_names) or not set(column_names) <= set(COLUMNS):
-            raise InputError(f"data_loader.column_names: {column_names!r} is not a list of names out of "
-                             f"{', '.join(COLUMNS)}")
-        for name, value, least in (("num_samples", num_samples, 1), ("num_shards", num_shards, 1),
-                                   ("shard_id", shard_id, 0), ("seed", seed, 0)):
+            raise InputError(
+                f"data_loader.column_names: {column_names!r} is not a list of names out of {', '.join(COLUMNS)}"
+            )
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("num_shards", num_shards, 1),
+            ("shard_id", shard_id, 0),
+            ("seed", seed, 0),
+        ):
             if value is not None:
                 whole_number(value, f"data_loader.{name}", least)
         num_shards, shard_id = num_shards or 1, shard_id or 0
         if shard_id >= num_shards:
             raise InputError(f"data_loader.shard_id: {shard_id} is not below num_shards={num_shards}")
 
-        source = SampleSource(dataset_dir, tuple(origin_columns), layout, prompt_config_file, num_samples,
-                              cache_dir, on_error)
+        source = SampleSource(
+            dataset_dir, tuple(origin_columns), layout, prompt_config_file, num_samples, cache_dir, on_error
+        )
         for path, file_layout, size in source.files():
             logger.info("%s: %d rows, layout %s", path, size, file_layout)
             if file_layout in ("chat", "text") and _TEXTS & set(column_names):
-                raise InputError(f"{path}: lines of the layout {file_layout} have no columns prompt and answer; "
-                                 "set train_dataset_task.type to GLM32KDataset")
+                raise InputError(
+                    f"{path}: lines of the layout {file_layout} have no columns prompt and answer; "
+                    "set train_dataset_task.type to GLM32KDataset"
+                )
         for_training = phase == "train" or phase is None and shuffle
         for problem in source.problems() + (contamination_warning(source) if for_training else []):
             logger.warning("%s", problem)
         if len(source) < num_shards:
-            raise InputError(f"data_loader.dataset_dir {dataset_dir}: {len(source)} rows are not enough for "
-                             f"{num_shards} ranks; give more rows or use fewer ranks")
+            raise InputError(
+                f"data_loader.dataset_dir {dataset_dir}: {len(source)} rows are not enough for "
+                f"{num_shards} ranks; give more rows or use fewer ranks"
+            )
         if len(source) % num_shards:
-            logger.info("%d of %d rows are left out in each epoch, so that %d ranks have equally many",
-                        len(source) % num_shards, len(source), num_shards)
+            logger.info(
+                "%d of %d rows are left out in each epoch, so that %d ranks have equally many",
+                len(source) % num_shards,
+                len(source),
+                num_shards,
+            )
         return GeneratorDataset(
-            _Columns(source, tuple(column_names)), list(column_names),
+            _Columns(source, tuple(column_names)),
+            list(column_names),
             sampler=EpochSampler(len(source), shuffle, seed or 0, num_shards, shard_id),
             num_parallel_workers=workers(num_parallel_workers or 1, "data_loader.num_parallel_workers"),
-            python_multiprocessing=python_multiprocessing)
+            python_multiprocessing=python_multiprocessing,
+        )
 
 
 def samples_of(dataset):

@@ -1,4 +1,5 @@
 """LongBench's files in a folder or in the published data.zip, line by line."""
+
 import contextlib
 import zipfile
 import zlib
@@ -22,6 +23,7 @@ class DataFile:
         member (str | None): its name in the zip file.
         size (int): bytes, unpacked.
     """
+
     path: Path
     member: str
     size: int
@@ -83,8 +85,9 @@ def find(data_path, is_longbench_e):
             other_kind += 1
     kind, other = ("LongBench-E (*_e.jsonl)", "LongBench") if is_longbench_e else ("LongBench", "LongBench-E")
     if other_kind:
-        passed_over.append(f"{path}: {other_kind} files of {other} left out; --is_longbench_e {not is_longbench_e} "
-                           "takes them")
+        passed_over.append(
+            f"{path}: {other_kind} files of {other} left out; --is_longbench_e {not is_longbench_e} takes them"
+        )
     if not taken:
         elsewhere = [entry for entry in (path / "data", path / "data.zip") if entry.exists()]
         near = f"Did you mean {elsewhere[0]}?" if elsewhere and not other_kind else "".join(passed_over[-1:])
@@ -95,8 +98,11 @@ def find(data_path, is_longbench_e):
 def _members(path):
     try:
         with zipfile.ZipFile(path) as archive:
-            return [DataFile(path, member.filename, member.file_size) for member in archive.infolist()
-                    if not member.is_dir() and not member.filename.startswith("__MACOSX/")]
+            return [
+                DataFile(path, member.filename, member.file_size)
+                for member in archive.infolist()
+                if not member.is_dir() and not member.filename.startswith("__MACOSX/")
+            ]
     except _ZIP_ERRORS as error:
         raise InputError(f"--data_path {path}: no zip file ({error}). {_HINT}") from error
 

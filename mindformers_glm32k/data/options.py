@@ -1,4 +1,5 @@
 """Checks of configuration keys and values that the data classes share."""
+
 import argparse
 import difflib
 import multiprocessing

@@ -1,4 +1,5 @@
 """The order of the samples: the same for one process and for many, on any number of workers, after a resume too."""
+
 import numpy as np
 from mindspore.dataset import Sampler
 
@@ -42,8 +43,12 @@ class EpochSampler(Sampler):
 
     def order(self):
         """dict: shuffle, seed, num_shards and shard_id, as another sampler takes them."""
-        return {"shuffle": self._shuffle, "seed": self._seed, "num_shards": self._num_shards,
-                "shard_id": self._shard_id}
+        return {
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+            "num_shards": self._num_shards,
+            "shard_id": self._shard_id,
+        }
 
     def __iter__(self):
         order = sample_order(self._size, self._shuffle, self._seed, self._epoch)
@@ -51,7 +56,7 @@ class EpochSampler(Sampler):
             order = _alike_together(order, self._sizes, self._batch, (self._seed, self._epoch), self._shuffle)
         self._epoch += 1
         used = self._size // self._num_shards * self._num_shards
-        return iter(order[self._shard_id:used:self._num_shards].tolist())
+        return iter(order[self._shard_id : used : self._num_shards].tolist())
 
 
 class StreamSampler(Sampler):
@@ -78,11 +83,16 @@ def sample_order(size, shuffle, seed, epoch):
 def _alike_together(order, sizes, batch, seed, shuffle):
     """Sorts by size within windows of WINDOW batches and, where shuffled, puts the batches in a random order again."""
     window = WINDOW * batch
-    order = np.concatenate([part[np.argsort(sizes[part], kind="stable")]
-                            for part in (order[at:at + window] for at in range(0, len(order), window))])
+    order = np.concatenate(
+        [
+            part[np.argsort(sizes[part], kind="stable")]
+            for part in (order[at : at + window] for at in range(0, len(order), window))
+        ]
+    )
     if not shuffle:
         return order
     whole = len(order) // batch
-    batches = order[:whole * batch].reshape(whole, batch)
-    return np.concatenate((batches[np.random.default_rng((*seed, 1)).permutation(whole)].reshape(-1),
-                           order[whole * batch:]))
+    batches = order[: whole * batch].reshape(whole, batch)
+    return np.concatenate(
+        (batches[np.random.default_rng((*seed, 1)).permutation(whole)].reshape(-1), order[whole * batch :])
+    )

@@ -1,4 +1,5 @@
 """Packed rows by number: planned for a whole epoch, or packed while they are asked for."""
+
 import itertools
 import os
 import threading
@@ -63,7 +64,7 @@ class PlannedRows(PackedRows):
 
     def documents(self, place):
         start = int(self._ends[place - 1]) if place else 0
-        samples = self._samples[start:int(self._ends[place])].tolist()
+        samples = self._samples[start : int(self._ends[place])].tolist()
         return samples, [self.tokens[sample] for sample in samples]
 
 
@@ -109,8 +110,7 @@ class StreamedRows(PackedRows):
             order = sample_order(len(self.tokens), self._shuffle, self._seed, number)
             held, empty = {}, True
             seed = (self._seed, number, self._shard_id) if self._shuffle else None
-            for samples in pack(self._documents(order, held), self._capacity, self._window, seed,
-                                self._most):
+            for samples in pack(self._documents(order, held), self._capacity, self._window, seed, self._most):
                 yield samples, [held.pop(sample) for sample in samples]
                 empty = False
             if empty:
@@ -128,8 +128,8 @@ class StreamedRows(PackedRows):
                 found.append((sample, length if row is None else len(row.input_ids), None if cache else row))
             return found
 
-        mine = order[self._shard_id::self._num_shards]
-        parts = (mine[at:at + _TOGETHER] for at in range(0, len(mine), _TOGETHER))
+        mine = order[self._shard_id :: self._num_shards]
+        parts = (mine[at : at + _TOGETHER] for at in range(0, len(mine), _TOGETHER))
         for found in in_order(look_up, parts, self._threads, ahead=_AHEAD):
             for sample, length, row in found:
                 if length:
@@ -157,8 +157,15 @@ def plan_rows(tokens, capacity, window, order, batch, threads, most=None):
     shards = order["num_shards"]
     lengths = tokens.all_lengths(threads, start=len(tokens) * order["shard_id"] // shards)
     samples = sample_order(len(tokens), order["shuffle"], order["seed"], 0)
-    rows = list(pack(zip(samples.tolist(), lengths[samples].tolist()), capacity, window,
-                     order["seed"] if order["shuffle"] else None, most))
+    rows = list(
+        pack(
+            zip(samples.tolist(), lengths[samples].tolist()),
+            capacity,
+            window,
+            order["seed"] if order["shuffle"] else None,
+            most,
+        )
+    )
     if not rows:
         raise InputError("packing: every sample was left out by the truncation; see the log")
     return split_to_multiple(rows, batch * shards), lengths

@@ -17,6 +17,7 @@ on whichever device it lies, and whatever lies beside it. LongAlign (Bai et al. 
 weights that hold the number of packs and of samples in the batch, which a data worker would have to know of all
 devices; here the denominator that the model computes does that. A constant factor in w would cancel.
 """
+
 import numpy as np
 
 from mindformers_glm32k.data.rows import IGNORED
@@ -86,8 +87,10 @@ def pack(documents, capacity, window, seed=None, most=None):
             if tokens >= size * capacity:
                 break
         waiting.sort()
-        rows = [sorted(waiting[place] for place in row)
-                for row in first_fit([length for _, _, length in waiting], capacity, most)]
+        rows = [
+            sorted(waiting[place] for place in row)
+            for row in first_fit([length for _, _, length in waiting], capacity, most)
+        ]
         waiting = []
         if more:
             rows.sort(key=lambda row: (-sum(length for _, _, length in row), row))

@@ -1,4 +1,5 @@
 """Prompt templates in the format of LongBench's dataset2prompt.json: {data set: "… {context} … {input} …"}."""
+
 import json
 import string
 
@@ -32,12 +33,15 @@ class PromptTemplate:
         try:
             self._pieces = [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
         except ValueError as error:
-            raise InputError(f"{what} has a wrong brace ({error}); "
-                             "write {{ or }} for a brace in the text") from error
+            raise InputError(
+                f"{what} has a wrong brace ({error}); write {{{{ or }}}} for a brace in the text"
+            ) from error
         wrong = [field for _, field in self._pieces if field is not None and not field.isidentifier()]
         if wrong:
-            raise InputError(f"{what} has the field {{{wrong[0]}}}; "
-                             "write {context}, {input} or another field's name, or {{ }} for braces in the text")
+            raise InputError(
+                f"{what} has the field {{{wrong[0]}}}; "
+                "write {context}, {input} or another field's name, or {{ }} for braces in the text"
+            )
 
     def render(self, record):
         """Fills the fields in, as `template.format(**record)` does.
@@ -85,8 +89,10 @@ class PromptTemplates:
             raise InputError(f"prompt file {self.path}: not JSON ({error}). {_HINT}") from error
         if not isinstance(templates, dict) or not templates:
             raise InputError(f"prompt file {self.path}: a JSON object is needed. {_HINT}")
-        self._templates = {name: PromptTemplate(text, f"prompt file {self.path}: the prompt of {name!r}")
-                           for name, text in templates.items()}
+        self._templates = {
+            name: PromptTemplate(text, f"prompt file {self.path}: the prompt of {name!r}")
+            for name, text in templates.items()
+        }
 
     def render(self, record):
         """The prompt of one LongBench record and where its context stands; see `PromptTemplate.render`.
@@ -105,5 +111,6 @@ class PromptTemplates:
         for name in (dataset, plain_name(dataset)):
             if name in self._templates:
                 return self._templates[name]
-        raise InputError(f"no prompt for the data set {dataset!r} in {self.path}, which has "
-                         f"{', '.join(self._templates)}; add one")
+        raise InputError(
+            f"no prompt for the data set {dataset!r} in {self.path}, which has {', '.join(self._templates)}; add one"
+        )

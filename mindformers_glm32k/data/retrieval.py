@@ -6,6 +6,7 @@ that a few hundred steps of a tiny model show: first the form of the answers, th
 that the context states. The answer names the key before the value because that is learnt much sooner than the bare
 value: with eight keys 35 of 40 held-out answers were right after 500 steps, against 14.
 """
+
 import random
 
 DATASET = "kv_retrieval"
@@ -23,8 +24,24 @@ FACTS = {
     "tool": ("hammer", "saw", "spade", "needle"),
 }
 _QUALITIES = ("old", "young", "quiet", "loud", "tall", "small", "kind", "slow", "quick", "tired", "clever", "shy")
-_PEOPLE = ("baker", "farmer", "teacher", "doctor", "sailor", "writer", "painter", "driver", "singer", "miller",
-           "tailor", "judge", "guard", "clerk", "nurse", "pilot")
+_PEOPLE = (
+    "baker",
+    "farmer",
+    "teacher",
+    "doctor",
+    "sailor",
+    "writer",
+    "painter",
+    "driver",
+    "singer",
+    "miller",
+    "tailor",
+    "judge",
+    "guard",
+    "clerk",
+    "nurse",
+    "pilot",
+)
 _DEEDS = ("sees", "meets", "calls", "helps", "thanks", "follows", "greets", "visits", "hears", "asks", "pays", "joins")
 _WHEN = ("today", "often", "again", "at night", "in the morning", "on Monday", "by the river", "near the bridge")
 
@@ -45,8 +62,10 @@ def filler(rng):
     Args:
         rng (random.Random)
     """
-    return (f"The {rng.choice(_QUALITIES)} {rng.choice(_PEOPLE)} {rng.choice(_DEEDS)} "
-            f"the {rng.choice(_PEOPLE)} {rng.choice(_WHEN)}.")
+    return (
+        f"The {rng.choice(_QUALITIES)} {rng.choice(_PEOPLE)} {rng.choice(_DEEDS)} "
+        f"the {rng.choice(_PEOPLE)} {rng.choice(_WHEN)}."
+    )
 
 
 def sentences(seed, count=4000):
@@ -85,8 +104,9 @@ class RetrievalTask:
         self._sizes = {fact(key, value): count(fact(key, value)) for key, values in FACTS.items() for value in values}
         # tokens of what stands behind the context, which begins with a line break and not with a space
         anchor = fact("city", "Oslo")
-        self._tails = {key: count(TEMPLATE.format(context=anchor, input=question(key))) - count(anchor)
-                       for key in FACTS}
+        self._tails = {
+            key: count(TEMPLATE.format(context=anchor, input=question(key))) - count(anchor) for key in FACTS
+        }
         rng = random.Random(0)
         pool = sorted({filler(rng) for _ in range(3000)})
         self._fillers = [(sentence, count(sentence)) for sentence in pool]

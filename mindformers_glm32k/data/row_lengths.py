@@ -1,4 +1,5 @@
 """How long rows are, by data set: a table and a picture."""
+
 from array import array
 
 import numpy as np
@@ -56,8 +57,15 @@ class RowLengths:
     def _of(self, name, place):
         """np.ndarray: lengths of a data set's prompts (place 0) or answers (1), both sides together."""
         self._tokenize()
-        return np.array([length for (dataset, _), columns in self._rows.items() if name in (dataset, None)
-                         for length in columns[place]], np.int64)
+        return np.array(
+            [
+                length
+                for (dataset, _), columns in self._rows.items()
+                if name in (dataset, None)
+                for length in columns[place]
+            ],
+            np.int64,
+        )
 
     def table(self):
         """str: one line for each data set and one for all."""
@@ -67,18 +75,32 @@ class RowLengths:
         lines = [head]
         for name in [*sorted({dataset for dataset, _ in self._rows}), None]:
             prompts = self._of(name, 0)
-            held_out = sum(len(columns[0]) for (dataset, side), columns in self._rows.items()
-                           if side == "heldout" and name in (dataset, None))
-            line = ["all" if name is None else name, len(prompts), held_out,
-                    *(int(np.percentile(prompts, part)) for part in (50, 95, 100))]
+            held_out = sum(
+                len(columns[0])
+                for (dataset, side), columns in self._rows.items()
+                if side == "heldout" and name in (dataset, None)
+            )
+            line = [
+                "all" if name is None else name,
+                len(prompts),
+                held_out,
+                *(int(np.percentile(prompts, part)) for part in (50, 95, 100)),
+            ]
             if tokens:
                 line += [self._of(name, 1).max(), (prompts + self._of(name, 1) > ROW).sum()]
             lines.append(line)
         widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
         unit = "tokens" if tokens else "words (Chinese: characters) of the document; --tokenizer counts tokens"
-        return "\n".join([f"Lengths of prompts in {unit}"] + [
-            "  ".join(str(cell).ljust(width) if not column else str(cell).rjust(width)
-                      for column, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines])
+        return "\n".join(
+            [f"Lengths of prompts in {unit}"]
+            + [
+                "  ".join(
+                    str(cell).ljust(width) if not column else str(cell).rjust(width)
+                    for column, (cell, width) in enumerate(zip(line, widths))
+                ).rstrip()
+                for line in lines
+            ]
+        )
 
     def draw(self, path):
         """Draws a histogram of the tokens of prompt and answer together.
@@ -90,6 +112,7 @@ class RowLengths:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
+
         names = sorted({dataset for dataset, _ in self._rows})
         lengths = [self._of(name, 0) + self._of(name, 1) for name in names]
         first = int(np.log2(max(1, min(part.min() for part in lengths))))
@@ -97,15 +120,24 @@ class RowLengths:
         figure = Figure(figsize=(10, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        axes.hist(lengths, 2.0 ** np.arange(first, last + 0.1, 0.25), stacked=True, label=names,
-                  color=matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(names))))
+        axes.hist(
+            lengths,
+            2.0 ** np.arange(first, last + 0.1, 0.25),
+            stacked=True,
+            label=names,
+            color=matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(names))),
+        )
         axes.axvline(ROW, color="black", linestyle="--", label=f"{ROW} tokens")
         axes.set_xscale("log", base=2)
-        axes.set_xticks([2 ** power for power in range(first, last + 1)],
-                        [str(2 ** power) for power in range(first, last + 1)])
+        axes.set_xticks(
+            [2**power for power in range(first, last + 1)], [str(2**power) for power in range(first, last + 1)]
+        )
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="tokens of prompt and answer", ylabel="rows",
-                 title=f"{sum(map(len, lengths))} rows, {sum((part > ROW).sum() for part in lengths)} longer than "
-                       f"{ROW} tokens")
+        axes.set(
+            xlabel="tokens of prompt and answer",
+            ylabel="rows",
+            title=f"{sum(map(len, lengths))} rows, {sum((part > ROW).sum() for part in lengths)} longer than "
+            f"{ROW} tokens",
+        )
         figure.legend(loc="outside right upper", fontsize="small")
         figure.savefig(path, dpi=120)

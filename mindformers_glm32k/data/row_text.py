@@ -1,4 +1,5 @@
 """A row of tokens as text for people: what is learnt and how much it weighs, where documents begin, what was cut."""
+
 import numpy as np
 
 from mindformers_glm32k.data.rows import IGNORED
@@ -26,8 +27,10 @@ class RowText:
         if not self._color:
             return "[weight|text] is learnt with that weight; «token» is no text; ✂ N ✂: N tokens were cut out"
         scale = "".join(f"{code} {share}{_RESET}" for code, share in zip(_WEIGHTS, ("light", "…", "…", "heavy")))
-        return (f"learnt, by weight in the loss:{scale}; {_SPECIAL}token{_RESET} is no text; "
-                f"{_CUT}✂ N ✂{_RESET}: N tokens were cut out")
+        return (
+            f"learnt, by weight in the loss:{scale}; {_SPECIAL}token{_RESET} is no text; "
+            f"{_CUT}✂ N ✂{_RESET}: N tokens were cut out"
+        )
 
     def border(self, text):
         """str: a line between documents."""
@@ -49,8 +52,12 @@ class RowText:
         special = np.isin(ids, list(self._roles)) | (ids == self._vocabulary.eos_id)
         parts, start = [], 0
         for place in range(1, len(ids) + 1):
-            if place < len(ids) and weight[place] == weight[start] and special[place] == special[start] \
-                    and place not in row.seams:
+            if (
+                place < len(ids)
+                and weight[place] == weight[start]
+                and special[place] == special[start]
+                and place not in row.seams
+            ):
                 continue
             if start in row.seams:
                 lost = f" {row.tokens_before - row.tokens_after} tokens" if len(row.seams) == 1 else ""
@@ -71,8 +78,11 @@ class RowText:
         elif weight or self._whole or len(ids) <= 2 * SHOWN + 1:
             text = self.text(ids)
         else:
-            text = (self.text(ids[:SHOWN]) + self._paint(_BORDER, f" … {len(ids) - 2 * SHOWN} tokens … ")
-                    + self.text(ids[len(ids) - SHOWN:]))
+            text = (
+                self.text(ids[:SHOWN])
+                + self._paint(_BORDER, f" … {len(ids) - 2 * SHOWN} tokens … ")
+                + self.text(ids[len(ids) - SHOWN :])
+            )
         if not self._color:
             return f"[{weight:.4g}|{text}]" if weight else text
         code = _WEIGHTS[min(int(len(_WEIGHTS) * weight / heaviest), len(_WEIGHTS) - 1)] if weight else ""
@@ -83,7 +93,7 @@ class RowText:
         vocabulary, spelt = self._vocabulary, []
         for index in map(int, ids):
             if index in self._roles or index >= len(vocabulary):
-                spelt.append(f"«{vocabulary.token(index) if index < len(vocabulary) else index}»".encode("utf-8"))
+                spelt.append(f"«{vocabulary.token(index) if index < len(vocabulary) else index}»".encode())
             elif vocabulary.model.is_byte(index):
                 spelt.append(bytes([int(vocabulary.model.id_to_piece(index)[1:-1], 16)]))
             else:
@@ -110,11 +120,16 @@ def comparison(training, prediction, seams, describe):
         return f"the prompt's {len(training)} tokens are those that prediction feeds"
     short = min(len(training), len(prediction))
     same = next((place for place in range(short) if training[place] != prediction[place]), short)
-    behind = next((place for place in range(short - same) if training[-1 - place] != prediction[-1 - place]),
-                  short - same)
-    text = (f"the prompt has {len(training)} tokens, prediction feeds {len(prediction)}; the first {same} are the same, "
-            f"and the last {behind}")
+    behind = next(
+        (place for place in range(short - same) if training[-1 - place] != prediction[-1 - place]), short - same
+    )
+    text = (
+        f"the prompt has {len(training)} tokens, prediction feeds {len(prediction)}; the first {same} are the same, "
+        f"and the last {behind}"
+    )
     if same + behind == len(training) and any(same - 1 <= seam <= same + 1 for seam in seams):
         return f"{text}: what differs is the cut alone"
-    return (f"{text}; from token {same} on training has {describe(training[same:same + 8])!r}, "
-            f"prediction {describe(prediction[same:same + 8])!r}")
+    return (
+        f"{text}; from token {same} on training has {describe(training[same : same + 8])!r}, "
+        f"prediction {describe(prediction[same : same + 8])!r}"
+    )

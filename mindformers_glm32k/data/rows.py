@@ -29,8 +29,9 @@ line break that the published chat format puts there (or a tool's name before it
 ids that the tokenizer makes of a line break. Source of the mask: preprocess_utils.py of ChatGLM3's
 finetune_chatmodel_demo, whose labels stand one place further right, for its model shifts them itself.
 """
+
 from dataclasses import dataclass, replace
-from typing import Optional, Tuple
+from typing import Optional
 
 import numpy as np
 
@@ -59,19 +60,20 @@ class Row:
         seams (tuple[int, ...]): places in input_ids before which tokens were cut out.
         dropped (str | None): why the row was left out.
     """
+
     input_ids: np.ndarray
     labels: np.ndarray
     tokens_before: int
     tokens_after: int
     prompt_tokens: int
-    seams: Tuple[int, ...] = ()
+    seams: tuple[int, ...] = ()
     dropped: Optional[str] = None
 
 
 def padded(values, length, filler):
     """np.ndarray: int32 (length,), the values with the filler behind them."""
     row = np.full(length, filler, np.int32)
-    row[:len(values)] = values
+    row[: len(values)] = values
     return row
 
 
@@ -93,11 +95,13 @@ class RowBuilder:
         InputError: another kind of tokenizer, or a max_source_length that does not even hold the role tokens.
     """
 
-    def __init__(self, tokenizer, max_source_length, max_target_length, row_length, truncation="middle",
-                 on_long_answer=RAISE):
+    def __init__(
+        self, tokenizer, max_source_length, max_target_length, row_length, truncation="middle", on_long_answer=RAISE
+    ):
         if not hasattr(tokenizer, "vocabulary"):
-            raise InputError(f"tokenizer: {type(tokenizer).__name__} does not know ChatGLM3's role tokens; "
-                             "set type: GLM32KTokenizer")
+            raise InputError(
+                f"tokenizer: {type(tokenizer).__name__} does not know ChatGLM3's role tokens; set type: GLM32KTokenizer"
+            )
         self._vocabulary = tokenizer.vocabulary
         self._truncation, self._way = truncation, TRUNCATIONS[truncation]
         self._on_long_answer = on_long_answer
@@ -105,8 +109,10 @@ class RowBuilder:
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
         empty = chat.conversation_ids(self._vocabulary, [{"role": "user", "content": ""}], add_generation_prompt=True)
         if max_source_length < len(empty) + LEAST:
-            raise InputError(f"max_source_length: {max_source_length} leaves no room for a question beside the "
-                             f"{len(empty)} tokens of the chat format; give at least {len(empty) + LEAST}")
+            raise InputError(
+                f"max_source_length: {max_source_length} leaves no room for a question beside the "
+                f"{len(empty)} tokens of the chat format; give at least {len(empty) + LEAST}"
+            )
 
     def __call__(self, sample):
         """Builds the row of one sample, padded to the row length.
@@ -121,8 +127,11 @@ class RowBuilder:
             InputError: answers too long for a row, where that is not to be dropped.
         """
         row = self.tokens(sample)
-        return replace(row, input_ids=padded(row.input_ids, self._row_length, self._vocabulary.unk_id),
-                       labels=padded(row.labels, self._row_length, IGNORED))
+        return replace(
+            row,
+            input_ids=padded(row.input_ids, self._row_length, self._vocabulary.unk_id),
+            labels=padded(row.labels, self._row_length, IGNORED),
+        )
 
     def tokens(self, sample):
         """Builds the row of one sample without padding; otherwise as a call."""
@@ -145,19 +154,24 @@ class RowBuilder:
         vocabulary, turns = self._vocabulary, sample.turns()
         last = max(index for index, turn in enumerate(turns) if turn.learnt)
         pieces, ends_an_answer = [_Piece(chat.prefix_ids(vocabulary))], False
-        for turn in turns[:last + 1]:  # behind the last answer there is nothing to learn
-            pieces += [_Piece([vocabulary.special[f"<|{turn.role}|>"]], learnt=ends_an_answer),
-                       _Piece(vocabulary.encode(f"{turn.metadata}\n"), learnt=turn.learnt),
-                       _Piece(vocabulary.encode(turn.content), learnt=turn.learnt,
-                              source=turn if turn.role in _CUTTABLE else None)]
+        for turn in turns[: last + 1]:  # behind the last answer there is nothing to learn
+            pieces += [
+                _Piece([vocabulary.special[f"<|{turn.role}|>"]], learnt=ends_an_answer),
+                _Piece(vocabulary.encode(f"{turn.metadata}\n"), learnt=turn.learnt),
+                _Piece(
+                    vocabulary.encode(turn.content), learnt=turn.learnt, source=turn if turn.role in _CUTTABLE else None
+                ),
+            ]
             ends_an_answer = turn.learnt
-        end = vocabulary.special[f"<|{turns[last + 1].role}|>"] if turns[last + 1:] else vocabulary.eos_id
+        end = vocabulary.special[f"<|{turns[last + 1].role}|>"] if turns[last + 1 :] else vocabulary.eos_id
         return pieces + [_Piece([end], learnt=True)]
 
     def _text_pieces(self, sample):
-        return [_Piece(chat.prefix_ids(self._vocabulary)),
-                _Piece(self._vocabulary.encode(sample.text), learnt=True, source=sample),
-                _Piece([self._vocabulary.eos_id], learnt=True)]
+        return [
+            _Piece(chat.prefix_ids(self._vocabulary)),
+            _Piece(self._vocabulary.encode(sample.text), learnt=True, source=sample),
+            _Piece([self._vocabulary.eos_id], learnt=True),
+        ]
 
     # --- cutting ---
 
@@ -169,11 +183,11 @@ class RowBuilder:
         lengths = [len(piece.ids) for piece in cuttable]
         fixed = sum(len(piece.ids) for piece in pieces) - sum(lengths)
         if fixed + sum(min(length, LEAST) for length in lengths) > limit:
-            reason = (f"answers, role tokens and system messages have {fixed} tokens, and a row has room for "
-                      f"{limit}")
+            reason = f"answers, role tokens and system messages have {fixed} tokens, and a row has room for {limit}"
             if self._on_long_answer == RAISE:
-                raise InputError(f"{reason}; raise max_target_length or seq_length, shorten the answers, or set "
-                                 "on_long_answer: drop")
+                raise InputError(
+                    f"{reason}; raise max_target_length or seq_length, shorten the answers, or set on_long_answer: drop"
+                )
             return reason
         spare = self._row_length - limit
         for piece, room in zip(cuttable, self._way.share(lengths, limit - fixed)):
@@ -193,7 +207,7 @@ class RowBuilder:
             piece.seam = min(half, len(piece.ids))
         else:
             head, tail = self._way.keep(len(whole), room, self._context(piece))
-            piece.ids, piece.seam = whole[:head] + whole[len(whole) - tail:], head
+            piece.ids, piece.seam = whole[:head] + whole[len(whole) - tail :], head
         return max(0, len(piece.ids) - room)
 
     def _context(self, piece):
@@ -202,12 +216,12 @@ class RowBuilder:
         if self._truncation != "middle" or span is None:
             return 0, len(ids)
         encode, decode = self._vocabulary.encode, self._vocabulary.decode
-        head, tail = piece.source.content[:span[0]], piece.source.content[span[1]:]
+        head, tail = piece.source.content[: span[0]], piece.source.content[span[1] :]
         before, behind = min(len(encode(head)), len(ids)), min(len(encode(tail)), len(ids))
         # Alone they may have a token less than as parts of the whole, where letters join across the border.
         for _ in range(_STRADDLING):
             before += before < len(ids) and not decode(ids[:before]).startswith(head)
-            behind += behind < len(ids) and not decode(ids[len(ids) - behind:]).endswith(tail)
+            behind += behind < len(ids) and not decode(ids[len(ids) - behind :]).endswith(tail)
         return before, max(len(ids) - behind, before)
 
 

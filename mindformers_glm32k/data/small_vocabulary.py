@@ -1,4 +1,5 @@
 """Training a small sentencepiece vocabulary, built like the published one."""
+
 from sentencepiece import SentencePieceTrainer
 
 from mindformers_glm32k.files import atomic_path
@@ -19,7 +20,17 @@ def train(sentences, path, pieces=PIECES):
     """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=file, model_type="bpe", vocab_size=pieces,
-            hard_vocab_limit=False, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
-            num_threads=1, minloglevel=2)
+            sentence_iterator=iter(sentences),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=pieces,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            character_coverage=1.0,
+            num_threads=1,
+            minloglevel=2,
+        )

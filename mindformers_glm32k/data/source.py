@@ -1,4 +1,5 @@
 """All samples of a file or a folder, by number."""
+
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,16 @@ class SampleSource:
         InputError: files missing, empty or with lines that are not fit for use, or no templates where needed.
     """
 
-    def __init__(self, dataset_dir, columns=("content", "summary"), layout=AUTO, prompt_config_file=None,
-                 num_samples=None, cache_dir=None, on_error=RAISE):
+    def __init__(
+        self,
+        dataset_dir,
+        columns=("content", "summary"),
+        layout=AUTO,
+        prompt_config_file=None,
+        num_samples=None,
+        cache_dir=None,
+        on_error=RAISE,
+    ):
         prompts = PromptTemplates(prompt_config_file) if prompt_config_file else None
         candidates = [AdGenLayout(columns), LongBenchLayout(prompts), ChatLayout(), TextLayout()]
         if layout != AUTO:
@@ -63,12 +72,11 @@ class SampleSource:
 
     def sizes(self):
         """np.ndarray: int64 (len(self),), bytes of each sample's line."""
-        return np.concatenate([lines.sizes(np.arange(len(lines))) for lines, _ in self._files])[:self._size]
+        return np.concatenate([lines.sizes(np.arange(len(lines))) for lines, _ in self._files])[: self._size]
 
     def files(self):
         """list[tuple[str, str, int]]: path, layout and number of records of each file."""
         return [(str(lines.path), layout.name, len(lines)) for lines, layout in self._files]
-
 
     def longbench_files(self):
         """list[tuple[str, str]]: path and data set of each file with LongBench's samples, in its own layout or as
@@ -82,8 +90,12 @@ class SampleSource:
 
     def problems(self):
         """list[str]: for each file with damaged lines that are skipped: how many of how many, and the first ones."""
-        return [f"{lines.problems.count} of {lines.problems.count + len(lines)} lines are damaged and skipped: "
-                f"{lines.problems.text()}" for lines, _ in self._files if lines.problems.count]
+        return [
+            f"{lines.problems.count} of {lines.problems.count + len(lines)} lines are damaged and skipped: "
+            f"{lines.problems.text()}"
+            for lines, _ in self._files
+            if lines.problems.count
+        ]
 
 
 def _data_files(dataset_dir):
@@ -105,6 +117,8 @@ def _open(path, candidates, cache_dir, on_error):
     if len(candidates) > 1:
         layout = layout_of(first_record(path, lambda record: layout_of(record, candidates), on_error), candidates)
     if isinstance(layout, LongBenchLayout) and layout.prompts is None:
-        raise InputError(f"{path}: this is LongBench's layout; set data_loader.prompt_config_file to the "
-                         "dataset2prompt.json that holds the prompts")
+        raise InputError(
+            f"{path}: this is LongBench's layout; set data_loader.prompt_config_file to the "
+            "dataset2prompt.json that holds the prompts"
+        )
     return JsonLines(path, check=layout.sample, cache_dir=cache_dir, on_error=on_error), layout

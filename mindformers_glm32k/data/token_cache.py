@@ -12,6 +12,7 @@ missing and is made again. Nothing is locked: two processes that tokenize the sa
 The table is memory-mapped and tokens are read with pread, so the memory that a process holds does not grow with the
 data. One token takes 2 bytes where the vocabulary allows it.
 """
+
 import dataclasses
 import hashlib
 import json
@@ -29,10 +30,24 @@ from mindformers_glm32k.data.rows import IGNORED, Row
 from mindformers_glm32k.files import atomic_path
 
 VERSION = 1
-RECORD = np.dtype([("segment", "<u4"), ("bytes", "<u4"), ("offset", "<u8"), ("tokens", "<u4"), ("crc", "<u4"),
-                   ("check", "<u4"), ("unused", "<u4")])
-_FACTORS = {"segment": 0x9E3779B97F4A7C15, "bytes": 0xC2B2AE3D27D4EB4F, "offset": 0x165667B19E3779F9,
-            "tokens": 0x27D4EB2F165667C5, "crc": 0x85EBCA77C2B2AE63}  # odd, so every bit counts
+RECORD = np.dtype(
+    [
+        ("segment", "<u4"),
+        ("bytes", "<u4"),
+        ("offset", "<u8"),
+        ("tokens", "<u4"),
+        ("crc", "<u4"),
+        ("check", "<u4"),
+        ("unused", "<u4"),
+    ]
+)
+_FACTORS = {
+    "segment": 0x9E3779B97F4A7C15,
+    "bytes": 0xC2B2AE3D27D4EB4F,
+    "offset": 0x165667B19E3779F9,
+    "tokens": 0x27D4EB2F165667C5,
+    "crc": 0x85EBCA77C2B2AE63,
+}  # odd, so every bit counts
 _HEAD = struct.Struct("<QIII")  # sample, tokens, spans of labels, bytes of the other fields
 _FIELDS = tuple(field.name for field in dataclasses.fields(Row) if field.name not in ("input_ids", "labels"))
 
@@ -53,8 +68,17 @@ class TokenCache:
     def __init__(self, folder, name, key, size, vocabulary_size, log):
         self._size, self._log = size, log
         self._dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.int32
-        key = json.dumps({"version": VERSION, "fields": _FIELDS, "samples": size,
-                          "bytes_per_token": np.dtype(self._dtype).itemsize, **key}, indent=1, sort_keys=True)
+        key = json.dumps(
+            {
+                "version": VERSION,
+                "fields": _FIELDS,
+                "samples": size,
+                "bytes_per_token": np.dtype(self._dtype).itemsize,
+                **key,
+            },
+            indent=1,
+            sort_keys=True,
+        )
         self.folder = Path(folder) / f"{name}-{hashlib.sha256(key.encode('utf-8')).hexdigest()[:16]}.tokens"
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.folder / "key.json") as temporary:
@@ -106,12 +130,15 @@ class TokenCache:
         borders = np.frombuffer(payload, "<i4", 2 * spans, at).reshape(-1, 2)
         at += borders.nbytes
         ids = np.frombuffer(payload, self._dtype, tokens, at).astype(np.int32)
-        values = json.loads(payload[at + tokens * np.dtype(self._dtype).itemsize:])
+        values = json.loads(payload[at + tokens * np.dtype(self._dtype).itemsize :])
         labels = np.full(tokens, IGNORED, np.int32)
         for start, stop in borders:
-            labels[start:stop] = ids[start + 1:stop + 1]
-        return Row(ids, labels, **{name: tuple(value) if isinstance(value, list) else value
-                                   for name, value in zip(_FIELDS, values)})
+            labels[start:stop] = ids[start + 1 : stop + 1]
+        return Row(
+            ids,
+            labels,
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in zip(_FIELDS, values)},
+        )
 
     def put(self, sample, row):
         """Keeps a row; not one whose labels are no tokens of its own, nor when the disk is full (with a warning).
@@ -129,8 +156,14 @@ class TokenCache:
         stops = np.concatenate((learnt[steps], learnt[-1:])) + 1
         borders = np.stack((starts, stops), 1).astype("<i4")
         others = json.dumps([getattr(row, name) for name in _FIELDS]).encode("utf-8")
-        payload = b"".join((_HEAD.pack(sample, len(ids), len(borders), len(others)), borders.tobytes(),
-                            np.asarray(ids, self._dtype).tobytes(), others))
+        payload = b"".join(
+            (
+                _HEAD.pack(sample, len(ids), len(borders), len(others)),
+                borders.tobytes(),
+                np.asarray(ids, self._dtype).tobytes(),
+                others,
+            )
+        )
         try:
             self._append(sample, len(ids), payload)
         except OSError as error:

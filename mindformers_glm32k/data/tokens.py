@@ -1,4 +1,5 @@
 """Samples as rows of tokens: from the token cache where they are in it, else tokenized, in several threads."""
+
 import hashlib
 import json
 import os
@@ -18,8 +19,18 @@ CACHED_FROM = 8 << 20  # bytes of data; less is tokenized in a few seconds
 _CHUNK = 64  # samples between two looks at what other ranks have done
 _EDGE = 1 << 16  # bytes at a file's beginning and end that belong to its identity
 # What decides, beside data and options, which tokens a sample has: another version of it has another cache.
-_CODE = ("chat.py", "vocabulary.py", "data/chats.py", "data/json_line.py", "data/jsonl.py", "data/layouts.py",
-         "data/prompts.py", "data/rows.py", "data/source.py", "data/truncation.py")
+_CODE = (
+    "chat.py",
+    "vocabulary.py",
+    "data/chats.py",
+    "data/json_line.py",
+    "data/jsonl.py",
+    "data/layouts.py",
+    "data/prompts.py",
+    "data/rows.py",
+    "data/source.py",
+    "data/truncation.py",
+)
 
 
 class TokenizedSamples:
@@ -46,8 +57,9 @@ class TokenizedSamples:
                 row = self._builder.tokens(self.samples[sample])
             except InputError as error:
                 place = self.samples.place(sample)
-                raise (error if str(error).startswith(place.partition(",")[0]) else
-                       InputError(f"{place}: {error}")) from error
+                raise (
+                    error if str(error).startswith(place.partition(",")[0]) else InputError(f"{place}: {error}")
+                ) from error
             if self.cache:
                 self.cache.put(sample, row)
         return row
@@ -65,9 +77,16 @@ class TokenizedSamples:
         lengths = self.cache.lengths() if self.cache else np.full(len(self), -1, np.int32)
         missing = np.flatnonzero(lengths < 0)
         missing = np.roll(missing, -int(np.searchsorted(missing, start)))
-        with ThreadPoolExecutor(threads) as pool, tqdm(total=len(missing), unit="row", desc="lengths for packing",
-                                                       disable=None if len(missing) > 1000 else True) as progress:
-            for chunk in (missing[at:at + _CHUNK * threads] for at in range(0, len(missing), _CHUNK * threads)):
+        with (
+            ThreadPoolExecutor(threads) as pool,
+            tqdm(
+                total=len(missing),
+                unit="row",
+                desc="lengths for packing",
+                disable=None if len(missing) > 1000 else True,
+            ) as progress,
+        ):
+            for chunk in (missing[at : at + _CHUNK * threads] for at in range(0, len(missing), _CHUNK * threads)):
                 known = self.cache.lengths_of(chunk) if self.cache else np.full(len(chunk), -1, np.int32)
                 lengths[chunk] = known
                 rest = chunk[known < 0]
@@ -85,6 +104,7 @@ def in_order(function, items, threads, ahead):
         threads (int): threads.
         ahead (int): calls that are begun before they are asked for, at most.
     """
+
     def call(item):
         if not threading.main_thread().is_alive():
             raise CancelledError  # the program ends, and would wait for all that has been begun
@@ -129,10 +149,15 @@ def token_cache(samples, tokenizer, settings, section, configured, cache_dir, lo
     options = {name: section[name] for name in sorted(section) if name not in _WITHOUT_EFFECT}
     files = [[str(path), state.st_size, state.st_mtime_ns] for path, state in zip(paths, states)]
     prompts = section.get("prompt_config_file")
-    key = {"files": files, "edges": [_edges(path) for path in paths], "settings": settings,
-           "data_loader": json.loads(json.dumps(options, default=str)),
-           "prompts": _digest(Path(prompts).read_bytes()) if prompts else None,
-           "vocabulary": _digest(tokenizer.vocabulary.model.serialized_model_proto()), "code": _code()}
+    key = {
+        "files": files,
+        "edges": [_edges(path) for path in paths],
+        "settings": settings,
+        "data_loader": json.loads(json.dumps(options, default=str)),
+        "prompts": _digest(Path(prompts).read_bytes()) if prompts else None,
+        "vocabulary": _digest(tokenizer.vocabulary.model.serialized_model_proto()),
+        "code": _code(),
+    }
     try:
         folder = cache_folder(paths[0], cache_dir)
         for name in remove_outdated(folder):
@@ -146,8 +171,20 @@ def token_cache(samples, tokenizer, settings, section, configured, cache_dir, lo
 
 
 # keys of the data_loader section on which tokens do not depend
-_WITHOUT_EFFECT = ("dataset_dir", "shuffle", "seed", "num_shards", "shard_id", "column_names", "phase", "version",
-                   "num_parallel_workers", "python_multiprocessing", "cache_dir", "prompt_config_file")
+_WITHOUT_EFFECT = (
+    "dataset_dir",
+    "shuffle",
+    "seed",
+    "num_shards",
+    "shard_id",
+    "column_names",
+    "phase",
+    "version",
+    "num_parallel_workers",
+    "python_multiprocessing",
+    "cache_dir",
+    "prompt_config_file",
+)
 
 
 def _edges(path):

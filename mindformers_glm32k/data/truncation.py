@@ -11,6 +11,7 @@ answers stay. First the room is shared among these messages, then each message i
                LongBench's pred.py does before it asks the model
     drop       nothing is cut; what is too long is left out
 """
+
 from dataclasses import dataclass
 from typing import Callable, Optional
 
@@ -113,6 +114,7 @@ class Truncation:
         keep (Callable | None): (length, room, context) -> tokens kept at the start and at the end of a message.
         tokenize_again (bool): whether the ends of a message are decoded, joined and tokenized again.
     """
+
     share: Optional[Callable] = None
     keep: Optional[Callable] = None
     tokenize_again: bool = False

@@ -8,14 +8,32 @@ Where no piece of the vocabulary goes on over such a border (a `▁` behind anot
 Only a single space between two words is such a border; more of them belong to the word behind them. Texts without
 spaces (Chinese) are one word, and cost what they did before.
 """
+
 import re
 from itertools import chain
 
 WORDS = 100_000  # remembered; some 25 MB
 LONGEST = 40  # letters of a word that is remembered
 _STRANGE = re.compile("[\u2581\ud800-\udfff]")  # a `▁` of the text's own, a space to sentencepiece; half a letter
-_PROBES = ("a", "the old man", " a", "a ", "a  b", "  a   b  ", "a \n b\n\nc", "a\tb \t c", "\uff21 \ufb01 x", "1 22 3.3",
-           "\u4f60\u597d \u4e16\u754c", "\u0301 a \u0301", "\U0001f600 \U0001f600\u200d", "\u3000 a\u3000b", " ", "  ", "\n")
+_PROBES = (
+    "a",
+    "the old man",
+    " a",
+    "a ",
+    "a  b",
+    "  a   b  ",
+    "a \n b\n\nc",
+    "a\tb \t c",
+    "\uff21 \ufb01 x",
+    "1 22 3.3",
+    "\u4f60\u597d \u4e16\u754c",
+    "\u0301 a \u0301",
+    "\U0001f600 \U0001f600\u200d",
+    "\u3000 a\u3000b",
+    " ",
+    "  ",
+    "\n",
+)
 
 
 class WordEncoder:
@@ -32,7 +50,8 @@ class WordEncoder:
         self._vocabulary = vocabulary
         self._words = _Words(vocabulary.model)
         self.by_words = _ends_at_spaces(vocabulary.model) and all(
-            self._join(text) == vocabulary.encode(text) for text in _PROBES)
+            self._join(text) == vocabulary.encode(text) for text in _PROBES
+        )
 
     def encode(self, text):
         """list[int]: exactly what the vocabulary's `encode` returns, its errors included."""
@@ -83,7 +102,7 @@ def _words_with_spaces(text):
             spaces = ""
         else:
             spaces += " "
-    words[-1] += text[len(body):]
+    words[-1] += text[len(body) :]
     return words
 
 

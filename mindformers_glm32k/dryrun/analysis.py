@@ -1,4 +1,5 @@
 """From a compiled program to the figures of the report: one dictionary per rank, ready for JSON."""
+
 from mindformers_glm32k.dryrun import collectives, flops, memory, work
 from mindformers_glm32k.dryrun.mindir import read_program
 from mindformers_glm32k.dryrun.sources import SourceLines
@@ -47,15 +48,30 @@ def analyze(path, text_folder, rank, stage, lengths=(), widths=()):
         "flops_by_part": {f"{what}_{part}": value for (what, part), value in sorted(operations.items())},
         "work": work.measure(trace),
         "collectives": [
-            {"kind": item.kind, "group_ranks": list(item.group_ranks), "dtype": item.dtype, "bytes": item.bytes,
-             "count": item.count, "purpose": item.purpose, "part": item.part}
-            for item in collectives.list_collectives(trace, rank)],
+            {
+                "kind": item.kind,
+                "group_ranks": list(item.group_ranks),
+                "dtype": item.dtype,
+                "bytes": item.bytes,
+                "count": item.count,
+                "purpose": item.purpose,
+                "part": item.part,
+            }
+            for item in collectives.list_collectives(trace, rank)
+        ],
         "largest_tensors": _largest(trace.activations + trace.constants, sources),
         "at_peak": _largest(used.at_peak, sources),
-        "square_tensors": _largest([buffer for buffer in trace.activations + trace.constants + trace.inputs
-                                    if is_square(buffer.spec.shape, lengths, widths)], sources),
-        "large_constants": _largest([buffer for buffer in trace.constants
-                                     if buffer.spec.bytes > LARGE_CONSTANT], sources),
+        "square_tensors": _largest(
+            [
+                buffer
+                for buffer in trace.activations + trace.constants + trace.inputs
+                if is_square(buffer.spec.shape, lengths, widths)
+            ],
+            sources,
+        ),
+        "large_constants": _largest(
+            [buffer for buffer in trace.constants if buffer.spec.bytes > LARGE_CONSTANT], sources
+        ),
         "operations": len(trace.events),
         "doubts": trace.doubts,
     }
@@ -88,12 +104,22 @@ def _largest(buffers, sources):
         if key not in groups and len(groups) == LARGEST:
             break
         groups.setdefault(key, [buffer, 0])[1] += 1
-    return [{"shape": list(shape), "dtype": dtype, "bytes": buffer.spec.bytes, "operation": operation, "source": source,
-             "count": count} for (shape, dtype, operation, source), (buffer, count) in groups.items()]
+    return [
+        {
+            "shape": list(shape),
+            "dtype": dtype,
+            "bytes": buffer.spec.bytes,
+            "operation": operation,
+            "source": source,
+            "count": count,
+        }
+        for (shape, dtype, operation, source), (buffer, count) in groups.items()
+    ]
 
 
 def _logits(trace, used):
     """Bytes of the buffers alive at the peak that the output layer and the loss made."""
+
     def is_logits(scope):
         return "output_layer" in scope or "CrossEntropy" in scope or "/loss-" in scope
 

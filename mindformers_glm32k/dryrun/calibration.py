@@ -12,6 +12,7 @@ and 4 layers a stage. CARD is the program of upstream's card: fp32 residual, voc
 `--runner_config.gradient_accumulation_steps 2` adds to the first, 31 times more. The YAML itself takes one row a step and pays
 for the optimizer's communication with each.
 """
+
 from dataclasses import dataclass
 
 from mindformers_glm32k.dryrun.estimate import FRACTION, estimate
@@ -34,69 +35,111 @@ class Published:
 
 
 def _program(stage, matmul, attention, moved, collectives):
-    return {"rank": stage, "stage": stage, "work": {"matmul_flops": {"float16": matmul},
-                                                    "attention_flops": {"float16": attention}, "vector_bytes": moved},
-            "collectives": [{"kind": kind, "group_ranks": ranks, "bytes": size, "count": count}
-                            for kind, ranks, size, count in collectives]}
+    return {
+        "rank": stage,
+        "stage": stage,
+        "work": {"matmul_flops": {"float16": matmul}, "attention_flops": {"float16": attention}, "vector_bytes": moved},
+        "collectives": [
+            {"kind": kind, "group_ranks": ranks, "bytes": size, "count": count}
+            for kind, ranks, size, count in collectives
+        ],
+    }
 
 
 CARD = {
-    "config": "CARD", "world_size": 8, "tokens_per_step": 1048576,
+    "config": "CARD",
+    "world_size": 8,
+    "tokens_per_step": 1048576,
     "layout_sizes": {"stages": 4, "micro_batches": 16},
     "programs": [
-        _program(0, 5.5762e+15, 4.4334e+15, 8.2318e+12, [
-            ("AllGather", (0,), 5.154e+10, 96),
-            ("Send", (0, 2), 8.590e+09, 16),
-            ("Receive", (0, 2), 8.590e+09, 16),
-            ("AllGather", (0, 1), 3.388e+09, 29),
-            ("ReduceScatter", (0, 1), 3.388e+09, 29),
-        ]),
-        _program(1, 5.5762e+15, 4.4334e+15, 8.0979e+12, [
-            ("AllGather", (2,), 5.154e+10, 96),
-            ("Receive", (0, 2), 8.590e+09, 16),
-            ("Send", (2, 4), 8.590e+09, 16),
-            ("Receive", (2, 4), 8.590e+09, 16),
-            ("Send", (0, 2), 8.590e+09, 16),
-            ("AllGather", (2, 3), 2.855e+09, 28),
-            ("ReduceScatter", (2, 3), 2.855e+09, 28),
-        ]),
-        _program(2, 5.5762e+15, 4.4334e+15, 8.0979e+12, [
-            ("AllGather", (4,), 5.154e+10, 96),
-            ("Receive", (2, 4), 8.590e+09, 16),
-            ("Send", (4, 6), 8.590e+09, 16),
-            ("Receive", (4, 6), 8.590e+09, 16),
-            ("Send", (2, 4), 8.590e+09, 16),
-            ("AllGather", (4, 5), 2.855e+09, 28),
-            ("ReduceScatter", (4, 5), 2.855e+09, 28),
-        ]),
-        _program(3, 6.4140e+15, 4.4334e+15, 1.2176e+13, [
-            ("AllGather", (6,), 5.154e+10, 96),
-            ("AllGather", (6, 7), 1.145e+10, 60),
-            ("ReduceScatter", (6, 7), 1.145e+10, 44),
-            ("Receive", (4, 6), 8.590e+09, 16),
-            ("Send", (4, 6), 8.590e+09, 16),
-            ("AllReduce", (6, 7), 1.289e+07, 71),
-        ]),
+        _program(
+            0,
+            5.5762e15,
+            4.4334e15,
+            8.2318e12,
+            [
+                ("AllGather", (0,), 5.154e10, 96),
+                ("Send", (0, 2), 8.590e09, 16),
+                ("Receive", (0, 2), 8.590e09, 16),
+                ("AllGather", (0, 1), 3.388e09, 29),
+                ("ReduceScatter", (0, 1), 3.388e09, 29),
+            ],
+        ),
+        _program(
+            1,
+            5.5762e15,
+            4.4334e15,
+            8.0979e12,
+            [
+                ("AllGather", (2,), 5.154e10, 96),
+                ("Receive", (0, 2), 8.590e09, 16),
+                ("Send", (2, 4), 8.590e09, 16),
+                ("Receive", (2, 4), 8.590e09, 16),
+                ("Send", (0, 2), 8.590e09, 16),
+                ("AllGather", (2, 3), 2.855e09, 28),
+                ("ReduceScatter", (2, 3), 2.855e09, 28),
+            ],
+        ),
+        _program(
+            2,
+            5.5762e15,
+            4.4334e15,
+            8.0979e12,
+            [
+                ("AllGather", (4,), 5.154e10, 96),
+                ("Receive", (2, 4), 8.590e09, 16),
+                ("Send", (4, 6), 8.590e09, 16),
+                ("Receive", (4, 6), 8.590e09, 16),
+                ("Send", (2, 4), 8.590e09, 16),
+                ("AllGather", (4, 5), 2.855e09, 28),
+                ("ReduceScatter", (4, 5), 2.855e09, 28),
+            ],
+        ),
+        _program(
+            3,
+            6.4140e15,
+            4.4334e15,
+            1.2176e13,
+            [
+                ("AllGather", (6,), 5.154e10, 96),
+                ("AllGather", (6, 7), 1.145e10, 60),
+                ("ReduceScatter", (6, 7), 1.145e10, 44),
+                ("Receive", (4, 6), 8.590e09, 16),
+                ("Send", (4, 6), 8.590e09, 16),
+                ("AllReduce", (6, 7), 1.289e07, 71),
+            ],
+        ),
     ],
 }
 ULYSSES = {
-    "config": "ULYSSES", "world_size": 8, "tokens_per_step": 1048576,
+    "config": "ULYSSES",
+    "world_size": 8,
+    "tokens_per_step": 1048576,
     "layout_sizes": {"stages": 1, "micro_batches": 1},
     "programs": [
-        _program(0, 4.7086e+15, 3.4482e+15, 1.3422e+13, [
-            ("AlltoAll", (0, 1, 2, 3, 4, 5, 6, 7), 4.467e+11, 13312),
-            ("AllGather", (0, 1, 2, 3, 4, 5, 6, 7), 1.249e+10, 242),
-            ("ReduceScatter", (0, 1, 2, 3, 4, 5, 6, 7), 1.249e+10, 178),
-            ("AllReduce", (0, 1, 2, 3, 4, 5, 6, 7), 1.192e+06, 87),
-        ]),
+        _program(
+            0,
+            4.7086e15,
+            3.4482e15,
+            1.3422e13,
+            [
+                ("AlltoAll", (0, 1, 2, 3, 4, 5, 6, 7), 4.467e11, 13312),
+                ("AllGather", (0, 1, 2, 3, 4, 5, 6, 7), 1.249e10, 242),
+                ("ReduceScatter", (0, 1, 2, 3, 4, 5, 6, 7), 1.249e10, 178),
+                ("AllReduce", (0, 1, 2, 3, 4, 5, 6, 7), 1.192e06, 87),
+            ],
+        )
     ],
 }
 
 CALIBRATED_ON = Published("dp 2 x pp 4 with recompute, MindFormers' model card, June 2024", 1758, CARD)
-OTHERS = (Published("the same layout, September 2024", 1442, CARD),
-          Published("the same layout, October 2024", 1583, CARD),
-          Published("context parallel 8 (Ulysses) without recompute, 32 rows a step, Megatron on the same NPUs", 2501,
-                    ULYSSES))
+OTHERS = (
+    Published("the same layout, September 2024", 1442, CARD),
+    Published("the same layout, October 2024", 1583, CARD),
+    Published(
+        "context parallel 8 (Ulysses) without recompute, 32 rows a step, Megatron on the same NPUs", 2501, ULYSSES
+    ),
+)
 
 
 def solve():
@@ -124,11 +167,15 @@ def errors():
 
 def note():
     """str: what must stand beside every estimate."""
-    others = "; ".join(f"{published.what}: published {published.speed}, estimated {found:.0f} ({error:+.0%})"
-                       for published, found, error in errors())
-    return (f"Speeds are estimates, not a measurement: a roofline of the compiled programs for {ATLAS_800T_A2.name}, matrix "
-            f"products and attention at {FRACTION:.0%} of the peak, calibrated on one published figure "
-            f"({CALIBRATED_ON.what}: {CALIBRATED_ON.speed} tokens/s/p). On the others: {others}.")
+    others = "; ".join(
+        f"{published.what}: published {published.speed}, estimated {found:.0f} ({error:+.0%})"
+        for published, found, error in errors()
+    )
+    return (
+        f"Speeds are estimates, not a measurement: a roofline of the compiled programs for {ATLAS_800T_A2.name}, matrix "
+        f"products and attention at {FRACTION:.0%} of the peak, calibrated on one published figure "
+        f"({CALIBRATED_ON.what}: {CALIBRATED_ON.speed} tokens/s/p). On the others: {others}."
+    )
 
 
 def estimated(report):

@@ -1,10 +1,27 @@
 """Communication of a traced program: every collective with its group, element type and bytes."""
+
 from collections import defaultdict
 from dataclasses import dataclass
 
-KINDS = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AllToAll", "AlltoAllV", "AlltoAllVC", "Send", "Receive",
-         "Broadcast", "NeighborExchange", "NeighborExchangeV2", "Reduce", "CollectiveScatter", "CollectiveGather",
-         "AllGatherV", "ReduceScatterV")
+KINDS = (
+    "AllReduce",
+    "AllGather",
+    "ReduceScatter",
+    "AlltoAll",
+    "AllToAll",
+    "AlltoAllV",
+    "AlltoAllVC",
+    "Send",
+    "Receive",
+    "Broadcast",
+    "NeighborExchange",
+    "NeighborExchangeV2",
+    "Reduce",
+    "CollectiveScatter",
+    "CollectiveGather",
+    "AllGatherV",
+    "ReduceScatterV",
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +65,13 @@ def list_collectives(trace, rank):
         tensors = event.writes + event.reads
         reads, writes = (sum(buffer.spec.bytes for buffer in side) for side in (event.reads, event.writes))
         moved = reads if node.op == "Send" else writes if node.op == "Receive" else max(reads, writes)
-        entry = sums[node.op, group_ranks(node, rank), tensors[0].spec.dtype if tensors else "none",
-                     node.instance or node.op, event.part]
+        entry = sums[
+            node.op,
+            group_ranks(node, rank),
+            tensors[0].spec.dtype if tensors else "none",
+            node.instance or node.op,
+            event.part,
+        ]
         entry[0] += moved
         entry[1] += 1
     found = [Collective(*key, total, calls) for key, (total, calls) in sums.items()]

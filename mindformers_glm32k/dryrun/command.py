@@ -1,4 +1,5 @@
 """Compile the program of every NPU on this machine and report its memory, traffic and work."""
+
 import argparse
 import shutil
 import sys
@@ -15,29 +16,55 @@ TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 def add_arguments(parser):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="YAML of the run, as for run_mindformer")
-    what.add_argument("--compare", nargs="+", metavar="YAML_OR_FOLDER",
-                      help="several layouts side by side, with an estimate of their speed: YAMLs, or output folders "
-                           "of dry runs")
-    parser.add_argument("--rank", default="stages",
-                        help="whose program: 'stages' (default: one rank per pipeline stage), 'all', or a number")
+    what.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="YAML_OR_FOLDER",
+        help="several layouts side by side, with an estimate of their speed: YAMLs, or output folders of dry runs",
+    )
+    parser.add_argument(
+        "--rank",
+        default="stages",
+        help="whose program: 'stages' (default: one rank per pipeline stage), 'all', or a number",
+    )
     parser.add_argument("--devices", type=int, help="NPUs of the run; a layout of another size is refused")
     parser.add_argument("--output_dir", default="./dryrun", help="folder of the report (default ./dryrun)")
-    parser.add_argument("--keep_programs", action="store_true",
-                        help="keep each program (MindIR) in OUTPUT_DIR/programs")
-    parser.add_argument("--quick", action="store_true",
-                        help="compile 2 and 4 layers per stage and extrapolate to all layers; no strategy files")
+    parser.add_argument(
+        "--keep_programs", action="store_true", help="keep each program (MindIR) in OUTPUT_DIR/programs"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile 2 and 4 layers per stage and extrapolate to all layers; no strategy files",
+    )
     rehearsal = parser.add_argument_group("rehearsal (--execute)")
-    rehearsal.add_argument("--execute", type=int, metavar="STEPS",
-                           help="execute the programs of all ranks for so many optimizer steps, and compare losses, "
-                                "gradient norms and weights with one device's; of prediction, decode so many tokens and "
-                                "compare them and their logits; exit status 1 when they differ")
+    rehearsal.add_argument(
+        "--execute",
+        type=int,
+        metavar="STEPS",
+        help="execute the programs of all ranks for so many optimizer steps, and compare losses, "
+        "gradient norms and weights with one device's; of prediction, decode so many tokens and "
+        "compare them and their logits; exit status 1 when they differ",
+    )
     rehearsal.add_argument("--load_checkpoint", help="whole checkpoint to start from (default: random weights)")
-    rehearsal.add_argument("--shrink", action=argparse.BooleanOptionalAction,
-                           help="make model and rows small, the layout as it is (default: where they are large)")
-    rehearsal.add_argument("--precision", choices=("float32", "float16", "bfloat16", "config"), default="float32",
-                           help="dtype of all that is computed; config: as in the YAML (default float32)")
-    rehearsal.add_argument("--trace", action="append", default=[], metavar="NAME",
-                           help="print the values of an operator, a scope or a parameter on all ranks")
+    rehearsal.add_argument(
+        "--shrink",
+        action=argparse.BooleanOptionalAction,
+        help="make model and rows small, the layout as it is (default: where they are large)",
+    )
+    rehearsal.add_argument(
+        "--precision",
+        choices=("float32", "float16", "bfloat16", "config"),
+        default="float32",
+        help="dtype of all that is computed; config: as in the YAML (default float32)",
+    )
+    rehearsal.add_argument(
+        "--trace",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="print the values of an operator, a scope or a parameter on all ranks",
+    )
     parser.epilog = "Any other option is run_mindformer's: --run_mode predict, --parallel_config.data_parallel 4, …"
 
 
@@ -46,8 +73,16 @@ def run(args):
     _refuse_contradictions(args)
     if args.compare:
         from mindformers_glm32k.dryrun.compare import compare
-        print(compare(args.compare, output, lambda config, folder: make_report(
-            config, args.overrides, folder, keep_programs=args.keep_programs, quick=args.quick)))
+
+        print(
+            compare(
+                args.compare,
+                output,
+                lambda config, folder: make_report(
+                    config, args.overrides, folder, keep_programs=args.keep_programs, quick=args.quick
+                ),
+            )
+        )
         return 0
     if args.execute is not None:
         return _execute(args, output)
@@ -58,10 +93,12 @@ def run(args):
 
 def _refuse_contradictions(args):
     """Options that say nothing together."""
-    pairs = [("quick", "keep_programs", "programs of few layers are not those of the run"),
-             ("execute", "compare", "one layout is executed at a time"),
-             ("execute", "quick", "what is executed has all its layers; --shrink makes it small"),
-             ("execute", "keep_programs", "small programs are not those of the run")]
+    pairs = [
+        ("quick", "keep_programs", "programs of few layers are not those of the run"),
+        ("execute", "compare", "one layout is executed at a time"),
+        ("execute", "quick", "what is executed has all its layers; --shrink makes it small"),
+        ("execute", "keep_programs", "small programs are not those of the run"),
+    ]
     for first, second, why in pairs:
         if getattr(args, first) not in (None, False) and getattr(args, second):
             raise InputError(f"--{first} and --{second} do not go together: {why}")
@@ -78,8 +115,16 @@ def _execute(args, output):
     if args.execute < 1:
         raise InputError(f"--execute {args.execute}: at least one step is needed")
     try:
-        report = execute(args.config, args.overrides, output, args.execute, args.load_checkpoint, args.shrink,
-                         args.precision, args.trace)
+        report = execute(
+            args.config,
+            args.overrides,
+            output,
+            args.execute,
+            args.load_checkpoint,
+            args.shrink,
+            args.precision,
+            args.trace,
+        )
     except (ExecutionError, NetworkError) as error:
         raise CommandFailed(f"the programs cannot be executed: {error}") from error
     print((generation_report if "tokens" in report else training_report).table(report))
@@ -112,9 +157,15 @@ def make_report(config_file, overrides, output, rank="stages", keep_programs=Fal
         programs = compile_shallow(config, ranks, layout, output, launcher_arguments)
     else:
         programs = compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs)
-    report = {"world_size": layout.world, "layout": layout.describe(), "layout_sizes": asdict(layout),
-              "tokens_per_step": layout.tokens_per_step, "run_mode": config["run_mode"], "config": config_file,
-              "programs": programs}
+    report = {
+        "world_size": layout.world,
+        "layout": layout.describe(),
+        "layout_sizes": asdict(layout),
+        "tokens_per_step": layout.tokens_per_step,
+        "run_mode": config["run_mode"],
+        "config": config_file,
+        "programs": programs,
+    }
     write_report(report, config, output)
     return report
 
@@ -159,8 +210,10 @@ def ranks_asked_for(text, layout):
     if text == "stages":
         return [layout.ranks_of(stage)[0] for stage in range(layout.stages)]
     if not text.isdigit() or int(text) >= layout.world:
-        raise InputError(f"--rank {text}: this layout ({layout.describe()}) has ranks 0 to {layout.world - 1}; "
-                         "'stages' and 'all' are understood too")
+        raise InputError(
+            f"--rank {text}: this layout ({layout.describe()}) has ranks 0 to {layout.world - 1}; "
+            "'stages' and 'all' are understood too"
+        )
     return [int(text)]
 
 
@@ -188,11 +241,26 @@ def compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs
         for strategy in (folder / "output" / "strategy").glob("ckpt_strategy_rank_*.ckpt"):
             copy_atomically(strategy, output / "strategy" / strategy.name)
         for entry in record["programs"]:
-            program = analyze(folder / entry["file"], folder / "text", compiled.rank, layout.stage_of(compiled.rank),
-                              layout.lengths, layout.widths)
-            programs.append({"rank": program.pop("rank"), "stage": program.pop("stage"), "phase": entry["phase"],
-                             "compile_seconds": entry["compile_seconds"], "peak_rss_bytes": record["peak_rss_bytes"],
-                             **program, "stand_ins": record["stand_ins"], "inputs": record.get("inputs")})
+            program = analyze(
+                folder / entry["file"],
+                folder / "text",
+                compiled.rank,
+                layout.stage_of(compiled.rank),
+                layout.lengths,
+                layout.widths,
+            )
+            programs.append(
+                {
+                    "rank": program.pop("rank"),
+                    "stage": program.pop("stage"),
+                    "phase": entry["phase"],
+                    "compile_seconds": entry["compile_seconds"],
+                    "peak_rss_bytes": record["peak_rss_bytes"],
+                    **program,
+                    "stand_ins": record["stand_ins"],
+                    "inputs": record.get("inputs"),
+                }
+            )
             if keep_programs:
                 name = f"rank_{compiled.rank}{'' if entry['phase'] == 'train' else '_' + entry['phase']}.mindir"
                 copy_atomically(folder / entry["file"], output / "programs" / name)
@@ -215,4 +283,5 @@ def copy_atomically(source, target):
 
 if __name__ == "__main__":
     from mindformers_glm32k.cli import run_command
+
     sys.exit(run_command(sys.modules[__name__], "glm32k dryrun"))

@@ -1,4 +1,5 @@
 """Layouts side by side: memory, traffic, work and estimated speed of dry runs."""
+
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -8,7 +9,7 @@ from mindformers_glm32k.dryrun.estimate import PARTS, stages_of
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
 
-GIB = 1024 ** 3
+GIB = 1024**3
 REPORT = "report.json"
 
 
@@ -67,8 +68,12 @@ def summarize(name, report):
         "parameters_worst": max(memory) - fullest[memory.index(max(memory))]["activation_peak_bytes"],
         "traffic": _traffic(steps),
         "flops": _mean(steps, lambda program: program["flops"]),
-        "flops_recomputed": _mean(steps, lambda program: sum(
-            count for part, count in program["flops_by_part"].items() if part.endswith("recompute"))),
+        "flops_recomputed": _mean(
+            steps,
+            lambda program: sum(
+                count for part, count in program["flops_by_part"].items() if part.endswith("recompute")
+            ),
+        ),
         "estimate": calibration.estimated(report) if training else None,
         "extrapolated": fullest[0].get("extrapolated"),
     }
@@ -109,21 +114,35 @@ def table(layouts):
         ("cards", lambda layout: str(layout["world_size"])),
         ("tokens a step", lambda layout: f"{layout['tokens_per_step']:,}"),
         ("figures", lambda layout: _origin(layout["extrapolated"])),
-        ("memory of each stage, GiB", lambda layout: ", ".join(f"{size / GIB:.1f}" for size in layout["memory_per_stage"])),
-        ("**fullest card, GiB**", lambda layout: f"**{layout['memory_worst'] / GIB:.1f}** (stage {layout['worst_stage']})"),
+        (
+            "memory of each stage, GiB",
+            lambda layout: ", ".join(f"{size / GIB:.1f}" for size in layout["memory_per_stage"]),
+        ),
+        (
+            "**fullest card, GiB**",
+            lambda layout: f"**{layout['memory_worst'] / GIB:.1f}** (stage {layout['worst_stage']})",
+        ),
         ("of it not activations, GiB", lambda layout: f"{layout['parameters_worst'] / GIB:.1f}"),
         ("traffic a card, GB a step", lambda layout: f"{sum(layout['traffic'].values()) / 1e9:.1f}"),
-        ("traffic a card, MB per 1000 tokens",
-         lambda layout: f"{sum(layout['traffic'].values()) / 1e6 / (layout['tokens_per_step'] / 1000):.1f}"),
-        *((f"– {kind}, GB a step", lambda layout, kind=kind: f"{layout['traffic'].get(kind, 0) / 1e9:.2f}")
-          for kind in kinds),
+        (
+            "traffic a card, MB per 1000 tokens",
+            lambda layout: f"{sum(layout['traffic'].values()) / 1e6 / (layout['tokens_per_step'] / 1000):.1f}",
+        ),
+        *(
+            (f"– {kind}, GB a step", lambda layout, kind=kind: f"{layout['traffic'].get(kind, 0) / 1e9:.2f}")
+            for kind in kinds
+        ),
         ("FLOPs a card, 1e15 a step", lambda layout: f"{layout['flops'] / 1e15:.3f}"),
         ("of it recomputed", lambda layout: f"{100 * layout['flops_recomputed'] / max(layout['flops'], 1):.0f} %"),
-        ("**estimated tokens/s/p**",
-         lambda layout: speed(layout, lambda found: f"**{found['tokens_per_second_per_device']:.0f}**")),
+        (
+            "**estimated tokens/s/p**",
+            lambda layout: speed(layout, lambda found: f"**{found['tokens_per_second_per_device']:.0f}**"),
+        ),
         ("estimated step, s", lambda layout: speed(layout, lambda found: f"{found['step_seconds']:.2f}")),
-        *((f"– {part}, s", lambda layout, part=part: speed(layout, lambda found: f"{found['parts'][part]:.2f}"))
-          for part in PARTS),
+        *(
+            (f"– {part}, s", lambda layout, part=part: speed(layout, lambda found: f"{found['parts'][part]:.2f}"))
+            for part in PARTS
+        ),
     ]
     lines = [["", *(layout["name"] for layout in layouts)], ["---"] * (len(layouts) + 1)]
     lines += [[label, *(cell(layout) for layout in layouts)] for label, cell in rows]
@@ -148,11 +167,17 @@ def write(layouts, folder):
         str
     """
     notes = list(dict.fromkeys(layout["estimate"]["note"] for layout in layouts if layout["estimate"]))
-    text = "\n\n".join([
-        table(layouts),
-        "Memory is of the fullest card of each stage; traffic and FLOPs are means over the cards, FLOPs of attention over all "
-        "pairs of positions.",
-        *notes]) + "\n"
+    text = (
+        "\n\n".join(
+            [
+                table(layouts),
+                "Memory is of the fullest card of each stage; traffic and FLOPs are means over the cards, FLOPs of attention over all "
+                "pairs of positions.",
+                *notes,
+            ]
+        )
+        + "\n"
+    )
     with atomic_path(folder / "compare.md") as path:
         path.write_text(text, encoding="utf-8")
     with atomic_path(folder / "compare.json") as path:

@@ -5,6 +5,7 @@ peak, all other operators at the memory's bandwidth, collectives at the links' b
 pipeline's bubble. The fraction is calibrated on one published figure; what is printed comes from `calibration.py`, which adds
 the error on the other published figures.
 """
+
 from mindformers_glm32k.dryrun.hardware import ATLAS_800T_A2, seconds_of_collective
 from mindformers_glm32k.errors import InputError
 
@@ -32,8 +33,13 @@ def estimate(report, device=ATLAS_800T_A2, fraction=FRACTION):
         InputError: a stage is missing.
     """
     micro_batches = report["layout_sizes"]["micro_batches"]
-    stages = [max((seconds_of_program(program, device, fraction) for program in programs),
-                  key=lambda parts: sum(parts.values())) for programs in stages_of(report)]
+    stages = [
+        max(
+            (seconds_of_program(program, device, fraction) for program in programs),
+            key=lambda parts: sum(parts.values()),
+        )
+        for programs in stages_of(report)
+    ]
     totals = [sum(parts.values()) for parts in stages]
     slowest = totals.index(max(totals))
     bubble = (sum(totals) - totals[slowest]) / micro_batches
@@ -61,15 +67,18 @@ def seconds_of_program(program, device, fraction):
     work = program["work"]
 
     def cube(operations):
-        return sum(count / (fraction * device.flops.get(dtype, device.flops["float32"]))
-                   for dtype, count in operations.items())
+        return sum(
+            count / (fraction * device.flops.get(dtype, device.flops["float32"])) for dtype, count in operations.items()
+        )
 
     return {
         "matmul": cube(work["matmul_flops"]),
         "attention": cube(work["attention_flops"]),
         "vector": work["vector_bytes"] / device.memory,
-        "communication": sum(seconds_of_collective(device, item["kind"], item["group_ranks"], item["bytes"], item["count"])
-                             for item in program["collectives"]),
+        "communication": sum(
+            seconds_of_collective(device, item["kind"], item["group_ranks"], item["bytes"], item["count"])
+            for item in program["collectives"]
+        ),
     }
 
 
@@ -85,10 +94,14 @@ def stages_of(report):
     Raises:
         InputError: a stage has none.
     """
-    stages = [[program for program in report["programs"] if program["stage"] == stage]
-              for stage in range(report["layout_sizes"]["stages"])]
+    stages = [
+        [program for program in report["programs"] if program["stage"] == stage]
+        for stage in range(report["layout_sizes"]["stages"])
+    ]
     missing = [str(stage) for stage, programs in enumerate(stages) if not programs]
     if missing:
-        raise InputError(f"{report['config']}: the report has no program of stage {', '.join(missing)}; "
-                         "run the dry run with --rank stages")
+        raise InputError(
+            f"{report['config']}: the report has no program of stage {', '.join(missing)}; "
+            "run the dry run with --rank stages"
+        )
     return stages

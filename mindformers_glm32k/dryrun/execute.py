@@ -1,4 +1,5 @@
 """Rehearsal: the programs of all ranks compiled and executed on this machine, beside that of one device."""
+
 import shutil
 import sys
 import tempfile
@@ -96,8 +97,10 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
     _, config = read_layout(arguments)
     if shrink.predicts(config):
         from mindformers_glm32k.dryrun import execute_prediction
-        return execute_prediction.execute(config_file, overrides, output, steps, load_checkpoint, shrunk, precision, traces,
-                                          config=config)
+
+        return execute_prediction.execute(
+            config_file, overrides, output, steps, load_checkpoint, shrunk, precision, traces, config=config
+        )
     small = shrink.plan(config, shrunk, load_checkpoint)
     arguments += [*small.overrides, *shrink.schedule_overrides(config)]
     if precision != "config":
@@ -110,19 +113,29 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
         one, programs = compile_beside_one_device(arguments, one_arguments, layout, work, output)
         compiled = time.monotonic() - started
         rows, source = make_rows(one_arguments, one[0], steps, config, work)
-        whole = (checkpoints.load_weights(load_checkpoint, one[0].state, config, work) if load_checkpoint
-                 else states.random_weights(one[0].state))
+        whole = (
+            checkpoints.load_weights(load_checkpoint, one[0].state, config, work)
+            if load_checkpoint
+            else states.random_weights(one[0].state)
+        )
         for file in (work / "strategy").glob("ckpt_strategy_rank_*.ckpt"):
             copy_atomically(file, output / "strategy" / file.name)
     beta = float((config["optimizer"].get("betas") or (0.9,))[0])
     reference = run(one, layout.on_one_device(), whole, rows, beta=beta)
     result = run(programs, layout, whole, rows, traces, announce=True) if layout.world > 1 else reference
     report = {
-        "world_size": layout.world, "layout": layout.describe(), "config": config_file, "shrunk": small.changes,
-        "precision": precision, "rows": source, "rows_per_step": layout.rows,
+        "world_size": layout.world,
+        "layout": layout.describe(),
+        "config": config_file,
+        "shrunk": small.changes,
+        "precision": precision,
+        "rows": source,
+        "rows_per_step": layout.rows,
         "weights": str(load_checkpoint or "random, seed 0"),
-        "compile_seconds": round(compiled, 1), "execution_seconds": round(result.seconds, 1),
-        "execution_seconds_one_device": round(reference.seconds, 1)}
+        "compile_seconds": round(compiled, 1),
+        "execution_seconds": round(result.seconds, 1),
+        "execution_seconds_one_device": round(reference.seconds, 1),
+    }
     report.update(compare(result, reference, programs, layout, config))
     for machine in result.machines:
         checkpoints.save(machine, output / "checkpoint", steps)
@@ -168,8 +181,12 @@ def compile_all(arguments, layout, work):
         record, folder = compiled.record, compiled.folder
         strategy = strategy_file(folder, compiled.rank)
         rehearsed = found[compiled.rank] = Rehearsed(
-            dict(np.load(folder / STATE_FILE)), {}, record.get("inputs"), record.get("columns"),
-            {entry["phase"]: read_program(folder / entry["file"]) for entry in record["programs"]})
+            dict(np.load(folder / STATE_FILE)),
+            {},
+            record.get("inputs"),
+            record.get("columns"),
+            {entry["phase"]: read_program(folder / entry["file"]) for entry in record["programs"]},
+        )
         rehearsed.layouts = _layouts(rehearsed.program, strategy, record.get("layouts") or {})
         if strategy.exists():
             shutil.copyfile(strategy, work / "strategy" / strategy.name)
@@ -196,8 +213,10 @@ def _layouts(program, strategy, compiled):
         if name in layouts or name not in compiled or not spec.shape:
             continue
         matrix = tuple(compiled[name]["dev_matrix"])
-        cut = tuple(tuple(axis for axis in (axes if isinstance(axes, list) else [axes]) if axis != -1)
-                    for axes in compiled[name]["tensor_map"])
+        cut = tuple(
+            tuple(axis for axis in (axes if isinstance(axes, list) else [axes]) if axis != -1)
+            for axes in compiled[name]["tensor_map"]
+        )
         left = ParameterLayout(matrix, cut).slice_shape(compiled[name]["shape"])
         layouts[name] = ParameterLayout(matrix, cut, left[0] // spec.shape[0])
     return layouts
@@ -225,8 +244,10 @@ def run(programs, layout, whole, rows, traces=(), announce=False, beta=0.9):
         values = states.cut(rehearsed.program, in_stage, rehearsed.layouts, whole, rehearsed.state)
         machines.append(Machine(rehearsed.program, rank, network, values, make_watch(traces)))
     count = len(next(iter(rows.values())))
-    batches = [[input_arrays(rehearsed, rows, step, rank, layout) for rank, rehearsed in enumerate(programs)]
-               for step in range(count)]
+    batches = [
+        [input_arrays(rehearsed, rows, step, rank, layout) for rank, rehearsed in enumerate(programs)]
+        for step in range(count)
+    ]
     started = time.monotonic()
 
     noise = NoiseWatch(beta)
@@ -236,8 +257,12 @@ def run(programs, layout, whole, rows, traces=(), announce=False, beta=0.9):
             noise.after_step(machines[0].parameters)
         if announce and rank == layout.world - 1:
             took = time.monotonic() - started
-            print(f"step {step + 1} of {count} executed, {took:.0f} s; about {took / (step + 1) * (count - step - 1):.0f} s "
-                  "left", file=sys.stderr, flush=True)
+            print(
+                f"step {step + 1} of {count} executed, {took:.0f} s; about {took / (step + 1) * (count - step - 1):.0f} s "
+                "left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     outputs = run_world(machines, network, batches, say)
     return Result(machines, outputs, network.unread(), time.monotonic() - started, noise.masks)
@@ -266,9 +291,12 @@ def make_watch(traces):
                 flat = array.reshape(-1)
                 text = np.array2string(flat[:4], precision=6, separator=", ")
                 floats = array.astype(np.float64)
-                print(f"trace: step {step + 1} rank {rank} {node.op} {node.scope or names[2]} "
-                      f"output {number} {array.dtype}{list(array.shape)} first {text} mean {floats.mean():.6g} "
-                      f"largest {np.abs(floats).max():.6g}", flush=True)
+                print(
+                    f"trace: step {step + 1} rank {rank} {node.op} {node.scope or names[2]} "
+                    f"output {number} {array.dtype}{list(array.shape)} first {text} mean {floats.mean():.6g} "
+                    f"largest {np.abs(floats).max():.6g}",
+                    flush=True,
+                )
 
     return watch
 
@@ -288,8 +316,7 @@ def compare(result, reference, programs, layout, config):
     factor = layout.micro_batches * int(config.get("micro_batch_interleave_num") or 1)
     accumulate = int((config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1)
     factor *= accumulate if layout.stages == 1 else 1
-    steps = [_step(ranks, one[0], layout, factor)
-             for ranks, one in zip(result.outputs, reference.outputs)]
+    steps = [_step(ranks, one[0], layout, factor) for ranks, one in zip(result.outputs, reference.outputs)]
     shapes = {name: parameter.value.shape for name, parameter in reference.machines[0].parameters.items()}
     one_device = {name: parameter.value for name, parameter in reference.machines[0].parameters.items()}
     stages = range(layout.stages)
@@ -302,10 +329,16 @@ def compare(result, reference, programs, layout, config):
     problems += [f"{name} is held by no rank" for name in missing]
     weights = [item for item in differences if plain_name(item.name) == item.name]
     moments = [item for item in differences if plain_name(item.name) != item.name]
-    counted = {(kind, machine.rank): count for machine in result.machines
-               for kind, count in operators.collectives_of(machine.executed).items()}
+    counted = {
+        (kind, machine.rank): count
+        for machine in result.machines
+        for kind, count in operators.collectives_of(machine.executed).items()
+    }
     return {
-        "agrees": not problems, "problems": problems, "tolerance": vars(TOLERANCES[dtype]), "steps": steps,
+        "agrees": not problems,
+        "problems": problems,
+        "tolerance": vars(TOLERANCES[dtype]),
+        "steps": steps,
         "largest_weight_difference": max((item.largest for item in weights), default=0.0),
         "largest_weight_difference_relative": max((item.relative for item in weights), default=0.0),
         "largest_moment_difference_relative": max((item.relative for item in moments), default=0.0),
@@ -314,7 +347,10 @@ def compare(result, reference, programs, layout, config):
         "unequal_copies": {name: {"ranks": ranks, "largest": largest} for name, (ranks, largest) in unequal.items()},
         "non_finite": _first_of_steps(result.machines),
         "non_finite_one_device": _first_of_steps(reference.machines),
-        "collectives": [{"kind": kind, "rank": rank, "count": count} for (kind, rank), count in sorted(counted.items())]}
+        "collectives": [
+            {"kind": kind, "rank": rank, "count": count} for (kind, rank), count in sorted(counted.items())
+        ],
+    }
 
 
 def _first_of_steps(machines):
@@ -322,7 +358,9 @@ def _first_of_steps(machines):
     events = sorted((item for machine in machines for item in machine.non_finite), key=lambda item: item.when)
     first = {}
     for item in events:
-        first.setdefault(item.step, {"step": item.step + 1, "rank": item.rank, "place": item.place, "output": item.output})
+        first.setdefault(
+            item.step, {"step": item.step + 1, "rank": item.rank, "place": item.place, "output": item.output}
+        )
     return [first[step] for step in sorted(first)]
 
 
@@ -332,11 +370,17 @@ def _step(ranks, one, layout, factor):
     losses = [_number(ranks[rank][0]) / factor for rank in last]
     norms = [_number(output[4]) if len(output) > 4 else None for output in ranks]
     step = {
-        "loss": losses[0], "loss_one_device": _number(one[0]),
-        "grad_norm": norms[0], "grad_norm_one_device": _number(one[4]) if len(one) > 4 else None,
-        "learning_rate": _number(ranks[0][3]), "learning_rate_one_device": _number(one[3]),
-        "loss_scale": _number(ranks[0][2]), "loss_scale_one_device": _number(one[2]),
-        "overflow": any(bool(np.all(output[1])) for output in ranks), "overflow_one_device": bool(np.all(one[1]))}
+        "loss": losses[0],
+        "loss_one_device": _number(one[0]),
+        "grad_norm": norms[0],
+        "grad_norm_one_device": _number(one[4]) if len(one) > 4 else None,
+        "learning_rate": _number(ranks[0][3]),
+        "learning_rate_one_device": _number(one[3]),
+        "loss_scale": _number(ranks[0][2]),
+        "loss_scale_one_device": _number(one[2]),
+        "overflow": any(bool(np.all(output[1])) for output in ranks),
+        "overflow_one_device": bool(np.all(one[1])),
+    }
     if any(loss != losses[0] and not (np.isnan(loss) and np.isnan(losses[0])) for loss in losses):
         step["loss_differs"] = losses
     if any(norm != norms[0] for norm in norms) and np.isfinite(norms[0]):

@@ -1,4 +1,5 @@
 """Rehearsal of prediction: greedy decoding by the programs of all ranks, beside those of one device."""
+
 import copy
 import tempfile
 import time
@@ -56,8 +57,11 @@ class Rehearsal:
         alone = self.layout.world == 1
         reference, one_seconds = self._generate([self.one], traces if alone else ())
         result, seconds = (reference, one_seconds) if alone else self._generate(self.programs, traces)
-        return {"execution_seconds": round(seconds, 1), "execution_seconds_one_device": round(one_seconds, 1),
-                **compare(result, reference, TOLERANCES[self.dtype])}
+        return {
+            "execution_seconds": round(seconds, 1),
+            "execution_seconds_one_device": round(one_seconds, 1),
+            **compare(result, reference, TOLERANCES[self.dtype]),
+        }
 
     def _generate(self, programs, traces):
         started = time.monotonic()
@@ -65,8 +69,18 @@ class Rehearsal:
         return result, time.monotonic() - started
 
 
-def execute(config_file, overrides, output, count, load_checkpoint=None, shrunk=None, precision="float32", traces=(),
-            prompts=None, config=None):
+def execute(
+    config_file,
+    overrides,
+    output,
+    count,
+    load_checkpoint=None,
+    shrunk=None,
+    precision="float32",
+    traces=(),
+    prompts=None,
+    config=None,
+):
     """Compiles the programs (prefill and increment, or predict) of all ranks and of one device, decodes the same prompts
     greedily with both, compares, and writes execution.json and execution.md.
 
@@ -90,14 +104,25 @@ def execute(config_file, overrides, output, count, load_checkpoint=None, shrunk=
         ExecutionError, NetworkError: the programs cannot be executed to the end.
         WorkerFailed: a program was not compiled.
     """
-    rehearsal, header = prepare(config_file, overrides, output, count, load_checkpoint, shrunk, precision, prompts, config)
+    rehearsal, header = prepare(
+        config_file, overrides, output, count, load_checkpoint, shrunk, precision, prompts, config
+    )
     report = {**header, **rehearsal.run(traces)}
     write_reports(report, output)
     return report
 
 
-def prepare(config_file, overrides, output, count, load_checkpoint=None, shrunk=None, precision="float32", prompts=None,
-            config=None):
+def prepare(
+    config_file,
+    overrides,
+    output,
+    count,
+    load_checkpoint=None,
+    shrunk=None,
+    precision="float32",
+    prompts=None,
+    config=None,
+):
     """Compiles the programs; arguments and errors of `execute`.
 
     Returns:
@@ -124,8 +149,9 @@ def prepare(config_file, overrides, output, count, load_checkpoint=None, shrunk=
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as folder:
         work = Path(folder).resolve()
-        one, programs = compile_beside_one_device(arguments, [*arguments, *shrink.one_device_overrides(1)], layout, work,
-                                                  output)
+        one, programs = compile_beside_one_device(
+            arguments, [*arguments, *shrink.one_device_overrides(1)], layout, work, output
+        )
         seconds = round(time.monotonic() - started, 1)
         whole = whole_weights(one[0], kernels, load_checkpoint, config, work)
     if kernels:
@@ -133,11 +159,18 @@ def prepare(config_file, overrides, output, count, load_checkpoint=None, shrunk=
             rehearsed.phases = {name: widen(program) for name, program in rehearsed.phases.items()}
     dtype = precision if precision != "config" else config["model"]["model_config"].get("compute_dtype", "float16")
     header = {
-        "world_size": layout.world, "layout": layout.describe(), "config": str(config_file), "shrunk": small.changes,
-        "precision": precision, "precision_text": precision_text(precision, kernels),
+        "world_size": layout.world,
+        "layout": layout.describe(),
+        "config": str(config_file),
+        "shrunk": small.changes,
+        "precision": precision,
+        "precision_text": precision_text(precision, kernels),
         "prompts": [ids.tolist() for ids in prompts],
-        "prompt_lengths": [len(ids) for ids in prompts], "prompts_text": source,
-        "weights": str(load_checkpoint or "random, seed 0"), "compile_seconds": seconds}
+        "prompt_lengths": [len(ids) for ids in prompts],
+        "prompts_text": source,
+        "weights": str(load_checkpoint or "random, seed 0"),
+        "compile_seconds": seconds,
+    }
     return Rehearsal(layout, programs, one[0], whole, prompts, count, dtype), header
 
 
@@ -155,8 +188,10 @@ def precision_text(precision, kernels):
     """str: what was computed in which dtype."""
     if not kernels:
         return precision
-    return (f"{precision} (kernels of prediction take 16 bits only: compiled in {kernels}, executed with {precision} in its "
-            "place, which leaves cuts and collectives as they are)")
+    return (
+        f"{precision} (kernels of prediction take 16 bits only: compiled in {kernels}, executed with {precision} in its "
+        "place, which leaves cuts and collectives as they are)"
+    )
 
 
 def _changed(config, changes):

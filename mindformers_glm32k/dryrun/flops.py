@@ -1,4 +1,5 @@
 """Floating point operations of a traced program, from the shapes of its matrix products and attention kernels."""
+
 from collections import defaultdict
 
 from mindformers_glm32k.dryrun.trace import Literal

@@ -21,6 +21,7 @@ _CellGraphExecutor      `compile` is wrapped to switch the target around it and 
 MS_DEV_PRECOMPILE_ONLY  stops after the frontend; without it the backend is asked for a device.
 MS_DEV_DUMP_IR_PASSES   "validate" writes the validated program as text, the only form that has source lines.
 """
+
 import contextlib
 import ctypes
 import os
@@ -49,8 +50,13 @@ def environment(rank, world, dump_folder=None):
         dict[str, str]
     """
     dump = {"MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_SAVE_GRAPHS": "2", "MS_DEV_SAVE_GRAPHS_PATH": str(dump_folder)}
-    return {"MS_DEV_PRECOMPILE_ONLY": "1", "RANK_ID": str(rank), "RANK_SIZE": str(world), "DEVICE_NUM": str(world),
-            **(dump if dump_folder else {})}
+    return {
+        "MS_DEV_PRECOMPILE_ONLY": "1",
+        "RANK_ID": str(rank),
+        "RANK_SIZE": str(world),
+        "DEVICE_NUM": str(world),
+        **(dump if dump_folder else {}),
+    }
 
 
 def install(rank, world, on_compiled):
@@ -74,8 +80,12 @@ def install(rank, world, on_compiled):
     if not _plugin_loaded():
         _forget_device_check(mindspore)
     _answer_for_the_cluster(rank, world)
-    for module, name in ((communication, "init"), (management, "init"), (mindspore, "set_device"),
-                         (mindspore.runtime, "set_memory")):
+    for module, name in (
+        (communication, "init"),
+        (management, "init"),
+        (mindspore, "set_device"),
+        (mindspore.runtime, "set_memory"),
+    ):
         setattr(module, name, lambda *args, **kwargs: None)
     _keep_cpu_as_target(mindspore)
     executor = cell_module._cell_graph_executor
@@ -92,6 +102,7 @@ def input_shapes(dataset):
         list[list[int]]
     """
     from mindspore.parallel import _utils
+
     shapes = dataset.output_shapes()
     if _utils._need_to_full():
         return _utils._to_full_shapes(shapes, _utils._get_device_num())
@@ -100,6 +111,7 @@ def input_shapes(dataset):
 
 def _plugin_loaded():
     from mindspore._c_expression import MSContext
+
     return MSContext.get_instance().is_ascend_plugin_loaded()
 
 
@@ -110,7 +122,8 @@ def _forget_device_check(mindspore):
     except (OSError, ValueError) as error:
         raise FrontendUnavailable(
             f"MindSpore {mindspore.__version__} on {sys.platform} does not let its frontend compile for Ascend without "
-            "an Ascend plugin (known to work: 2.7.0 to 2.9.0 for Linux x86-64).") from error
+            "an Ascend plugin (known to work: 2.7.0 to 2.9.0 for Linux x86-64)."
+        ) from error
     ctypes.memset(ctypes.addressof(setter), 0, _SETTER_BYTES)
 
 
@@ -120,6 +133,7 @@ def _answer_for_the_cluster(rank, world):
     The frontend names a group "<size>-<hash>" and asks its size while it inserts collectives.
     """
     from mindspore.communication import _comm_helper
+
     groups = {WORLD_GROUP: list(range(world))}
 
     def size(group=WORLD_GROUP):
@@ -134,10 +148,15 @@ def _answer_for_the_cluster(rank, world):
         groups[group] = list(ranks or named.get("rank_ids") or size_or_ranks)
 
     _comm_helper.hccl = types.SimpleNamespace(
-        get_rank_id=rank_in, get_local_rank_id=lambda group=WORLD_GROUP: rank, get_rank_size=size,
-        get_local_rank_size=size, create_group=create, destroy_group=lambda group: groups.pop(group, None),
+        get_rank_id=rank_in,
+        get_local_rank_id=lambda group=WORLD_GROUP: rank,
+        get_rank_size=size,
+        get_local_rank_size=size,
+        create_group=create,
+        destroy_group=lambda group: groups.pop(group, None),
         get_world_rank_from_group_rank=lambda group, index: groups[group][index],
-        get_group_rank_from_world_rank=lambda world_rank, group: groups[group].index(world_rank))
+        get_group_rank_from_world_rank=lambda world_rank, group: groups[group].index(world_rank),
+    )
     _comm_helper._HCCL_TEST_AVAILABLE = True
     _comm_helper.GlobalComm.INITED = True
 
@@ -145,11 +164,20 @@ def _answer_for_the_cluster(rank, world):
 def _keep_cpu_as_target(mindspore):
     """`set_context` without the entries that ask for a device; MindFormers 1.6 to 1.9 pass them from the YAML."""
     from mindspore import context
+
     original = context.set_context
 
     def set_context(**entries):
-        for name in ("device_target", "device_id", "max_device_memory", "memory_optimize_level", "ascend_config",
-                     "mempool_block_size", "save_graphs", "save_graphs_path"):
+        for name in (
+            "device_target",
+            "device_id",
+            "max_device_memory",
+            "memory_optimize_level",
+            "ascend_config",
+            "mempool_block_size",
+            "save_graphs",
+            "save_graphs_path",
+        ):
             entries.pop(name, None)
         original(**entries)
 
@@ -161,6 +189,7 @@ def _keep_cpu_as_target(mindspore):
 @contextlib.contextmanager
 def _target_ascend():
     from mindspore._c_expression import MSContext
+
     instance = MSContext.get_instance()
     instance.set_device_target_inner("Ascend")
     try:
@@ -175,6 +204,7 @@ def _wrap_compile(executor_class, graph_executor, rank, on_compiled):
     def compile_for_ascend(self, cell, *args, phase="predict", **kwargs):
         from mindspore import context
         from mindspore._c_expression import AutoParallelContext
+
         # build_context leaves the rank at 0, and every process would get the program of stage 0; setting it resets
         # the permission for device_num
         if context.get_auto_parallel_context("parallel_mode") != "stand_alone":
@@ -184,8 +214,12 @@ def _wrap_compile(executor_class, graph_executor, rank, on_compiled):
         with _target_ascend():
             full_phase, is_new = original(self, cell, *args, phase=phase, **kwargs)
         if is_new:
-            on_compiled(cell, full_phase, lambda: graph_executor.get_func_graph_proto(full_phase, "mind_ir"),
-                        time.monotonic() - started)
+            on_compiled(
+                cell,
+                full_phase,
+                lambda: graph_executor.get_func_graph_proto(full_phase, "mind_ir"),
+                time.monotonic() - started,
+            )
         return full_phase, is_new
 
     executor_class.compile = compile_for_ascend

@@ -12,6 +12,7 @@ Sources
 The same server is sold with 376 and 280 TFLOPS too; which one the published figures come from is not known. The fraction of
 the peak that `estimate` uses is calibrated against a published figure, so that another peak gives the same seconds.
 """
+
 from dataclasses import dataclass, field
 
 
@@ -41,11 +42,12 @@ class Device:
 ATLAS_800T_A2 = Device(
     name="Atlas 800T A2 (313 TFLOPS float16, 64 GB)",
     flops={"float16": 313e12, "bfloat16": 294.9e12, "float32": 83e12},
-    memory=0.6 * 1.6 * 1024 ** 4,  # [model]
+    memory=0.6 * 1.6 * 1024**4,  # [model]
     link=0.65 * 28e9,  # [model], the share from [bench]
     network=0.7 * 25e9,  # [model]
     start=10e-6,  # [model]
-    per_machine=8)
+    per_machine=8,
+)
 
 
 def seconds_of_collective(device, kind, ranks, total_bytes, count):

@@ -1,4 +1,5 @@
 """The parallel layout that a configuration asks for: how many NPUs, which rank belongs to which pipeline stage."""
+
 from dataclasses import dataclass, replace
 
 _SHORTEST_RUN = 1024  # positions
@@ -58,8 +59,12 @@ class Layout:
 
     def describe(self):
         """str: "dp 2 x pp 4, 16 micro batches", …"""
-        parts = [(self.data_parallel, "dp"), (self.model_parallel, "mp"), (self.context_parallel, "cp"),
-                 (self.stages, "pp")]
+        parts = [
+            (self.data_parallel, "dp"),
+            (self.model_parallel, "mp"),
+            (self.context_parallel, "cp"),
+            (self.stages, "pp"),
+        ]
         text = " x ".join(f"{name} {size}" for size, name in parts if size > 1) or "one device"
         return text + (f", {self.micro_batches} micro batches" if self.stages > 1 else "")
 
@@ -81,13 +86,16 @@ def layout_of(config):
         return int(section.get(name) or 1)
 
     on = bool(config.get("use_parallel"))
-    dp, mp, cp, pp = (size(name) if on else 1 for name in
-                      ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage"))
+    dp, mp, cp, pp = (
+        size(name) if on else 1 for name in ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage")
+    )
     micro = size("micro_batch_num") if pp > 1 else 1
     rows = size("batch_size", runner) * dp * micro * size("gradient_accumulation_steps", runner)
     rows *= size("micro_batch_interleave_num", config)
     widths = [int(model[name]) for name in ("hidden_size", "ffn_hidden_size", "padded_vocab_size")]
-    widths += [2 * widths[1], (int(model["num_attention_heads"]) + 2 * int(model["multi_query_group_num"]))
-               * int(model["kv_channels"])]
+    widths += [
+        2 * widths[1],
+        (int(model["num_attention_heads"]) + 2 * int(model["multi_query_group_num"])) * int(model["kv_channels"]),
+    ]
     widths += [width // mp for width in widths]
     return Layout(dp, mp, cp, pp, micro, rows, int(model["seq_length"]), int(model["num_layers"]), tuple(widths))

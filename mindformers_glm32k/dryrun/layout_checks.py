@@ -2,6 +2,7 @@
 
 MindSpore finds most of these after a minute of compiling, in words of its own, and some not at all.
 """
+
 from mindformers_glm32k.errors import InputError
 
 FLASH_ATTENTION_STEP = 16  # the kernel works on blocks of 16 positions
@@ -34,11 +35,16 @@ def problems(config, devices=None):
     """
     parallel = (config.get("parallel_config") or {}) if config.get("use_parallel") else {}
     counts = [(parallel, "parallel_config", name) for name in (*_AXES, "micro_batch_num")]
-    counts += [(config.get("runner_config") or {}, "runner_config", name)
-               for name in ("batch_size", "gradient_accumulation_steps")]
+    counts += [
+        (config.get("runner_config") or {}, "runner_config", name)
+        for name in ("batch_size", "gradient_accumulation_steps")
+    ]
     counts.append((config, "", "micro_batch_interleave_num"))
-    found = [f"{section + '.' if section else ''}{name}={values[name]!r}: a whole number >= 1 is needed"
-             for values, section, name in counts if values.get(name) is not None and not _is_count(values[name])]
+    found = [
+        f"{section + '.' if section else ''}{name}={values[name]!r}: a whole number >= 1 is needed"
+        for values, section, name in counts
+        if values.get(name) is not None and not _is_count(values[name])
+    ]
     if found:
         return found
     sizes = _Sizes(config, parallel)
@@ -58,14 +64,18 @@ def packing_problems(config):
     """
     model, found = config["model"]["model_config"], []
     if model.get("attention_dropout"):
-        found.append(f"model_config.attention_dropout={model['attention_dropout']!r}: must be 0 with packing: True, flash "
-                     "attention drops nothing in rows of several documents")
+        found.append(
+            f"model_config.attention_dropout={model['attention_dropout']!r}: must be 0 with packing: True, flash "
+            "attention drops nothing in rows of several documents"
+        )
     rows = int((config.get("runner_config") or {}).get("batch_size") or 1)
     documents = int(model.get("documents_per_row") or DOCUMENTS_PER_ROW)
     if rows * (documents + 1) > MOST_SEQUENCES:
-        found.append(f"model_config.documents_per_row={documents}: runner_config.batch_size={rows} rows of a device with "
-                     f"so many documents each and padding are more than the {MOST_SEQUENCES} sequences that flash "
-                     f"attention takes at once; {MOST_SEQUENCES // rows - 1} is the most")
+        found.append(
+            f"model_config.documents_per_row={documents}: runner_config.batch_size={rows} rows of a device with "
+            f"so many documents each and padding are more than the {MOST_SEQUENCES} sequences that flash "
+            f"attention takes at once; {MOST_SEQUENCES // rows - 1} is the most"
+        )
     return found
 
 
@@ -90,8 +100,10 @@ def layers_per_stage(config):
     if len(rows) == 1:
         rows = rows * sizes.interleave
     if len(rows) != sizes.interleave or any(len(row) != sizes.pipeline_stage for row in rows):
-        raise InputError(f"model_config.offset={offset}: one number per stage is needed, "
-                         f"parallel_config.pipeline_stage is {sizes.pipeline_stage}")
+        raise InputError(
+            f"model_config.offset={offset}: one number per stage is needed, "
+            f"parallel_config.pipeline_stage is {sizes.pipeline_stage}"
+        )
     return [[each + int(more) for more in row] for row in rows]
 
 
@@ -112,8 +124,13 @@ class _Sizes:
         self.groups = int(model["multi_query_group_num"])
         algorithm = str(parallel.get("context_parallel_algo") or "colossalai_cp")
         # how many ranks exchange heads for positions
-        self.ulysses = (self.context_parallel if "ulysses" in algorithm else
-                        int(parallel.get("ulysses_degree_in_cp") or 1) if "hybrid" in algorithm else 1)
+        self.ulysses = (
+            self.context_parallel
+            if "ulysses" in algorithm
+            else int(parallel.get("ulysses_degree_in_cp") or 1)
+            if "hybrid" in algorithm
+            else 1
+        )
 
 
 def _is_count(value):
@@ -123,8 +140,11 @@ def _is_count(value):
 def _devices(sizes, devices):
     product = sizes.data_parallel * sizes.model_parallel * sizes.context_parallel * sizes.pipeline_stage
     if devices is not None and sizes.parallel and product != devices:
-        yield ("parallel_config: " + " x ".join(f"{name} {getattr(sizes, name)}" for name in _AXES)
-               + f" = {product} NPUs, the run has {devices}")
+        yield (
+            "parallel_config: "
+            + " x ".join(f"{name} {getattr(sizes, name)}" for name in _AXES)
+            + f" = {product} NPUs, the run has {devices}"
+        )
     if devices is not None and not sizes.parallel and devices > 1:
         yield f"use_parallel: false is for one NPU, the run has {devices}"
 
@@ -133,8 +153,10 @@ def _mode(sizes, _):
     mode = (sizes.config.get("parallel") or {}).get("parallel_mode")
     axes = [name for name in _AXES[1:] if getattr(sizes, name) > 1]
     if axes and mode not in _SEMI_AUTO:
-        yield (f"parallel.parallel_mode={mode!r}: parallel_config.{axes[0]}={getattr(sizes, axes[0])} needs 1 "
-               "(semi-automatic parallel)")
+        yield (
+            f"parallel.parallel_mode={mode!r}: parallel_config.{axes[0]}={getattr(sizes, axes[0])} needs 1 "
+            "(semi-automatic parallel)"
+        )
 
 
 def _heads(sizes, _):
@@ -145,19 +167,28 @@ def _heads(sizes, _):
         yield f"model_config.num_attention_heads={sizes.heads}: not a multiple of {words} = {parts}"
     small, large = sorted((sizes.groups, sizes.model_parallel))
     if large % small:
-        yield (f"model_config.multi_query_group_num={sizes.groups}: neither a multiple nor a divisor of "
-               f"parallel_config.model_parallel={sizes.model_parallel}")
+        yield (
+            f"model_config.multi_query_group_num={sizes.groups}: neither a multiple nor a divisor of "
+            f"parallel_config.model_parallel={sizes.model_parallel}"
+        )
     if sizes.context_parallel % sizes.ulysses:
-        yield (f"parallel_config.ulysses_degree_in_cp={sizes.ulysses}: does not divide "
-               f"context_parallel={sizes.context_parallel}")
+        yield (
+            f"parallel_config.ulysses_degree_in_cp={sizes.ulysses}: does not divide "
+            f"context_parallel={sizes.context_parallel}"
+        )
 
 
 def _widths(sizes, _):
-    for name, split_by in (("padded_vocab_size", "the output layer is split over the vocabulary"),
-                           ("ffn_hidden_size", "the MLP is split"), ("hidden_size", "rows of weights are split")):
+    for name, split_by in (
+        ("padded_vocab_size", "the output layer is split over the vocabulary"),
+        ("ffn_hidden_size", "the MLP is split"),
+        ("hidden_size", "rows of weights are split"),
+    ):
         if sizes.model[name] % sizes.model_parallel:
-            yield (f"model_config.{name}={sizes.model[name]}: not a multiple of parallel_config.model_parallel="
-                   f"{sizes.model_parallel}, over which {split_by}")
+            yield (
+                f"model_config.{name}={sizes.model[name]}: not a multiple of parallel_config.model_parallel="
+                f"{sizes.model_parallel}, over which {split_by}"
+            )
 
 
 def _sequence(sizes, _):
@@ -168,29 +199,39 @@ def _sequence(sizes, _):
         yield f"model_config.seq_length={sizes.length}: not a multiple of {words} = {parts}"
     if sizes.model.get("use_flash_attention"):
         if sizes.length % FLASH_ATTENTION_STEP:
-            yield (f"model_config.seq_length={sizes.length}: not a multiple of {FLASH_ATTENTION_STEP}, which "
-                   "use_flash_attention needs")
+            yield (
+                f"model_config.seq_length={sizes.length}: not a multiple of {FLASH_ATTENTION_STEP}, which "
+                "use_flash_attention needs"
+            )
     elif sizes.context_parallel > 1:
         yield f"model_config.use_flash_attention: must be true for context_parallel={sizes.context_parallel}"
 
 
 def _chunks(sizes, _):
     if sizes.model.get("mlp_chunk_size") and sizes.model_parallel * sizes.context_parallel > 1:
-        yield (f"model_config.mlp_chunk_size={sizes.model['mlp_chunk_size']!r}: for layouts with model_parallel 1 and "
-               "context_parallel 1; the others cut these tensors already, set it to null")
+        yield (
+            f"model_config.mlp_chunk_size={sizes.model['mlp_chunk_size']!r}: for layouts with model_parallel 1 and "
+            "context_parallel 1; the others cut these tensors already, set it to null"
+        )
 
 
 def _packing(sizes, _):
     sections = ("eval_dataset",) if str(sizes.config.get("run_mode")) == "eval" else ("train_dataset",)
-    if not any((sizes.config.get(section) or {}).get("packing") for section in sections) or sizes.predicts \
-            or not sizes.model.get("use_flash_attention") or sizes.model.get("cells") == "portable":
+    if (
+        not any((sizes.config.get(section) or {}).get("packing") for section in sections)
+        or sizes.predicts
+        or not sizes.model.get("use_flash_attention")
+        or sizes.model.get("cells") == "portable"
+    ):
         return
     yield from packing_problems(sizes.config)
     if sizes.context_parallel > sizes.ulysses:
-        yield (f"parallel_config.context_parallel={sizes.context_parallel} with context_parallel_algo="
-               f"{sizes.parallel.get('context_parallel_algo') or 'colossalai_cp'!r}: with packing: True each device needs "
-               "all positions of its heads; set context_parallel_algo: ulysses_cp with "
-               f"ulysses_degree_in_cp: {sizes.context_parallel}")
+        yield (
+            f"parallel_config.context_parallel={sizes.context_parallel} with context_parallel_algo="
+            f"{sizes.parallel.get('context_parallel_algo') or 'colossalai_cp'!r}: with packing: True each device needs "
+            "all positions of its heads; set context_parallel_algo: ulysses_cp with "
+            f"ulysses_degree_in_cp: {sizes.context_parallel}"
+        )
 
 
 def _batch(sizes, _):
@@ -202,15 +243,19 @@ def _batch(sizes, _):
             yield f"{name}={rows}: not a multiple of parallel_config.data_parallel={sizes.data_parallel}"
         return
     if interleave > 1 and sizes.context_parallel > 1:
-        yield (f"micro_batch_interleave_num={interleave}: cannot go with "
-               f"parallel_config.context_parallel={sizes.context_parallel}")
+        yield (
+            f"micro_batch_interleave_num={interleave}: cannot go with "
+            f"parallel_config.context_parallel={sizes.context_parallel}"
+        )
     strategy = (sizes.config.get("parallel") or {}).get("dataset_strategy")
     if isinstance(strategy, (list, tuple)) and strategy and isinstance(strategy[0], (list, tuple)):
         parts = strategy[0][0]
         total = rows * sizes.data_parallel * (sizes.micro_batches if sizes.pipeline_stage > 1 else 1) * interleave
         if isinstance(parts, int) and parts != sizes.data_parallel:
-            yield (f"parallel.dataset_strategy={strategy}: cuts the {total} rows of a step into {parts}, "
-                   f"parallel_config.data_parallel={sizes.data_parallel} asks for {sizes.data_parallel}")
+            yield (
+                f"parallel.dataset_strategy={strategy}: cuts the {total} rows of a step into {parts}, "
+                f"parallel_config.data_parallel={sizes.data_parallel} asks for {sizes.data_parallel}"
+            )
 
 
 def _pipeline(sizes):
@@ -225,19 +270,27 @@ def _pipeline(sizes):
     else:
         total = sum(map(sum, dealt))
         if total != sizes.layers:
-            found.append(f"model_config.num_layers={sizes.layers}: parallel_config.pipeline_stage={stages} stages with "
-                         f"model_config.offset={sizes.model.get('offset') or 0} hold {dealt} = {total} layers; the "
-                         f"offsets must add up to {sizes.layers % (stages * sizes.interleave)}")
+            found.append(
+                f"model_config.num_layers={sizes.layers}: parallel_config.pipeline_stage={stages} stages with "
+                f"model_config.offset={sizes.model.get('offset') or 0} hold {dealt} = {total} layers; the "
+                f"offsets must add up to {sizes.layers % (stages * sizes.interleave)}"
+            )
         elif min(map(min, dealt)) < 1:
-            found.append(f"model_config.num_layers={sizes.layers}: a stage of {dealt} has no layer "
-                         f"(parallel_config.pipeline_stage={stages}, model_config.offset)")
+            found.append(
+                f"model_config.num_layers={sizes.layers}: a stage of {dealt} has no layer "
+                f"(parallel_config.pipeline_stage={stages}, model_config.offset)"
+            )
     if sizes.micro_batches < stages:
-        found.append(f"parallel_config.micro_batch_num={sizes.micro_batches}: fewer than pipeline_stage={stages}, "
-                     "stages would wait for ever")
+        found.append(
+            f"parallel_config.micro_batch_num={sizes.micro_batches}: fewer than pipeline_stage={stages}, "
+            "stages would wait for ever"
+        )
     accumulate = (sizes.config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1
     if accumulate > 1:
-        found.append(f"runner_config.gradient_accumulation_steps={accumulate}: without effect in a pipeline; raise "
-                     "parallel_config.micro_batch_num instead")
+        found.append(
+            f"runner_config.gradient_accumulation_steps={accumulate}: without effect in a pipeline; raise "
+            "parallel_config.micro_batch_num instead"
+        )
     return found
 
 
@@ -247,8 +300,12 @@ def _prediction(sizes):
             yield f"parallel_config.{name}={getattr(sizes, name)}: must be 1 in run_mode predict"
     mode = (sizes.config.get("parallel") or {}).get("parallel_mode")
     if sizes.model.get("use_past") and sizes.data_parallel > 1 and mode in _SEMI_AUTO:
-        yield (f"parallel_config.data_parallel={sizes.data_parallel}: must be 1 in run_mode predict with use_past, where all "
-               "prompts of a batch are read as one row; start a run for each part of the prompts instead")
+        yield (
+            f"parallel_config.data_parallel={sizes.data_parallel}: must be 1 in run_mode predict with use_past, where all "
+            "prompts of a batch are read as one row; start a run for each part of the prompts instead"
+        )
     if sizes.model.get("use_past") and sizes.groups % sizes.model_parallel:
-        yield (f"model_config.multi_query_group_num={sizes.groups}: not a multiple of parallel_config.model_parallel="
-               f"{sizes.model_parallel}, over which the cache (use_past) is split")
+        yield (
+            f"model_config.multi_query_group_num={sizes.groups}: not a multiple of parallel_config.model_parallel="
+            f"{sizes.model_parallel}, over which the cache (use_past) is split"
+        )

@@ -1,4 +1,5 @@
 """Device memory of a traced program: what stays for the whole run, and the peak of what comes and goes."""
+
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -82,6 +83,13 @@ def measure(trace):
     peak = max(curve, default=0)
     at = curve.index(peak) if curve else -1
     alive = [buffer for buffer in trace.activations if buffer.made <= at <= buffer.last]
-    return Memory(parameters, count, sum(buffer.spec.bytes for buffer in trace.constants),
-                  sum(buffer.spec.bytes for buffer in trace.inputs), peak, trace.events[at] if curve else None,
-                  sorted(alive, key=lambda buffer: -buffer.spec.bytes), curve)
+    return Memory(
+        parameters,
+        count,
+        sum(buffer.spec.bytes for buffer in trace.constants),
+        sum(buffer.spec.bytes for buffer in trace.inputs),
+        peak,
+        trace.events[at] if curve else None,
+        sorted(alive, key=lambda buffer: -buffer.spec.bytes),
+        curve,
+    )

@@ -3,6 +3,7 @@
 The schema is mindspore/train/mind_ir_pb2.py. That module fails to import with protobuf 7 (written for protoc 3), so its
 serialized descriptor is taken out of the source text and given to the protobuf that is installed.
 """
+
 import ast
 import importlib.util
 from dataclasses import dataclass, field
@@ -12,10 +13,23 @@ from mindformers_glm32k.errors import InputError
 
 # TensorProto.DataType name -> (name as MindSpore prints it, bytes)
 _DTYPES = {
-    "UNDEFINED": ("none", 0), "FLOAT": ("float32", 4), "UINT8": ("uint8", 1), "INT8": ("int8", 1),
-    "UINT16": ("uint16", 2), "INT16": ("int16", 2), "INT32": ("int32", 4), "INT64": ("int64", 8), "STRING": ("string", 0),
-    "BOOL": ("bool", 1), "FLOAT16": ("float16", 2), "DOUBLE": ("float64", 8), "UINT32": ("uint32", 4),
-    "UINT64": ("uint64", 8), "COMPLEX64": ("complex64", 8), "COMPLEX128": ("complex128", 16), "BFLOAT16": ("bfloat16", 2),
+    "UNDEFINED": ("none", 0),
+    "FLOAT": ("float32", 4),
+    "UINT8": ("uint8", 1),
+    "INT8": ("int8", 1),
+    "UINT16": ("uint16", 2),
+    "INT16": ("int16", 2),
+    "INT32": ("int32", 4),
+    "INT64": ("int64", 8),
+    "STRING": ("string", 0),
+    "BOOL": ("bool", 1),
+    "FLOAT16": ("float16", 2),
+    "DOUBLE": ("float64", 8),
+    "UINT32": ("uint32", 4),
+    "UINT64": ("uint64", 8),
+    "COMPLEX64": ("complex64", 8),
+    "COMPLEX128": ("complex128", 16),
+    "BFLOAT16": ("bfloat16", 2),
 }
 
 
@@ -125,6 +139,7 @@ def read_program(path):
 
 def _message_class(name):
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
     # find_spec does not run the package
     folder = Path(importlib.util.find_spec("mindspore").submodule_search_locations[0])
     source = ast.parse((folder / "train" / "mind_ir_pb2.py").read_text(encoding="utf-8"))
@@ -153,15 +168,25 @@ class _Reader:
 
     def program(self):
         main = self.model.graph
-        parameters = {parameter.name: (parameter.ref_key or parameter.name.rsplit(":", 1)[-1], self._spec(parameter))
-                      for parameter in main.parameter}
+        parameters = {
+            parameter.name: (parameter.ref_key or parameter.name.rsplit(":", 1)[-1], self._spec(parameter))
+            for parameter in main.parameter
+        }
         inputs = {item.name: self._spec(item.tensor[0]) for item in main.input if item.tensor}
-        return Program(self._graph(main), {function.name: self._graph(function) for function in self.model.functions},
-                       parameters, inputs)
+        return Program(
+            self._graph(main),
+            {function.name: self._graph(function) for function in self.model.functions},
+            parameters,
+            inputs,
+        )
 
     def _graph(self, proto):
-        return Graph(proto.name, [item.name for item in proto.input], [self._node(node) for node in proto.node],
-                     [item.name for item in proto.output])
+        return Graph(
+            proto.name,
+            [item.name for item in proto.input],
+            [self._node(node) for node in proto.node],
+            [item.name for item in proto.output],
+        )
 
     def _node(self, proto):
         name = proto.output[0] if proto.output else proto.name
@@ -169,8 +194,14 @@ class _Reader:
             return self._constant(name, proto)
         target = proto.op_type[5:] if proto.op_type.startswith("REF::") else proto.op_type
         shape = next((attribute for attribute in proto.attribute if attribute.name == "shape"), None)
-        node = Node(name, "call", list(proto.input), self._output(shape), scope=proto.domain,
-                    marks=self._attributes([*proto.node_attr, *proto.primal_attr]))
+        node = Node(
+            name,
+            "call",
+            list(proto.input),
+            self._output(shape),
+            scope=proto.domain,
+            marks=self._attributes([*proto.node_attr, *proto.primal_attr]),
+        )
         primitive = self.primitives.get(target)
         if primitive is None:
             node.callee = target

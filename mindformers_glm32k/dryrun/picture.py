@@ -1,4 +1,5 @@
 """report.png: memory of each program against what a card has, and its traffic by kind."""
+
 from mindformers_glm32k.dryrun.report import memory_parts, three_digits, title
 from mindformers_glm32k.dryrun.warnings import GIB
 from mindformers_glm32k.files import atomic_path
@@ -15,6 +16,7 @@ def draw(report, path):
         path (pathlib.Path): PNG file.
     """
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -27,16 +29,18 @@ def draw(report, path):
     _stack(memory, names, {part: [sizes[part] / GIB for sizes in parts] for part in parts[0]})
     limit, largest = report["max_device_memory_bytes"], max(program["total_bytes"] for program in programs)
     if limit and largest > limit / 20:  # else the bars could not be seen
-        memory.axvline(limit / GIB, color="black", linestyle="--", linewidth=1,
-                       label=f"max_device_memory {limit / GIB:.0f} GiB")
+        memory.axvline(
+            limit / GIB, color="black", linestyle="--", linewidth=1, label=f"max_device_memory {limit / GIB:.0f} GiB"
+        )
         largest = max(limit, largest)
     memory.set_xlim(0, largest / GIB * 1.12)
     memory.set_title("memory of one card")
     memory.set_xlabel("GiB")
 
     kinds = [_by_kind(program) for program in programs]
-    order = sorted({kind for sizes in kinds for kind in sizes},
-                   key=lambda kind: -sum(sizes.get(kind, 0) for sizes in kinds))
+    order = sorted(
+        {kind for sizes in kinds for kind in sizes}, key=lambda kind: -sum(sizes.get(kind, 0) for sizes in kinds)
+    )
     _stack(traffic, names, {kind: [sizes.get(kind, 0) / 1e9 for sizes in kinds] for kind in order})
     traffic.set_title("traffic of one card in a step" if order else "no traffic")
     traffic.set_xlabel("GB")
@@ -71,10 +75,16 @@ def _stack(axes, names, series):
     left = [0.0] * len(names)
     for index, (label, values) in enumerate(series.items()):
         if any(values):
-            bars = axes.barh(names, values, left=left, height=_HEIGHT_OF_BAR, label=label,
-                             color=_COLORS[index % len(_COLORS)])
-            axes.bar_label(bars, [three_digits(value) if value > 0.07 * scale else "" for value in values],
-                           label_type="center", color="white", fontsize=8)
+            bars = axes.barh(
+                names, values, left=left, height=_HEIGHT_OF_BAR, label=label, color=_COLORS[index % len(_COLORS)]
+            )
+            axes.bar_label(
+                bars,
+                [three_digits(value) if value > 0.07 * scale else "" for value in values],
+                label_type="center",
+                color="white",
+                fontsize=8,
+            )
             left = [start + value for start, value in zip(left, values)]
     for row, total in enumerate(totals):
         axes.text(total + 0.01 * scale, row, three_digits(total), va="center", fontsize=9, fontweight="bold")

@@ -4,6 +4,7 @@ The generator compiles "prefill" (prompts in one flattened row) and "increment" 
 that stay open. A program without shapes has no memory to measure: after the two that an NPU gets, the same two are
 compiled once more with the longest prompts that fit, and these are the ones that the report reads.
 """
+
 import numpy as np
 
 SIZED = "sized"
@@ -26,6 +27,7 @@ class Generation:
     def install(self):
         """Replaces the generator's methods in this process."""
         from mindformers.generation.text_generator import GenerationMixin
+
         generate, driver = GenerationMixin.generate, self
 
         def compile_both(model, input_ids, **options):

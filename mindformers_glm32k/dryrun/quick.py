@@ -1,4 +1,5 @@
 """Figures of a deep program from two shallow ones: everything that a layer adds is added again for each layer more."""
+
 from mindformers_glm32k.errors import InputError
 
 LAYERS = (2, 4)  # layers of each stage in the programs that are compiled
@@ -24,19 +25,25 @@ def layers_of_stages(config):
         value = (config.get("recompute_config") or {}).get(name)
         patterns = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
         if isinstance(value, (list, tuple, dict)) and not patterns:  # names of operators hold for all layers
-            raise InputError(f"--quick: recompute_config.{name} is {value!r}, another value for some layers; "
-                             "compile at full depth (without --quick) or give one value for all layers")
+            raise InputError(
+                f"--quick: recompute_config.{name} is {value!r}, another value for some layers; "
+                "compile at full depth (without --quick) or give one value for all layers"
+            )
     if int(model.get("pp_interleave_num") or 1) > 1:
         raise InputError("--quick: model_config.pp_interleave_num is above 1; compile at full depth (without --quick)")
     offset = model.get("offset") or 0
     offsets = list(offset) if isinstance(offset, (list, tuple)) else [int(offset)] * stages
     if len(offsets) != stages:
-        raise InputError(f"--quick: model_config.offset {offset!r} has {len(offsets)} entries, "
-                         f"parallel_config.pipeline_stage is {stages}")
+        raise InputError(
+            f"--quick: model_config.offset {offset!r} has {len(offsets)} entries, "
+            f"parallel_config.pipeline_stage is {stages}"
+        )
     layers = [int(model["num_layers"]) // stages + more for more in offsets]
     if sum(layers) != int(model["num_layers"]):
-        raise InputError(f"--quick: model_config.num_layers {model['num_layers']} is not the sum of {layers} layers on "
-                         f"{stages} stages; set model_config.offset")
+        raise InputError(
+            f"--quick: model_config.num_layers {model['num_layers']} is not the sum of {layers} layers on "
+            f"{stages} stages; set model_config.offset"
+        )
     return layers
 
 
@@ -75,8 +82,11 @@ def extrapolate(shallow, deeper, layers):
             return number(first, second)
         return second
 
-    result = {key: value if key in _SAME or key in _MEASURED else merge(shallow.get(key), value)
-              for key, value in deeper.items() if key != "collectives"}
+    result = {
+        key: value if key in _SAME or key in _MEASURED else merge(shallow.get(key), value)
+        for key, value in deeper.items()
+        if key != "collectives"
+    }
     result["compile_seconds"] = round(shallow["compile_seconds"] + deeper["compile_seconds"], 2)
     result["peak_rss_bytes"] = max(shallow["peak_rss_bytes"], deeper["peak_rss_bytes"])
     result["collectives"] = _collectives(shallow["collectives"], deeper["collectives"], number)
@@ -86,14 +96,18 @@ def extrapolate(shallow, deeper, layers):
 
 def _collectives(first, second, number):
     def by_key(items):
-        return {(item["kind"], tuple(item["group_ranks"]), item["dtype"], item["purpose"], item["part"]): item
-                for item in items}
+        return {
+            (item["kind"], tuple(item["group_ranks"]), item["dtype"], item["purpose"], item["part"]): item
+            for item in items
+        }
 
     first, second = by_key(first), by_key(second)
     result = []
     for key in {**second, **first}:
-        sizes = {name: number(first.get(key, {}).get(name, 0), second.get(key, {}).get(name, 0))
-                 for name in ("bytes", "count")}
+        sizes = {
+            name: number(first.get(key, {}).get(name, 0), second.get(key, {}).get(name, 0))
+            for name in ("bytes", "count")
+        }
         if sizes["count"]:
             result.append({**(second.get(key) or first[key]), **sizes})
     return sorted(result, key=lambda item: -item["bytes"])

@@ -1,4 +1,5 @@
 """report.md: what an engineer who books NPUs wants to know, from report.json."""
+
 import json
 
 from mindformers_glm32k.dryrun.warnings import GIB, device_memory, purpose, warnings_of
@@ -6,9 +7,15 @@ from mindformers_glm32k.files import atomic_path
 
 PICTURE = "report.png"
 # key of a program in report.json -> what it is called; together they are "total_bytes"
-MEMORY = (("parameter_bytes", "parameters"), ("accumulator_bytes", "gradient accumulators"),
-          ("optimizer_bytes", "optimizer states"), ("cache_bytes", "key-value cache"), ("constant_bytes", "constants"),
-          ("activation_peak_bytes", "activations at the peak"), ("rest_bytes", "inputs and counters"))
+MEMORY = (
+    ("parameter_bytes", "parameters"),
+    ("accumulator_bytes", "gradient accumulators"),
+    ("optimizer_bytes", "optimizer states"),
+    ("cache_bytes", "key-value cache"),
+    ("constant_bytes", "constants"),
+    ("activation_peak_bytes", "activations at the peak"),
+    ("rest_bytes", "inputs and counters"),
+)
 _LARGEST_SHOWN = 5
 _COLLECTIVES_SHOWN = 12
 
@@ -42,6 +49,7 @@ def write_report(report, config, folder):
         folder (pathlib.Path): where the files go.
     """
     from mindformers_glm32k.dryrun.picture import draw
+
     report["max_device_memory_bytes"] = device_memory(config)
     report["estimate"] = _estimate(report)
     report["warnings"] = warnings_of(report, config)
@@ -54,6 +62,7 @@ def write_report(report, config, folder):
 def _estimate(report):
     from mindformers_glm32k.dryrun import calibration
     from mindformers_glm32k.dryrun.estimate import estimate
+
     stages = {program["stage"] for program in report["programs"]}
     if report["run_mode"] not in ("train", "finetune") or len(stages) < report["layout_sizes"]["stages"]:
         return None
@@ -69,17 +78,28 @@ def render(report):
     Returns:
         str
     """
-    sections = [_head(report), _warnings(report["warnings"]), f"![Memory and traffic of each program]({PICTURE})",
-                _memory(report), _speed(report), _traffic(report), _peaks(report), _how(report)]
+    sections = [
+        _head(report),
+        _warnings(report["warnings"]),
+        f"![Memory and traffic of each program]({PICTURE})",
+        _memory(report),
+        _speed(report),
+        _traffic(report),
+        _peaks(report),
+        _how(report),
+    ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _head(report):
     count = report["world_size"]
-    lines = [f"# Dry run of {report['config']}", "",
-             f"{report['layout'] + f' on {count} NPUs' if count > 1 else 'One NPU'}, run mode {report['run_mode']}, "
-             f"rows of {report['layout_sizes']['seq_length']:,} tokens, "
-             f"{report['layout_sizes']['layers']} layers."]
+    lines = [
+        f"# Dry run of {report['config']}",
+        "",
+        f"{report['layout'] + f' on {count} NPUs' if count > 1 else 'One NPU'}, run mode {report['run_mode']}, "
+        f"rows of {report['layout_sizes']['seq_length']:,} tokens, "
+        f"{report['layout_sizes']['layers']} layers.",
+    ]
     if report["run_mode"] in ("train", "finetune"):
         lines[-1] += f" A step reads {report['tokens_per_step']:,} tokens."
     worst = max(report["programs"], key=lambda program: program["total_bytes"])
@@ -120,35 +140,67 @@ def _memory(report):
     for program in programs:
         parts = memory_parts(program)
         share = [f"{100 * program['total_bytes'] / limit:.0f} %"] if limit else []
-        rows.append([title(program), f"{program['parameter_count']:,}",
-                     *(_size(parts[name], GIB) for name in shown), _size(program["logits_bytes"], GIB),
-                     f"**{_size(program['total_bytes'], GIB)}**", *share])
-    head = ["program", "parameters held", *(f"{name}, GiB" for name in shown), "of activations: logits, GiB",
-            "**total, GiB**", *(["of max_device_memory"] if limit else [])]
+        rows.append(
+            [
+                title(program),
+                f"{program['parameter_count']:,}",
+                *(_size(parts[name], GIB) for name in shown),
+                _size(program["logits_bytes"], GIB),
+                f"**{_size(program['total_bytes'], GIB)}**",
+                *share,
+            ]
+        )
+    head = [
+        "program",
+        "parameters held",
+        *(f"{name}, GiB" for name in shown),
+        "of activations: logits, GiB",
+        "**total, GiB**",
+        *(["of max_device_memory"] if limit else []),
+    ]
     return "## Memory of one card\n\n" + _table(head, rows)
 
 
 def _speed(report):
-    rows = [[title(program), _size(program["flops"], 1e12),
-             _size(_part(program, "matmul"), 1e12), _size(_part(program, "attention"), 1e12),
-             f"{100 * _part(program, '', 'recompute') / max(program['flops'], 1):.0f} %",
-             _size(sum(item["bytes"] for item in program["collectives"]), 1e9), f"{program['operations']:,}"]
-            for program in report["programs"]]
+    rows = [
+        [
+            title(program),
+            _size(program["flops"], 1e12),
+            _size(_part(program, "matmul"), 1e12),
+            _size(_part(program, "attention"), 1e12),
+            f"{100 * _part(program, '', 'recompute') / max(program['flops'], 1):.0f} %",
+            _size(sum(item["bytes"] for item in program["collectives"]), 1e9),
+            f"{program['operations']:,}",
+        ]
+        for program in report["programs"]
+    ]
     text = "## Work of one card in a step\n\n" + _table(
-        ["program", "TFLOPs", "of it matrix products", "of it attention (all pairs)", "recomputed", "traffic, GB",
-         "operations"], rows)
+        [
+            "program",
+            "TFLOPs",
+            "of it matrix products",
+            "of it attention (all pairs)",
+            "recomputed",
+            "traffic, GB",
+            "operations",
+        ],
+        rows,
+    )
     estimate = report.get("estimate")
     if estimate:
         speed = estimate["tokens_per_second_per_device"]
-        text += (f"\n\nEstimate, not a measurement: **{speed:.0f} tokens/s/p**, a step of "
-                 f"{estimate['step_seconds']:.2f} s on {estimate['device']}. {estimate['note']}")
+        text += (
+            f"\n\nEstimate, not a measurement: **{speed:.0f} tokens/s/p**, a step of "
+            f"{estimate['step_seconds']:.2f} s on {estimate['device']}. {estimate['note']}"
+        )
     return text
 
 
 def _part(program, what, part=""):
     """FLOPs of "matmul" or "attention", of "forward", "backward" or "recompute"."""
-    return sum(count for name, count in program["flops_by_part"].items()
-               if name.startswith(what) and name.endswith(part))
+    return sum(
+        count for name, count in program["flops_by_part"].items() if name.startswith(what) and name.endswith(part)
+    )
 
 
 def _traffic(report):
@@ -157,15 +209,33 @@ def _traffic(report):
         items = program["collectives"]
         if not items:
             continue
-        rows = [[item["kind"] + purpose(item), item["part"],
-                 _ranks(item["group_ranks"]), item["dtype"], item["count"], _size(item["bytes"], 1e9)]
-                for item in items[:_COLLECTIVES_SHOWN]]
+        rows = [
+            [
+                item["kind"] + purpose(item),
+                item["part"],
+                _ranks(item["group_ranks"]),
+                item["dtype"],
+                item["count"],
+                _size(item["bytes"], 1e9),
+            ]
+            for item in items[:_COLLECTIVES_SHOWN]
+        ]
         if len(items) > _COLLECTIVES_SHOWN:
             rest = items[_COLLECTIVES_SHOWN:]
-            rows.append([f"{len(rest)} more", "", "", "", sum(item["count"] for item in rest),
-                         _size(sum(item["bytes"] for item in rest), 1e9)])
-        parts.append(f"### {title(program)[0].upper() + title(program)[1:]}\n\n" + _table(
-            ["collective", "part", "ranks", "dtype", "calls", "GB"], rows, texts=4))
+            rows.append(
+                [
+                    f"{len(rest)} more",
+                    "",
+                    "",
+                    "",
+                    sum(item["count"] for item in rest),
+                    _size(sum(item["bytes"] for item in rest), 1e9),
+                ]
+            )
+        parts.append(
+            f"### {title(program)[0].upper() + title(program)[1:]}\n\n"
+            + _table(["collective", "part", "ranks", "dtype", "calls", "GB"], rows, texts=4)
+        )
     return "\n\n".join(["## Traffic of one card in a step", *parts]) if parts else ""
 
 
@@ -178,19 +248,31 @@ def _ranks(ranks):
 def _peaks(report):
     parts = []
     for program in report["programs"]:
-        rows = [[f"`{item['source'].replace('|', '¦')}`", str(item["shape"]), item["dtype"], item["count"],
-                 _size(item["bytes"] * item["count"], GIB)] for item in program["at_peak"][:_LARGEST_SHOWN]]
+        rows = [
+            [
+                f"`{item['source'].replace('|', '¦')}`",
+                str(item["shape"]),
+                item["dtype"],
+                item["count"],
+                _size(item["bytes"] * item["count"], GIB),
+            ]
+            for item in program["at_peak"][:_LARGEST_SHOWN]
+        ]
         heading = f"### {title(program)[0].upper() + title(program)[1:]}"
-        parts.append(f"{heading}\n\nThe peak is at `{program['peak_at']}`.\n\n" + _table(
-            ["line", "shape", "dtype", "how many", "GiB in all"], rows, texts=3))
+        parts.append(
+            f"{heading}\n\nThe peak is at `{program['peak_at']}`.\n\n"
+            + _table(["line", "shape", "dtype", "how many", "GiB in all"], rows, texts=3)
+        )
     return "\n\n".join(["## The largest tensors at the peak", *parts])
 
 
 def _how(report):
     programs = report["programs"]
     seconds = sum(program["compile_seconds"] for program in programs)
-    return ("## How this was found\n\nThe programs that the NPUs would run were compiled on this machine by MindSpore's "
-            "own frontend, from the same YAML and through the same trainer, and read: every tensor's life, every "
-            "operation, every collective. Not in the figures: workspaces of kernels, buffers of the communication "
-            f"library, what the backend fuses away, fragmentation. Compiling took {seconds:.0f} s and "
-            f"{max(program['peak_rss_bytes'] for program in programs) / GIB:.1f} GiB.")
+    return (
+        "## How this was found\n\nThe programs that the NPUs would run were compiled on this machine by MindSpore's "
+        "own frontend, from the same YAML and through the same trainer, and read: every tensor's life, every "
+        "operation, every collective. Not in the figures: workspaces of kernels, buffers of the communication "
+        f"library, what the backend fuses away, fragmentation. Compiling took {seconds:.0f} s and "
+        f"{max(program['peak_rss_bytes'] for program in programs) / GIB:.1f} GiB."
+    )

@@ -3,6 +3,7 @@
 A rehearsal executes programs in NumPy; what it is to show (that the layout computes what one device computes) does not
 depend on the sizes, as long as everything that the layout cuts stays divisible.
 """
+
 from dataclasses import dataclass
 from math import gcd, lcm
 
@@ -12,7 +13,9 @@ from mindformers_glm32k.errors import InputError
 LARGE = 100_000_000  # weights; models above are shrunk unless asked otherwise
 LARGEST_LENGTH = 2048  # tokens of a row; attention is executed with all its scores
 _HEAD, _VOCABULARY, _LENGTH = 16, 1024, 64
-_DROPOUTS = tuple(f"model.model_config.{key}" for key in ("hidden_dropout", "attention_dropout", "pet_config.lora_dropout"))
+_DROPOUTS = tuple(
+    f"model.model_config.{key}" for key in ("hidden_dropout", "attention_dropout", "pet_config.lora_dropout")
+)
 _ANSWER, _BLOCK = 16, 16  # tokens that prediction generates, at most; tokens of a block of its cache
 _TOTAL_STEPS = 1000  # of the learning rate schedule, where it follows the data
 
@@ -80,11 +83,14 @@ def plan(config, wanted=None, checkpoint=None):
     values = {}
     if checkpoint:
         from mindformers_glm32k.dryrun.execution.checkpoints import sizes_of
+
         given = sizes_of(checkpoint, config)
         if weights_of({**model, **given}) > LARGE and not wanted:
-            raise InputError(f"load_checkpoint {checkpoint}: a model of {weights_of({**model, **given}):,} weights is too "
-                             "large to be executed here; leave out load_checkpoint (random weights of a small model in "
-                             "the same layout show as much), or give a small checkpoint")
+            raise InputError(
+                f"load_checkpoint {checkpoint}: a model of {weights_of({**model, **given}):,} weights is too "
+                "large to be executed here; leave out load_checkpoint (random weights of a small model in "
+                "the same layout show as much), or give a small checkpoint"
+            )
         values.update({f"model.model_config.{key}": value for key, value in given.items()})
     elif wanted or (wanted is None and weights_of(model) > LARGE):
         values.update(_model_sizes(config))
@@ -122,9 +128,14 @@ def _model_sizes(config):
     heads *= -(-4 // heads)
     hidden = heads * _HEAD
     unit = _HEAD * model_parallel
-    values = {"num_layers": _layers(config), "hidden_size": hidden, "num_attention_heads": heads, "kv_channels": _HEAD,
-              "ffn_hidden_size": -(-hidden * 5 // (2 * unit)) * unit,
-              "padded_vocab_size": min(_VOCABULARY, int(model["padded_vocab_size"]))}
+    values = {
+        "num_layers": _layers(config),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "kv_channels": _HEAD,
+        "ffn_hidden_size": -(-hidden * 5 // (2 * unit)) * unit,
+        "padded_vocab_size": min(_VOCABULARY, int(model["padded_vocab_size"])),
+    }
     return {f"model.model_config.{key}": value for key, value in values.items()}
 
 
@@ -135,17 +146,25 @@ def _lengths(config):
     length = -(-_LENGTH // unit) * unit
     source, run = length * 5 // 8, length // context_parallel
     chunked = config["model"]["model_config"].get("mlp_chunk_size")
-    return {"model.model_config.seq_length": length, "model.model_config.loss_chunk_size": run // (4 if run >= 64 else 2),
-            **({"model.model_config.mlp_chunk_size": run // 4} if chunked else {}),
-            "train_dataset.max_source_length": source, "train_dataset.max_target_length": length - source - 1}
+    return {
+        "model.model_config.seq_length": length,
+        "model.model_config.loss_chunk_size": run // (4 if run >= 64 else 2),
+        **({"model.model_config.mlp_chunk_size": run // 4} if chunked else {}),
+        "train_dataset.max_source_length": source,
+        "train_dataset.max_target_length": length - source - 1,
+    }
 
 
 def _prediction_lengths(config):
     """Short prompts with short answers, in a cache of several blocks a prompt and one more prompt than there are."""
     model = config["model"]["model_config"]
     block = gcd(int(model.get("block_size") or _BLOCK), _BLOCK)
-    values = {"seq_length": _LENGTH, "max_new_tokens": _ANSWER, "block_size": block,
-              "num_blocks": (prompts_of(config) + 1) * _LENGTH // block}
+    values = {
+        "seq_length": _LENGTH,
+        "max_new_tokens": _ANSWER,
+        "block_size": block,
+        "num_blocks": (prompts_of(config) + 1) * _LENGTH // block,
+    }
     return {f"model.model_config.{key}": value for key, value in values.items()}
 
 
@@ -173,13 +192,23 @@ def one_device_overrides(rows):
     Returns:
         list[str]
     """
-    values = {"use_parallel": False, "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1,
-              "parallel_config.context_parallel": 1, "parallel_config.pipeline_stage": 1,
-              "parallel_config.micro_batch_num": 1, "parallel_config.use_seq_parallel": False,
-              "parallel_config.context_parallel_algo": "colossalai_cp", "parallel_config.ulysses_degree_in_cp": 1,
-              "model.model_config.offset": 0, "model.model_config.pp_interleave_num": 1,
-              "runner_config.gradient_accumulation_steps": 1, "micro_batch_interleave_num": 1,
-              "runner_config.batch_size": rows, "train_dataset.batch_size": rows}
+    values = {
+        "use_parallel": False,
+        "parallel_config.data_parallel": 1,
+        "parallel_config.model_parallel": 1,
+        "parallel_config.context_parallel": 1,
+        "parallel_config.pipeline_stage": 1,
+        "parallel_config.micro_batch_num": 1,
+        "parallel_config.use_seq_parallel": False,
+        "parallel_config.context_parallel_algo": "colossalai_cp",
+        "parallel_config.ulysses_degree_in_cp": 1,
+        "model.model_config.offset": 0,
+        "model.model_config.pp_interleave_num": 1,
+        "runner_config.gradient_accumulation_steps": 1,
+        "micro_batch_interleave_num": 1,
+        "runner_config.batch_size": rows,
+        "train_dataset.batch_size": rows,
+    }
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 

@@ -1,4 +1,5 @@
 """Which line of source made an operation: from the validated program as text, joined to the program by scope."""
+
 import re
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class SourceLines:
 
     def _renumber(self, program):
         """Operations of a kind in a cell are numbered on from text to program: the n-th there is the n-th here."""
+
         def by_kind(scopes):
             kinds = {}
             for scope in set(scopes):
@@ -83,11 +85,11 @@ class SourceLines:
 def _operation(scope):
     """(cell, operator) of the forward that an operation, its copy for recomputation or its gradient comes from."""
     cell, _, name = scope.rpartition("/")
-    cell = cell[len("Gradients/"):] if cell.startswith("Gradients/") else cell
-    cell = cell[len("recompute_"):] if cell.startswith("recompute_") else cell
+    cell = cell[len("Gradients/") :] if cell.startswith("Gradients/") else cell
+    cell = cell[len("recompute_") :] if cell.startswith("recompute_") else cell
     parent, _, last = cell.rpartition("/")
     if last.startswith("Grad_"):
-        return parent, last[len("Grad_"):]
+        return parent, last[len("Grad_") :]
     return cell, re.sub(r"-op\d+$", "", name)
 
 
@@ -96,5 +98,5 @@ def _short(path):
     for name in ("mindformers_glm32k/", "mindformers/", "mindspore/"):
         at = path.rfind("/" + name)
         if at >= 0:
-            return path[at + 1:]
+            return path[at + 1 :]
     return path

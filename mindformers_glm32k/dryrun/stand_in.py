@@ -3,6 +3,7 @@
 The program does not depend on them: rows have the length that the YAML asks for, the vocabulary has the model's size
 by the YAML's padded_vocab_size. Upstream's and the plugin's data classes read them as they read the real ones.
 """
+
 import io
 import json
 from pathlib import Path
@@ -38,8 +39,11 @@ def fill(config, folder, batch_rows, use_files=True):
         section[key] = str(make(folder, batch_rows))
     if not missing:
         return []
-    return ["Stand-ins of the right shape take the place of files that are not there: "
-            + ", ".join(sorted(set(missing))) + "."]
+    return [
+        "Stand-ins of the right shape take the place of files that are not there: "
+        + ", ".join(sorted(set(missing)))
+        + "."
+    ]
 
 
 def _inputs(config):
@@ -65,8 +69,16 @@ def _vocabulary(folder, _):
     path = folder / "stand_in.model"
     if not path.exists():
         from sentencepiece import SentencePieceTrainer
+
         model = io.BytesIO()
-        SentencePieceTrainer.train(sentence_iterator=iter([TEXT]), model_writer=model, vocab_size=300, model_type="bpe",
-                                   byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+        SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT]),
+            model_writer=model,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
         path.write_bytes(model.getvalue())
     return path

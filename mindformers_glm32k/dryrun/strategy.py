@@ -1,4 +1,5 @@
 """Write the parallel strategy files of all NPUs of a layout, without an NPU."""
+
 import shutil
 import sys
 import tempfile
@@ -16,8 +17,10 @@ def add_arguments(parser):
     parser.add_argument("--config", required=True, help="YAML of the run, as for run_mindformer")
     parser.add_argument("--output", required=True, help="folder of the files ckpt_strategy_rank_N.ckpt")
     parser.add_argument("--devices", type=int, help="NPUs of the run; a layout of another size is refused")
-    parser.epilog = ("Any other option is run_mindformer's. The files are what --src_ckpt_strategy and "
-                     "--dst_ckpt_strategy of `python -m mindformers.tools.transform_ckpt` take.")
+    parser.epilog = (
+        "Any other option is run_mindformer's. The files are what --src_ckpt_strategy and "
+        "--dst_ckpt_strategy of `python -m mindformers.tools.transform_ckpt` take."
+    )
 
 
 def run(args):
@@ -27,8 +30,10 @@ def run(args):
     output = Path(args.output)
     layout, config = read_layout(launcher_arguments, args.devices)
     if layout.world == 1:
-        raise InputError(f"{args.config}: one NPU (use_parallel is false, or all of parallel_config is 1) has no "
-                         "strategy; its checkpoints are whole")
+        raise InputError(
+            f"{args.config}: one NPU (use_parallel is false, or all of parallel_config is 1) has no "
+            "strategy; its checkpoints are whole"
+        )
     _refuse_other_layouts(output, layout)
     written = write_strategies(layout, output, launcher_arguments, has_adapters(config))
     print(f"{len(written)} strategy files ({layout.describe()}): {output}")
@@ -70,8 +75,14 @@ def write_strategies(layout, output, launcher_arguments, adapters=False):
             shutil.rmtree(compiled.folder)
 
         for more in [[], _WITHOUT_ADAPTERS] if adapters else [[]]:
-            run_workers([layout.ranks_of(stage)[0] for stage in range(layout.stages)], layout, Path(work).resolve(),
-                        [*launcher_arguments, *more], strategy_only=True, on_done=keep)
+            run_workers(
+                [layout.ranks_of(stage)[0] for stage in range(layout.stages)],
+                layout,
+                Path(work).resolve(),
+                [*launcher_arguments, *more],
+                strategy_only=True,
+                on_done=keep,
+            )
         written = [output / FILE_NAME.format(rank) for rank in range(layout.world)]
         for rank, path in enumerate(written):  # all or none: nothing is written before the last compile
             copy_atomically(kept / str(layout.stage_of(rank)), path)
@@ -90,10 +101,12 @@ def _refuse_other_layouts(output, layout):
     expected = {FILE_NAME.format(rank) for rank in range(layout.world)}
     others = sorted(path.name for path in output.glob("ckpt_strategy_rank_*.ckpt") if path.name not in expected)
     if others:
-        raise InputError(f"--output {output}: holds {others[0]} of a layout with more than {layout.world} NPUs; give "
-                         "another folder")
+        raise InputError(
+            f"--output {output}: holds {others[0]} of a layout with more than {layout.world} NPUs; give another folder"
+        )
 
 
 if __name__ == "__main__":
     from mindformers_glm32k.cli import run_command
+
     sys.exit(run_command(sys.modules[__name__], "glm32k strategy"))

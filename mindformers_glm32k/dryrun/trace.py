@@ -3,13 +3,27 @@
 Nothing is computed; values are only their memory. Calls, closures (the backward of a micro batch is a closure that its
 forward returns) and tuples are followed, so that a buffer's life is known over the whole step.
 """
+
 from dataclasses import dataclass, field
 
 from mindformers_glm32k.dryrun.mindir import Spec
 
 # Operations whose result is the memory of their first input: Ascend's runtime skips them.
-VIEWS = frozenset(("Reshape", "ExpandDims", "Squeeze", "FlattenGrad", "Depend", "Load", "StopGradient", "Identity",
-                   "InsertGradientOf", "Return", "return"))
+VIEWS = frozenset(
+    (
+        "Reshape",
+        "ExpandDims",
+        "Squeeze",
+        "FlattenGrad",
+        "Depend",
+        "Load",
+        "StopGradient",
+        "Identity",
+        "InsertGradientOf",
+        "Return",
+        "return",
+    )
+)
 _RESHAPING = frozenset(("Reshape", "ExpandDims", "Squeeze"))
 _TUPLES = frozenset(("MakeTuple", "MakeList", "make_tuple"))
 
@@ -131,7 +145,6 @@ def buffers_in(value):
 
 
 class _Walker:
-
     def __init__(self, program):
         self.program = program
         self.trace = Trace()

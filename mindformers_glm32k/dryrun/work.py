@@ -1,4 +1,5 @@
 """What a step asks of a device's units: FLOPs that its kernels really do, and bytes that its other operators move."""
+
 from collections import defaultdict
 
 from mindformers_glm32k.dryrun import flops
@@ -36,8 +37,12 @@ def measure(trace):
         elif operator not in KINDS:
             moved += _bytes(event)
             operations += 1
-    return {"matmul_flops": dict(matmul), "attention_flops": dict(attention), "vector_bytes": moved,
-            "vector_operations": operations}
+    return {
+        "matmul_flops": dict(matmul),
+        "attention_flops": dict(attention),
+        "vector_bytes": moved,
+        "vector_operations": operations,
+    }
 
 
 def share_of_pairs(event):

@@ -1,4 +1,5 @@
 """One process, one NPU's program: runs `run_mindformer` with the user's YAML and options, and stops once compiled."""
+
 import argparse
 import contextlib
 import json
@@ -64,8 +65,11 @@ class Recorder:
             return
         weights = {parameter.name for parameter in network.trainable_params()}
         whole = self.world == 1
-        values = {parameter.name: _array(parameter) for parameter in network.get_parameters()
-                  if whole or (parameter.size <= _COUNTER_SIZE and parameter.name not in weights)}
+        values = {
+            parameter.name: _array(parameter)
+            for parameter in network.get_parameters()
+            if whole or (parameter.size <= _COUNTER_SIZE and parameter.name not in weights)
+        }
         with open(self.folder / STATE_FILE, "wb") as file:
             np.savez(file, **values)
 
@@ -79,6 +83,7 @@ class Recorder:
 def _array(parameter):
     """A parameter's values; bfloat16, which NumPy cannot read again, as float32."""
     from mindspore import bfloat16, float32
+
     return (parameter.astype(float32) if parameter.dtype == bfloat16 else parameter).asnumpy()
 
 
@@ -94,8 +99,10 @@ def _compile_instead_of_training(recorder):
     def train(self, epoch, train_dataset, *args, **kwargs):
         network = self._train_network
         network.set_train(True)
-        inputs = [Tensor(np.zeros(shape, dtype)) for shape, dtype in
-                  zip(frontend.input_shapes(train_dataset), train_dataset.output_types())]
+        inputs = [
+            Tensor(np.zeros(shape, dtype))
+            for shape, dtype in zip(frontend.input_shapes(train_dataset), train_dataset.output_types())
+        ]
         recorder.record["inputs"] = [list(value.shape) for value in inputs]
         recorder.record["columns"] = train_dataset.get_col_names()
         recorder.record["trainable"] = [parameter.name for parameter in network.trainable_params()]
@@ -105,7 +112,9 @@ def _compile_instead_of_training(recorder):
         network.compile(*inputs)
         recorder.record["layouts"] = {
             name: {"dev_matrix": list(layout[0]), "tensor_map": list(layout[1]), "shape": shapes[name]}
-            for name, layout in (network.parameter_layout_dict or {}).items() if name in shapes}
+            for name, layout in (network.parameter_layout_dict or {}).items()
+            if name in shapes
+        }
         recorder.finish()
 
     Model.train = train
@@ -136,8 +145,12 @@ def _batch_rows(config):
     """Rows that one step reads over all devices, at most."""
     parallel = config.parallel_config or {}
     rows = config.runner_config.batch_size or 1
-    for factor in (parallel.get("data_parallel"), parallel.get("micro_batch_num"), config.micro_batch_interleave_num,
-                   config.runner_config.gradient_accumulation_steps):
+    for factor in (
+        parallel.get("data_parallel"),
+        parallel.get("micro_batch_num"),
+        config.micro_batch_interleave_num,
+        config.runner_config.gradient_accumulation_steps,
+    ):
         rows *= factor or 1
     return rows
 
@@ -145,6 +158,7 @@ def _batch_rows(config):
 def _read(folder, launcher_arguments, use_files=True):
     """The configuration as the launcher merges it, adapted, with paths that stay right when this process moves."""
     from mindformers_glm32k import run_mindformer
+
     config = _adapt(run_mindformer.read_config([*launcher_arguments, "--load_checkpoint", ""]))
     if config.get("train_dataset") and config.get("train_dataset_task"):
         config.train_dataset_task.dataset_config = config.train_dataset  # as upstream does when training begins
@@ -163,6 +177,7 @@ def save_rows(folder, steps, launcher_arguments):
     from mindformers.dataset import build_dataset
 
     from mindformers_glm32k.packing_check import check_packing
+
     config, missing = _read(folder, launcher_arguments)
     if missing:
         return
@@ -173,14 +188,16 @@ def save_rows(folder, steps, launcher_arguments):
         columns += list(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
     names = dataset.get_col_names()
     with open(folder / ROWS_FILE, "wb") as file:
-        np.savez(file, **{name: np.stack([batch[index] for batch in columns[:steps]])
-                          for index, name in enumerate(names)})
+        np.savez(
+            file, **{name: np.stack([batch[index] for batch in columns[:steps]]) for index, name in enumerate(names)}
+        )
 
 
 def compile_program(folder, rank, world, keep_program, launcher_arguments, to_execute=False):
     """Compiles one rank's program and writes it, the strategy file and a record below `folder`; to execute it, the
     initial values, too (its data then come from `save_rows`)."""
     from mindformers_glm32k import run_mindformer
+
     recorder = Recorder(folder, keep_program, keep_state=to_execute, world=world)
     frontend.install(rank, world, recorder.compiled)
     config, recorder.record["stand_ins"] = _read(folder, launcher_arguments, use_files=not to_execute)
@@ -211,8 +228,9 @@ def main(argv=None):
         elif args.rows:
             save_rows(args.folder, args.rows, args.launcher_arguments)
         else:
-            compile_program(args.folder, args.rank, args.world, not args.strategy_only, args.launcher_arguments,
-                            args.to_execute)
+            compile_program(
+                args.folder, args.rank, args.world, not args.strategy_only, args.launcher_arguments, args.to_execute
+            )
     except (InputError, frontend.FrontendUnavailable) as error:
         print(f"error: {error}", flush=True)
         os._exit(2)

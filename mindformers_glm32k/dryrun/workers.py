@@ -1,4 +1,5 @@
 """Starts one process per rank, follows what it says, and gathers what it leaves."""
+
 import json
 import os
 import shutil
@@ -60,8 +61,11 @@ def read_config(launcher_arguments, folder):
         InputError: what run_mindformer would refuse.
         WorkerFailed: anything else.
     """
-    status = _follow([*_WORKER, "--folder", str(folder), "--describe", "--", *launcher_arguments],
-                     {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)}, folder / "log_config.txt")
+    status = _follow(
+        [*_WORKER, "--folder", str(folder), "--describe", "--", *launcher_arguments],
+        {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)},
+        folder / "log_config.txt",
+    )
     if status != 0:
         raise _failure("the configuration could not be read", status, folder / "log_config.txt")
     return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -83,8 +87,11 @@ def read_rows(launcher_arguments, steps, folder):
         WorkerFailed: anything else.
     """
     log = folder / "log_rows.txt"
-    status = _follow([*_WORKER, "--folder", str(folder), "--rows", str(steps), "--", *launcher_arguments],
-                     {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)}, log)
+    status = _follow(
+        [*_WORKER, "--folder", str(folder), "--rows", str(steps), "--", *launcher_arguments],
+        {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)},
+        log,
+    )
     if status != 0:
         raise _failure("the rows could not be read", status, log)
     path = folder / ROWS_FILE
@@ -136,12 +143,27 @@ def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, 
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         log = folder / f"log_rank_{rank}.txt"
-        command = [*_WORKER, "--rank", str(rank), "--world", str(layout.world), "--folder", str(place),
-                   *(["--strategy_only"] if strategy_only else []), *(["--to_execute"] if to_execute else []), "--",
-                   *launcher_arguments, "--output_dir", str(place / "output")]
+        command = [
+            *_WORKER,
+            "--rank",
+            str(rank),
+            "--world",
+            str(layout.world),
+            "--folder",
+            str(place),
+            *(["--strategy_only"] if strategy_only else []),
+            *(["--to_execute"] if to_execute else []),
+            "--",
+            *launcher_arguments,
+            "--output_dir",
+            str(place / "output"),
+        ]
         progress.start(rank)
-        environment = {**os.environ, **frontend.environment(rank, layout.world, None if to_execute else place / "text"),
-                       "LOCAL_DEFAULT_PATH": str(place / "output")}
+        environment = {
+            **os.environ,
+            **frontend.environment(rank, layout.world, None if to_execute else place / "text"),
+            "LOCAL_DEFAULT_PATH": str(place / "output"),
+        }
         status = _follow(command, environment, log, lambda what: progress.note(rank, what))
         if status != 0 or not (place / RECORD_FILE).exists():
             raise _failure(f"the program of rank {rank} was not compiled", status, log)
@@ -167,13 +189,14 @@ def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, 
 def _follow(command, environment, log, on_note=None):
     """Runs a worker; its notes go to `on_note`, everything else to the log."""
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   errors="replace", env=environment)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        )
         try:
             for line in process.stdout:
                 if line.startswith(NOTE):
                     if on_note:
-                        on_note(line[len(NOTE):].strip())
+                        on_note(line[len(NOTE) :].strip())
                 else:
                     file.write(line)
             return process.wait()
@@ -186,7 +209,7 @@ def _failure(what, status, log):
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     told = [line for line in lines if line.startswith(_ERROR)]
     if status == 2 and told:
-        return InputError(told[-1][len(_ERROR):])
+        return InputError(told[-1][len(_ERROR) :])
     end = "\n".join(line for line in lines if " - INFO - " not in line and line.strip())[-3000:]
     return WorkerFailed(f"{what} (exit status {status}); the log's end:\n{end}")
 
@@ -237,8 +260,12 @@ class _Progress:
         rank, what, started = self.last
         stage = f" (stage {self.layout.stage_of(rank)} of {self.layout.stages})" if self.layout.stages > 1 else ""
         text = f"rank {rank}{stage}: {what}, {time.monotonic() - started:.0f} s; about {self._left()} left"
-        print(f"\r\033[K{text}" if self.on_terminal else text, end="" if self.on_terminal else "\n", file=sys.stderr,
-              flush=True)
+        print(
+            f"\r\033[K{text}" if self.on_terminal else text,
+            end="" if self.on_terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _tick(self):
         while not self.closed.wait(1):

@@ -2,6 +2,7 @@
 
 Legend: B batch, S tokens, G key-value heads, R query heads per key-value head, D head size.
 """
+
 import mindspore.common.dtype as mstype
 from mindspore import nn, ops
 from mindspore.ops import operations as P
@@ -29,8 +30,16 @@ class CausalAttention(nn.Cell):
         Tensor: (B, S, G*R*D), dtype of query. Scores and softmax are in float32.
     """
 
-    def __init__(self, head_num, scale_value=1.0, keep_prob=1.0, input_layout="BSH", sparse_mode=0, pre_tokens=None,
-                 next_tokens=None):
+    def __init__(
+        self,
+        head_num,
+        scale_value=1.0,
+        keep_prob=1.0,
+        input_layout="BSH",
+        sparse_mode=0,
+        pre_tokens=None,
+        next_tokens=None,
+    ):
         super().__init__()
         self.head_num = head_num
         self.scale = float(scale_value)

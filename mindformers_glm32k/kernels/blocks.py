@@ -2,6 +2,7 @@
 
 Legend: B rows, S tokens of a row, N blocks of the batch, C tokens of a block.
 """
+
 import itertools
 
 import mindspore.common.dtype as mstype

@@ -8,6 +8,7 @@ compiled program is the same at every length. Everything inside a tile is float3
 Legend: B rows, S tokens of a row, N blocks of the batch, C tokens of a block, G key-value heads, R query heads per
 key-value head, M = R * C, D head size.
 """
+
 import mindspore.common.dtype as mstype
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
@@ -17,7 +18,7 @@ from mindformers_glm32k.kernels.attention import CausalAttention
 from mindformers_glm32k.kernels.blocks import Buffer
 from mindformers_glm32k.kernels.mask import MASKED, causal_bias
 
-PADDING_RANK = 2.0 ** 22  # above every document's id
+PADDING_RANK = 2.0**22  # above every document's id
 
 
 class VisibleBlocks(nn.Cell):
@@ -47,19 +48,23 @@ class VisibleBlocks(nn.Cell):
         ids = ids + ops.cast(ids < 0, mstype.float32) * PADDING_RANK
         low, high = self.least(ids, -1), self.most(ids, -1)
         earlier = block.reshape((1, 1, count)) < block.reshape((1, count, 1))
-        overlap = ops.logical_and(ops.expand_dims(low, 1) <= ops.expand_dims(high, 2),
-                                  ops.expand_dims(high, 1) >= ops.expand_dims(low, 2))
+        overlap = ops.logical_and(
+            ops.expand_dims(low, 1) <= ops.expand_dims(high, 2), ops.expand_dims(high, 1) >= ops.expand_dims(low, 2)
+        )
         overlap = ops.cast(ops.logical_and(overlap, earlier), mstype.float32)
-        uniform = ops.logical_and(ops.expand_dims(low, 1) == ops.expand_dims(high, 2),
-                                  ops.expand_dims(high, 1) == ops.expand_dims(low, 2))
+        uniform = ops.logical_and(
+            ops.expand_dims(low, 1) == ops.expand_dims(high, 2), ops.expand_dims(high, 1) == ops.expand_dims(low, 2)
+        )
         mixed = ops.cast(ops.logical_and(ops.logical_not(uniform), earlier), mstype.float32)
         # the number of blocks before: of the row where nothing overlaps, the queries' own is the first
         number = ops.cast(block, mstype.float32)
         first = self.least(number.reshape((1, 1, count)) * overlap + count * (1.0 - overlap), -1)
         first = ops.minimum(first, number.reshape((1, count)))
         plain = ops.maximum(self.most((number + 1.0).reshape((1, 1, count)) * mixed, -1), first)
-        return ((ops.cast(first, mstype.int32) + start).reshape((batch * count,)),
-                (ops.cast(plain, mstype.int32) + start).reshape((batch * count,)))
+        return (
+            (ops.cast(first, mstype.int32) + start).reshape((batch * count,)),
+            (ops.cast(plain, mstype.int32) + start).reshape((batch * count,)),
+        )
 
 
 class _Tiles(nn.Cell):
@@ -91,8 +96,9 @@ class _Tiles(nn.Cell):
         """Summand (C, C) of a tile's scores."""
         bias = 0.0
         if documents is not None:
-            foreign = ops.expand_dims(self.gather(documents, key, 0), 0) \
-                != ops.expand_dims(self.gather(documents, query, 0), 1)
+            foreign = ops.expand_dims(self.gather(documents, key, 0), 0) != ops.expand_dims(
+                self.gather(documents, query, 0), 1
+            )
             bias = ops.cast(foreign, mstype.float32) * MASKED
         if causal:
             position = blocks.numbers(documents.shape[1] if documents is not None else causal)
@@ -176,8 +182,9 @@ class _Tiles(nn.Cell):
             product = (gradient_i * self.block(context, i)).reshape((groups * rows, -1)).sum(-1)
             query_1 = self.concat((query_i, -self.gather(log_sum, i, 0)))
             gradient_1 = self.concat((gradient_i, -product.reshape((groups, rows, 1))))
-            weights, d_scores = self.d_tile(query_1, gradient_1, key_i, self.block(value, i),
-                                            self.hidden(documents, i, i, size))
+            weights, d_scores = self.d_tile(
+                query_1, gradient_1, key_i, self.block(value, i), self.hidden(documents, i, i, size)
+            )
             d_query_i = self.dot(d_scores, key_i)
             d_key = self.d_key.add(d_key, i, self.transposed_dot(d_scores, query_i))
             d_value = self.d_value.add(d_value, i, self.transposed_dot(weights, gradient_i))
@@ -186,8 +193,9 @@ class _Tiles(nn.Cell):
                 end = self.gather(plain, i, 0)
                 while j < end:
                     key_j = self.block(key, j)
-                    weights, d_scores = self.d_tile(query_1, gradient_1, key_j, self.block(value, j),
-                                                    self.hidden(documents, i, j, 0))
+                    weights, d_scores = self.d_tile(
+                        query_1, gradient_1, key_j, self.block(value, j), self.hidden(documents, i, j, 0)
+                    )
                     d_query_i = d_query_i + self.dot(d_scores, key_j)
                     d_key = self.d_key.add(d_key, j, self.transposed_dot(d_scores, query_i))
                     d_value = self.d_value.add(d_value, j, self.transposed_dot(weights, gradient_i))

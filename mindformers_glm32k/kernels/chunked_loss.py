@@ -9,10 +9,11 @@ On portable cells, where the output layer is a plain one, the chunks are a loop:
 
 Legend: B batch, S tokens of a row, H hidden size.
 """
+
 import copy
 
-from mindspore import nn, ops
 from mindformers.core.loss import CrossEntropyLoss
+from mindspore import nn, ops
 
 from mindformers_glm32k.kernels import blocks
 from mindformers_glm32k.kernels.looped_layers import is_plain
@@ -55,8 +56,9 @@ class ChunkedLoss(nn.Cell):
         batch, length, width = hidden.shape
         if way != "chunks":
             loop = self.looped_frozen if way == "frozen" else self.looped
-            total = loop(hidden.reshape((-1, width)), output_layer.weight, labels.reshape((-1,)),
-                         weights.reshape((-1,)))[0]
+            total = loop(
+                hidden.reshape((-1, width)), output_layer.weight, labels.reshape((-1,)), weights.reshape((-1,))
+            )[0]
             return total, weights.sum()
         # a context parallel rank holds a run of tokens; chunks are cut inside the runs, so that nothing moves
         runs, run_length = batch * self.context, length // self.context
@@ -69,8 +71,9 @@ class ChunkedLoss(nn.Cell):
             tokens = hidden[:, start:stop].reshape((-1, width))
             if start > 0:
                 tokens = ops.depend(tokens, total)  # one chunk after the other
-            chunk_total, chunk_count = self.loss(output_layer(tokens), labels[:, start:stop].reshape((-1,)),
-                                                 weights[:, start:stop].reshape((-1,)))
+            chunk_total, chunk_count = self.loss(
+                output_layer(tokens), labels[:, start:stop].reshape((-1,)), weights[:, start:stop].reshape((-1,))
+            )
             total, count = total + chunk_total, count + chunk_count
         return total, count
 

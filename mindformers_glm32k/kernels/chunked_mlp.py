@@ -8,11 +8,11 @@ Each chunk adds its weight gradients to the accumulators by itself: where these 
 
 Legend: B batch, S tokens of a row, H hidden size, F feed-forward size.
 """
+
+from mindformers.models.glm2.glm2_modules import ChatGLM2MLP, ChatGLM2SwiGLU
 from mindspore import ops
 from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import SiLUGrad, SplitWithSize
-
-from mindformers.models.glm2.glm2_modules import ChatGLM2MLP, ChatGLM2SwiGLU
 
 
 def chunk_sizes(length, size):

@@ -9,10 +9,11 @@ sparse_mode 2 or 3, which are the same where a document has as many queries as k
 
 Legend: B rows, S tokens of a row, N query heads, G key-value heads, D head size, K places of documents in a row.
 """
+
 import numpy as np
+from mindformers.modules.flash_attention import FlashAttention
 from mindspore import Layout, Tensor
 from mindspore.ops.operations.nn_ops import FlashAttentionScore as _FlashAttentionScore
-from mindformers.modules.flash_attention import FlashAttention
 
 MASK_SIZE = 2048
 LEFT_UP_CAUSAL = 2
@@ -56,9 +57,15 @@ class CompressedCausalAttention(FlashAttention):
 
         def kernel(primitive, input_layout, keep_prob):
             return primitive(
-                head_num=kwargs["head_num"], keep_prob=keep_prob, scale_value=kwargs["scale_value"],
-                pre_tokens=kwargs["pre_tokens"], next_tokens=kwargs["next_tokens"], inner_precise=0,
-                input_layout=input_layout, sparse_mode=LEFT_UP_CAUSAL)
+                head_num=kwargs["head_num"],
+                keep_prob=keep_prob,
+                scale_value=kwargs["scale_value"],
+                pre_tokens=kwargs["pre_tokens"],
+                next_tokens=kwargs["next_tokens"],
+                inner_precise=0,
+                input_layout=input_layout,
+                sparse_mode=LEFT_UP_CAUSAL,
+            )
 
         self.flash_attention = kernel(FlashAttentionScore, kwargs["input_layout"], kwargs["keep_prob"])
         self.packed_attention = kernel(_FlashAttentionScore, "TND", 1.0)  # dropout is refused beforehand
@@ -73,8 +80,9 @@ class CompressedCausalAttention(FlashAttention):
         """
         layout = Layout((data, key_heads, heads // key_heads), ("dp", "mp1", "mp2"))
         keys = layout("dp", "mp1", "None")
-        self.packed_attention.shard((layout("dp", ("mp1", "mp2"), "None"), keys, keys, layout("None", "None"),
-                                     layout("dp"), layout("dp")))
+        self.packed_attention.shard(
+            (layout("dp", ("mp1", "mp2"), "None"), keys, keys, layout("None", "None"), layout("dp"), layout("dp"))
+        )
 
     def construct(self, query, key, value, attn_mask=None, *others):
         if not isinstance(attn_mask, tuple):

@@ -9,6 +9,7 @@ a length of 0 is allowed for queries and keys together).
 
 Legend: B rows, S tokens of a row, K places of a row.
 """
+
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn, ops

@@ -7,15 +7,15 @@ cannot take (LoRA adapters, dropout, split weights, biases) goes through upstrea
 Legend: B rows, S tokens of a row, N blocks of the batch, C tokens of a block, H hidden size, G key-value heads,
 R query heads per key-value head, D head size, F feed-forward size.
 """
+
 import math
 
 import mindspore.common.dtype as mstype
+from mindformers.models.glm2.glm2_transformer import ChatGLM2Transformer
+from mindformers.modules.layers import Linear
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 from mindspore.ops import operations as P
-
-from mindformers.models.glm2.glm2_transformer import ChatGLM2Transformer
-from mindformers.modules.layers import Linear
 
 from mindformers_glm32k.kernels import blocks
 from mindformers_glm32k.kernels.blocks import Buffer
@@ -81,14 +81,17 @@ class _Heads(nn.Cell):
 
     def construct(self, mixed, cos, sin):
         count, tokens, _ = mixed.shape
-        query, key = mixed[..., :self.query], mixed[..., self.query:self.query + self.key]
-        value = mixed[..., self.query + self.key:]
+        query, key = mixed[..., : self.query], mixed[..., self.query : self.query + self.key]
+        value = mixed[..., self.query + self.key :]
         query = self.transpose(query.reshape((count, tokens, self.groups, self.share, self.size)), (0, 2, 3, 1, 4))
         key = self.transpose(key.reshape((count, tokens, self.groups, 1, self.size)), (0, 2, 3, 1, 4))
         value = self.transpose(value.reshape((count, tokens, self.groups, self.size)), (0, 2, 1, 3))
         query = self.rotated(query, cos, sin) * self.scale
-        return (query.reshape((count, self.groups, self.share * tokens, self.size)),
-                self.rotated(key, cos, sin).reshape(value.shape), value)
+        return (
+            query.reshape((count, self.groups, self.share * tokens, self.size)),
+            self.rotated(key, cos, sin).reshape(value.shape),
+            value,
+        )
 
 
 class _BeforeBlock(nn.Cell):
@@ -125,7 +128,7 @@ class _AfterBlock(nn.Cell):
         context = self.transpose(context, (2, 0, 1, 3)).reshape((tokens, -1))
         x = ops.cast(x, self.residual) + ops.cast(self.matmul(context, dense), self.residual)
         wide = self.matmul(ops.cast(self.norm(x, norm), self.compute), h_to_4h)
-        left, right = wide[:, :self.ffn], wide[:, self.ffn:]
+        left, right = wide[:, : self.ffn], wide[:, self.ffn :]
         out = self.matmul(left * self.sigmoid(left) * right, four_h_to_h)
         return x + ops.cast(out, self.residual)
 
@@ -204,15 +207,26 @@ class BeforeAttention(_Loop):
         while i < positions.shape[0]:
             cos, sin = self.rotary(positions, i)
             gradients = self.gradients(self.one_block)(
-                self.gather(x, i, 0), norm, weight, bias, cos, sin,
-                (self.gather(dout[0], i, 0), self.gather(dout[1], i, 0), self.gather(dout[2], i, 0)))
+                self.gather(x, i, 0),
+                norm,
+                weight,
+                bias,
+                cos,
+                sin,
+                (self.gather(dout[0], i, 0), self.gather(dout[1], i, 0), self.gather(dout[2], i, 0)),
+            )
             d_x = self.d_x.put(d_x, i, gradients[0])
             d_norm = self.add_up(d_norm, gradients[1])
             d_weight = self.add_up(d_weight, gradients[2])
             d_bias = self.add_up(d_bias, gradients[3])
             i = i + self.one
-        return (d_x, ops.zeros_like(positions), ops.cast(d_norm, norm.dtype), ops.cast(d_weight, weight.dtype),
-                ops.cast(d_bias, bias.dtype))
+        return (
+            d_x,
+            ops.zeros_like(positions),
+            ops.cast(d_norm, norm.dtype),
+            ops.cast(d_weight, weight.dtype),
+            ops.cast(d_bias, bias.dtype),
+        )
 
 
 class AfterAttention(_Loop):
@@ -241,8 +255,11 @@ class AfterAttention(_Loop):
         output = self.output(x, x.shape, self.residual)
         i = self.zero
         while i < x.shape[0]:
-            output = self.output.put(output, i, self.one_block(
-                self.gather(context, i, 0), self.gather(x, i, 0), dense, norm, h_to_4h, four_h_to_h))
+            output = self.output.put(
+                output,
+                i,
+                self.one_block(self.gather(context, i, 0), self.gather(x, i, 0), dense, norm, h_to_4h, four_h_to_h),
+            )
             i = i + self.one
         return output
 
@@ -260,16 +277,28 @@ class AfterAttention(_Loop):
         i = self.zero
         while i < x.shape[0]:
             gradients = self.gradients(self.one_block)(
-                self.gather(context, i, 0), self.gather(x, i, 0), dense, norm, h_to_4h, four_h_to_h,
-                self.gather(dout, i, 0))
+                self.gather(context, i, 0),
+                self.gather(x, i, 0),
+                dense,
+                norm,
+                h_to_4h,
+                four_h_to_h,
+                self.gather(dout, i, 0),
+            )
             d_context, d_x = self.d_context.put(d_context, i, gradients[0]), self.d_x.put(d_x, i, gradients[1])
             d_dense = self.add_up(d_dense, gradients[2])
             d_norm = self.add_up(d_norm, gradients[3])
             d_h_to_4h = self.add_up(d_h_to_4h, gradients[4])
             d_4h_to_h = self.add_up(d_4h_to_h, gradients[5])
             i = i + self.one
-        return (d_context, d_x, ops.cast(d_dense, dense.dtype), ops.cast(d_norm, norm.dtype),
-                ops.cast(d_h_to_4h, h_to_4h.dtype), ops.cast(d_4h_to_h, four_h_to_h.dtype))
+        return (
+            d_context,
+            d_x,
+            ops.cast(d_dense, dense.dtype),
+            ops.cast(d_norm, norm.dtype),
+            ops.cast(d_h_to_4h, h_to_4h.dtype),
+            ops.cast(d_4h_to_h, four_h_to_h.dtype),
+        )
 
 
 def is_plain(cell):
@@ -280,10 +309,16 @@ def is_plain(cell):
 def can_loop(config):
     """bool: whether the layers of this configuration are computed by LoopedTransformer: it can, and rows may be longer
     than a block. A loop of one block saves no memory, and is slower than upstream's cells by a third."""
-    return (blocks.block_count(config.seq_length)[0] > 1
-            and config.use_portable_cells and config.use_flash_attention and not config.use_past
-            and config.attention_dropout == 0 and not config.apply_residual_connection_post_layernorm
-            and not config.post_self_attn_layernorm and not config.post_mlp_layernorm)
+    return (
+        blocks.block_count(config.seq_length)[0] > 1
+        and config.use_portable_cells
+        and config.use_flash_attention
+        and not config.use_past
+        and config.attention_dropout == 0
+        and not config.apply_residual_connection_post_layernorm
+        and not config.post_self_attn_layernorm
+        and not config.post_mlp_layernorm
+    )
 
 
 class LoopedTransformer(ChatGLM2Transformer):
@@ -380,10 +415,12 @@ class LoopedTransformer(ChatGLM2Transformer):
         return self.before(x, positions, layer.input_layernorm.weight, weight, bias)
 
     def after_loop(self, layer, context, x, frozen):
-        weights = (self.cast(layer.self_attention.dense.weight, self.compute_dtype),
-                   layer.post_attention_layernorm.weight,
-                   self.cast(layer.mlp.dense_h_to_4h.weight, self.compute_dtype),
-                   self.cast(layer.mlp.dense_4h_to_h.weight, self.compute_dtype))
+        weights = (
+            self.cast(layer.self_attention.dense.weight, self.compute_dtype),
+            layer.post_attention_layernorm.weight,
+            self.cast(layer.mlp.dense_h_to_4h.weight, self.compute_dtype),
+            self.cast(layer.mlp.dense_4h_to_h.weight, self.compute_dtype),
+        )
         if frozen:
             return self.after_frozen(context, x, weights[0], weights[1], weights[2], weights[3])
         return self.after(context, x, weights[0], weights[1], weights[2], weights[3])

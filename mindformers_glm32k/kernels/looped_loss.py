@@ -6,6 +6,7 @@ the weight taken from the hidden states' gradient and rows of hidden states take
 
 Legend: T tokens, H hidden size, V vocabulary.
 """
+
 import mindspore.common.dtype as mstype
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
@@ -13,7 +14,7 @@ from mindspore.ops import operations as P
 from mindformers_glm32k.kernels import blocks
 from mindformers_glm32k.kernels.blocks import Buffer
 
-CHUNK_ELEMENTS = 2 ** 25  # logits that exist at a time; 512 tokens of the published vocabulary
+CHUNK_ELEMENTS = 2**25  # logits that exist at a time; 512 tokens of the published vocabulary
 
 
 class LoopedLoss(nn.Cell):

@@ -4,6 +4,7 @@ Upstream casts a boolean S x S constant to uint8 and multiplies it by -10000; wh
 uint8 it wraps around, masked scores are raised instead of lowered, and tokens see the future without an error.
 These masks are float from the start and are never stored at construction.
 """
+
 import mindspore.common.dtype as mstype
 from mindspore import ops
 

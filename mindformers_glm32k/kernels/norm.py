@@ -1,4 +1,5 @@
 """RMSNorm from elementwise operators, where upstream uses the fused NPU kernel RmsNorm."""
+
 import mindspore.common.dtype as mstype
 from mindspore import Parameter, nn
 from mindspore.common.initializer import initializer
@@ -26,9 +27,11 @@ class RMSNorm(nn.Cell):
     def __init__(self, dim, eps=1e-6, param_init_type=mstype.float32, compute_type=mstype.float32):
         super().__init__()
         # bfloat16 has no initializer on every host; ones are exact in it
-        self.weight = Parameter(initializer("ones", (dim,), dtype=mstype.float32).init_data().astype(param_init_type)
-                                if param_init_type == mstype.bfloat16 else
-                                initializer("ones", (dim,), dtype=param_init_type))
+        self.weight = Parameter(
+            initializer("ones", (dim,), dtype=mstype.float32).init_data().astype(param_init_type)
+            if param_init_type == mstype.bfloat16
+            else initializer("ones", (dim,), dtype=param_init_type)
+        )
         self.eps = float(eps)
         self.compute_type = compute_type
         self.cast = P.Cast()

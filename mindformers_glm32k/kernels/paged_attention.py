@@ -7,6 +7,7 @@ prompt. Shapes are dynamic: two graphs serve every length.
 Legend: T tokens of the call, B prompts, L cache slots read, G key-value heads, R query heads per key-value head,
 D head size.
 """
+
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -44,13 +45,16 @@ class PagedCache(nn.Cell):
     def __init__(self, slots, width, dtype):
         super().__init__()
         self.key_cache = Parameter(initializer("zeros", (slots, width), dtype), name="key_cache", requires_grad=False)
-        self.value_cache = Parameter(initializer("zeros", (slots, width), dtype), name="value_cache",
-                                     requires_grad=False)
+        self.value_cache = Parameter(
+            initializer("zeros", (slots, width), dtype), name="value_cache", requires_grad=False
+        )
         self.write_key = P.ScatterUpdate()
         self.write_value = P.ScatterUpdate()
 
     def construct(self, key, value, slot_mapping):
-        return self.write_key(self.key_cache, slot_mapping, key), self.write_value(self.value_cache, slot_mapping, value)
+        return self.write_key(self.key_cache, slot_mapping, key), self.write_value(
+            self.value_cache, slot_mapping, value
+        )
 
 
 class PagedAttention(nn.Cell):
@@ -76,8 +80,17 @@ class PagedAttention(nn.Cell):
         Tensor: shape of query.
     """
 
-    def __init__(self, n_head, head_dim, n_kv_head, scale_value=1.0, block_size=16, num_blocks=1024,
-                 compute_dtype=mstype.float32, **_):
+    def __init__(
+        self,
+        n_head,
+        head_dim,
+        n_kv_head,
+        scale_value=1.0,
+        block_size=16,
+        num_blocks=1024,
+        compute_dtype=mstype.float32,
+        **_,
+    ):
         super().__init__()
         self.head_dim = head_dim
         self.groups = n_kv_head
@@ -95,15 +108,17 @@ class PagedAttention(nn.Cell):
         self.transpose = P.Transpose()
         self.gather = P.Gather()
 
-    def construct(self, query, key, value, batch_valid_length, block_tables, slot_mapping, freqs_cis=None,
-                  attn_mask=None):
+    def construct(
+        self, query, key, value, batch_valid_length, block_tables, slot_mapping, freqs_cis=None, attn_mask=None
+    ):
         shape = query.shape
         cos, sin, _ = freqs_cis
         query = self.rotary_embedding(query.reshape((-1, self.groups * self.share, self.head_dim)), cos, sin)
         key = self.rotary_embedding(key.reshape((-1, self.groups, self.head_dim)), cos, sin)
         value = value.reshape((-1, self.groups, self.head_dim))
-        keys, values = self.paged_attention_mgr(key.reshape((-1, self.width)), value.reshape((-1, self.width)),
-                                                slot_mapping)
+        keys, values = self.paged_attention_mgr(
+            key.reshape((-1, self.width)), value.reshape((-1, self.width)), slot_mapping
+        )
         if self.is_first_iteration:
             query = ops.depend(query, (keys, values))
             context = self._prefill(query, key, value, attn_mask)

@@ -5,6 +5,7 @@ gathers the whole sequence of every layer's queries and keys for it.
 
 Legend: B batch, N heads, S tokens, D head size.
 """
+
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
@@ -80,7 +81,8 @@ class RotaryEmbedding(nn.Cell):
         key_model = min(config.multi_query_group_num, model)
         self.query, self.key = (
             _Rotation(config.rotary_dtype, config.kv_channels, (data, heads, context, 1), config.use_portable_cells)
-            for heads in (model, key_model))
+            for heads in (model, key_model)
+        )
 
     def construct(self, x, rotary_pos_emb):
         cos, sin, _ = rotary_pos_emb

@@ -1,4 +1,5 @@
 """Splitting the last axis by slices, where upstream uses the NPU kernel SplitWithSize."""
+
 from mindspore import nn
 
 
@@ -18,6 +19,6 @@ class SplitLastAxis(nn.Cell):
         pieces = ()
         start = 0
         for size in sizes:
-            pieces += (x[..., start:start + size],)
+            pieces += (x[..., start : start + size],)
             start += size
         return pieces

@@ -4,6 +4,7 @@ Upstream's cells name the classes of their parts directly. Replacing a part afte
 name prefixes, sharding and communication fusion set by the constructors; so the name is bound to our class in the
 module that uses it, for the time of the construction only, and restored afterwards. Nothing stays changed.
 """
+
 import contextlib
 
 from mindformers.models.glm2 import glm2, glm2_transformer
@@ -16,10 +17,11 @@ from mindformers_glm32k.kernels.paged_attention import NoCache, PagedAttention
 from mindformers_glm32k.kernels.rotary import RotaryEmbedding
 from mindformers_glm32k.kernels.split import SplitLastAxis
 
-_PORTABLE = ((glm2_transformer, "ChatGLM2RMSNorm", RMSNorm),
-             (glm2_transformer, "FlashAttention", BlockwiseAttention))
-_ASCEND = ((glm2_transformer, "FlashAttention", CompressedCausalAttention),
-           (glm2_transformer, "ChatGLM2MLP", ChunkedMLP))
+_PORTABLE = ((glm2_transformer, "ChatGLM2RMSNorm", RMSNorm), (glm2_transformer, "FlashAttention", BlockwiseAttention))
+_ASCEND = (
+    (glm2_transformer, "FlashAttention", CompressedCausalAttention),
+    (glm2_transformer, "ChatGLM2MLP", ChunkedMLP),
+)
 
 
 @contextlib.contextmanager
@@ -31,7 +33,9 @@ def cells_for(config, backbone):
         backbone (type): the class that takes the place of upstream's ChatGLM2Model.
     """
     bindings = (_PORTABLE if config.use_portable_cells else _ASCEND) + (
-        (glm2, "ChatGLM2Model", backbone), (glm2_transformer, "RotaryPosEmb", lambda: RotaryEmbedding(config)))
+        (glm2, "ChatGLM2Model", backbone),
+        (glm2_transformer, "RotaryPosEmb", lambda: RotaryEmbedding(config)),
+    )
     if not config.use_past:
         bindings += ((glm2_transformer, "InferAttention", NoCache),)
     elif config.use_portable_cells:

@@ -1,4 +1,5 @@
 """The ids that LongBench's pred.py feeds to chatglm3-6b-32k."""
+
 from mindformers_glm32k import chat
 from mindformers_glm32k.data.options import whole_number
 from mindformers_glm32k.data.prompts import PromptTemplate, plain_name

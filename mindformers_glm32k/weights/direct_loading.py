@@ -6,6 +6,7 @@ round, it leaves the MLP at its random start without a word; it refuses a fused 
 prediction, holds whole shards in memory and reads no .bin files. Here every layout, naming and file kind is converted
 by the same checked conversion as `glm32k convert`.
 """
+
 import time
 from pathlib import Path
 
@@ -32,8 +33,9 @@ def is_huggingface(path):
         InputError: weight files are there, but broken or incomplete.
     """
     path = Path(path)
-    if not path.is_dir() or not any(entry.suffix in (".safetensors", ".bin") or entry.name.endswith(".index.json")
-                                    for entry in path.iterdir()):
+    if not path.is_dir() or not any(
+        entry.suffix in (".safetensors", ".bin") or entry.name.endswith(".index.json") for entry in path.iterdir()
+    ):
         return False
     return any(_is_foreign(name) for name in open_source(path).tensors)
 

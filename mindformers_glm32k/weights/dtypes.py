@@ -2,6 +2,7 @@
 
 bfloat16 has no NumPy dtype: its values travel as uint16 bit patterns (the upper half of a float32).
 """
+
 import functools
 
 import numpy as np
@@ -25,9 +26,18 @@ FROM_SAFETENSORS = {code: name for name, code in TO_SAFETENSORS.items()}
 FROM_MINDSPORE = {code: name for name, code in TO_MINDSPORE.items()}
 FROM_TORCH_STORAGE = {code: name for name, code in TO_TORCH_STORAGE.items()}
 # What a training checkpoint counts in (steps, epochs, overflow); MindSpore's word: (bytes, safetensors).
-_COUNTERS = {"Float64": (8, "F64"), "Int64": (8, "I64"), "UInt64": (8, "U64"), "Int32": (4, "I32"),
-             "UInt32": (4, "U32"), "Int16": (2, "I16"), "UInt16": (2, "U16"), "Int8": (1, "I8"), "UInt8": (1, "U8"),
-             "Bool": (1, "BOOL")}
+_COUNTERS = {
+    "Float64": (8, "F64"),
+    "Int64": (8, "I64"),
+    "UInt64": (8, "U64"),
+    "Int32": (4, "I32"),
+    "UInt32": (4, "U32"),
+    "Int16": (2, "I16"),
+    "UInt16": (2, "U16"),
+    "Int8": (1, "I8"),
+    "UInt8": (1, "U8"),
+    "Bool": (1, "BOOL"),
+}
 _FROM_SAFETENSORS_COUNTER = {code: name for name, (_, code) in _COUNTERS.items()}
 
 
@@ -82,7 +92,7 @@ def cast(values, source, target):
     return _table(source, target)[values.view("<u2")]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _table(source, target):
     """All 65536 values of a 16-bit dtype, cast: looking up is faster than any arithmetic NumPy has for it."""
     bits = np.arange(1 << 16, dtype="<u2")

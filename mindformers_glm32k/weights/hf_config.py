@@ -1,4 +1,5 @@
 """The model's config.json in both Hugging Face namings, and where a conversion takes it from."""
+
 import json
 from pathlib import Path
 
@@ -18,30 +19,72 @@ PUBLISHED = {
         "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
         "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
     },
-    "add_bias_linear": False, "add_qkv_bias": True, "apply_query_key_layer_scaling": True,
-    "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0, "attention_softmax_in_fp32": True,
-    "bias_dropout_fusion": True, "ffn_hidden_size": 13696, "fp32_residual_connection": False, "hidden_dropout": 0.0,
-    "hidden_size": 4096, "kv_channels": 128, "layernorm_epsilon": 1e-05, "rope_ratio": 50,
-    "multi_query_attention": True, "multi_query_group_num": 2, "num_attention_heads": 32, "num_layers": 28,
-    "original_rope": True, "padded_vocab_size": 65024, "post_layer_norm": True, "rmsnorm": True, "seq_length": 32768,
-    "use_cache": True, "torch_dtype": "float16", "transformers_version": "4.30.2", "tie_word_embeddings": False,
-    "eos_token_id": 2, "pad_token_id": 0,
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "ffn_hidden_size": 13696,
+    "fp32_residual_connection": False,
+    "hidden_dropout": 0.0,
+    "hidden_size": 4096,
+    "kv_channels": 128,
+    "layernorm_epsilon": 1e-05,
+    "rope_ratio": 50,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 32,
+    "num_layers": 28,
+    "original_rope": True,
+    "padded_vocab_size": 65024,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "seq_length": 32768,
+    "use_cache": True,
+    "torch_dtype": "float16",
+    "transformers_version": "4.30.2",
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 # Fields of a MindFormers model_config that mean the same in config.json.
-_SHARED = tuple(key for key, value in PUBLISHED.items() if not isinstance(value, (str, list, dict))
-                and key not in ("use_cache", "original_rope", "tie_word_embeddings"))
+_SHARED = tuple(
+    key
+    for key, value in PUBLISHED.items()
+    if not isinstance(value, (str, list, dict)) and key not in ("use_cache", "original_rope", "tie_word_embeddings")
+)
 # ChatGLM field: `glm` field. rope_ratio and vocabulary of stop tokens are handled apart.
 _GLM_FIELDS = {
-    "attention_dropout": "attention_dropout", "add_qkv_bias": "attention_bias", "ffn_hidden_size": "intermediate_size",
-    "hidden_size": "hidden_size", "kv_channels": "head_dim", "layernorm_epsilon": "rms_norm_eps",
-    "num_attention_heads": "num_attention_heads", "num_layers": "num_hidden_layers",
-    "padded_vocab_size": "vocab_size", "multi_query_group_num": "num_key_value_heads",
-    "seq_length": "max_position_embeddings", "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id",
-    "tie_word_embeddings": "tie_word_embeddings", "use_cache": "use_cache", "torch_dtype": "torch_dtype",
+    "attention_dropout": "attention_dropout",
+    "add_qkv_bias": "attention_bias",
+    "ffn_hidden_size": "intermediate_size",
+    "hidden_size": "hidden_size",
+    "kv_channels": "head_dim",
+    "layernorm_epsilon": "rms_norm_eps",
+    "num_attention_heads": "num_attention_heads",
+    "num_layers": "num_hidden_layers",
+    "padded_vocab_size": "vocab_size",
+    "multi_query_group_num": "num_key_value_heads",
+    "seq_length": "max_position_embeddings",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "use_cache": "use_cache",
+    "torch_dtype": "torch_dtype",
 }
 # Written even where the ChatGLM file leaves them to its code: transformers' defaults are those of another model.
-_FILLED_IN = ("attention_dropout", "add_qkv_bias", "layernorm_epsilon", "seq_length", "eos_token_id", "pad_token_id",
-              "tie_word_embeddings", "use_cache")
+_FILLED_IN = (
+    "attention_dropout",
+    "add_qkv_bias",
+    "layernorm_epsilon",
+    "seq_length",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "use_cache",
+)
 _ROPE_BASE = 10000.0
 _STOP_TOKENS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 _MODEL_CONFIG_LAYOUT = ("qkv_concat", "mlp_concat")
@@ -60,8 +103,13 @@ def to_glm(fields):
         dict
     """
     fields = {**{key: PUBLISHED[key] for key in _FILLED_IN}, **fields}
-    config = {"model_type": "glm", "architectures": ["GlmForCausalLM"], "hidden_act": "silu",
-              "partial_rotary_factor": 0.5, "rope_theta": _ROPE_BASE * fields.get("rope_ratio", 1)}
+    config = {
+        "model_type": "glm",
+        "architectures": ["GlmForCausalLM"],
+        "hidden_act": "silu",
+        "partial_rotary_factor": 0.5,
+        "rope_theta": _ROPE_BASE * fields.get("rope_ratio", 1),
+    }
     config.update({glm: fields[chatglm] for chatglm, glm in _GLM_FIELDS.items() if chatglm in fields})
     if not fields.get("multi_query_attention", True):
         config["num_key_value_heads"] = fields["num_attention_heads"]
@@ -85,8 +133,10 @@ def to_chatglm(config, path):
     """
     ratio = config.get("rope_theta", _ROPE_BASE) / _ROPE_BASE
     if config.get("partial_rotary_factor", 0.5) != 0.5 or config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{path}: partial_rotary_factor 0.5 and hidden_act silu are ChatGLM3's, found "
-                         f"{config.get('partial_rotary_factor')!r} and {config.get('hidden_act')!r}")
+        raise InputError(
+            f"{path}: partial_rotary_factor 0.5 and hidden_act silu are ChatGLM3's, found "
+            f"{config.get('partial_rotary_factor')!r} and {config.get('hidden_act')!r}"
+        )
     fields = dict(PUBLISHED, rope_ratio=int(ratio) if ratio == int(ratio) else ratio)
     fields.update({chatglm: config[glm] for chatglm, glm in _GLM_FIELDS.items() if glm in config})
     if fields["eos_token_id"] == list(_STOP_TOKENS):
@@ -124,12 +174,14 @@ def read_config(path):
 
 def _from_yaml(path):
     import yaml
+
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["model_config"]
         given = {key: model[key] for key in _SHARED if model.get(key) is not None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: no readable YAML with model.model_config ({type(error).__name__}: {error})"
-                         ) from error
+        raise InputError(
+            f"{path}: no readable YAML with model.model_config ({type(error).__name__}: {error})"
+        ) from error
     defaults = dict(PUBLISHED)
     if model.get("type") == "ChatGLM2Config":  # upstream's own defaults where they differ from ours
         defaults.update(rope_ratio=1, seq_length=2048)
@@ -170,8 +222,10 @@ def find_config(option, source, inferred):
             return fields
     if inferred == sizes_from_config(PUBLISHED, "the published config.json"):
         return dict(PUBLISHED)
-    raise InputError(f"{source.path}: config.json cannot be made up from the weights (they do not tell the number of "
-                     "heads); give --config with the original config.json or the YAML that trained the model")
+    raise InputError(
+        f"{source.path}: config.json cannot be made up from the weights (they do not tell the number of "
+        "heads); give --config with the original config.json or the YAML that trained the model"
+    )
 
 
 def config_text(fields, naming, dtype):

@@ -4,6 +4,7 @@ Everything is written in a hidden folder beside the output. Its journal gets a l
 written, so a killed conversion goes on where it stopped; files move to their final names after every tensor has
 been read back and compared with the values computed.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -91,8 +92,9 @@ class Job:
             return digests
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InputError(f"{self.destination}: the disk is full; free some space or choose another folder"
-                                 ) from error
+                raise InputError(
+                    f"{self.destination}: the disk is full; free some space or choose another folder"
+                ) from error
             raise
 
     def publish(self, extra=()):
@@ -124,17 +126,34 @@ class Job:
             status = os.stat(path)
             plan.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
         for group in self.groups:
-            plan.append([[m.source.name, m.source_start, m.source.dtype, m.target.name, m.target_start, m.target.dtype,
-                          m.count] for m in group.moves])
+            plan.append(
+                [
+                    [
+                        m.source.name,
+                        m.source_start,
+                        m.source.dtype,
+                        m.target.name,
+                        m.target_start,
+                        m.target.dtype,
+                        m.count,
+                    ]
+                    for m in group.moves
+                ]
+            )
         return hashlib.sha256(json.dumps(plan).encode("utf-8")).hexdigest()
 
     def _resume(self):
         """Returns the digests of what an earlier run finished; prepares the folder afresh where nothing fits."""
         stamp, journal = self.work / "plan", self.work / "journal"
         fingerprint = self.fingerprint()
-        fits = stamp.is_file() and stamp.read_text(encoding="utf-8") == fingerprint and all(
-            (self.work / file.name).is_file() and (self.work / file.name).stat().st_size == file.size
-            for file in self.files)
+        fits = (
+            stamp.is_file()
+            and stamp.read_text(encoding="utf-8") == fingerprint
+            and all(
+                (self.work / file.name).is_file() and (self.work / file.name).stat().st_size == file.size
+                for file in self.files
+            )
+        )
         if fits:
             digests = {}
             lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []  # a last line may be cut off
@@ -157,13 +176,24 @@ class Job:
         total = sum(target.nbytes for group in self.groups for target in group.targets)
         left = sum(target.nbytes for group in todo for target in group.targets)
         if left < total and self.progress:
-            print(f"{self.work}: {total - left:,} of {total:,} bytes were written by an earlier run; going on from "
-                  "there", file=sys.stderr)
+            print(
+                f"{self.work}: {total - left:,} of {total:,} bytes were written by an earlier run; going on from there",
+                file=sys.stderr,
+            )
         with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=total, initial=total - left, unit="B", unit_scale=True,
-                                           desc="convert", disable=not self.progress))
-            handles = {file.name: stack.enter_context(open(self.work / file.name, "rb+", buffering=0))
-                       for file in self.files}
+            bar = stack.enter_context(
+                tqdm(
+                    total=total,
+                    initial=total - left,
+                    unit="B",
+                    unit_scale=True,
+                    desc="convert",
+                    disable=not self.progress,
+                )
+            )
+            handles = {
+                file.name: stack.enter_context(open(self.work / file.name, "rb+", buffering=0)) for file in self.files
+            }
             journal = stack.enter_context(open(self.work / "journal", "ab", buffering=0))
 
             def work(group):
@@ -196,22 +226,26 @@ class Job:
                 result = cast(values, source.dtype, target.dtype)
                 lost = count_overflow(values, result, source.dtype, target.dtype)
                 if lost:
-                    raise InputError(f"{source.file}: key {source.name!r}: {lost} values are too large for "
-                                     f"{target.dtype}; choose bf16 or fp32")
+                    raise InputError(
+                        f"{source.file}: key {source.name!r}: {lost} values are too large for "
+                        f"{target.dtype}; choose bf16 or fp32"
+                    )
                 view = memoryview(result).cast("B")
                 digests[target.name].update(view)
                 sums[target.name] = checks[source] if checked and copied else zlib.crc32(view, sums[target.name])
                 written = 0
                 for offset, nbytes in output.ranges(position, position + len(view)):
-                    _write_exactly(handle, view[written:written + nbytes], offset)
+                    _write_exactly(handle, view[written : written + nbytes], offset)
                     written += nbytes
                 position += len(view)
                 with self._lock:
                     bar.update(len(view))
         for source, found in checks.items():
             if source.crc32 is not None and self.check_crc and found != source.crc32:
-                raise InputError(f"{source.file}: key {source.name!r} is corrupt: the file's checksum (CRC-32) of it "
-                                 f"is {source.crc32:08x}, its bytes give {found:08x}; download it again")
+                raise InputError(
+                    f"{source.file}: key {source.name!r} is corrupt: the file's checksum (CRC-32) of it "
+                    f"is {source.crc32:08x}, its bytes give {found:08x}; download it again"
+                )
         return {name: [digest.hexdigest(), sums[name]] for name, digest in digests.items()}
 
     def _verify(self, digests):
@@ -220,8 +254,13 @@ class Job:
         tensors = [tensor for file in self.files for tensor in read_file(self.work / file.name)]
         if sorted(tensor.name for tensor in tensors) != sorted(expected):
             raise InputError(f"{self.work}: the files do not list the tensors that were written; try another disk")
-        bar = tqdm(total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, desc="verify",
-                   disable=not self.progress)
+        bar = tqdm(
+            total=sum(tensor.nbytes for tensor in tensors),
+            unit="B",
+            unit_scale=True,
+            desc="verify",
+            disable=not self.progress,
+        )
 
         def check(tensor):
             found = 0
@@ -233,8 +272,10 @@ class Job:
                     bar.update(values.nbytes)
             target = expected[tensor.name]
             if (tensor.shape, tensor.dtype, found) != (target.shape, target.dtype, digests[tensor.name][1]):
-                raise InputError(f"{tensor.file.name}: key {tensor.name!r} reads back differently from what was "
-                                 "written (faulty disk or memory, or the file was touched); convert again")
+                raise InputError(
+                    f"{tensor.file.name}: key {tensor.name!r} reads back differently from what was "
+                    "written (faulty disk or memory, or the file was touched); convert again"
+                )
 
         with bar:
             self._in_parallel(check, tensors)

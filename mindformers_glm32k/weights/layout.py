@@ -1,16 +1,26 @@
 """The files to write: which tensor goes into which file, and at which bytes. All of it is known before the start."""
+
 import json
 import re
 from dataclasses import dataclass
-from typing import Dict, Tuple
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.ms_checkpoint import frame
 from mindformers_glm32k.weights.safetensors_file import build_header
 
 FORMATS = ("ckpt", "safetensors")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,8 @@ class OutputFile:
 
     name: str
     size: int
-    framing: Tuple[Tuple[int, bytes], ...]
-    segments: Dict[str, Tuple[Tuple[int, int], ...]]
+    framing: tuple[tuple[int, bytes], ...]
+    segments: dict[str, tuple[tuple[int, int], ...]]
 
 
 def parse_size(text):
@@ -64,8 +74,11 @@ def lay_out(targets, file_format, stem, suffix, max_shard_size, metadata):
             filled = 0
         shards[-1].append(target)
         filled += target.nbytes
-    names = [stem + suffix] if len(shards) == 1 else \
-        [f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" for number in range(1, len(shards) + 1)]
+    names = (
+        [stem + suffix]
+        if len(shards) == 1
+        else [f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" for number in range(1, len(shards) + 1)]
+    )
     place = _place_ckpt if file_format == "ckpt" else _place_safetensors
     return [place(name, shard, metadata) for name, shard in zip(names, shards)]
 

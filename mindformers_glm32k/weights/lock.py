@@ -1,4 +1,5 @@
 """One conversion to an output at a time."""
+
 import errno
 import fcntl
 import os

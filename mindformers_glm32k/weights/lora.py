@@ -2,6 +2,7 @@
 
 MindFormers computes W x + (alpha / rank) B (A x) with A (rank, in) and B (out, rank); merged, W + (alpha / rank) B A.
 """
+
 import numpy as np
 
 from mindformers_glm32k.errors import InputError

@@ -1,8 +1,9 @@
 """Joins the checkpoints of all ranks into one file, LoRA adapters too, and checks that nothing was lost."""
+
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Optional
 
 from tqdm import tqdm
 
@@ -23,8 +24,19 @@ from mindformers_glm32k.weights.workspace import require_space, workspace
 from mindformers_glm32k.weights.writer import CheckpointWriter
 
 
-def merge(src_ckpt_dir, dst=None, strategy=None, step=None, optimizer_states=False, lora=False, lora_scaling=None,
-          base=None, adapters_only=None, sizes=None, progress=False):
+def merge(
+    src_ckpt_dir,
+    dst=None,
+    strategy=None,
+    step=None,
+    optimizer_states=False,
+    lora=False,
+    lora_scaling=None,
+    base=None,
+    adapters_only=None,
+    sizes=None,
+    progress=False,
+):
     """Joins the checkpoints of a parallel run.
 
     Args:
@@ -59,16 +71,25 @@ def merge(src_ckpt_dir, dst=None, strategy=None, step=None, optimizer_states=Fal
     job = _Job(plan, lora, lora_scaling, optimizer_states, _open_base(base), sizes)
     job.check(src_ckpt_dir, dst is not None, adapters_only is not None)
     if not stages:
-        remarks.append(f"{world} ranks have the whole model each, no strategy is needed: compared, and that of rank 0 "
-                       "taken" if world > 1 else "one rank, which has everything: no strategy is needed")
+        remarks.append(
+            f"{world} ranks have the whole model each, no strategy is needed: compared, and that of rank 0 taken"
+            if world > 1
+            else "one rank, which has everything: no strategy is needed"
+        )
     read = {file.resolve() for file in files.files.values()}
     if any(path.resolve() in read for path in outputs):
         raise InputError(f"{outputs[0]}: is one of the files to merge; choose another name")
-    report = {"source": {str(rank): str(path) for rank, path in sorted(files.files.items())}, "ranks": world,
-              "stages": len(plan.stages), "strategy": strategy and str(strategy), "step": files.label,
-              "counters": {name: value for name, value in files.counters.items() if value is not None},
-              "base": base and str(base), "lora_scaling": lora_scaling if lora else None,
-              "checksums": "of the little-endian values, without the file format's framing"}
+    report = {
+        "source": {str(rank): str(path) for rank, path in sorted(files.files.items())},
+        "ranks": world,
+        "stages": len(plan.stages),
+        "strategy": strategy and str(strategy),
+        "step": files.label,
+        "counters": {name: value for name, value in files.counters.items() if value is not None},
+        "base": base and str(base),
+        "lora_scaling": lora_scaling if lora else None,
+        "checksums": "of the little-endian values, without the file format's framing",
+    }
     job.write(dst and Path(dst), adapters_only and Path(adapters_only), report, progress)
     report["remarks"] = remarks + job.remarks
     return report
@@ -85,8 +106,10 @@ def _check_options(outputs, lora, scaling, base, states):
     if lora and scaling is None:
         raise InputError("--lora needs alpha / rank: give --lora_scaling, or --config with the YAML of the LoRA run")
     if lora and states:
-        raise InputError("--optimizer_states with --lora: the states belong to the adapters, which are gone once they "
-                         "are merged; leave one of the two out")
+        raise InputError(
+            "--optimizer_states with --lora: the states belong to the adapters, which are gone once they "
+            "are merged; leave one of the two out"
+        )
     if base is not None and not lora:
         raise InputError("--base is for adapters that are merged: add --lora")
 
@@ -105,7 +128,7 @@ class _Job:
     lora: bool
     scaling: Optional[float]
     states: bool
-    base: Optional[Dict]
+    base: Optional[dict]
     sizes: object
 
     def check(self, source, wants_weights, wants_adapters):
@@ -123,8 +146,10 @@ class _Job:
         if self.base is not None:
             self.weights = self.base
         if wants_weights and not self.weights:
-            raise InputError(f"{source}: {plan.files.name} holds adapters only: add the whole base checkpoint with "
-                             "--lora --base FILE, or write them alone with --adapters_only FILE")
+            raise InputError(
+                f"{source}: {plan.files.name} holds adapters only: add the whole base checkpoint with "
+                "--lora --base FILE, or write them alone with --adapters_only FILE"
+            )
         if self.weights:
             origin = plan.files.name if self.base is None else next(iter(self.weights.values())).file
             self.sizes = plan.check_model(self.sizes, self.weights, origin, self.frozen)
@@ -133,8 +158,9 @@ class _Job:
         if lost:
             raise InputError(f"{source}: adapters of {lost[0]!r} ({len(lost)} such), which is not among the weights")
         if not self.states and self.state_names:
-            self.remarks.append(f"{len(self.state_names)} optimizer states are left out (--optimizer_states keeps "
-                                "them)")
+            self.remarks.append(
+                f"{len(self.state_names)} optimizer states are left out (--optimizer_states keeps them)"
+            )
         if self.adapters and wants_weights and not self.lora:
             self.remarks.append(f"{len(self.adapters)} LoRA matrices are kept beside the weights (--lora merges them)")
 
@@ -146,16 +172,20 @@ class _Job:
             weights = in_model_order(self.weights) if dst else []
             states = in_model_order(self.state_names) if self.states and dst else []
             kept = [] if self.lora or not dst else order
-            wholes = {**self.weights, **{name: joined.whole for name, joined in self.plan.joined.items()
-                                         if name not in self.weights}}
+            wholes = {
+                **self.weights,
+                **{name: joined.whole for name, joined in self.plan.joined.items() if name not in self.weights},
+            }
             entries = [(name, wholes[name].shape, wholes[name].dtype) for name in [*weights, *kept, *states]]
             counters = self.plan.counters if states else []
             entries += [(counter.name, counter.shape, counter.dtype) for counter in counters]
             nbytes = sum(pieces.stored_bytes(shape, dtype) for _, shape, dtype in entries)
             require_space(first, nbytes + 3 * min(nbytes, pieces.PIECE_BYTES))
             made = []
-            with Transformer(work / "log") as transformer, tqdm(
-                    total=nbytes, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar:
+            with (
+                Transformer(work / "log") as transformer,
+                tqdm(total=nbytes, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
+            ):
                 adapters = dict(joined_values(self.plan, order, transformer, work))
                 if adapters_only:
                     made.append((self._write_adapters(work, adapters_only, order, adapters), adapters_only))
@@ -183,14 +213,18 @@ class _Job:
                     with atomic_path(path) as temporary:
                         shutil.copyfile(writer.path, temporary)
                 report.setdefault("outputs", []).append(str(path))
-                write_report(path.with_suffix(".report.json"), {**report, "output": str(path),
-                                                                "tensors": writer.describe()})
+                write_report(
+                    path.with_suffix(".report.json"), {**report, "output": str(path), "tensors": writer.describe()}
+                )
             report["tensors"] = made[-1][0].describe()
 
     def _values(self, weights, adapters, transformer, work):
         """Yields the weights, with the adapters' products added where they are merged."""
-        stream = joined_values(self.plan, weights, transformer, work) if self.base is None else \
-            ((name, self.base[name].load()) for name in weights)
+        stream = (
+            joined_values(self.plan, weights, transformer, work)
+            if self.base is None
+            else ((name, self.base[name].load()) for name in weights)
+        )
         for name, array in stream:
             if self.lora and name in self.pairs:
                 a, b = ((adapters[side], self.adapters[side].dtype) for side in self.pairs[name])

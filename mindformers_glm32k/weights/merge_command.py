@@ -1,4 +1,5 @@
 """Join the checkpoints of all ranks into one file, LoRA adapters too, and check that nothing was lost."""
+
 import contextlib
 import json
 import sys
@@ -16,10 +17,16 @@ def add_arguments(parser):
 
     option("--src_ckpt_dir", "folder with rank_0, rank_1, …, such as output/checkpoint", required=True)
     option("--dst", "file to write: .ckpt or .safetensors")
-    option("--src_ckpt_strategy", "the run's strategy: folder (output/strategy) or file. Without it and --config every "
-                                  "rank must have the whole model")
-    option("--config", "the run's YAML, instead of --src_ckpt_strategy: its strategy is compiled here; also for the "
-                       "model's sizes and LoRA's scale")
+    option(
+        "--src_ckpt_strategy",
+        "the run's strategy: folder (output/strategy) or file. Without it and --config every "
+        "rank must have the whole model",
+    )
+    option(
+        "--config",
+        "the run's YAML, instead of --src_ckpt_strategy: its strategy is compiled here; also for the "
+        "model's sizes and LoRA's scale",
+    )
     option("--step", "EPOCH_STEP as in the file names, or the number of steps; default: the newest complete one")
     option("--optimizer_states", "keep adam_m, adam_v, steps and loss scale", action="store_true")
     option("--lora", "add the adapters to the weights", action="store_true")
@@ -32,8 +39,19 @@ def add_arguments(parser):
 def run(args):
     try:
         with _strategy(args) as (strategy, sizes, scaling):
-            report = merge(args.src_ckpt_dir, args.dst, strategy, args.step, args.optimizer_states, args.lora, scaling,
-                           args.base, args.adapters_only, sizes, progress=True)
+            report = merge(
+                args.src_ckpt_dir,
+                args.dst,
+                strategy,
+                args.step,
+                args.optimizer_states,
+                args.lora,
+                scaling,
+                args.base,
+                args.adapters_only,
+                sizes,
+                progress=True,
+            )
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -42,9 +60,11 @@ def run(args):
     counted = "".join(f", {name} {value}" for name, value in report["counters"].items())
     how = "cut again and compared with every rank's file" if strategy else "compared on all ranks"
     checked = f"; {how}, all equal" if report["ranks"] > 1 else ""
-    print(f"{len(report['tensors'])} tensors of {report['ranks']} rank(s), {report['stages']} stage(s)"
-          f"{counted}{', adapters merged with scale ' + format(scaling, 'g') if args.lora else ''}{checked}: "
-          f"{', '.join(report['outputs'])}")
+    print(
+        f"{len(report['tensors'])} tensors of {report['ranks']} rank(s), {report['stages']} stage(s)"
+        f"{counted}{', adapters merged with scale ' + format(scaling, 'g') if args.lora else ''}{checked}: "
+        f"{', '.join(report['outputs'])}"
+    )
     return 0
 
 
@@ -76,8 +96,14 @@ def _strategy(args):
 
 def _scale_of_run(folder):
     """alpha / rank from the adapter_config.json that MindFormers leaves in the run's output folder; None without."""
-    path = next((parent / "adapter_config.json" for parent in folder.resolve().parents[:2]
-                 if (parent / "adapter_config.json").is_file()), None)
+    path = next(
+        (
+            parent / "adapter_config.json"
+            for parent in folder.resolve().parents[:2]
+            if (parent / "adapter_config.json").is_file()
+        ),
+        None,
+    )
     if path is None:
         return None
     try:
@@ -89,4 +115,5 @@ def _scale_of_run(folder):
 
 if __name__ == "__main__":
     from mindformers_glm32k.cli import run_command
+
     sys.exit(run_command(sys.modules[__name__], "glm32k merge"))

@@ -1,4 +1,5 @@
 """What a merge joins: the files of all ranks held against the strategy and the model before any value is read."""
+
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -7,13 +8,25 @@ from mindformers_glm32k.weights.dtypes import ITEM_SIZE
 from mindformers_glm32k.weights.names import slot_of, slots
 from mindformers_glm32k.weights.parameter_layout import ParameterLayout
 from mindformers_glm32k.weights.parameters import (
-    ADAPTER, COUNTER, SCRATCH_PREFIX, STATE, WEIGHT, adapter_of, expected_shape, fits, kind_of, plain_name)
+    ADAPTER,
+    COUNTER,
+    SCRATCH_PREFIX,
+    STATE,
+    WEIGHT,
+    adapter_of,
+    expected_shape,
+    fits,
+    kind_of,
+    plain_name,
+)
 from mindformers_glm32k.weights.plan import check_against, raise_problems, weights_in
 from mindformers_glm32k.weights.sizes import sizes_from_tensors
 from mindformers_glm32k.weights.tensors import StoredTensor
 
-FROZEN = ("MindSpore's strategy files leave frozen weights out: give --config of the LoRA run instead of "
-          "--src_ckpt_strategy, or the whole base with --base")
+FROZEN = (
+    "MindSpore's strategy files leave frozen weights out: give --config of the LoRA run instead of "
+    "--src_ckpt_strategy, or the whole base with --base"
+)
 
 
 class Joined(NamedTuple):
@@ -55,8 +68,11 @@ class MergePlan:
 
     def of_kind(self, kind):
         """dict[str, Joined]: weights, adapters or states; sums of gradients are no states worth keeping."""
-        return {name: joined for name, joined in self.joined.items()
-                if kind_of(name) == kind and not name.startswith(SCRATCH_PREFIX)}
+        return {
+            name: joined
+            for name, joined in self.joined.items()
+            if kind_of(name) == kind and not name.startswith(SCRATCH_PREFIX)
+        }
 
     def check_model(self, sizes, weights, source, frozen=()):
         """Checks names and shapes against the model.
@@ -79,9 +95,12 @@ class MergePlan:
             check_against(sizes, slots_found, source)
         except InputError as error:
             raise self._with_hint(error) from None
-        self._raise(f"{joined.whole.file}: key {name!r} would be {joined.whole.shape} as a whole, expected "
-                    f"{expected_shape(sizes, name)}" for name, joined in self.joined.items()
-                    if name not in frozen and not fits(joined.whole.shape, expected_shape(sizes, name)))
+        self._raise(
+            f"{joined.whole.file}: key {name!r} would be {joined.whole.shape} as a whole, expected "
+            f"{expected_shape(sizes, name)}"
+            for name, joined in self.joined.items()
+            if name not in frozen and not fits(joined.whole.shape, expected_shape(sizes, name))
+        )
         return sizes
 
     def _raise(self, problems):
@@ -96,8 +115,10 @@ class MergePlan:
         elif any(joined.layout is None for joined in self.of_kind(WEIGHT).values()):
             hint = FROZEN + "."
         else:
-            hint = (f"Is {self.strategy} the strategy of this run? (Files saved with remove_redundancy: True hold less "
-                    "than it says and cannot be merged.)")
+            hint = (
+                f"Is {self.strategy} the strategy of this run? (Files saved with remove_redundancy: True hold less "
+                "than it says and cannot be merged.)"
+            )
         return InputError(f"{error}\n{hint}")
 
     def _add_stage(self, stage, layouts, problems):
@@ -115,8 +136,9 @@ class MergePlan:
             if kind_of(name) not in (WEIGHT, ADAPTER, STATE):
                 continue
             if name in self.joined:
-                problems.append(f"{tensor.file}: key {name!r} belongs to stage {self.joined[name].stage}, this is "
-                                f"stage {stage}")
+                problems.append(
+                    f"{tensor.file}: key {name!r} belongs to stage {self.joined[name].stage}, this is stage {stage}"
+                )
                 continue
             problem = self._differs(name, tensor, ranks)
             layout = layouts.get(name)
@@ -133,11 +155,16 @@ class MergePlan:
             else:
                 self.joined[name] = Joined(replace(tensor, shape=shape, segments=()), stage, layout)
         for rank in ranks:
-            extra = sorted(name for name in self.files.tensors[rank] if name not in first
-                           and kind_of(name) in (WEIGHT, ADAPTER, STATE))
+            extra = sorted(
+                name
+                for name in self.files.tensors[rank]
+                if name not in first and kind_of(name) in (WEIGHT, ADAPTER, STATE)
+            )
             if extra:
-                problems.append(f"{self.files.files[rank]}: key {extra[0]!r} is not in {self.files.files[ranks[0]]} "
-                                f"({len(extra)} such keys)")
+                problems.append(
+                    f"{self.files.files[rank]}: key {extra[0]!r} is not in {self.files.files[ranks[0]]} "
+                    f"({len(extra)} such keys)"
+                )
 
     def _differs(self, name, tensor, ranks):
         """What is different about a parameter in the other ranks of the stage."""
@@ -146,8 +173,10 @@ class MergePlan:
             if other is None:
                 return f"{self.files.files[rank]}: missing: {name!r}"
             if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
-                return (f"{other.file}: key {name!r} is {other.dtype} {other.shape}, in {tensor.file} it is "
-                        f"{tensor.dtype} {tensor.shape}")
+                return (
+                    f"{other.file}: key {name!r} is {other.dtype} {other.shape}, in {tensor.file} it is "
+                    f"{tensor.dtype} {tensor.shape}"
+                )
         return None
 
 
@@ -160,6 +189,7 @@ def in_model_order(names):
     Returns:
         list[str]: names that are not this model's last.
     """
+
     def key(name):
         plain = plain_name(name)
         weight, side = adapter_of(plain) or (plain, "")
@@ -169,7 +199,7 @@ def in_model_order(names):
             slot = None
         part = slot.parts[0] if slot else None
         block = 0 if part == "embedding" else 1 if slot and slot.layer is not None else 2 if slot else 3
-        return (name[:-len(plain)], bool(side), block, slot.layer or 0 if slot else 0, _PARTS.get(part, 0), side)
+        return (name[: -len(plain)], bool(side), block, slot.layer or 0 if slot else 0, _PARTS.get(part, 0), side)
 
     return sorted(names, key=key)
 

@@ -1,4 +1,5 @@
 """The values of a merge: parts joined by MindSpore and compared with every rank's file, one whole tensor at a time."""
+
 from itertools import groupby
 
 import numpy as np
@@ -27,15 +28,18 @@ def joined_values(plan, names, transformer, work):
         InputError: copies that should be equal differ, named with their files.
         transform.TransformFailed: MindSpore failed.
     """
-    for (stage, is_cut), group in groupby(names, lambda name: (plan.joined[name].stage,
-                                                               plan.joined[name].layout is not None)):
+    for (stage, is_cut), group in groupby(
+        names, lambda name: (plan.joined[name].stage, plan.joined[name].layout is not None)
+    ):
         ranks = plan.ranks(stage)
         if not is_cut:
             for name in group:
                 yield name, _equal_copies(plan, name, ranks)
             continue
-        costs = {name: pieces.stored_bytes(part.shape, part.dtype) * len(ranks)
-                 for name, part in ((name, plan.files.tensors[ranks[0]][name]) for name in group)}
+        costs = {
+            name: pieces.stored_bytes(part.shape, part.dtype) * len(ranks)
+            for name, part in ((name, plan.files.tensors[ranks[0]][name]) for name in group)
+        }
         if not (work / f"stage_{stage}.ckpt").exists():
             write_stage(plan.strategy, stage, work / f"stage_{stage}.ckpt")
         for piece in pieces.pack(costs):
@@ -51,8 +55,10 @@ def _compare(plan, name, whole, ranks):
     """Cuts a joined tensor again and compares the parts with the files."""
     joined = plan.joined[name]
     if whole.shape != joined.whole.shape:
-        raise InputError(f"key {name!r}: MindSpore joined it to {whole.shape}, the strategy gives "
-                         f"{joined.whole.shape}; check that the strategy files are those of this run")
+        raise InputError(
+            f"key {name!r}: MindSpore joined it to {whole.shape}, the strategy gives "
+            f"{joined.whole.shape}; check that the strategy files are those of this run"
+        )
     agreeing, differing = {}, []
     for rank in ranks:
         tensor = plan.files.tensors[rank][name]
@@ -63,11 +69,15 @@ def _compare(plan, name, whole, ranks):
             differing.append((position, tensor.file))
     for position, file in differing:
         if position in agreeing:
-            raise InputError(f"{file}: key {name!r} is a copy of what {agreeing[position]} holds, but has other "
-                             "values; one of the two files is damaged or of another run")
+            raise InputError(
+                f"{file}: key {name!r} is a copy of what {agreeing[position]} holds, but has other "
+                "values; one of the two files is damaged or of another run"
+            )
     if differing:
-        raise InputError(f"{differing[0][1]}: key {name!r} has other values than its part of the joined tensor; check "
-                         "that the strategy files are those of this run")
+        raise InputError(
+            f"{differing[0][1]}: key {name!r} has other values than its part of the joined tensor; check "
+            "that the strategy files are those of this run"
+        )
 
 
 def _equal_copies(plan, name, ranks):
@@ -75,8 +85,14 @@ def _equal_copies(plan, name, ranks):
     whole = tensors[0].load()
     for tensor in tensors[1:]:
         if not same_bits(tensor.load(), whole):
-            why = FROZEN if plan.strategy else ("if the parameters are cut, give --src_ckpt_strategy or --config; if "
-                                                "not, one of the files is damaged or of another run")
+            why = (
+                FROZEN
+                if plan.strategy
+                else (
+                    "if the parameters are cut, give --src_ckpt_strategy or --config; if "
+                    "not, one of the files is damaged or of another run"
+                )
+            )
             raise InputError(f"{tensor.file}: key {name!r} has other values than in {tensors[0].file}; {why}")
     return whole
 
@@ -98,8 +114,10 @@ def check_frozen(plan, base, name):
         part = tensor.load()
         expected = cast(whole, base[name].dtype, tensor.dtype)
         if not any(np.array_equal(part, expected[where]) for where in _blocks(expected.shape, part.shape)):
-            raise InputError(f"{tensor.file}: key {name!r} is no part of it in {base[name].file}: the adapters were "
-                             "trained on another base; give the checkpoint that the run loaded")
+            raise InputError(
+                f"{tensor.file}: key {name!r} is no part of it in {base[name].file}: the adapters were "
+                "trained on another base; give the checkpoint that the run loaded"
+            )
 
 
 def _blocks(whole, part):

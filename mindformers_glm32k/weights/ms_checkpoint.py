@@ -6,6 +6,7 @@ consecutive values of one tag, each with the full dims and a slice of the conten
 all tensors in memory; here the framing is written by hand, so that the content can be streamed to known offsets.
 With crc_check the file ends in `crc_num` and ten bytes.
 """
+
 import os
 from pathlib import Path
 
@@ -99,8 +100,10 @@ def read_ckpt(path):
     for name, (shape, dtype, segments) in found.items():
         tensor = StoredTensor(name, shape, dtype, path, tuple(segments))
         if dtype in ITEM_SIZE and tensor.nbytes != sum(length for _, length in segments):
-            raise InputError(f"{path}: key {name!r}: shape {shape} of {dtype} needs {tensor.nbytes} bytes, the file "
-                             f"holds {sum(length for _, length in segments)}; it is corrupt")
+            raise InputError(
+                f"{path}: key {name!r}: shape {shape} of {dtype} needs {tensor.nbytes} bytes, the file "
+                f"holds {sum(length for _, length in segments)}; it is corrupt"
+            )
         tensors.append(tensor)
     return tensors
 
@@ -129,7 +132,7 @@ class _Cursor:
         if at + count > len(self._window) or self.position + count > self.end:
             raise self.corrupt("it ends in the middle of an entry")
         self.position += count
-        return self._window[at:at + count]
+        return self._window[at : at + count]
 
     def varint(self):
         """Reads one base-128 number."""
@@ -165,8 +168,10 @@ class _Cursor:
 
     def corrupt(self, why):
         """The error for a broken file."""
-        return InputError(f"{self.path}: not a MindSpore checkpoint, or cut off or encrypted: at byte {self.position} "
-                          f"of {self.end} {why}")
+        return InputError(
+            f"{self.path}: not a MindSpore checkpoint, or cut off or encrypted: at byte {self.position} "
+            f"of {self.end} {why}"
+        )
 
 
 def _read_value(cursor, found):

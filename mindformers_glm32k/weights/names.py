@@ -7,8 +7,9 @@ and x[..., 1::2]) and takes the gate from the first half of `gate_up_proj`, so n
 
 Sources: mindformers/models/glm2, modeling_chatglm.py of THUDM/chatglm3-6b-32k, transformers/models/glm.
 """
+
 import re
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional
 
 from mindformers_glm32k.errors import InputError
 
@@ -19,15 +20,23 @@ _MS, _GLM = "transformer.encoder.layers.{}.", "model.layers.{}."
 _ROWS = (
     # parts                             mindspore                                    chatglm (None: as mindspore)
     #                                                                                glm
-    (("embedding",), "transformer.embedding.embedding_weight", "transformer.embedding.word_embeddings.weight",
-     "model.embed_tokens.weight"),
+    (
+        ("embedding",),
+        "transformer.embedding.embedding_weight",
+        "transformer.embedding.word_embeddings.weight",
+        "model.embed_tokens.weight",
+    ),
     (("input_norm",), _MS + "input_layernorm.weight", None, _GLM + "input_layernorm.weight"),
     (("q", "k", "v"), _MS + "self_attention.query_key_value.weight", None, _GLM + "self_attn.qkv_proj.weight"),
     (("q",), _MS + "self_attention.wq.weight", None, _GLM + "self_attn.q_proj.weight"),
     (("k",), _MS + "self_attention.wk.weight", None, _GLM + "self_attn.k_proj.weight"),
     (("v",), _MS + "self_attention.wv.weight", None, _GLM + "self_attn.v_proj.weight"),
-    (("q_bias", "k_bias", "v_bias"), _MS + "self_attention.query_key_value.bias", None,
-     _GLM + "self_attn.qkv_proj.bias"),
+    (
+        ("q_bias", "k_bias", "v_bias"),
+        _MS + "self_attention.query_key_value.bias",
+        None,
+        _GLM + "self_attn.qkv_proj.bias",
+    ),
     (("q_bias",), _MS + "self_attention.wq.bias", None, _GLM + "self_attn.q_proj.bias"),
     (("k_bias",), _MS + "self_attention.wk.bias", None, _GLM + "self_attn.k_proj.bias"),
     (("v_bias",), _MS + "self_attention.wv.bias", None, _GLM + "self_attn.v_proj.bias"),
@@ -49,14 +58,15 @@ _SKIPPED = re.compile(
     r"(epoch_num|step_num|global_step|learning_rate|scale_sense|loss_scale|current_iterator_step|"
     r"last_overflow_iterator_step|beta[12]_power|weight_decay|cur_epoch_num|cur_step_num|batch_num|"
     r"global_batch_size|"
-    r"random_op|_random_seed.*)$")
+    r"random_op|_random_seed.*)$"
+)
 _ADAPTER = re.compile(r"delta_lora|lora_[ABab]\b|\.lora_")
 
 
 class Slot(NamedTuple):
     """What a tensor is: the parts it holds along axis 0, and its layer (None outside the layers)."""
 
-    parts: Tuple[str, ...]
+    parts: tuple[str, ...]
     layer: Optional[int]
 
 
@@ -124,6 +134,7 @@ def slots(num_layers, qkv_bias, qkv_concat, mlp_concat):
     Returns:
         list[Slot]
     """
+
     def layout(parts, fused):
         return [parts] if fused else [(part,) for part in parts]
 
@@ -131,6 +142,8 @@ def slots(num_layers, qkv_bias, qkv_concat, mlp_concat):
     if qkv_bias:
         layer_parts += layout(tuple(part + "_bias" for part in QKV), qkv_concat)
     layer_parts += [("attention_out",), ("post_norm",)] + layout(MLP, mlp_concat) + [("mlp_out",)]
-    return ([Slot(("embedding",), None)]
-            + [Slot(parts, layer) for layer in range(num_layers) for parts in layer_parts]
-            + [Slot(("final_norm",), None), Slot(("output",), None)])
+    return (
+        [Slot(("embedding",), None)]
+        + [Slot(parts, layer) for layer in range(num_layers) for parts in layer_parts]
+        + [Slot(("final_norm",), None), Slot(("output",), None)]
+    )

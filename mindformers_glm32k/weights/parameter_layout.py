@@ -11,9 +11,9 @@ A strategy file gives every parameter (weights, `accu_grads.*`, `adam_m.*`, `ada
 
 The rules are those of MindSpore's transform_checkpoints, which tests compare with.
 """
+
 from dataclasses import dataclass
 from math import prod
-from typing import Tuple
 
 from mindformers_glm32k.errors import InputError
 
@@ -29,8 +29,8 @@ class ParameterLayout:
         optimizer_parts: parts into which the optimizer cuts axis 0 of what the map leaves; 1 for none.
     """
 
-    dev_matrix: Tuple[int, ...]
-    tensor_map: Tuple[Tuple[int, ...], ...]
+    dev_matrix: tuple[int, ...]
+    tensor_map: tuple[tuple[int, ...], ...]
     optimizer_parts: int = 1
 
     @property
@@ -80,8 +80,9 @@ class ParameterLayout:
             InputError: the shape has another number of axes than the layout, or cannot be cut evenly.
         """
         sizes = self.slice_shape(full_shape)
-        return tuple(slice(index * size, (index + 1) * size)
-                     for index, size in zip(self.position(rank_in_stage), sizes))
+        return tuple(
+            slice(index * size, (index + 1) * size) for index, size in zip(self.position(rank_in_stage), sizes)
+        )
 
     def slice_shape(self, full_shape):
         """The shape that every rank's part of a parameter of `full_shape` has; raises as `slices` does."""

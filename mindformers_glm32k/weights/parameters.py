@@ -1,4 +1,5 @@
 """What the entries of a training checkpoint are: weights, adapters, optimizer states, counters; and their shapes."""
+
 import re
 
 from mindformers_glm32k.errors import InputError
@@ -39,7 +40,7 @@ def kind_of(name):
 def plain_name(name):
     """The parameter that a state belongs to; other names are their own."""
     prefix = next((prefix for prefix in STATE_PREFIXES if name.startswith(prefix)), "")
-    return name[len(prefix):]
+    return name[len(prefix) :]
 
 
 def adapter_of(name):
@@ -80,8 +81,11 @@ def expected_shape(sizes, name):
 
 def fits(shape, expected):
     """Whether a shape is as `expected_shape` says."""
-    return expected is None or len(shape) == len(expected) and all(
-        wanted in (None, found) for wanted, found in zip(expected, shape))
+    return (
+        expected is None
+        or len(shape) == len(expected)
+        and all(wanted in (None, found) for wanted, found in zip(expected, shape))
+    )
 
 
 def raw_bytes(tensor):

@@ -6,12 +6,17 @@ callable or operation is refused by name; nothing is imported and nothing is cal
 
 Sources: pickletools (the operations), torch/_utils.py and torch/serialization.py (what torch.save writes).
 """
+
 import pickletools
 from typing import NamedTuple
 
 from mindformers_glm32k.errors import InputError
-_REBUILDS = {("torch._utils", "_rebuild_tensor_v2"): 4, ("torch._utils", "_rebuild_tensor"): 4,
-             ("torch._utils", "_rebuild_parameter"): 1}
+
+_REBUILDS = {
+    ("torch._utils", "_rebuild_tensor_v2"): 4,
+    ("torch._utils", "_rebuild_tensor"): 4,
+    ("torch._utils", "_rebuild_parameter"): 1,
+}
 _DICT = ("collections", "OrderedDict")
 
 
@@ -27,7 +32,7 @@ class Storage(NamedTuple):
     """A storage that the pickle refers to."""
 
     kind: str  # torch's class, "HalfStorage"
-    key: str   # the record's name
+    key: str  # the record's name
     count: int
 
 
@@ -35,7 +40,7 @@ class View(NamedTuple):
     """A tensor: a view of a storage."""
 
     storage: Storage
-    offset: int   # elements
+    offset: int  # elements
     shape: tuple
     strides: tuple  # elements
 
@@ -59,8 +64,10 @@ class Machine:
 
     def refuse(self, what):
         """The error for something that no file of weights needs."""
-        return InputError(f"{self.path}: refused: the pickle wants {what}, which no file of weights needs; nothing "
-                          "was executed. Get the weights as safetensors, or from a source you trust")
+        return InputError(
+            f"{self.path}: refused: the pickle wants {what}, which no file of weights needs; nothing "
+            "was executed. Get the weights as safetensors, or from a source you trust"
+        )
 
     def run(self, data):
         """Returns the pickle's value.
@@ -79,8 +86,9 @@ class Machine:
         except InputError:
             raise
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise InputError(f"{self.path}: data.pkl is corrupt ({type(error).__name__}: {error}); "
-                             "download it again") from error
+            raise InputError(
+                f"{self.path}: data.pkl is corrupt ({type(error).__name__}: {error}); download it again"
+            ) from error
         raise InputError(f"{self.path}: data.pkl ends without its last operation; download it again")
 
     def _push(self, argument):
@@ -226,7 +234,10 @@ class Machine:
 
 def _view(storage, offset, shape, strides):
     numbers = (offset, *shape, *strides)
-    if not (isinstance(storage, Storage) and len(shape) == len(strides)
-            and all(type(number) is int and number >= 0 for number in numbers)):
+    if not (
+        isinstance(storage, Storage)
+        and len(shape) == len(strides)
+        and all(type(number) is int and number >= 0 for number in numbers)
+    ):
         raise ValueError(f"a tensor of storage {storage!r}, offset {offset!r}, shape {shape!r}, strides {strides!r}")
     return View(storage, offset, tuple(shape), tuple(strides))

@@ -1,4 +1,5 @@
 """Few tensors at a time: what is cut or joined together, so that memory and disk do not grow with the model."""
+
 import shutil
 
 from mindformers_glm32k.weights.dtypes import item_size
@@ -68,7 +69,7 @@ def cut(transformer, work, tensors, strategy):
     shutil.rmtree(work, ignore_errors=True)
     write_piece(work / "whole" / "rank_0" / "whole.ckpt", tensors)
     transformer.run(work / "whole", work / "parts", cut_by=strategy)
-    return {int(path.parent.name[len("rank_"):]): path for path in (work / "parts").glob("rank_*/*.ckpt")}
+    return {int(path.parent.name[len("rank_") :]): path for path in (work / "parts").glob("rank_*/*.ckpt")}
 
 
 def join(transformer, work, parts, strategy):

@@ -1,6 +1,6 @@
 """What a conversion does, decided before it writes: every tensor checked, every output byte given its place."""
+
 from dataclasses import dataclass
-from typing import List, Tuple
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import ITEM_SIZE
@@ -18,7 +18,7 @@ class Target:
 
     name: str
     slot: Slot
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
     dtype: str
 
     @property
@@ -42,7 +42,7 @@ class Move:
 class Group:
     """The smallest unit of work: tensors that share parts, as Q, K, V and their fused form. Moves are in order."""
 
-    moves: Tuple[Move, ...]
+    moves: tuple[Move, ...]
 
     @property
     def targets(self):
@@ -78,8 +78,10 @@ def weights_of(source):
             skipped.append(name)
             continue
         if tensor.dtype not in ITEM_SIZE:
-            problems.append(f"{tensor.file}: key {name!r} has dtype {tensor.dtype}, {', '.join(ITEM_SIZE)} are "
-                            "understood; quantized weights cannot be converted")
+            problems.append(
+                f"{tensor.file}: key {name!r} has dtype {tensor.dtype}, {', '.join(ITEM_SIZE)} are "
+                "understood; quantized weights cannot be converted"
+            )
             continue
         for part in slot.parts:
             other = holders.setdefault((part, slot.layer), tensor)
@@ -124,14 +126,17 @@ def check_against(sizes, weights, path):
         InputError: one message names all problems.
     """
     problems, present, missing = [], {}, {}
-    expected = {(part, slot.layer): slot for slot in slots(sizes.num_layers, sizes.qkv_bias, True, True)
-                for part in slot.parts}
+    expected = {
+        (part, slot.layer): slot for slot in slots(sizes.num_layers, sizes.qkv_bias, True, True) for part in slot.parts
+    }
     for slot, tensor in weights.items():
         present.update({(part, slot.layer): tensor for part in slot.parts})
         shape = sizes.shape(slot)
         if not all((part, slot.layer) in expected for part in slot.parts):
-            problems.append(f"{tensor.file}: key {tensor.name!r} is left over: a model of {sizes.num_layers} layers"
-                            f"{'' if sizes.qkv_bias else ' without QKV biases'} has no such weight")
+            problems.append(
+                f"{tensor.file}: key {tensor.name!r} is left over: a model of {sizes.num_layers} layers"
+                f"{'' if sizes.qkv_bias else ' without QKV biases'} has no such weight"
+            )
         elif tensor.shape != shape:
             problems.append(f"{tensor.file}: key {tensor.name!r} has shape {tensor.shape}, expected {shape}")
     for (part, layer), slot in expected.items():
@@ -139,9 +144,11 @@ def check_against(sizes, weights, path):
             missing.setdefault(slot, []).append(part)
     for slot, parts in missing.items():
         lost = slot if len(parts) == len(slot.parts) else Slot(tuple(parts), slot.layer)
-        names = dict.fromkeys(name_of(one, naming) for one in ([lost] if lost == slot else
-                                                               [Slot((p,), slot.layer) for p in parts])
-                              for naming in ("chatglm", "glm"))
+        names = dict.fromkeys(
+            name_of(one, naming)
+            for one in ([lost] if lost == slot else [Slot((p,), slot.layer) for p in parts])
+            for naming in ("chatglm", "glm")
+        )
         problems.append(f"{path}: missing: {' or '.join(map(repr, names))}")
     raise_problems(path, problems)
 
@@ -173,8 +180,10 @@ def make_targets(sizes, weights, naming, qkv_concat, mlp_concat, dtype):
         list[Target]
     """
     own = {(part, slot.layer): tensor.dtype for slot, tensor in weights.items() for part in slot.parts}
-    return [Target(name_of(slot, naming), slot, sizes.shape(slot), dtype or own[slot.parts[0], slot.layer])
-            for slot in slots(sizes.num_layers, sizes.qkv_bias, qkv_concat, mlp_concat)]
+    return [
+        Target(name_of(slot, naming), slot, sizes.shape(slot), dtype or own[slot.parts[0], slot.layer])
+        for slot in slots(sizes.num_layers, sizes.qkv_bias, qkv_concat, mlp_concat)
+    ]
 
 
 def make_groups(sizes, weights, targets):
@@ -197,7 +206,7 @@ def make_groups(sizes, weights, targets):
         families.setdefault((_FAMILY.get(key[0], key[0]), key[1]), []).append(key)
     groups = []
     for (family, layer), keys in families.items():
-        moves: List[Move] = []
+        moves: list[Move] = []
         for key in sorted(keys, key=lambda key: family.index(key[0]) if isinstance(family, tuple) else 0):
             source, source_start, count = sources[key]
             target, target_start, _ = places[key]

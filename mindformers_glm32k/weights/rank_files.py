@@ -1,9 +1,10 @@
 """The checkpoints that a parallel run left, one file a rank: which belong together, and which can be merged."""
+
 import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Optional
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import item_size
@@ -12,8 +13,10 @@ from mindformers_glm32k.weights.source import read_file
 
 _RANK_FOLDER = re.compile(r"rank_(\d+)$")
 # glm32k_rank_3-1_200.ckpt, glm32k_rank_3_1-1_200.ckpt (a later run of the same folder), checkpoint_3.ckpt
-_NAMES = (re.compile(r"(?P<head>.+_rank_)(?P<rank>\d+)(?P<tail>\D.*)$"),
-          re.compile(r"(?P<head>checkpoint_?)(?P<rank>\d+)(?P<tail>\.\w+)$"))
+_NAMES = (
+    re.compile(r"(?P<head>.+_rank_)(?P<rank>\d+)(?P<tail>\D.*)$"),
+    re.compile(r"(?P<head>checkpoint_?)(?P<rank>\d+)(?P<tail>\.\w+)$"),
+)
 _STEP = re.compile(r"-(\d+)_(\d+)\.\w+$")
 _COUNTERS = ("epoch_num", "step_num", "global_step")
 
@@ -30,9 +33,9 @@ class RankFiles:
     """
 
     name: str
-    files: Dict[int, Path]
-    tensors: Dict[int, dict] = field(default_factory=dict)
-    counters: Dict[str, int] = field(default_factory=dict)
+    files: dict[int, Path]
+    tensors: dict[int, dict] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
 
     @property
     def label(self):
@@ -53,16 +56,20 @@ class RankFiles:
         """
         missing = [rank for rank in ranks if rank not in self.files]
         if missing:
-            raise InputError(f"{self.name}: the file of rank{'s' if len(missing) > 1 else ''} "
-                             f"{', '.join(map(str, missing))} is missing; ranks {ranks[0]} to {ranks[-1]} are needed")
+            raise InputError(
+                f"{self.name}: the file of rank{'s' if len(missing) > 1 else ''} "
+                f"{', '.join(map(str, missing))} is missing; ranks {ranks[0]} to {ranks[-1]} are needed"
+            )
         for rank in ranks:
             self.tensors[rank] = {tensor.name: tensor for tensor in read_file(self.files[rank])}
             found = {name: _number(self.tensors[rank].get(name)) for name in _COUNTERS}
             for name, value in found.items():
                 expected = self.counters.setdefault(name, value) if value is not None else None
                 if value != expected:
-                    raise InputError(f"{self.files[rank]}: {name} is {value}, in {self.files[ranks[0]]} it is "
-                                     f"{expected}; the files are of different steps")
+                    raise InputError(
+                        f"{self.files[rank]}: {name} is {value}, in {self.files[ranks[0]]} it is "
+                        f"{expected}; the files are of different steps"
+                    )
 
 
 def _number(tensor) -> Optional[int]:
@@ -86,8 +93,9 @@ def find_rank_files(folder):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; the folder that holds rank_0, rank_1, … is needed, such as "
-                         "output/checkpoint")
+        raise InputError(
+            f"{folder}: no such folder; the folder that holds rank_0, rank_1, … is needed, such as output/checkpoint"
+        )
     sets = {}
     for place in sorted(folder.iterdir()):
         match = _RANK_FOLDER.match(place.name)
@@ -97,8 +105,10 @@ def find_rank_files(folder):
                 name = _common_name(path, rank)
                 sets.setdefault(name, RankFiles(name, {})).files[rank] = path
     if not sets:
-        raise InputError(f"{folder}: no rank_N/*.ckpt or *.safetensors below it; the folder that holds rank_0, rank_1, "
-                         "… is needed, such as output/checkpoint")
+        raise InputError(
+            f"{folder}: no rank_N/*.ckpt or *.safetensors below it; the folder that holds rank_0, rank_1, "
+            "… is needed, such as output/checkpoint"
+        )
     return [sets[name] for name in sorted(sets)]
 
 
@@ -107,8 +117,10 @@ def _common_name(path, rank):
         match = pattern.match(path.name)
         if match:
             if int(match["rank"]) != rank:
-                raise InputError(f"{path}: is rank {match['rank']}'s file by its name, but lies in the folder of rank "
-                                 f"{rank}: files were swapped; move it back")
+                raise InputError(
+                    f"{path}: is rank {match['rank']}'s file by its name, but lies in the folder of rank "
+                    f"{rank}: files were swapped; move it back"
+                )
             return f"{match['head']}*{match['tail']}"
     return path.name
 
@@ -131,8 +143,10 @@ def choose(folder, ranks=None, step=None):
     sets = find_rank_files(folder)
     present = sorted({rank for each in sets for rank in each.files})
     if ranks is not None and present[-1] >= len(ranks):
-        raise InputError(f"{folder}: holds rank_{present[-1]}, but the strategy is for {len(ranks)} NPUs: it belongs "
-                         "to another layout")
+        raise InputError(
+            f"{folder}: holds rank_{present[-1]}, but the strategy is for {len(ranks)} NPUs: it belongs "
+            "to another layout"
+        )
     ranks = ranks or range(present[-1] + 1)
     complete, broken = [], {}
     for each in sets:

@@ -1,4 +1,5 @@
 """The report of a conversion: what was read, what was written, and a checksum of every tensor."""
+
 import json
 
 from mindformers_glm32k.files import atomic_path
@@ -26,8 +27,11 @@ def make_report(source, output, job, digests, skipped, sizes, config):
     for group in groups:
         for target in group.targets:
             tensors[target.name] = {
-                "file": holder[target.name], "shape": list(target.shape), "dtype": target.dtype,
-                "sha256": digests[target.name][0], "crc32": f"{digests[target.name][1]:08x}",
+                "file": holder[target.name],
+                "shape": list(target.shape),
+                "dtype": target.dtype,
+                "sha256": digests[target.name][0],
+                "crc32": f"{digests[target.name][1]:08x}",
                 "from": list(dict.fromkeys(move.source.name for move in group.moves if move.target is target)),
             }
     order = [name for file in files for name in file.segments]
@@ -70,6 +74,11 @@ def is_done(job, path):
         bool
     """
     report = load_report(path)
-    return report is not None and report.get("fingerprint") == job.fingerprint() and all(
-        (job.destination / file.name).is_file() and (job.destination / file.name).stat().st_size == file.size
-        for file in job.files)
+    return (
+        report is not None
+        and report.get("fingerprint") == job.fingerprint()
+        and all(
+            (job.destination / file.name).is_file() and (job.destination / file.name).stat().st_size == file.size
+            for file in job.files
+        )
+    )

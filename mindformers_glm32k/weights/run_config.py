@@ -1,4 +1,5 @@
 """What the commands on parallel checkpoints take from a run's YAML: its strategy, the model's sizes, LoRA's scale."""
+
 import contextlib
 import tempfile
 from pathlib import Path
@@ -7,8 +8,17 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.hf_config import PUBLISHED
 from mindformers_glm32k.weights.sizes import sizes_from_config
 
-_SIZE_FIELDS = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-                "kv_channels", "multi_query_group_num", "multi_query_attention", "add_qkv_bias")
+_SIZE_FIELDS = (
+    "num_layers",
+    "padded_vocab_size",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "multi_query_group_num",
+    "multi_query_attention",
+    "add_qkv_bias",
+)
 
 
 def sizes_of_run(config, path):
@@ -55,10 +65,14 @@ def compile_strategy(config_file, config, layout, launcher_arguments):
     from mindformers_glm32k.dryrun.strategy import has_adapters, write_strategies
 
     if not cuts_parameters(config, layout):
-        why = ("one NPU (use_parallel is false, or all of parallel_config is 1)" if layout.world == 1 else
-               "data parallel (parallel.parallel_mode)")
-        raise InputError(f"{config_file}: {why}: every rank has the whole model, there is nothing to cut; load the "
-                         "whole checkpoint")
+        why = (
+            "one NPU (use_parallel is false, or all of parallel_config is 1)"
+            if layout.world == 1
+            else "data parallel (parallel.parallel_mode)"
+        )
+        raise InputError(
+            f"{config_file}: {why}: every rank has the whole model, there is nothing to cut; load the whole checkpoint"
+        )
     with tempfile.TemporaryDirectory(prefix="glm32k_strategy_") as folder:
         write_strategies(layout, Path(folder), launcher_arguments, has_adapters(config))
         yield Path(folder)
@@ -81,5 +95,7 @@ def lora_scale(config, path):
     try:
         return float(pet["lora_alpha"]) / int(pet["lora_rank"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: model_config.pet_config with lora_rank and lora_alpha is needed (found "
-                         f"{pet or None}); give --lora_scaling or the YAML of the LoRA run") from error
+        raise InputError(
+            f"{path}: model_config.pet_config with lora_rank and lora_alpha is needed (found "
+            f"{pet or None}); give --lora_scaling or the YAML of the LoRA run"
+        ) from error

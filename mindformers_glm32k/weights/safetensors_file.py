@@ -3,6 +3,7 @@
 Source: https://github.com/huggingface/safetensors (README, "Format"). Values are read by StoredTensor, which never
 maps or holds a whole file as the library's `safe_open` may.
 """
+
 import json
 import os
 import struct
@@ -32,8 +33,10 @@ def read_header(path):
         head = handle.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise InputError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes, the header "
-                             f"claims {length}); download it again")
+            raise InputError(
+                f"{path}: not a safetensors file, or cut off in its header ({size} bytes, the header "
+                f"claims {length}); download it again"
+            )
         raw = handle.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, path))
@@ -69,8 +72,10 @@ def _entry(path, name, entry, base):
     dtype = FROM_SAFETENSORS.get(code, code)
     item = ITEM_SIZE.get(dtype) or _OTHER_SIZES.get(code)
     if item is not None and end - begin != element_count(shape) * item:
-        raise InputError(f"{path}: key {name!r}: shape {tuple(shape)} of {code} needs {element_count(shape) * item} "
-                         f"bytes, the header gives it {end - begin}; the file is corrupt")
+        raise InputError(
+            f"{path}: key {name!r}: shape {tuple(shape)} of {code} needs {element_count(shape) * item} "
+            f"bytes, the header gives it {end - begin}; the file is corrupt"
+        )
     return StoredTensor(name, tuple(shape), dtype, path, ((base + begin, end - begin),))
 
 
@@ -79,15 +84,19 @@ def _check_layout(path, tensors, base, size):
     for tensor in tensors:
         offset, nbytes = tensor.segments[0]
         if offset != position:
-            raise InputError(f"{path}: key {tensor.name!r}: its data start at byte {offset}, {position} is expected; "
-                             "the file is corrupt")
+            raise InputError(
+                f"{path}: key {tensor.name!r}: its data start at byte {offset}, {position} is expected; "
+                "the file is corrupt"
+            )
         position += nbytes
     if position != size:
         kind = "cut off" if size < position else "longer than its header says"
         late = next((t.name for t in tensors if sum(t.segments[0]) > size), None)
-        raise InputError(f"{path}: the file is {kind}: {size} bytes, {position} expected"
-                         + (f"; key {late!r} is the first that is not all there" if late else "")
-                         + "; download it again")
+        raise InputError(
+            f"{path}: the file is {kind}: {size} bytes, {position} expected"
+            + (f"; key {late!r} is the first that is not all there" if late else "")
+            + "; download it again"
+        )
 
 
 def build_header(entries, metadata):
@@ -103,8 +112,11 @@ def build_header(entries, metadata):
     header, offsets, position = {"__metadata__": metadata}, [], 0
     for name, shape, dtype in entries:
         nbytes = element_count(shape) * item_size(dtype)
-        header[name] = {"dtype": safetensors_code(dtype), "shape": list(shape),
-                        "data_offsets": [position, position + nbytes]}
+        header[name] = {
+            "dtype": safetensors_code(dtype),
+            "shape": list(shape),
+            "data_offsets": [position, position + nbytes],
+        }
         offsets.append(position)
         position += nbytes
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")

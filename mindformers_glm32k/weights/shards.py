@@ -3,6 +3,7 @@
 A strategy file belongs to one pipeline stage and gives each of its parameters a layout (see parameter_layout.py).
 Schema: mindspore/train/node_strategy_pb2.py, a protobuf.
 """
+
 from math import prod
 from pathlib import Path
 
@@ -54,13 +55,17 @@ def read_stages(path):
         known.add(content)
         for stage, layouts in read_file(file).items():
             if stage in stages and stages[stage] != layouts:
-                raise InputError(f"{file}: gives stage {stage} other layouts than {origin[stage].name} does; the files "
-                                 "are of different runs: write the strategy into an empty folder")
+                raise InputError(
+                    f"{file}: gives stage {stage} other layouts than {origin[stage].name} does; the files "
+                    "are of different runs: write the strategy into an empty folder"
+                )
             stages[stage], origin[stage] = layouts, file
     missing = sorted(set(range(max(stages) + 1)) - set(stages))
     if missing:
-        raise InputError(f"{path}: the strategy of pipeline stage {missing[0]} is missing ({len(stages)} of "
-                         f"{max(stages) + 1} stages are there); {_HINT}")
+        raise InputError(
+            f"{path}: the strategy of pipeline stage {missing[0]} is missing ({len(stages)} of "
+            f"{max(stages) + 1} stages are there); {_HINT}"
+        )
     return [stages[stage] for stage in range(len(stages))]
 
 
@@ -204,7 +209,7 @@ def _fields(data):
             value, position = _varint(data, position)
         elif key & 7 == 2:
             length, position = _varint(data, position)
-            value, position = data[position:position + length], position + length
+            value, position = data[position : position + length], position + length
             if len(value) != length:
                 raise ValueError("the file ends early")
         else:

@@ -1,4 +1,5 @@
 """The sizes that decide every weight's shape: from config.json (ChatGLM or transformers' `glm`) or from the tensors."""
+
 import json
 from dataclasses import asdict, dataclass, fields
 
@@ -40,9 +41,18 @@ class Sizes:
 
     def rows(self, part):
         """Rows (axis 0) that a part of names.py takes in a tensor."""
-        return {"embedding": self.vocab, "output": self.vocab, "q": self.q_rows, "k": self.kv_rows,
-                "v": self.kv_rows, "q_bias": self.q_rows, "k_bias": self.kv_rows, "v_bias": self.kv_rows,
-                "gate": self.ffn, "up": self.ffn}.get(part, self.hidden)
+        return {
+            "embedding": self.vocab,
+            "output": self.vocab,
+            "q": self.q_rows,
+            "k": self.kv_rows,
+            "v": self.kv_rows,
+            "q_bias": self.q_rows,
+            "k_bias": self.kv_rows,
+            "v_bias": self.kv_rows,
+            "gate": self.ffn,
+            "up": self.ffn,
+        }.get(part, self.hidden)
 
     def shape(self, slot):
         """The shape of the tensor that holds the parts of a names.Slot."""
@@ -89,9 +99,15 @@ def sizes_from_config(config, path):
         problems.append("tie_word_embeddings is true: ChatGLM3 has an output layer of its own")
     if problems:
         raise InputError(f"{path}: " + "; ".join(problems))
-    return Sizes(values["num_layers"], values["vocab"], values["hidden"], values["ffn"],
-                 values["heads"] * values["head_dim"], groups * values["head_dim"],
-                 bool(config.get(("add_qkv_bias", "attention_bias")[column], True)))
+    return Sizes(
+        values["num_layers"],
+        values["vocab"],
+        values["hidden"],
+        values["ffn"],
+        values["heads"] * values["head_dim"],
+        groups * values["head_dim"],
+        bool(config.get(("add_qkv_bias", "attention_bias")[column], True)),
+    )
 
 
 def load_config(path):
@@ -125,8 +141,10 @@ def sizes_from_tensors(tensors):
     def shape(part, layer, dimensions):
         slot, tensor = by_part.get((part, layer), (None, None))
         if tensor is None or len(tensor.shape) != dimensions:
-            raise InputError(f"the sizes of the model cannot be inferred: no tensor of {dimensions} dimensions holds "
-                             f"{part!r} of layer {layer}; put the model's config.json beside the weights")
+            raise InputError(
+                f"the sizes of the model cannot be inferred: no tensor of {dimensions} dimensions holds "
+                f"{part!r} of layer {layer}; put the model's config.json beside the weights"
+            )
         return slot, tensor.shape
 
     vocab, hidden = shape("embedding", None, 2)[1]
@@ -145,5 +163,8 @@ def sizes_as_dict(sizes):
 
 def differences(expected, found):
     """Names what differs between two Sizes, as ["ffn is 160, expected 13696"]."""
-    return [f"{field.name} is {getattr(found, field.name)}, expected {getattr(expected, field.name)}"
-            for field in fields(Sizes) if getattr(found, field.name) != getattr(expected, field.name)]
+    return [
+        f"{field.name} is {getattr(found, field.name)}, expected {getattr(expected, field.name)}"
+        for field in fields(Sizes)
+        if getattr(found, field.name) != getattr(expected, field.name)
+    ]

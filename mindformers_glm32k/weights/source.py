@@ -1,9 +1,10 @@
 """The files of a checkpoint, of any format: found, listed, and checked against their index."""
+
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Optional
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.ms_checkpoint import read_ckpt
@@ -16,8 +17,17 @@ _READERS = {".safetensors": read_header, ".bin": read_torch, ".pt": read_torch, 
 INDEX_SUFFIX = ".index.json"
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
 # In a folder the first pattern that matches wins: safetensors before .bin, whole sets before stray files.
-_PATTERNS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
-             "*.safetensors.index.json", "*.ckpt.index.json", "*.safetensors", "pytorch_model*.bin", "*.ckpt")
+_PATTERNS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "*.safetensors.index.json",
+    "*.ckpt.index.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "*.ckpt",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Source:
 
     path: Path
     files: tuple
-    tensors: Dict[str, StoredTensor]
+    tensors: dict[str, StoredTensor]
     config: Optional[Path]
 
 
@@ -102,8 +112,10 @@ def open_source(path):
     for file in chosen:
         for tensor in read_file(file):
             if tensor.name in tensors:
-                raise InputError(f"{file}: key {tensor.name!r} is also in {tensors[tensor.name].file.name}; one of "
-                                 "the two files does not belong here")
+                raise InputError(
+                    f"{file}: key {tensor.name!r} is also in {tensors[tensor.name].file.name}; one of "
+                    "the two files does not belong here"
+                )
             tensors[tensor.name] = tensor
     if index is not None:
         _compare_with_index(index, tensors, folder)
@@ -115,8 +127,9 @@ def _choose(folder):
     for pattern in _PATTERNS:
         found = sorted(folder.glob(pattern))
         if found and pattern.endswith(INDEX_SUFFIX) and len(found) > 1:
-            raise InputError(f"{folder}: {len(found)} index files ({', '.join(path.name for path in found)}): give the "
-                             "one meant")
+            raise InputError(
+                f"{folder}: {len(found)} index files ({', '.join(path.name for path in found)}): give the one meant"
+            )
         if found:
             return found
     raise InputError(f"{folder}: no weight files (*.safetensors, pytorch_model*.bin, *.ckpt) in this folder")
@@ -135,8 +148,10 @@ def _read_index(path):
 def _require_all(files, index_path):
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise InputError(f"{index_path}: {len(missing)} of {len(files)} shards are missing from its folder: "
-                         f"{', '.join(missing)}; download them")
+        raise InputError(
+            f"{index_path}: {len(missing)} of {len(files)} shards are missing from its folder: "
+            f"{', '.join(missing)}; download them"
+        )
 
 
 def _require_whole_set(files):
@@ -149,11 +164,15 @@ def _require_whole_set(files):
     for (stem, count, suffix), numbers in sets.items():
         missing = [f"{stem}-{n:05d}-of-{count}{suffix}" for n in range(1, int(count) + 1) if n not in numbers]
         if missing:
-            raise InputError(f"{files[0].parent}: {len(missing)} of {int(count)} shards are missing: "
-                             f"{', '.join(missing)}; download them and give the folder")
+            raise InputError(
+                f"{files[0].parent}: {len(missing)} of {int(count)} shards are missing: "
+                f"{', '.join(missing)}; download them and give the folder"
+            )
     if len(sets) > 1 or (sets and sum(map(len, sets.values())) != len(files)):
-        raise InputError(f"{files[0].parent}: files of several checkpoints lie in one folder "
-                         f"({', '.join(file.name for file in files)}); give the index file of the one meant")
+        raise InputError(
+            f"{files[0].parent}: files of several checkpoints lie in one folder "
+            f"({', '.join(file.name for file in files)}); give the index file of the one meant"
+        )
 
 
 def _compare_with_index(index, tensors, folder):
@@ -162,13 +181,19 @@ def _compare_with_index(index, tensors, folder):
         if tensor is None and slot_of(name) is None:
             continue  # a buffer that newer files leave out
         if tensor is None:
-            raise InputError(f"{folder / file}: key {name!r} is missing from it, the index says that it is there; "
-                             "the shard belongs to another checkpoint: download it again")
+            raise InputError(
+                f"{folder / file}: key {name!r} is missing from it, the index says that it is there; "
+                "the shard belongs to another checkpoint: download it again"
+            )
         if tensor.file.name != file:
-            raise InputError(f"{tensor.file}: key {name!r} is in this shard, the index expects it in {file}: shards "
-                             "were renamed or swapped; download both again")
+            raise InputError(
+                f"{tensor.file}: key {name!r} is in this shard, the index expects it in {file}: shards "
+                "were renamed or swapped; download both again"
+            )
     extra = sorted(set(tensors) - set(index))
     if extra:
         first = tensors[extra[0]]
-        raise InputError(f"{first.file}: key {first.name!r} is in this shard but not in the index "
-                         f"({len(extra)} such keys); the shard belongs to another checkpoint: download it again")
+        raise InputError(
+            f"{first.file}: key {first.name!r} is in this shard but not in the index "
+            f"({len(extra)} such keys); the shard belongs to another checkpoint: download it again"
+        )

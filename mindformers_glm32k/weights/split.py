@@ -1,4 +1,5 @@
 """Cut a whole checkpoint for every NPU of a layout, before the cluster is booked, and check the result."""
+
 import json
 import os
 import sys
@@ -25,12 +26,16 @@ REPORT = "split.report.json"
 
 def add_arguments(parser):
     parser.add_argument("--config", required=True, help="YAML of the run that will load the parts")
-    parser.add_argument("--load_checkpoint", required=True,
-                        help="the whole checkpoint: .ckpt, .safetensors, an index, or a Hugging Face folder")
+    parser.add_argument(
+        "--load_checkpoint",
+        required=True,
+        help="the whole checkpoint: .ckpt, .safetensors, an index, or a Hugging Face folder",
+    )
     parser.add_argument("--output", required=True, help="folder to make: rank_N/checkpoint_N.ckpt and strategy/")
     parser.add_argument("--devices", type=int, help="NPUs of the run; a layout of another size is refused")
-    parser.epilog = ("Any other option is run_mindformer's. The run then takes --load_checkpoint OUTPUT "
-                     "--auto_trans_ckpt False.")
+    parser.epilog = (
+        "Any other option is run_mindformer's. The run then takes --load_checkpoint OUTPUT --auto_trans_ckpt False."
+    )
 
 
 def run(args):
@@ -47,11 +52,15 @@ def run(args):
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    print(f"{report['parameters']} parameters{' with optimizer states' if report['optimizer_states'] else ''} cut for "
-          f"{report['ranks']} ranks ({layout.describe()}) and compared with the whole, all equal: {args.output}")
+    print(
+        f"{report['parameters']} parameters{' with optimizer states' if report['optimizer_states'] else ''} cut for "
+        f"{report['ranks']} ranks ({layout.describe()}) and compared with the whole, all equal: {args.output}"
+    )
     if report["left_out"]:
-        print(f"left out: {len(report['left_out'])} entries that the strategy does not know, such as "
-              f"{report['left_out'][0]}")
+        print(
+            f"left out: {len(report['left_out'])} entries that the strategy does not know, such as "
+            f"{report['left_out'][0]}"
+        )
     print(f"load it with: load_checkpoint: {args.output}, auto_trans_ckpt: False")
     return 0
 
@@ -79,8 +88,10 @@ def split(checkpoint, output, strategy, sizes=None, progress=False):
     with workspace(output) as work:
         whole = checkpoint
         if is_huggingface(checkpoint):
-            fused = [any(mark in name for layouts in stages for name in layouts)
-                     for mark in (".query_key_value.weight", ".dense_h_to_4h.weight")]
+            fused = [
+                any(mark in name for layouts in stages for name in layouts)
+                for mark in (".query_key_value.weight", ".dense_h_to_4h.weight")
+            ]
             whole = work / "converted" / "model.ckpt"
             convert(checkpoint, whole, qkv_concat=fused[0], mlp_concat=fused[1], progress=progress)
         plan = make_plan(open_source(whole), stages, sizes)
@@ -110,15 +121,18 @@ def part_file(folder, rank):
 
 def _cut(plan, costs, strategy, work, result, progress):
     total = sum(sum(each.values()) for each in costs)
-    with Transformer(work / "log") as transformer, tqdm(total=total, unit="B", unit_scale=True, desc="split",
-                                                        disable=not progress) as bar:
+    with (
+        Transformer(work / "log") as transformer,
+        tqdm(total=total, unit="B", unit_scale=True, desc="split", disable=not progress) as bar,
+    ):
         for rank in range(plan.world):
             part_file(result, rank).parent.mkdir(parents=True)
         for stage in range(len(plan.stages)):
             write_stage(strategy, stage, work / "stage.ckpt")
             for names in pieces.pack(costs[stage]):
-                parts = pieces.cut(transformer, work / "piece", [plan.tensors[name] for name in names],
-                                   work / "stage.ckpt")
+                parts = pieces.cut(
+                    transformer, work / "piece", [plan.tensors[name] for name in names], work / "stage.ckpt"
+                )
                 for rank in range(plan.devices):
                     # a .ckpt is a list of parameters: one file behind the other is a .ckpt again
                     with open(part_file(result, stage * plan.devices + rank), "ab") as file:
@@ -150,16 +164,21 @@ def _check(plan, result, progress):
                 for rank in ranks:
                     part, expected = found[rank][name], slice_of(whole, layout, rank - ranks[0])
                     if (part.shape, part.dtype) != (expected.shape, plan.tensors[name].dtype):
-                        raise _differs(rank, f"key {name!r} is {part.dtype} {part.shape}, the layout gives "
-                                             f"{plan.tensors[name].dtype} {expected.shape}")
+                        raise _differs(
+                            rank,
+                            f"key {name!r} is {part.dtype} {part.shape}, the layout gives "
+                            f"{plan.tensors[name].dtype} {expected.shape}",
+                        )
                     if not same_bits(part.load(), expected):
                         raise _differs(rank, f"key {name!r} has other values than its part of the whole tensor")
                 bar.update()
 
 
 def _differs(rank, what):
-    return InputError(f"rank_{rank}: {what}: MindSpore's cut and the strategy disagree, nothing was written. Check "
-                      "that the strategy files are those of this MindSpore version (`glm32k strategy`)")
+    return InputError(
+        f"rank_{rank}: {what}: MindSpore's cut and the strategy disagree, nothing was written. Check "
+        "that the strategy files are those of this MindSpore version (`glm32k strategy`)"
+    )
 
 
 def _add_strategy(strategy, plan, folder):
@@ -172,14 +191,21 @@ def _add_strategy(strategy, plan, folder):
 def _report(checkpoint, plan):
     names = [name for layouts in plan.stages for name in layouts]
     return {
-        "checkpoint": str(checkpoint), "ranks": plan.world, "stages": len(plan.stages),
-        "parameters": len(names), "optimizer_states": any(name.startswith("adam_") for name in names),
-        "counters": [counter.name for counter in plan.counters], "left_out": plan.left_out,
-        "shapes": [{name: list(layout.slice_shape(plan.tensors[name].shape)) for name, layout in layouts.items()}
-                   for layouts in plan.stages],
+        "checkpoint": str(checkpoint),
+        "ranks": plan.world,
+        "stages": len(plan.stages),
+        "parameters": len(names),
+        "optimizer_states": any(name.startswith("adam_") for name in names),
+        "counters": [counter.name for counter in plan.counters],
+        "left_out": plan.left_out,
+        "shapes": [
+            {name: list(layout.slice_shape(plan.tensors[name].shape)) for name, layout in layouts.items()}
+            for layouts in plan.stages
+        ],
     }
 
 
 if __name__ == "__main__":
     from mindformers_glm32k.cli import run_command
+
     sys.exit(run_command(sys.modules[__name__], "glm32k split"))

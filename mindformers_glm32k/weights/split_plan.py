@@ -1,13 +1,22 @@
 """What a split cuts: every tensor of a whole checkpoint held against the strategy before anything is written."""
+
 from dataclasses import dataclass
 from math import prod
-from typing import Dict, List
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import ITEM_SIZE
 from mindformers_glm32k.weights.parameter_layout import ParameterLayout
 from mindformers_glm32k.weights.parameters import (
-    ADAPTER, COUNTER, SCRATCH_PREFIX, STATE, STATE_PREFIXES, WEIGHT, expected_shape, fits, kind_of)
+    ADAPTER,
+    COUNTER,
+    SCRATCH_PREFIX,
+    STATE,
+    STATE_PREFIXES,
+    WEIGHT,
+    expected_shape,
+    fits,
+    kind_of,
+)
 from mindformers_glm32k.weights.pieces import stored_bytes
 from mindformers_glm32k.weights.plan import raise_problems, weights_in
 from mindformers_glm32k.weights.sizes import sizes_from_tensors
@@ -28,11 +37,11 @@ class SplitPlan:
         left_out: names in the checkpoint that no rank needs or the strategy does not know.
     """
 
-    tensors: Dict[str, StoredTensor]
-    stages: List[Dict[str, ParameterLayout]]
+    tensors: dict[str, StoredTensor]
+    stages: list[dict[str, ParameterLayout]]
     devices: int
-    counters: List[StoredTensor]
-    left_out: List[str]
+    counters: list[StoredTensor]
+    left_out: list[str]
 
     @property
     def world(self):
@@ -67,8 +76,13 @@ def make_plan(source, stages, sizes=None):
     tensors = source.tensors
     sizes = sizes or sizes_from_tensors(weights_in(tensors))
     known = {name: layout for layouts in stages for name, layout in layouts.items()}
-    prefixes = {prefix for prefix in STATE_PREFIXES if prefix != SCRATCH_PREFIX
-                and any(name.startswith(prefix) for name in tensors) and any(n.startswith(prefix) for n in known)}
+    prefixes = {
+        prefix
+        for prefix in STATE_PREFIXES
+        if prefix != SCRATCH_PREFIX
+        and any(name.startswith(prefix) for name in tensors)
+        and any(n.startswith(prefix) for n in known)
+    }
     kinds = (WEIGHT, ADAPTER) if any(kind_of(name) == ADAPTER for name in tensors) else (WEIGHT,)
     wanted = {name for name in known if kind_of(name) in kinds or name.startswith(tuple(prefixes))}
     wanted |= {name for name in known if name.startswith(SCRATCH_PREFIX) and name in tensors}

@@ -1,4 +1,5 @@
 """Steps that both directions of a conversion share."""
+
 import contextlib
 import os
 

@@ -1,8 +1,9 @@
 """A tensor where it lies in a file: name, shape, dtype and byte ranges, read without loading the rest."""
+
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Optional
 
 import numpy as np
 
@@ -26,11 +27,11 @@ class StoredTensor:
     """
 
     name: str
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
     dtype: str
     file: Path
-    segments: Tuple[Tuple[int, int], ...]
-    strides: Optional[Tuple[int, ...]] = None
+    segments: tuple[tuple[int, int], ...]
+    strides: Optional[tuple[int, ...]] = None
     crc32: Optional[int] = None
 
     @property
@@ -67,9 +68,9 @@ class StoredTensor:
         buffer = np.empty(min(chunk_bytes, stop - start), np.uint8)
         with open_for_reading(self.file) as handle:
             for low in range(start, stop, chunk_bytes):
-                chunk, filled = buffer[:min(chunk_bytes, stop - low)], 0
+                chunk, filled = buffer[: min(chunk_bytes, stop - low)], 0
                 for offset, nbytes in self.ranges(low, low + chunk.size):
-                    read_exactly(handle, offset, memoryview(chunk)[filled:filled + nbytes], self)
+                    read_exactly(handle, offset, memoryview(chunk)[filled : filled + nbytes], self)
                     filled += nbytes
                 yield chunk.view(CARRIER[self.dtype])
 
@@ -77,19 +78,20 @@ class StoredTensor:
         item = ITEM_SIZE[self.dtype]
         offset, nbytes = self.segments[0]
         flat = np.memmap(self.file, np.uint8, "r", offset, (nbytes,)).view(CARRIER[self.dtype])
-        view = np.lib.stride_tricks.as_strided(flat, self.shape, [step * item for step in self.strides],
-                                               writeable=False)
+        view = np.lib.stride_tricks.as_strided(
+            flat, self.shape, [step * item for step in self.strides], writeable=False
+        )
         row = element_count(self.shape[1:]) * item
         rows = max(1, chunk_bytes // max(row, 1))
         for low in range(start // row, stop // row, rows):
-            yield np.ascontiguousarray(view[low:min(low + rows, stop // row)]).reshape(-1)
+            yield np.ascontiguousarray(view[low : min(low + rows, stop // row)]).reshape(-1)
 
     def load(self):
         """Returns the whole tensor as an array of the carrier dtype (bf16: uint16 bit patterns)."""
         flat = np.empty(element_count(self.shape), CARRIER[self.dtype])
         filled = 0
         for values in self.chunks(1 << 20):
-            flat[filled:filled + values.size] = values
+            flat[filled : filled + values.size] = values
             filled += values.size
         return flat.reshape(self.shape)
 
@@ -127,6 +129,8 @@ def read_exactly(handle, offset, buffer, tensor):
         except OSError as error:
             raise InputError(f"{tensor.file}: key {tensor.name!r}: cannot be read ({error.strerror})") from error
         if count == 0:
-            raise InputError(f"{tensor.file}: key {tensor.name!r}: the file ends at byte {offset + filled}, "
-                             f"{offset + len(buffer)} are needed; download it again")
+            raise InputError(
+                f"{tensor.file}: key {tensor.name!r}: the file ends at byte {offset + filled}, "
+                f"{offset + len(buffer)} are needed; download it again"
+            )
         filled += count

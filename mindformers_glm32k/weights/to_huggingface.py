@@ -1,4 +1,5 @@
 """From a MindSpore checkpoint to a Hugging Face folder that transformers and vLLM load."""
+
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -18,8 +19,17 @@ _INDEX = "model.safetensors.index.json"
 _COMPANIONS = ("*.py", "tokenizer*", "special_tokens_map.json", "generation_config.json", "*LICENSE*")
 
 
-def convert_reversed(input_path, output_path, dtype=None, hf_naming="chatglm", max_shard_size=DEFAULT_SHARD,
-                     config=None, hf_files=None, workers=2, progress=False):
+def convert_reversed(
+    input_path,
+    output_path,
+    dtype=None,
+    hf_naming="chatglm",
+    max_shard_size=DEFAULT_SHARD,
+    config=None,
+    hf_files=None,
+    workers=2,
+    progress=False,
+):
     """Converts a MindSpore checkpoint to a Hugging Face folder: safetensors, index and config.json.
 
     Args:
@@ -70,11 +80,20 @@ def convert_reversed(input_path, output_path, dtype=None, hf_naming="chatglm", m
 def _refuse_strangers(folder, files):
     """Weight files of another kind in the folder would be loaded instead of, or mixed with, the new ones."""
     ours = {file.name for file in files} | ({_INDEX} if len(files) > 1 else set())
-    found = [path.name for pattern in ("*.safetensors*", "pytorch_model*", "*.bin") for path in folder.glob(pattern)
-             if path.name not in ours] if folder.is_dir() else []
+    found = (
+        [
+            path.name
+            for pattern in ("*.safetensors*", "pytorch_model*", "*.bin")
+            for path in folder.glob(pattern)
+            if path.name not in ours
+        ]
+        if folder.is_dir()
+        else []
+    )
     if found:
-        raise InputError(f"{folder}: already holds other weights ({', '.join(sorted(set(found))[:5])}); choose an "
-                         "empty folder")
+        raise InputError(
+            f"{folder}: already holds other weights ({', '.join(sorted(set(found))[:5])}); choose an empty folder"
+        )
 
 
 def _copy_companions(folder, output, naming):

@@ -1,4 +1,5 @@
 """From Hugging Face files to a MindSpore checkpoint."""
+
 import glob
 from pathlib import Path
 
@@ -15,8 +16,20 @@ from mindformers_glm32k.weights.steps import open_job, open_weights, refuse_over
 _PARAM_NAME_MAP = "param_name_map.json"  # where load_distributed_checkpoint looks which file holds a parameter
 
 
-def convert(input_path, output_path, dtype=None, qkv_concat=None, mlp_concat=None, format=None, max_shard_size=None,
-            config=None, workers=2, check_crc=True, progress=False, reuse=False):
+def convert(
+    input_path,
+    output_path,
+    dtype=None,
+    qkv_concat=None,
+    mlp_concat=None,
+    format=None,
+    max_shard_size=None,
+    config=None,
+    workers=2,
+    check_crc=True,
+    progress=False,
+    reuse=False,
+):
     """Converts a Hugging Face checkpoint to a MindSpore one.
 
     Args:
@@ -90,8 +103,13 @@ def _refuse_older_shards(output, files):
     """Shards and index of an earlier conversion with another shard size would be taken for part of this one."""
     ours = {file.name for file in files} | ({output.name + INDEX_SUFFIX} if len(files) > 1 else set())
     pattern = f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*{output.suffix}"
-    found = [path.name for path in [*output.parent.glob(pattern), output.with_name(output.name + INDEX_SUFFIX)]
-             if path.exists() and path.name not in ours]
+    found = [
+        path.name
+        for path in [*output.parent.glob(pattern), output.with_name(output.name + INDEX_SUFFIX)]
+        if path.exists() and path.name not in ours
+    ]
     if found:
-        raise InputError(f"{output.parent}: holds shards of an earlier conversion ({', '.join(sorted(found)[:5])}); "
-                         "remove them or choose another output path")
+        raise InputError(
+            f"{output.parent}: holds shards of an earlier conversion ({', '.join(sorted(found)[:5])}); "
+            "remove them or choose another output path"
+        )

@@ -3,6 +3,7 @@
 The archive holds `<prefix>/data.pkl`, a pickle that rebuilds a dictionary of tensors, and one stored (uncompressed)
 record `<prefix>/data/<key>` per storage: the values are read straight from the file. Source: torch/serialization.py.
 """
+
 import struct
 import zipfile
 
@@ -34,7 +35,7 @@ def read_torch(path):
         pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise InputError(f"{path}: a zip archive with {len(pickles)} data.pkl, a PyTorch file has one")
-        prefix = pickles[0][:-len("data.pkl")]
+        prefix = pickles[0][: -len("data.pkl")]
         if prefix + "byteorder" in records and _small(archive, prefix + "byteorder", path) != b"little":
             raise InputError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
         state = Machine(path).run(_small(archive, pickles[0], path))
@@ -60,8 +61,9 @@ def _open_archive(path):
 
 def _small(archive, name, path):
     if archive.getinfo(name).file_size > _MAX_PICKLE:
-        raise InputError(f"{path}: {name} has {archive.getinfo(name).file_size} bytes, at most {_MAX_PICKLE} are "
-                         "expected")
+        raise InputError(
+            f"{path}: {name} has {archive.getinfo(name).file_size} bytes, at most {_MAX_PICKLE} are expected"
+        )
     try:
         return archive.read(name)
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
@@ -76,26 +78,33 @@ def _stored(path, handle, records, prefix, key, view):
     if info is None:
         raise InputError(f"{path}: key {key!r}: its record {name} is missing from the archive; download it again")
     if info.compress_type != zipfile.ZIP_STORED:
-        raise InputError(f"{path}: key {key!r}: its record {name} is compressed; torch.save never compresses: unpack "
-                         "and zip again with `zip -0`")
+        raise InputError(
+            f"{path}: key {key!r}: its record {name} is compressed; torch.save never compresses: unpack "
+            "and zip again with `zip -0`"
+        )
     start = _data_start(path, handle, info)
     dtype = FROM_TORCH_STORAGE.get(view.storage.kind, view.storage.kind)
     item = ITEM_SIZE.get(dtype)
     if item is None:
         return StoredTensor(key, view.shape, dtype, path, ((start, info.file_size),))
     if view.storage.count * item != info.file_size:
-        raise InputError(f"{path}: key {key!r}: {view.storage.count} values of {dtype} need "
-                         f"{view.storage.count * item} bytes, record {name} has {info.file_size}")
+        raise InputError(
+            f"{path}: key {key!r}: {view.storage.count} values of {dtype} need "
+            f"{view.storage.count * item} bytes, record {name} has {info.file_size}"
+        )
     last = view.offset + sum((size - 1) * step for size, step in zip(view.shape, view.strides))
     count = element_count(view.shape)
     if count and last >= view.storage.count:
-        raise InputError(f"{path}: key {key!r}: shape {view.shape} reaches past the {view.storage.count} values of "
-                         f"record {name}; the file is corrupt")
+        raise InputError(
+            f"{path}: key {key!r}: shape {view.shape} reaches past the {view.storage.count} values of "
+            f"record {name}; the file is corrupt"
+        )
     dense = count == 0 or _row_major(view)
     first, length = start + view.offset * item, (count if dense else last + 1 - view.offset) * item
     whole = dense and length == info.file_size
-    return StoredTensor(key, view.shape, dtype, path, ((first, length),), None if dense else view.strides,
-                        info.CRC if whole else None)
+    return StoredTensor(
+        key, view.shape, dtype, path, ((first, length),), None if dense else view.strides, info.CRC if whole else None
+    )
 
 
 def _row_major(view):
@@ -111,7 +120,8 @@ def _data_start(path, handle, info):
     handle.seek(info.header_offset)
     head = handle.read(30)
     if len(head) < 30 or head[:4] != b"PK\x03\x04":
-        raise InputError(f"{path}: record {info.filename}: no zip entry at byte {info.header_offset}; the file is "
-                         "corrupt")
+        raise InputError(
+            f"{path}: record {info.filename}: no zip entry at byte {info.header_offset}; the file is corrupt"
+        )
     name_length, extra_length = struct.unpack("<HH", head[26:30])
     return info.header_offset + 30 + name_length + extra_length

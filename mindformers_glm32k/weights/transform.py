@@ -3,6 +3,7 @@
 `python -m mindformers.tools.transform_ckpt` holds the parts of all ranks in memory, several times over. Here the same
 function is given a few tensors at a time (see pieces.py), by a process that stays and takes one order a line.
 """
+
 import json
 import os
 import subprocess
@@ -34,8 +35,13 @@ class Transformer:
     def _start(self):
         with open(self._log, "wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mindformers_glm32k.weights.transform"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=file, text=True, env={**os.environ, "GLOG_v": "3"})
+                [sys.executable, "-m", "mindformers_glm32k.weights.transform"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env={**os.environ, "GLOG_v": "3"},
+            )
 
     def __exit__(self, kind, error, trace):
         if self._process is None:
@@ -65,15 +71,17 @@ class Transformer:
             reply = ""
             for line in self._process.stdout:
                 if line.startswith(_REPLY):
-                    reply = line[len(_REPLY):].strip()
+                    reply = line[len(_REPLY) :].strip()
                     break
         except BrokenPipeError:
             reply = ""
         if reply != "done":
             self._process.kill()
             end = self._log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
-            raise TransformFailed(f"MindSpore's transform_checkpoints failed: {reply or 'the process ended'}"
-                                  + (f"\n{end}" if end else ""))
+            raise TransformFailed(
+                f"MindSpore's transform_checkpoints failed: {reply or 'the process ended'}"
+                + (f"\n{end}" if end else "")
+            )
 
 
 def main():

@@ -1,4 +1,5 @@
 """A hidden folder beside an output: everything is made there, and moved to its final name when it is verified."""
+
 import contextlib
 import errno
 import os
@@ -56,8 +57,10 @@ def require_space(output, nbytes, folder=None):
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if nbytes + SPARE_BYTES > free:
-        raise InputError(f"{output}: {nbytes + SPARE_BYTES:,} bytes are needed, {free:,} are free on that disk; free "
-                         "some space or choose another folder")
+        raise InputError(
+            f"{output}: {nbytes + SPARE_BYTES:,} bytes are needed, {free:,} are free on that disk; free "
+            "some space or choose another folder"
+        )
 
 
 def flush(path):

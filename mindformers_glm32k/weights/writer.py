@@ -1,4 +1,5 @@
 """Writes a checkpoint file one tensor after the other, and vouches for what lies there afterwards."""
+
 import hashlib
 import zlib
 
@@ -51,7 +52,7 @@ class CheckpointWriter:
         position = 0
         for before, length in frame(name, shape, dtype):
             self._handle.write(before if self._framed else b"")
-            self._handle.write(data[position:position + length])
+            self._handle.write(data[position : position + length])
             position += length
         if position != len(data):
             raise ValueError(f"{name}: {len(data)} bytes come where {position} are due")
@@ -71,15 +72,27 @@ class CheckpointWriter:
         found = {tensor.name: tensor for tensor in read_file(self.path)}
         for name, shape, dtype in self.entries:
             tensor = found.pop(name, None)
-            if tensor is None or (tensor.shape, mindspore_name(tensor.dtype)) != (shape, mindspore_name(dtype)) or \
-                    checksum(tensor) != self.digests[name][1]:
-                raise InputError(f"{self.path.name}: key {name!r} reads back differently from what was written (faulty "
-                                 "disk or memory, or the file was touched); try again")
+            if (
+                tensor is None
+                or (tensor.shape, mindspore_name(tensor.dtype)) != (shape, mindspore_name(dtype))
+                or checksum(tensor) != self.digests[name][1]
+            ):
+                raise InputError(
+                    f"{self.path.name}: key {name!r} reads back differently from what was written (faulty "
+                    "disk or memory, or the file was touched); try again"
+                )
 
     def describe(self):
         """dict[str, dict]: for a report: shape, dtype and checksums of each tensor."""
-        return {name: {"shape": list(shape), "dtype": dtype, "sha256": self.digests[name][0],
-                       "crc32": f"{self.digests[name][1]:08x}"} for name, shape, dtype in self.entries}
+        return {
+            name: {
+                "shape": list(shape),
+                "dtype": dtype,
+                "sha256": self.digests[name][0],
+                "crc32": f"{self.digests[name][1]:08x}",
+            }
+            for name, shape, dtype in self.entries
+        }
 
 
 def checksum(tensor):

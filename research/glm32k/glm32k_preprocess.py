@@ -3,6 +3,7 @@
     python research/glm32k/glm32k_preprocess.py --data_path data --output_path out \
         --prompt_config_file dataset2prompt.json --is_longbench_e True
 """
+
 import sys
 
 from mindformers_glm32k.cli import run_command

@@ -4,6 +4,7 @@ The YAMLs' `trainer.auto_register: register_glm32k.GLM32KTrainer` makes MindForm
 anything else; importing the package registers every class of the plugin. MindFormers runs a copy of the file, so it
 imports the package by name; it also refuses files whose import statements it cannot resolve, hence importlib.
 """
+
 import importlib
 import importlib.util
 import os

@@ -1,4 +1,5 @@
 """Packed, padded and length-sorted batches through GLM32KDataset: every sample once, on any workers and ranks."""
+
 import json
 
 import numpy as np
@@ -20,19 +21,30 @@ def section(tmp_path, small_vocab_file):
     """The train_dataset section of a YAML; answer n is the number n, questions have 1 to 12 words."""
     rng, path = np.random.default_rng(0), tmp_path / "data" / "train.jsonl"
     path.parent.mkdir()
-    path.write_text("".join(json.dumps({"content": "ab " * int(rng.integers(1, 13)), "summary": str(number)}) + "\n"
-                            for number in range(SAMPLES)))
+    path.write_text(
+        "".join(
+            json.dumps({"content": "ab " * int(rng.integers(1, 13)), "summary": str(number)}) + "\n"
+            for number in range(SAMPLES)
+        )
+    )
     return MindFormerConfig(
         data_loader={"type": "GLM32KDataLoader", "dataset_dir": str(path), "shuffle": True},
-        tokenizer={"type": "GLM32KTokenizer", "vocab_file": str(small_vocab_file)}, max_source_length=48,
-        max_target_length=15, seq_length=LENGTH, batch_size=2, seed=3)
+        tokenizer={"type": "GLM32KTokenizer", "vocab_file": str(small_vocab_file)},
+        max_source_length=48,
+        max_target_length=15,
+        seq_length=LENGTH,
+        batch_size=2,
+        seed=3,
+    )
 
 
 @pytest.fixture
 def ranks(monkeypatch):
     """A function that chooses which rank of how many the next data set is for."""
+
     def choose(rank, number):
         monkeypatch.setattr(GLM32KDataset, "_generate_shard_info", classmethod(lambda cls: (rank, number)))
+
     return choose
 
 
@@ -67,8 +79,11 @@ def tokenizer(small_vocab_file):
     return GLM32KTokenizer(str(small_vocab_file))
 
 
-@pytest.mark.parametrize("more", [{}, {"cache_tokens": True}, {"packing_window": 2}, {"loss_weights": "token"}],
-                         ids=["plain", "cached", "small window", "by token"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"cache_tokens": True}, {"packing_window": 2}, {"loss_weights": "token"}],
+    ids=["plain", "cached", "small window", "by token"],
+)
 def test_packed_rows_hold_every_sample_once_in_each_epoch(section, tokenizer, log, more):
     dataset = GLM32KDataset({**section, "packing": True, **more})
     for epoch in epochs(dataset, 3):
@@ -106,14 +121,18 @@ def test_documents_in_a_packed_row_are_the_rows_that_they_have_alone(section):
     assert seen == SAMPLES == len(alone)
 
 
-@pytest.mark.parametrize("more", [{}, {"rows_per_epoch": 24}, {"sort_by_length": True, "pad_to_multiple_of": 8}],
-                         ids=["planned", "streamed", "ragged"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"rows_per_epoch": 24}, {"sort_by_length": True, "pad_to_multiple_of": 8}],
+    ids=["planned", "streamed", "ragged"],
+)
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_same_rows_on_any_number_of_workers(section, more, cached):
     def rows(**options):
         packing = {"packing": True} if "sort_by_length" not in more else {}
         found = epochs(GLM32KDataset({**section, **packing, **more, "cache_tokens": cached, **options}), 2)
         return [[value.tolist() for value in batch.values()] for epoch in found for batch in epoch]
+
     once = rows()
     assert once == rows(num_parallel_workers=2) == rows(num_parallel_workers=2, python_multiprocessing=True)
     assert once != rows(seed=4)
@@ -139,11 +158,13 @@ def test_two_ranks_of_a_stream_see_each_sample_once_in_each_pass(section, tokeni
     seen = []
     for rank in range(2):
         ranks(rank, 2)
-        found = [answers(epoch, tokenizer) for epoch in epochs(GLM32KDataset(
-            {**section, "packing": True, "rows_per_epoch": 40}), 8)]
+        found = [
+            answers(epoch, tokenizer)
+            for epoch in epochs(GLM32KDataset({**section, "packing": True, "rows_per_epoch": 40}), 8)
+        ]
         seen.append([number for epoch in found for number in epoch])
     for start in range(0, SAMPLES // 2 * 3, SAMPLES // 2):
-        first, second = (set(part[start:start + SAMPLES // 2]) for part in seen)
+        first, second = (set(part[start : start + SAMPLES // 2]) for part in seen)
         assert first | second == set(range(SAMPLES)) and len(first) + len(second) == SAMPLES
 
 
@@ -197,6 +218,7 @@ def test_batches_are_padded_to_a_multiple(section, tokenizer, log):
 def test_two_ranks_share_the_length_sorted_batches(section, tokenizer, ranks):
     def batches():
         return epochs(GLM32KDataset({**section, "sort_by_length": True, "pad_to_multiple_of": 4}))[0]
+
     seen = []
     for rank in range(2):
         ranks(rank, 2)
@@ -209,10 +231,12 @@ def test_samples_that_are_left_out(section, tokenizer, log):
     section.update(max_source_length=20, truncation="drop", packing=True, batch_size=1)
     planned = answers(epochs(GLM32KDataset(section))[0], tokenizer)
     assert 20 < len(planned) < SAMPLES - 20 and len(set(planned)) == len(planned)
-    assert any(f"packing: {len(planned)} samples in" in message and f"{SAMPLES - len(planned)} samples left out"
-               in message for message in log)
+    assert any(
+        f"packing: {len(planned)} samples in" in message and f"{SAMPLES - len(planned)} samples left out" in message
+        for message in log
+    )
     streamed = answers(epochs(GLM32KDataset({**section, "rows_per_epoch": 500}))[0], tokenizer)
-    assert sorted(streamed[:len(planned)]) == sorted(planned)
+    assert sorted(streamed[: len(planned)]) == sorted(planned)
     with open(section.data_loader.dataset_dir, "w", encoding="utf-8") as file:
         file.write(json.dumps({"content": "ab " * 30, "summary": "1"}) + "\n")
     for more in ({}, {"rows_per_epoch": 4}):
@@ -245,17 +269,20 @@ def test_a_changed_file_has_other_tokens(section, tokenizer, tmp_path):
     assert len(list((tmp_path / "cache").glob("*.tokens"))) == 1, "the outdated one is gone"
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"packing": "yes"}, "packing: 'yes'"),
-    ({"packing": True, "sort_by_length": True}, "sort_by_length: True has no meaning with packing"),
-    ({"packing": True, "pad_to_multiple_of": 8}, "pad_to_multiple_of: 8 has no meaning with packing"),
-    ({"rows_per_epoch": 8}, "rows_per_epoch: 8 has no meaning with packing: False"),
-    ({"packing": True, "rows_per_epoch": 0}, "rows_per_epoch: 0"),
-    ({"packing_window": 0}, "packing_window: 0"),
-    ({"loss_weights": "row"}, "loss_weights: 'row' is not one of sample, token"),
-    ({"cache_tokens": "yes"}, "cache_tokens: 'yes'"),
-    ({"input_columns": COLUMNS}, "input_columns"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"packing": "yes"}, "packing: 'yes'"),
+        ({"packing": True, "sort_by_length": True}, "sort_by_length: True has no meaning with packing"),
+        ({"packing": True, "pad_to_multiple_of": 8}, "pad_to_multiple_of: 8 has no meaning with packing"),
+        ({"rows_per_epoch": 8}, "rows_per_epoch: 8 has no meaning with packing: False"),
+        ({"packing": True, "rows_per_epoch": 0}, "rows_per_epoch: 0"),
+        ({"packing_window": 0}, "packing_window: 0"),
+        ({"loss_weights": "row"}, "loss_weights: 'row' is not one of sample, token"),
+        ({"cache_tokens": "yes"}, "cache_tokens: 'yes'"),
+        ({"input_columns": COLUMNS}, "input_columns"),
+    ],
+)
 def test_what_is_wrong_is_named(section, change, message):
     with pytest.raises(InputError, match=message):
         GLM32KDataset({**section, **change})
@@ -263,8 +290,9 @@ def test_what_is_wrong_is_named(section, change, message):
 
 def test_padding_is_counted_by_several_processes():
     messages = []
-    counter = batches_module.PaddingCounter(4, type("Log", (), {"info": lambda _, text, *values:
-                                                                messages.append(text % values)})())
+    counter = batches_module.PaddingCounter(
+        4, type("Log", (), {"info": lambda _, text, *values: messages.append(text % values)})()
+    )
     for _ in range(8):
         counter.add(1, 60, 80)
     assert messages == ["padding: 25.0 % of the positions of 4 rows (240 tokens in 320 positions)"] * 2

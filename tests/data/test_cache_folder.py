@@ -1,4 +1,5 @@
 """Where derived files are kept."""
+
 import os
 
 import pytest
@@ -35,7 +36,12 @@ def test_in_the_output_folder_where_the_data_cannot_be_written_to(data, tmp_path
 
 def test_names_differ_by_path_and_parts(data, tmp_path):
     other = tmp_path / "data.jsonl"
-    names = {cache_name(data), cache_name(other), cache_name(data, "a"), cache_name(data, "a", "b"),
-             cache_name(data, "ab")}
+    names = {
+        cache_name(data),
+        cache_name(other),
+        cache_name(data, "a"),
+        cache_name(data, "a", "b"),
+        cache_name(data, "ab"),
+    }
     assert len(names) == 5 and all(name.startswith("data.jsonl-") for name in names)
     assert cache_name(data) == cache_name(data.parent / ".." / "data" / "data.jsonl")

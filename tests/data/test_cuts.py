@@ -1,4 +1,5 @@
 """Counting cuts over threads and processes."""
+
 import multiprocessing
 import pickle
 import random
@@ -24,10 +25,14 @@ def test_the_first_cut_is_told_at_once_and_each_epoch_is_summed_up():
     for sample, lengths in enumerate([(15, 15), (32, 15), (20, 0), (8, 8)]):
         cuts.add(sample, *lengths)
     first, summary = log.lines
-    assert first == "a.jsonl, line 2: cut from 32 to 15 tokens to fit the row (truncation: left); " \
-                    "a summary follows after each epoch"
-    assert summary == ("of 4 rows 1 were cut (truncation: left) and 1 left out, 37 of 75 tokens (49.3 %); most lost, "
-                       "in tokens: a.jsonl, line 3: 20, left out; a.jsonl, line 2: 32 to 15")
+    assert (
+        first == "a.jsonl, line 2: cut from 32 to 15 tokens to fit the row (truncation: left); "
+        "a summary follows after each epoch"
+    )
+    assert summary == (
+        "of 4 rows 1 were cut (truncation: left) and 1 left out, 37 of 75 tokens (49.3 %); most lost, "
+        "in tokens: a.jsonl, line 3: 20, left out; a.jsonl, line 2: 32 to 15"
+    )
     for sample in range(4):
         cuts.add(sample, 11, 10)
     assert len(log.lines) == 3 and "of 4 rows 4 were cut" in log.lines[2]
@@ -75,4 +80,5 @@ def test_reports_of_parts_make_the_report_of_the_whole():
         merged.merge(pickle.loads(pickle.dumps(part)))
     assert vars(merged) == vars(whole) and len(whole.worst) == WORST
     assert [before - after for before, after, _ in whole.worst] == sorted(
-        [before - after for before, after, _ in whole.worst], reverse=True)
+        [before - after for before, after, _ in whole.worst], reverse=True
+    )

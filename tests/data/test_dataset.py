@@ -1,4 +1,5 @@
 """The train_dataset and eval_dataset sections of the YAML, as MindFormers' trainer builds them."""
+
 import copy
 import json
 
@@ -21,12 +22,28 @@ def section(tmp_path, small_vocab_file):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps({"content": f"q{n} " * (n + 1), "summary": f"a{n}"}) + "\n" for n in range(10)))
     return MindFormerConfig(
-        data_loader={"type": "GLM32KDataLoader", "dataset_dir": str(path), "shuffle": False, "phase": "train",
-                     "version": 3, "origin_columns": ["content", "summary"]},
+        data_loader={
+            "type": "GLM32KDataLoader",
+            "dataset_dir": str(path),
+            "shuffle": False,
+            "phase": "train",
+            "version": 3,
+            "origin_columns": ["content", "summary"],
+        },
         tokenizer={"type": "GLM32KTokenizer", "vocab_file": str(small_vocab_file)},
-        input_columns=["input_ids", "labels"], max_source_length=40, max_target_length=15,
-        ignore_pad_token_for_loss=True, num_parallel_workers=2, python_multiprocessing=False, drop_remainder=True,
-        batch_size=4, repeat=1, numa_enable=False, prefetch_size=1, seed=0)
+        input_columns=["input_ids", "labels"],
+        max_source_length=40,
+        max_target_length=15,
+        ignore_pad_token_for_loss=True,
+        num_parallel_workers=2,
+        python_multiprocessing=False,
+        drop_remainder=True,
+        batch_size=4,
+        repeat=1,
+        numa_enable=False,
+        prefetch_size=1,
+        seed=0,
+    )
 
 
 def batches(dataset):
@@ -48,8 +65,17 @@ def test_the_trainers_way_of_building_gives_batches(section):
 
 
 def test_the_keys_that_mindformers_adds_are_taken(section):
-    section.update(do_eval=True, auto_tune=False, filepath_prefix="./autotune", autotune_per_step=10, profile=False,
-                   micro_batch_num=1, output_columns=None, construct_args_key=["input_ids"], seq_length=64)
+    section.update(
+        do_eval=True,
+        auto_tune=False,
+        filepath_prefix="./autotune",
+        autotune_per_step=10,
+        profile=False,
+        micro_batch_num=1,
+        output_columns=None,
+        construct_args_key=["input_ids"],
+        seq_length=64,
+    )
     section.data_loader.update(num_samples=8, phase="eval")
     dataset = GLM32KDataset(section)
     assert dataset.get_dataset_size() == 2 and batches(dataset)[0][0].shape == (4, 64)
@@ -94,22 +120,25 @@ def test_more_workers_than_cores_are_no_error(section):
     assert GLM32KDataset({**section, "num_parallel_workers": 1000}).get_dataset_size() == 2
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"max_source_lenght": 3}, "unknown key 'max_source_lenght', did you mean 'max_source_length'"),
-    ({"max_source_length": None}, "max_source_length: None"),
-    ({"max_target_length": "15"}, "max_target_length: '15'"),
-    ({"seq_length": 55}, "seq_length=55 is smaller than max_source_length=40 \\+ max_target_length=15 \\+ 1"),
-    ({"truncation": "centre"}, "truncation: 'centre' is not one of middle, left, right, longbench, drop"),
-    ({"on_long_answer": "cut"}, "on_long_answer: 'cut' is not one of raise, drop"),
-    ({"input_columns": ["input_ids"]}, "input_columns"),
-    ({"ignore_pad_token_for_loss": False}, "ignore_pad_token_for_loss"),
-    ({"batch_size": 0}, "batch_size: 0"),
-    ({"batch_size": 11}, "10 rows make no batch of batch_size=11"),
-    ({"drop_remainder": "yes"}, "drop_remainder: 'yes'"),
-    ({"seed": -1}, "seed: -1"),
-    ({"tokenizer": None}, "tokenizer: missing"),
-    ({"data_loader": None}, "data_loader: missing"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"max_source_lenght": 3}, "unknown key 'max_source_lenght', did you mean 'max_source_length'"),
+        ({"max_source_length": None}, "max_source_length: None"),
+        ({"max_target_length": "15"}, "max_target_length: '15'"),
+        ({"seq_length": 55}, "seq_length=55 is smaller than max_source_length=40 \\+ max_target_length=15 \\+ 1"),
+        ({"truncation": "centre"}, "truncation: 'centre' is not one of middle, left, right, longbench, drop"),
+        ({"on_long_answer": "cut"}, "on_long_answer: 'cut' is not one of raise, drop"),
+        ({"input_columns": ["input_ids"]}, "input_columns"),
+        ({"ignore_pad_token_for_loss": False}, "ignore_pad_token_for_loss"),
+        ({"batch_size": 0}, "batch_size: 0"),
+        ({"batch_size": 11}, "10 rows make no batch of batch_size=11"),
+        ({"drop_remainder": "yes"}, "drop_remainder: 'yes'"),
+        ({"seed": -1}, "seed: -1"),
+        ({"tokenizer": None}, "tokenizer: missing"),
+        ({"data_loader": None}, "data_loader: missing"),
+    ],
+)
 def test_what_is_wrong_is_named(section, change, message):
     with pytest.raises(InputError, match=message):
         GLM32KDataset({**section, **change})

@@ -1,4 +1,5 @@
 """Chats, plain text and LongBench rows from file to batch."""
+
 import json
 
 import numpy as np
@@ -16,7 +17,11 @@ def section(tmp_path, small_vocab_file):
     return MindFormerConfig(
         data_loader={"type": "GLM32KDataLoader", "dataset_dir": str(tmp_path / "data"), "shuffle": False},
         tokenizer={"type": "GLM32KTokenizer", "vocab_file": str(small_vocab_file)},
-        input_columns=["input_ids", "labels"], max_source_length=60, max_target_length=39, batch_size=1)
+        input_columns=["input_ids", "labels"],
+        max_source_length=60,
+        max_target_length=39,
+        batch_size=1,
+    )
 
 
 def rows(section, tmp_path, **files):
@@ -24,8 +29,9 @@ def rows(section, tmp_path, **files):
     for name, records in files.items():
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     dataset = GLM32KDataset(section)
-    return [(row["input_ids"][0], row["labels"][0])
-            for row in dataset.create_dict_iterator(num_epochs=1, output_numpy=True)]
+    return [
+        (row["input_ids"][0], row["labels"][0]) for row in dataset.create_dict_iterator(num_epochs=1, output_numpy=True)
+    ]
 
 
 def test_every_answer_of_a_chat_and_all_of_a_text_is_learnt(section, tmp_path, small_vocab_file):

@@ -1,4 +1,5 @@
 """Documents on one side of a split, and the manifest that scores are judged by."""
+
 import json
 
 import pytest
@@ -39,8 +40,16 @@ def test_a_manifest_knows_trained_samples_by_number_and_by_text(tmp_path):
     assert not found.is_contaminated({"dataset": "trec", "context": "three"})
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"version": 2}', '{"version": 1, "holdout": 0, "seed": 0, '
-                                     '"trained": [], "held_out": {}, "trained_documents": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"version": 2}',
+        '{"version": 1, "holdout": 0, "seed": 0, "trained": [], "held_out": {}, "trained_documents": []}',
+    ],
+)
 def test_what_is_no_manifest_is_refused(tmp_path, content):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(InputError, match="m.json: not one that `glm32k preprocess` wrote"):

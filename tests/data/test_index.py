@@ -1,4 +1,5 @@
 """The index of lines: odd files, stale and damaged indexes."""
+
 import os
 import pickle
 
@@ -32,17 +33,30 @@ def check(path, content, **options):
 
 
 @pytest.mark.parametrize("stored_from", [0, 1 << 30], ids=["on disk", "in memory"])
-@pytest.mark.parametrize("content", [
-    b'{"a": 1}\n{"b": 2}\n', b'{"a": 1}\n{"b": 2}', b'{"a": 1}\r\n{"b": 2}\r\n', b'\xef\xbb\xbf{"a": 1}\n{"b": 2}\n',
-    b'\n\n{"a": 1}\n \t\n\r\n {"b": 2}\n\n', b'x', b'x\n', b' x', b'\n x \n \n\n',
-], ids=["plain", "no last newline", "crlf", "byte order mark", "empty lines", "one byte", "one", "space", "mixed"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a": 1}\n{"b": 2}\n',
+        b'{"a": 1}\n{"b": 2}',
+        b'{"a": 1}\r\n{"b": 2}\r\n',
+        b'\xef\xbb\xbf{"a": 1}\n{"b": 2}\n',
+        b'\n\n{"a": 1}\n \t\n\r\n {"b": 2}\n\n',
+        b"x",
+        b"x\n",
+        b" x",
+        b"\n x \n \n\n",
+    ],
+    ids=["plain", "no last newline", "crlf", "byte order mark", "empty lines", "one byte", "one", "space", "mixed"],
+)
 def test_odd_files(tmp_path, content, stored_from):
     check(tmp_path / "data.jsonl", content, stored_from=stored_from)
 
 
 @settings(max_examples=200, deadline=None)
-@given(strategies.lists(strategies.sampled_from([b"\n", b" ", b"\r\n", b"ab", b"{", b"\t", b"c\n"]), min_size=1),
-       strategies.integers(1, 7))
+@given(
+    strategies.lists(strategies.sampled_from([b"\n", b" ", b"\r\n", b"ab", b"{", b"\t", b"c\n"]), min_size=1),
+    strategies.integers(1, 7),
+)
 def test_blocks_of_any_size_give_the_same_index(tmp_path_factory, parts, block):
     content = b"".join(parts)
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
@@ -89,10 +103,18 @@ def test_a_changed_file_is_indexed_anew(data):
     assert len(LineIndex(data, stored_from=0)) == 999
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-8], lambda raw: raw[:20], lambda raw: b"",
-                                    lambda raw: raw[:100] + bytes([raw[100] ^ 1]) + raw[101:],
-                                    lambda raw: b"X" + raw[1:], lambda raw: raw + b"\0" * 8],
-                         ids=["shorter", "half a header", "empty", "one bit", "no index", "longer"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-8],
+        lambda raw: raw[:20],
+        lambda raw: b"",
+        lambda raw: raw[:100] + bytes([raw[100] ^ 1]) + raw[101:],
+        lambda raw: b"X" + raw[1:],
+        lambda raw: raw + b"\0" * 8,
+    ],
+    ids=["shorter", "half a header", "empty", "one bit", "no index", "longer"],
+)
 def test_a_damaged_index_is_rebuilt(data, damage):
     good = LineIndex(data, stored_from=0)
     lines, raw = lines_of(good), good.stored.read_bytes()

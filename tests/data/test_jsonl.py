@@ -1,4 +1,5 @@
 """Checks of JSON-lines files and reading them at random."""
+
 import json
 import os
 import pickle
@@ -7,8 +8,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-
 from conftest import ROOT
+
 from mindformers_glm32k.data import json_line, jsonl
 from mindformers_glm32k.data.jsonl import MAX_PROBLEMS, JsonLines, first_record
 from mindformers_glm32k.errors import InputError
@@ -47,9 +48,13 @@ def test_every_bad_line_is_named_with_its_number(tmp_path):
 
 
 DAMAGED = {
-    "broken JSON": b'{"a": 1, \n', "not UTF-8 at byte 7": b'{"a": "\xff"}\n', "a JSON object is needed": b"[1]\n",
-    "'a' is missing": b'{"b": 1}\n', "'a' is str": b'{"a": "1"}\n',
-    "longer than 1 MB": b'{"a": ' + b"1" * (3 << 20) + b"}\n"}
+    "broken JSON": b'{"a": 1, \n',
+    "not UTF-8 at byte 7": b'{"a": "\xff"}\n',
+    "a JSON object is needed": b"[1]\n",
+    "'a' is missing": b'{"b": 1}\n',
+    "'a' is str": b'{"a": "1"}\n',
+    "longer than 1 MB": b'{"a": ' + b"1" * (3 << 20) + b"}\n",
+}
 
 
 def whole_numbers(record):
@@ -105,14 +110,21 @@ def test_a_line_of_200_mb_is_never_in_memory(tmp_path):
         file.write(b'{"a": "')
         file.seek(200 << 20)  # a hole in the file, which reads as zeros
         file.write(b'"}\n{"a": 1}\n')
-    program = ("import sys, resource; from mindformers_glm32k.data.jsonl import JsonLines, first_record\n"
-               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-               "first = first_record(sys.argv[1], on_error='skip')\n"
-               "lines = JsonLines(sys.argv[1], on_error='skip')\n"
-               "print(first, len(lines), lines.problems.text())\n"
-               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    run = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True,
-                         env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)})
+    program = (
+        "import sys, resource; from mindformers_glm32k.data.jsonl import JsonLines, first_record\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "first = first_record(sys.argv[1], on_error='skip')\n"
+        "lines = JsonLines(sys.argv[1], on_error='skip')\n"
+        "print(first, len(lines), lines.problems.text())\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, path],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
+    )
     found, grown = run.stdout.splitlines()
     assert found.startswith("{'a': 1} 1 ") and "line 1: longer than 64 MB" in found
     assert int(grown) < 150 << 10, "kB"
@@ -132,14 +144,17 @@ def test_a_message_stays_short_when_all_lines_are_bad(tmp_path):
     assert "and more" in str(error.value)
 
 
-@pytest.mark.parametrize("raw, message", [
-    (b"", "is empty"),
-    (b"\n \n", "only empty lines"),
-    (b'{"a": "\xff"}\n', "line 1: not UTF-8"),
-    (b'[{"a": 1}]\n', "one JSON array"),
-    (b'[\n{"a": 1}\n]\n', "one JSON array"),
-    (b'{"a":' * 100000 + b"\n", "line 1"),
-])
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (b"", "is empty"),
+        (b"\n \n", "only empty lines"),
+        (b'{"a": "\xff"}\n', "line 1: not UTF-8"),
+        (b'[{"a": 1}]\n', "one JSON array"),
+        (b'[\n{"a": 1}\n]\n', "one JSON array"),
+        (b'{"a":' * 100000 + b"\n", "line 1"),
+    ],
+)
 def test_other_files_that_are_no_json_lines(tmp_path, raw, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(raw)
@@ -156,6 +171,7 @@ def test_the_check_of_the_caller_gets_each_record_and_its_complaint_gets_the_pla
     def check(record):
         if record["a"] == 2:
             raise InputError("two is too many")
+
     path = write(tmp_path / "a.jsonl", '{"a": 1}', '{"a": 2}')
     with pytest.raises(InputError, match="a.jsonl: line 2: two is too many"):
         JsonLines(path, check)

@@ -1,4 +1,5 @@
 """Records to samples."""
+
 import json
 
 import pytest
@@ -8,8 +9,16 @@ from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
 
 ADGEN = AdGenLayout(("content", "summary"))
-LONGBENCH = {"input": "why?", "context": "because", "answers": ["first", "second"], "dataset": "qa", "length": 1,
-             "language": "en", "all_classes": None, "_id": "1"}
+LONGBENCH = {
+    "input": "why?",
+    "context": "because",
+    "answers": ["first", "second"],
+    "dataset": "qa",
+    "length": 1,
+    "language": "en",
+    "all_classes": None,
+    "_id": "1",
+}
 
 
 @pytest.fixture
@@ -44,26 +53,32 @@ def test_longbench_renders_the_prompt_and_takes_the_first_answer(longbench):
     assert longbench.sample({**LONGBENCH, "input": ""}).prompt == "because\n"
 
 
-@pytest.mark.parametrize("record, message", [
-    ({"content": "q"}, "column 'summary' is missing, found are 'content'; set origin_columns"),
-    ({"content": 3, "summary": "a"}, "column 'content' is int \\(3\\)"),
-    ({"content": None, "summary": "a"}, "column 'content' is NoneType"),
-    ({"content": "q", "summary": " "}, "column 'summary' is empty"),
-    ({"content": "q\ud800", "summary": "a"}, "half a surrogate pair at character 1"),
-])
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"content": "q"}, "column 'summary' is missing, found are 'content'; set origin_columns"),
+        ({"content": 3, "summary": "a"}, "column 'content' is int \\(3\\)"),
+        ({"content": None, "summary": "a"}, "column 'content' is NoneType"),
+        ({"content": "q", "summary": " "}, "column 'summary' is empty"),
+        ({"content": "q\ud800", "summary": "a"}, "half a surrogate pair at character 1"),
+    ],
+)
 def test_wrong_adgen_records(record, message):
     with pytest.raises(InputError, match=message):
         ADGEN.sample(record)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"answers": []}, "'answers' is \\[\\]"),
-    ({"answers": "text"}, "'answers' is 'text'"),
-    ({"answers": [3]}, "answers\\[0\\]' is int"),
-    ({"answers": [""]}, "answers\\[0\\]' is empty"),
-    ({"context": ["a"]}, "'context' is list"),
-    ({"dataset": "other"}, "no prompt for the data set 'other'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"answers": []}, "'answers' is \\[\\]"),
+        ({"answers": "text"}, "'answers' is 'text'"),
+        ({"answers": [3]}, "answers\\[0\\]' is int"),
+        ({"answers": [""]}, "answers\\[0\\]' is empty"),
+        ({"context": ["a"]}, "'context' is list"),
+        ({"dataset": "other"}, "no prompt for the data set 'other'"),
+    ],
+)
 def test_wrong_longbench_records(longbench, change, message):
     with pytest.raises(InputError, match=message):
         longbench.sample({**LONGBENCH, **change})

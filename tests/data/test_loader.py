@@ -1,4 +1,5 @@
 """The data_loader section of the YAML."""
+
 import json
 
 import pytest
@@ -21,8 +22,16 @@ def rows(dataset, epochs=1):
 
 
 def test_mindformers_builds_it_from_the_yaml_section(data):
-    dataset = build_dataset_loader({"type": "GLM32KDataLoader", "dataset_dir": data, "shuffle": False,
-                                    "phase": "train", "version": 3, "origin_columns": ["content", "summary"]})
+    dataset = build_dataset_loader(
+        {
+            "type": "GLM32KDataLoader",
+            "dataset_dir": data,
+            "shuffle": False,
+            "phase": "train",
+            "version": 3,
+            "origin_columns": ["content", "summary"],
+        }
+    )
     assert dataset.get_dataset_size() == 10
     assert rows(dataset)[0][:2] == [{"prompt": "q0", "answer": "a0"}, {"prompt": "q1", "answer": "a1"}]
     assert len(samples_of(dataset)) == 10 and samples_of(object()) is None
@@ -30,8 +39,8 @@ def test_mindformers_builds_it_from_the_yaml_section(data):
 
 def test_shuffling_depends_on_the_seed_alone(data):
     def prompts(**options):
-        return [[row["prompt"] for row in epoch]
-                for epoch in rows(GLM32KDataLoader(data, shuffle=True, **options), 2)]
+        return [[row["prompt"] for row in epoch] for epoch in rows(GLM32KDataLoader(data, shuffle=True, **options), 2)]
+
     once = prompts(seed=1)
     assert once == prompts(seed=1) == prompts(seed=1, num_parallel_workers=2) != prompts(seed=2)
     assert once[0] != once[1] and sorted(once[0]) == sorted(once[1]) == [f"q{n}" for n in range(10)]
@@ -51,7 +60,9 @@ def test_a_resumed_run_goes_on_with_the_next_sample(data):
     resumed.set_init_step(13)  # as MindFormers' trainer does: one epoch and three samples are done
     iterator = resumed.create_dict_iterator(num_epochs=3, output_numpy=True)
     assert [[row["prompt"].item() for row in iterator] for _ in range(2)] == [
-        [row["prompt"] for row in whole[1][3:]], [row["prompt"] for row in whole[2]]]
+        [row["prompt"] for row in whole[1][3:]],
+        [row["prompt"] for row in whole[2]],
+    ]
 
 
 def test_num_samples_and_other_columns(data):
@@ -59,20 +70,23 @@ def test_num_samples_and_other_columns(data):
     assert sorted(row["sample"] for row in rows(dataset)[0]) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"shufle": True}, "unknown key 'shufle', did you mean 'shuffle'"),
-    ({"shuffle": "True"}, "data_loader.shuffle: 'True'"),
-    ({"layout": "adgn"}, "data_loader.layout: 'adgn' is not one of auto, adgen, longbench, chat, text"),
-    ({"on_error": "ignore"}, "data_loader.on_error: 'ignore' is not one of raise, skip"),
-    ({"phase": "dev"}, "data_loader.phase"),
-    ({"origin_columns": ["content"]}, "data_loader.origin_columns"),
-    ({"origin_columns": "content"}, "data_loader.origin_columns"),
-    ({"column_names": ["input_ids"]}, "data_loader.column_names"),
-    ({"num_samples": 0}, "data_loader.num_samples: 0"),
-    ({"num_shards": 2, "shard_id": 2}, "data_loader.shard_id: 2"),
-    ({"num_shards": 11, "shard_id": 0}, "10 rows are not enough for 11 ranks"),
-    ({"origin_columns": ["question", "summary"]}, "train.jsonl: line 1: has the fields 'content', 'summary'"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shufle": True}, "unknown key 'shufle', did you mean 'shuffle'"),
+        ({"shuffle": "True"}, "data_loader.shuffle: 'True'"),
+        ({"layout": "adgn"}, "data_loader.layout: 'adgn' is not one of auto, adgen, longbench, chat, text"),
+        ({"on_error": "ignore"}, "data_loader.on_error: 'ignore' is not one of raise, skip"),
+        ({"phase": "dev"}, "data_loader.phase"),
+        ({"origin_columns": ["content"]}, "data_loader.origin_columns"),
+        ({"origin_columns": "content"}, "data_loader.origin_columns"),
+        ({"column_names": ["input_ids"]}, "data_loader.column_names"),
+        ({"num_samples": 0}, "data_loader.num_samples: 0"),
+        ({"num_shards": 2, "shard_id": 2}, "data_loader.shard_id: 2"),
+        ({"num_shards": 11, "shard_id": 0}, "10 rows are not enough for 11 ranks"),
+        ({"origin_columns": ["question", "summary"]}, "train.jsonl: line 1: has the fields 'content', 'summary'"),
+    ],
+)
 def test_wrong_options_are_named(data, options, message):
     with pytest.raises(InputError, match=message):
         GLM32KDataLoader(data, **options)
@@ -86,6 +100,7 @@ def test_through_mindformers_a_wrong_option_is_still_an_input_error(data):
 @pytest.fixture
 def warnings(monkeypatch):
     from mindformers.tools.logger import logger
+
     lines = []
     monkeypatch.setattr(logger, "warning", lambda text, *values: lines.append(text % values))
     return lines

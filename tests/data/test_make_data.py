@@ -1,4 +1,5 @@
 """glm32k make-data: the files, their lengths, and that the same options give the same."""
+
 import json
 
 import pytest
@@ -25,8 +26,18 @@ def test_rows_have_the_fields_of_both_layouts(tmp_path):
     train, held_out = read(tmp_path / "train.jsonl"), read(tmp_path / "eval.jsonl")
     assert len(train) == 30 and len(held_out) == 8
     for row in train + held_out:
-        assert set(row) == {"content", "summary", "input", "context", "answers", "length", "dataset", "language",
-                            "all_classes", "_id"}
+        assert set(row) == {
+            "content",
+            "summary",
+            "input",
+            "context",
+            "answers",
+            "length",
+            "dataset",
+            "language",
+            "all_classes",
+            "_id",
+        }
         assert row["answers"] == [row["summary"]] and row["length"] == len(row["context"].split())
     everything = [row["content"] for row in train + held_out]
     assert len(set(everything)) == 38, "no row twice, none of the held-out ones in the training rows"
@@ -35,8 +46,9 @@ def test_rows_have_the_fields_of_both_layouts(tmp_path):
 def test_both_layouts_give_the_same_prompts(tmp_path):
     make(tmp_path)
     adgen = SampleSource(tmp_path / "train.jsonl", layout="adgen")
-    longbench = SampleSource(tmp_path / "train.jsonl", layout="longbench",
-                             prompt_config_file=tmp_path / "dataset2prompt.json")
+    longbench = SampleSource(
+        tmp_path / "train.jsonl", layout="longbench", prompt_config_file=tmp_path / "dataset2prompt.json"
+    )
     for index in range(len(adgen)):
         assert (adgen[index].prompt, adgen[index].answer) == (longbench[index].prompt, longbench[index].answer)
 
@@ -63,13 +75,16 @@ def test_the_same_seed_gives_the_same_files_and_another_one_does_not(tmp_path):
     assert (tmp_path / "a" / "train.jsonl").read_bytes() != (tmp_path / "c" / "train.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--seq_length", "30"], "--seq_length 30: too short"),
-    (["--seq_length", "32769"], "--seq_length 32769: must be from 1 to 32768"),
-    (["--samples", "0", "--facts", "9"], "--samples 0: must be at least 1; --facts 9: must be from 1 to 8"),
-    (["--filler", "1.0"], "--filler 1.0"),
-    (["--seq_length", "64", "--facts", "1", "--filler", "0"], "different rows with these options"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seq_length", "30"], "--seq_length 30: too short"),
+        (["--seq_length", "32769"], "--seq_length 32769: must be from 1 to 32768"),
+        (["--samples", "0", "--facts", "9"], "--samples 0: must be at least 1; --facts 9: must be from 1 to 8"),
+        (["--filler", "1.0"], "--filler 1.0"),
+        (["--seq_length", "64", "--facts", "1", "--filler", "0"], "different rows with these options"),
+    ],
+)
 def test_options_that_do_not_work_are_named_and_nothing_is_written(tmp_path, capsys, options, message):
     assert make(tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err

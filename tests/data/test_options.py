@@ -1,4 +1,5 @@
 """Keys and values of the data sections."""
+
 import argparse
 import multiprocessing
 
@@ -14,10 +15,17 @@ def test_unknown_keys_come_with_the_nearest_known_one():
         options.reject_unknown({"shufle": 1}, ("shuffle", "seed"), "data_loader")
 
 
-@pytest.mark.parametrize("check", [
-    lambda: options.whole_number("8", "batch_size", 1), lambda: options.whole_number(0, "batch_size", 1),
-    lambda: options.whole_number(True, "batch_size", 1), lambda: options.whole_number(None, "batch_size", 1),
-    lambda: options.boolean("False", "batch_size"), lambda: options.choice("a", "batch_size", ("b",))])
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda: options.whole_number("8", "batch_size", 1),
+        lambda: options.whole_number(0, "batch_size", 1),
+        lambda: options.whole_number(True, "batch_size", 1),
+        lambda: options.whole_number(None, "batch_size", 1),
+        lambda: options.boolean("False", "batch_size"),
+        lambda: options.choice("a", "batch_size", ("b",)),
+    ],
+)
 def test_wrong_values_are_named(check):
     with pytest.raises(InputError, match="batch_size"):
         check()

@@ -1,4 +1,5 @@
 """Epoch orders over ranks."""
+
 import numpy as np
 import pytest
 

@@ -1,4 +1,5 @@
 """Packed rows by number: plans, and streams that are read at any place."""
+
 import multiprocessing
 from types import SimpleNamespace
 
@@ -49,8 +50,21 @@ def lengths():
 
 
 def stream(tokens, shard_id=0, num_shards=1, shuffle=True, seed=0, window=3, threads=2, cuts=None, most=None):
-    return StreamedRows(window, most, shuffle, seed, shard_id, num_shards, threads, tokens, CAPACITY, 0, True,
-                        cuts or Counter(), Counter())
+    return StreamedRows(
+        window,
+        most,
+        shuffle,
+        seed,
+        shard_id,
+        num_shards,
+        threads,
+        tokens,
+        CAPACITY,
+        0,
+        True,
+        cuts or Counter(),
+        Counter(),
+    )
 
 
 def samples_in(rows, places):

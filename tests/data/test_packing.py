@@ -1,4 +1,5 @@
 """Packing: each document once, rows not too long, little padding, weights by sample."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,11 +83,14 @@ def test_a_row_is_there_after_a_small_first_window():
         for number in range(10000):
             asked.append(number)
             yield number, 10
+
     assert next(pack(documents(), CAPACITY, 4096)) and len(asked) == 10
 
 
-@given(strategies.lists(strategies.lists(strategies.integers(), min_size=1, max_size=6), max_size=20),
-       strategies.integers(1, 9))
+@given(
+    strategies.lists(strategies.lists(strategies.integers(), min_size=1, max_size=6), max_size=20),
+    strategies.integers(1, 9),
+)
 def test_rows_are_split_until_every_rank_has_as_many(rows, multiple):
     split = split_to_multiple(rows, multiple)
     assert len(split) % multiple == 0 and len(split) - len(rows) < multiple
@@ -98,7 +102,7 @@ def test_rows_are_split_until_every_rank_has_as_many(rows, multiple):
 def document(length, learnt):
     ids = np.arange(10, 10 + length, dtype=np.int32)
     labels = np.full(length, -100, np.int32)
-    labels[length - 1 - learnt:length - 1] = ids[length - learnt:]
+    labels[length - 1 - learnt : length - 1] = ids[length - learnt :]
     return SimpleNamespace(input_ids=ids, labels=labels)
 
 
@@ -111,7 +115,8 @@ def test_a_row_as_in_the_picture():
     assert columns["document_ids"].tolist() == [0] * 4 + [1] * 3 + [2] * 4 + [3] * 2
     assert columns["input_mask"].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0.5, 0.5, 0, 0, 0]
     assert {name: column.dtype for name, column in columns.items()} == {
-        name: np.float32 if name == "input_mask" else np.int32 for name in COLUMNS}
+        name: np.float32 if name == "input_mask" else np.int32 for name in COLUMNS
+    }
     by_token = packed_row([document(4, 1), document(4, 2)], 8, 0, equal_samples=False)[2]
     assert by_token.tolist() == [0, 0, 1, 0, 0, 1, 1, 0]
     assert packed_row([], 3, 7)[0].tolist() == [7, 7, 7] and not packed_row([], 3, 7)[2].any()

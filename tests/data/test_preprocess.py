@@ -1,4 +1,5 @@
 """LongBench to AdGen lines: nothing lost, nothing half written, documents on one side."""
+
 import json
 import os
 import re
@@ -9,8 +10,8 @@ import time
 import zipfile
 
 import pytest
-
 from conftest import ROOT
+
 from mindformers_glm32k import cli
 from mindformers_glm32k.data import preprocess
 from mindformers_glm32k.data.holdout import Manifest, contamination_warning
@@ -21,9 +22,17 @@ PROMPTS = {"trec": "Types.\n\n{context}\n{input}", "qmsum": "Meeting {context} Q
 
 
 def record(name, number, **change):
-    return {"input": f"q{number}", "context": f"document {number} of {name} 长", "answers": [f"a{number}", "other"],
-            "length": 4, "dataset": name, "language": "en", "all_classes": ["a", "b"] if name == "trec" else None,
-            "_id": f"{name}-{number}", **change}
+    return {
+        "input": f"q{number}",
+        "context": f"document {number} of {name} 长",
+        "answers": [f"a{number}", "other"],
+        "length": 4,
+        "dataset": name,
+        "language": "en",
+        "all_classes": ["a", "b"] if name == "trec" else None,
+        "_id": f"{name}-{number}",
+        **change,
+    }
 
 
 def write(path, records):
@@ -47,8 +56,18 @@ def folder(tmp_path):
 
 
 def run(folder, *options, data=None):
-    return cli.main(["preprocess", "--data_path", str(data or folder), "--output_path", str(folder.parent / "out"),
-                     "--prompt_config_file", str(folder.parent / "prompts.json"), *map(str, options)])
+    return cli.main(
+        [
+            "preprocess",
+            "--data_path",
+            str(data or folder),
+            "--output_path",
+            str(folder.parent / "out"),
+            "--prompt_config_file",
+            str(folder.parent / "prompts.json"),
+            *map(str, options),
+        ]
+    )
 
 
 def test_every_record_becomes_a_row_that_can_be_traced_and_scored(folder, capsys):
@@ -57,9 +76,12 @@ def test_every_record_becomes_a_row_that_can_be_traced_and_scored(folder, capsys
     assert [row["_id"] for row in rows] == [f"{name}-{number}" for name in sorted(PROMPTS) for number in range(20)]
     source = record("trec", 7)
     row = rows[27]
-    assert row == {"content": PROMPTS["trec"].format(**source), "summary": "a7", "context_span": [8, 8 + len(
-        source["context"])], **{key: source[key] for key in ("dataset", "_id", "length", "answers", "language",
-                                                             "all_classes")}}
+    assert row == {
+        "content": PROMPTS["trec"].format(**source),
+        "summary": "a7",
+        "context_span": [8, 8 + len(source["context"])],
+        **{key: source[key] for key in ("dataset", "_id", "length", "answers", "language", "all_classes")},
+    }
     assert row["content"][slice(*row["context_span"])] == source["context"]
     printed = capsys.readouterr()
     assert "1 files of LongBench-E left out; --is_longbench_e True takes them" in printed.out
@@ -75,8 +97,10 @@ def test_longbench_e_is_a_boolean_and_the_default(folder, options):
 
 
 def test_a_row_for_each_answer(folder):
-    write(folder / "trec_e.jsonl", [record("trec", number, answers=[f"a{number}", " ", "other"], context="")
-                                    for number in range(100, 103)])
+    write(
+        folder / "trec_e.jsonl",
+        [record("trec", number, answers=[f"a{number}", " ", "other"], context="") for number in range(100, 103)],
+    )
     assert run(folder, "--all_answers") == 0
     rows = read(folder.parent / "out" / "longbench_e.jsonl")
     assert [(row["_id"], row["summary"]) for row in rows[:2]] == [("trec-100", "a100"), ("trec-100", "other")]
@@ -97,7 +121,8 @@ def test_documents_are_never_on_both_sides(folder, capsys):
     assert (manifest.holdout, manifest.seed) == (0.3, 5)
     for rows, ids in ((train, manifest.trained), (held_out, manifest.held_out)):
         assert {name: set(of_name) for name, of_name in ids.items()} == {
-            name: {row["_id"] for row in rows if row["dataset"] == name} for name in PROMPTS}
+            name: {row["_id"] for row in rows if row["dataset"] == name} for name in PROMPTS
+        }
         assert sum(map(len, ids.values())) == len(rows) / 2, "each once"
     assert len(SampleSource(out)) == len(train), "a run that is given the folder does not read what is held out"
     assert capsys.readouterr().err == "", "no loud sentence"
@@ -148,13 +173,16 @@ def test_a_damaged_zip_file_is_named_and_nothing_is_written(folder, capsys):
     assert not list(folder.parent.glob("out/*"))
 
 
-DAMAGE = [(b'{"input": "\n', "line 3: broken JSON"), (b'{"input": "\xff"}\n', "line 3: not UTF-8"),
-          (b"[]\n", "line 3: a JSON object is needed"),
-          (b'{"dataset": "trec"}\n', "line 3: column 'context' is missing"),
-          (json.dumps(record("trec", 0, answers="a")).encode() + b"\n", "line 3: field 'answers' is 'a'"),
-          (json.dumps(record("trec", 0, answers=["a", 3])).encode() + b"\n", r"line 3: column 'answers[1]' is int"),
-          (json.dumps(record("trec", 0, _id=[1])).encode() + b"\n", "line 3: field '_id' is list"),
-          (json.dumps(record("other", 0)).encode() + b"\n", "line 3: no prompt for the data set 'other'")]
+DAMAGE = [
+    (b'{"input": "\n', "line 3: broken JSON"),
+    (b'{"input": "\xff"}\n', "line 3: not UTF-8"),
+    (b"[]\n", "line 3: a JSON object is needed"),
+    (b'{"dataset": "trec"}\n', "line 3: column 'context' is missing"),
+    (json.dumps(record("trec", 0, answers="a")).encode() + b"\n", "line 3: field 'answers' is 'a'"),
+    (json.dumps(record("trec", 0, answers=["a", 3])).encode() + b"\n", r"line 3: column 'answers[1]' is int"),
+    (json.dumps(record("trec", 0, _id=[1])).encode() + b"\n", "line 3: field '_id' is list"),
+    (json.dumps(record("other", 0)).encode() + b"\n", "line 3: no prompt for the data set 'other'"),
+]
 
 
 @pytest.mark.parametrize("line, message", DAMAGE)
@@ -169,14 +197,17 @@ def test_damaged_lines_are_fatal_or_skipped(folder, capsys, line, message):
     assert len(read(folder.parent / "out" / "longbench_e.jsonl")) == 6
 
 
-@pytest.mark.parametrize("options, message", [
-    (("--holdout", "1.5"), "--holdout: 1.5 is not within 0.0 and 0.9"),
-    (("--seed", "-1"), "--seed: -1"),
-    (("--data_path", "nowhere"), "--data_path nowhere: no such file or folder"),
-    (("--prompt_config_file", "nowhere"), "prompt file nowhere: no such file"),
-    (("--tokenizer", "nowhere"), "vocabulary file nowhere: no such file"),
-    (("--data_path", "."), "no files of LongBench-E .* in it. Did you mean data?"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--holdout", "1.5"), "--holdout: 1.5 is not within 0.0 and 0.9"),
+        (("--seed", "-1"), "--seed: -1"),
+        (("--data_path", "nowhere"), "--data_path nowhere: no such file or folder"),
+        (("--prompt_config_file", "nowhere"), "prompt file nowhere: no such file"),
+        (("--tokenizer", "nowhere"), "vocabulary file nowhere: no such file"),
+        (("--data_path", "."), "no files of LongBench-E .* in it. Did you mean data?"),
+    ],
+)
 def test_wrong_options_are_named_and_nothing_is_written(folder, capsys, options, message):
     assert run(folder, *options) == 2
     assert re.search(message, capsys.readouterr().err) and not (folder.parent / "out").exists()
@@ -195,8 +226,15 @@ def test_a_data_set_without_a_prompt_is_found_before_the_work(folder, capsys):
 
 
 def test_output_in_the_data_folder_is_not_read_again(folder, capsys):
-    options = ["preprocess", "--data_path", str(folder), "--output_path", str(folder),
-               "--prompt_config_file", str(folder.parent / "prompts.json")]
+    options = [
+        "preprocess",
+        "--data_path",
+        str(folder),
+        "--output_path",
+        str(folder),
+        "--prompt_config_file",
+        str(folder.parent / "prompts.json"),
+    ]
     assert cli.main(options) == 0
     first = (folder / "longbench_e.jsonl").read_bytes()
     assert cli.main(options) == 0 and (folder / "longbench_e.jsonl").read_bytes() == first
@@ -211,13 +249,27 @@ def test_with_a_tokenizer_lengths_are_counted_and_drawn(folder, capsys, small_vo
 
 
 def command(folder, *options):
-    return [sys.executable, str(SCRIPT), "--data_path", str(folder), "--output_path", str(folder.parent / "out"),
-            "--prompt_config_file", str(folder.parent / "prompts.json"), *options]
+    return [
+        sys.executable,
+        str(SCRIPT),
+        "--data_path",
+        str(folder),
+        "--output_path",
+        str(folder.parent / "out"),
+        "--prompt_config_file",
+        str(folder.parent / "prompts.json"),
+        *options,
+    ]
 
 
 def test_the_script_has_upstreams_options(folder):
-    done = subprocess.run(command(folder, "--is_longbench_e", "False"), capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command(folder, "--is_longbench_e", "False"),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert len(read(folder.parent / "out" / "longbench.jsonl")) == 40
 
@@ -230,8 +282,12 @@ def test_a_killed_run_leaves_no_output(folder, number):
     slow.mkdir()
     for place in range(30):
         os.link(data, slow / f"slow{place}_e.jsonl")
-    process = subprocess.Popen(command(folder, "--data_path", str(slow)), env={**os.environ, "PYTHONPATH": str(ROOT)},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(folder, "--data_path", str(slow)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in out.glob(".*.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, "it has ended before it was killed"
@@ -250,11 +306,18 @@ def test_memory_does_not_grow_with_the_data(folder):
         data.mkdir()
         for place in range(count):
             os.link(one, data / f"part{place}_e.jsonl")
-        program = ("import resource, sys; from mindformers_glm32k import cli; assert cli.main(sys.argv[1:]) == 0\n"
-                   "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        program = (
+            "import resource, sys; from mindformers_glm32k import cli; assert cli.main(sys.argv[1:]) == 0\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
         options = command(folder, "--data_path", str(data))[2:]
-        done = subprocess.run([sys.executable, "-c", program, "preprocess", *options], capture_output=True, text=True, check=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            [sys.executable, "-c", program, "preprocess", *options],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         peaks.append(int(done.stdout.splitlines()[-1]))
     assert (folder.parent / "out" / "longbench_e.jsonl").stat().st_size > 80e6
     assert peaks[1] - peaks[0] < 8 << 10, "kB"
@@ -263,9 +326,22 @@ def test_memory_does_not_grow_with_the_data(folder):
 @pytest.mark.parametrize("is_longbench_e", [True, False])
 def test_the_reference_set_keeps_every_row(reference, tmp_path, is_longbench_e):
     folder = reference / "longbench"
-    assert cli.main(["preprocess", "--data_path", str(folder / "data"), "--output_path", str(tmp_path / "out"),
-                     "--prompt_config_file", str(folder / "dataset2prompt.json"), "--is_longbench_e",
-                     str(is_longbench_e)]) == 0
+    assert (
+        cli.main(
+            [
+                "preprocess",
+                "--data_path",
+                str(folder / "data"),
+                "--output_path",
+                str(tmp_path / "out"),
+                "--prompt_config_file",
+                str(folder / "dataset2prompt.json"),
+                "--is_longbench_e",
+                str(is_longbench_e),
+            ]
+        )
+        == 0
+    )
     files = sorted(path for path in (folder / "data").iterdir() if path.stem.endswith("_e") == is_longbench_e)
     records = [one for path in files for one in read(path)]
     prompts = json.loads((folder / "dataset2prompt.json").read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
 """Prompt templates: the same text as str.format, the place of the context, and errors."""
+
 import json
 
 import pytest
@@ -42,14 +43,17 @@ def test_longbenchs_own_prompts_render_as_str_format(reference):
         assert text[start:stop] == record["context"]
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "not JSON"),
-    ("[]", "a JSON object is needed"),
-    ({"qa": 3}, "'qa' is int"),
-    ({"qa": "{context"}, "wrong brace"),
-    ({"qa": "{}"}, "the field {}"),
-    ({"qa": "{context.real}"}, "the field {context.real}"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not JSON"),
+        ("[]", "a JSON object is needed"),
+        ({"qa": 3}, "'qa' is int"),
+        ({"qa": "{context"}, "wrong brace"),
+        ({"qa": "{}"}, "the field {}"),
+        ({"qa": "{context.real}"}, "the field {context.real}"),
+    ],
+)
 def test_wrong_files_are_named(tmp_path, content, message):
     with pytest.raises(InputError, match="dataset2prompt.json.*" + message):
         templates(tmp_path, content)

@@ -1,4 +1,5 @@
 """The retrieval task: one answer, in the context, and lengths that are kept."""
+
 import random
 
 import pytest
@@ -15,8 +16,9 @@ def count(tmp_path_factory):
     return lambda text: len(vocabulary.encode(text))
 
 
-@pytest.mark.parametrize("tokens, facts, filler", [(40, 8, 0.5), (234, 4, 0.5), (234, 1, 0.0), (234, 8, 0.99),
-                                                   (5000, 4, 0.7)])
+@pytest.mark.parametrize(
+    "tokens, facts, filler", [(40, 8, 0.5), (234, 4, 0.5), (234, 1, 0.0), (234, 8, 0.99), (5000, 4, 0.7)]
+)
 def test_prompts_come_close_to_their_length_and_state_the_answer(count, tokens, facts, filler):
     task = retrieval.RetrievalTask(count, tokens, facts, filler)
     for seed in range(30):

@@ -1,4 +1,5 @@
 """The table of lengths."""
+
 from mindformers_glm32k.data.row_lengths import ROW, RowLengths
 from mindformers_glm32k.vocabulary import Vocabulary
 
@@ -14,8 +15,10 @@ def test_tokens_by_data_set_and_in_all(small_vocab_file, tmp_path):
     assert (lengths.rows("train"), lengths.rows("heldout")) == (2, 1)
     # a digit is a token, and a text begins with one more
     assert cells(lengths)[1:] == [
-        ["a", "1", "0", *3 * [str(ROW + 1)], "2", "1"], ["b", "2", "1", "15", "19", "20", "6", "0"],
-        ["all", "3", "1", "20", str(int(20 + 0.9 * (ROW - 19))), str(ROW + 1), "6", "1"]]
+        ["a", "1", "0", *3 * [str(ROW + 1)], "2", "1"],
+        ["b", "2", "1", "15", "19", "20", "6", "0"],
+        ["all", "3", "1", "20", str(int(20 + 0.9 * (ROW - 19))), str(ROW + 1), "6", "1"],
+    ]
     lengths.draw(tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,4 +1,5 @@
 """Rows as text: weights, cuts, tokens that are no text; prompts of training against those of prediction."""
+
 import re
 
 import numpy as np
@@ -23,14 +24,16 @@ def written(tokenizer, sample, source_length=40, color=False, whole=False, weigh
 
 def test_what_is_learnt_stands_in_brackets_with_its_weight(tokenizer):
     sample = Sample("ab <|user|>", "cd", (0, 2))
-    assert written(tokenizer, sample) == ("«[gMASK]»«sop»«<|user|>» ⏎\n ab <|user|>«<|assistant|>»[1| ⏎\n cd]"
-                                          "[1|«</s>»]")
+    assert written(tokenizer, sample) == (
+        "«[gMASK]»«sop»«<|user|>» ⏎\n ab <|user|>«<|assistant|>»[1| ⏎\n cd][1|«</s>»]"
+    )
     assert "[0.3333| ⏎\n cd]" in written(tokenizer, sample, weight=1 / 3)
 
 
 def test_middle_turns_end_in_a_learnt_role_token(tokenizer):
-    chat = Chat((Turn("user", "a"), Turn("assistant", "b", learnt=True), Turn("user", "c"),
-                 Turn("assistant", "d", learnt=True)))
+    chat = Chat(
+        (Turn("user", "a"), Turn("assistant", "b", learnt=True), Turn("user", "c"), Turn("assistant", "d", learnt=True))
+    )
     assert "[1| ⏎\n b][1|«<|user|>»] ⏎\n c«<|assistant|>»[1|" in written(tokenizer, chat)
 
 
@@ -79,6 +82,7 @@ def test_bytes_become_letters(tokenizer):
 def test_comparison():
     def describe(ids):
         return ",".join(map(str, ids))
+
     assert comparison([1, 2, 3], [1, 2, 3], (), describe) == "the prompt's 3 tokens are those that prediction feeds"
     cut = comparison([1, 2, 7, 8], [1, 2, 3, 4, 7, 8], (2,), describe)
     assert "the first 2 are the same, and the last 2: what differs is the cut alone" in cut

@@ -1,11 +1,11 @@
 """Rows: the ids of the published chat format, labels one place ahead, cuts that lose neither question nor answer."""
+
 import hashlib
 import json
 import random
 
 import numpy as np
 import pytest
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,8 +37,10 @@ def learnt(row):
 def test_a_row_is_what_generation_feeds_then_the_answer_and_the_end_token(tokenizer):
     row = RowBuilder(tokenizer, 60, 40, 101)(plain("hello world", "an answer"))
     prompt = prompt_ids(tokenizer, "hello world")
-    line_break, answer = tokenizer.encode("\n", add_special_tokens=False), tokenizer.encode(
-        "an answer", add_special_tokens=False)
+    line_break, answer = (
+        tokenizer.encode("\n", add_special_tokens=False),
+        tokenizer.encode("an answer", add_special_tokens=False),
+    )
     target = line_break + answer + [tokenizer.eos_token_id]
     used = len(prompt) + len(target)
     assert row.input_ids.tolist() == prompt + target + [tokenizer.pad_token_id] * (101 - used)
@@ -58,7 +60,7 @@ def test_labels_are_the_inputs_one_place_ahead(tokenizer):
         assert (row.labels[at] == row.input_ids[at + 1]).all()
         assert (np.diff(at) == 1).all(), "one answer, one stretch"
         assert row.input_ids[at[0]] == tokenizer.get_command("<|assistant|>")
-        assert (row.input_ids[at[-1] + 2:] == tokenizer.pad_token_id).all()
+        assert (row.input_ids[at[-1] + 2 :] == tokenizer.pad_token_id).all()
         role_tokens = [tokenizer.get_command(f"<|{role}|>") for role in ("user", "assistant")]
         assert [index for index in row.input_ids if index in role_tokens] == role_tokens
         assert row.labels[at[-1]] == tokenizer.eos_token_id
@@ -71,8 +73,8 @@ def test_a_long_prompt_keeps_its_start_its_question_and_the_role_tokens(tokenize
     whole = prompt_ids(tokenizer, prompt)
     row = RowBuilder(tokenizer, 120, 40, 161)(sample)
     kept = row.input_ids[:120].tolist()
-    head = next(n for n in range(121) if kept[:n + 1] != whole[:n + 1])
-    assert kept == whole[:head] + whole[len(whole) - (120 - head):], "one cut"
+    head = next(n for n in range(121) if kept[: n + 1] != whole[: n + 1])
+    assert kept == whole[:head] + whole[len(whole) - (120 - head) :], "one cut"
     text = tokenizer.decode(kept)
     assert "Read this: word0" in text and text.endswith("And now: what is it?<|assistant|>")
     assert learnt(row) == learnt(RowBuilder(tokenizer, 4000, 40, 4041)(sample)), "the whole answer"
@@ -90,7 +92,7 @@ def test_the_cut_falls_into_the_context_even_where_that_is_not_the_middle(tokeni
 def test_a_prompt_that_fits_exactly_is_not_cut(tokenizer):
     whole = prompt_ids(tokenizer, "some words that fit")
     row = RowBuilder(tokenizer, len(whole), 40, len(whole) + 41)(plain("some words that fit", "a"))
-    assert row.input_ids[:len(whole)].tolist() == whole
+    assert row.input_ids[: len(whole)].tolist() == whole
 
 
 def test_a_long_answer_takes_its_room_from_the_prompt(tokenizer):
@@ -133,13 +135,16 @@ def test_longbench_rows_ask_what_pred_py_asks(reference):
     tokenizer = GLM32KTokenizer(str(reference / "tokenizer" / "tokenizer.model"))
     builder = RowBuilder(tokenizer, 3506, 2000, 5600, "longbench")
     layout = LongBenchLayout(PromptTemplates(folder / "dataset2prompt.json"))
-    golden = [entry for entry in json.loads((folder / "golden_prompt_ids.json").read_text(encoding="utf-8"))
-              if entry["max_length"] == 3500 and entry["dataset"] != "trec"]
+    golden = [
+        entry
+        for entry in json.loads((folder / "golden_prompt_ids.json").read_text(encoding="utf-8"))
+        if entry["max_length"] == 3500 and entry["dataset"] != "trec"
+    ]
     assert any(entry["truncated"] for entry in golden)
     for entry in golden:
         lines = (folder / "data" / entry["file"]).read_text(encoding="utf-8").splitlines()
         row = builder.tokens(layout.sample(json.loads(lines[entry["index"]])))
-        prompt = row.input_ids[:np.flatnonzero(row.labels != IGNORED)[0] + 1]
+        prompt = row.input_ids[: np.flatnonzero(row.labels != IGNORED)[0] + 1]
         assert hashlib.sha256(prompt.astype("<i4").tobytes()).hexdigest() == entry["sha256"]
 
 
@@ -163,14 +168,21 @@ def test_text_is_learnt_from_its_first_token_to_its_end(tokenizer):
 def test_nothing_is_learnt_across_a_cut_in_text(tokenizer, truncation, head):
     row = RowBuilder(tokenizer, 14, 15, 30, truncation).tokens(Text("0123456789" * 10))
     assert row.seams == (2 + head,) and row.tokens_after <= 30
-    assert row.labels[1 + head] == IGNORED and (row.labels[1 + head + 1:-2] != IGNORED).all()
+    assert row.labels[1 + head] == IGNORED and (row.labels[1 + head + 1 : -2] != IGNORED).all()
 
 
 def test_a_chat_is_learnt_as_the_published_preprocessing_says(tokenizer):
     """The mask of ChatGLM3's finetune_chatmodel_demo: the token behind each token of an assistant's message."""
-    messages = [("system", "", "be brief"), ("user", "", "q one"), ("assistant", "", "thought"),
-                ("assistant", "tool", "call()"), ("observation", "", "result"), ("assistant", "", "a one"),
-                ("user", "", "q two"), ("assistant", "", "a two")]
+    messages = [
+        ("system", "", "be brief"),
+        ("user", "", "q one"),
+        ("assistant", "", "thought"),
+        ("assistant", "tool", "call()"),
+        ("observation", "", "result"),
+        ("assistant", "", "a one"),
+        ("user", "", "q two"),
+        ("assistant", "", "a two"),
+    ]
     ids, inside = tokenizer.get_prefix_tokens(), [False, False]
     for role, metadata, content in messages:
         message = tokenizer.build_single_message(role, metadata, content)
@@ -178,8 +190,9 @@ def test_a_chat_is_learnt_as_the_published_preprocessing_says(tokenizer):
         inside += [role == "assistant"] * len(message)
     ids.append(tokenizer.eos_token_id)
     expected = [ids[place + 1] if inside[place] else IGNORED for place in range(len(inside))] + [IGNORED]
-    record = {"messages": [{"role": role, "metadata": metadata, "content": content}
-                           for role, metadata, content in messages]}
+    record = {
+        "messages": [{"role": role, "metadata": metadata, "content": content} for role, metadata, content in messages]
+    }
     row = RowBuilder(tokenizer, 40, 16, 200).tokens(ChatLayout().sample(record))
     assert row.input_ids.tolist() == ids and row.labels.tolist() == expected
 
@@ -208,7 +221,7 @@ def test_prompts_have_the_published_ids(reference):
     for chat in chats:
         row = builder(plain(chat["query"], "从前有座山。"))
         ids = chat["ids"] + [30910, 13, 37708, 54624, 54536, 55067, 54747, 31155, 2]  # as in golden.json's history
-        assert row.input_ids[:len(ids)].tolist() == ids
+        assert row.input_ids[: len(ids)].tolist() == ids
 
 
 def test_chats_have_the_published_ids(reference):
@@ -218,27 +231,36 @@ def test_chats_have_the_published_ids(reference):
     builder = RowBuilder(tokenizer, 200, 50, 4000)
     assert any(chat["role"] == "observation" for chat in golden["chats"])
     for chat in golden["chats"]:
-        messages = [*chat["history"], {"role": chat["role"], "content": chat["query"]},
-                    {"role": "assistant", "content": "从前有座山。"}]
+        messages = [
+            *chat["history"],
+            {"role": chat["role"], "content": chat["query"]},
+            {"role": "assistant", "content": "从前有座山。"},
+        ]
         row = builder.tokens(ChatLayout().sample({"messages": messages}))
         answer = [30910, 13, 37708, 54624, 54536, 55067, 54747, 31155, 2]  # as in golden.json's history
         assert row.input_ids.tolist() == chat["ids"] + answer
-        assert row.labels.tolist()[-len(answer) - 1:] == answer + [IGNORED]
+        assert row.labels.tolist()[-len(answer) - 1 :] == answer + [IGNORED]
         assert len(learnt(row)) > len(answer) or not any(turn["role"] == "assistant" for turn in chat["history"])
 
 
 TEXTS = st.text(alphabet="ab 长é\n<|user|>0", max_size=60)
 TURNS = st.builds(Turn, st.sampled_from(["system", "user", "observation"]), TEXTS) | st.builds(
-    Turn, st.just("assistant"), TEXTS, st.sampled_from(["", "tool"]), st.booleans())
+    Turn, st.just("assistant"), TEXTS, st.sampled_from(["", "tool"]), st.booleans()
+)
 CHATS = st.lists(TURNS, min_size=1, max_size=6).map(
-    lambda turns: Chat((*turns, Turn("assistant", "the end", learnt=True))))
-SAMPLES = st.tuples(TEXTS, TEXTS, TEXTS).flatmap(lambda texts: st.just(Sample(
-    "".join(texts), "an answer", (len(texts[0]), len(texts[0]) + len(texts[1])))))
+    lambda turns: Chat((*turns, Turn("assistant", "the end", learnt=True)))
+)
+SAMPLES = st.tuples(TEXTS, TEXTS, TEXTS).flatmap(
+    lambda texts: st.just(Sample("".join(texts), "an answer", (len(texts[0]), len(texts[0]) + len(texts[1]))))
+)
 
 
 @settings(max_examples=200, deadline=None)
-@given(sample=CHATS | SAMPLES, truncation=st.sampled_from(["middle", "left", "right", "longbench"]),
-       row_length=st.integers(20, 300))
+@given(
+    sample=CHATS | SAMPLES,
+    truncation=st.sampled_from(["middle", "left", "right", "longbench"]),
+    row_length=st.integers(20, 300),
+)
 def test_no_cut_ever_loses_a_token_of_an_answer(tokenizer, sample, truncation, row_length):
     whole = RowBuilder(tokenizer, 5000, 100, 10000).tokens(sample)
     row = RowBuilder(tokenizer, 14, 5, row_length, truncation, "drop").tokens(sample)
@@ -251,8 +273,9 @@ def test_no_cut_ever_loses_a_token_of_an_answer(tokenizer, sample, truncation, r
     at = np.flatnonzero(row.labels != IGNORED)
     assert (row.labels[at] == row.input_ids[at + 1]).all()
     roles = {tokenizer.get_command(f"<|{role}|>") for role in ("system", "user", "assistant", "observation")}
-    assert [index for index in row.input_ids if index in roles] == [index for index in whole.input_ids
-                                                                    if index in roles]
+    assert [index for index in row.input_ids if index in roles] == [
+        index for index in whole.input_ids if index in roles
+    ]
     if row.tokens_before == row.tokens_after and not row.seams:
         assert row.input_ids.tolist() == whole.input_ids.tolist()
 
@@ -263,12 +286,13 @@ def test_middle_keeps_instruction_and_question(tokenizer, sample, room):
     whole = RowBuilder(tokenizer, 5000, 100, 10000).tokens(sample)
     row = RowBuilder(tokenizer, room, 100, 10000).tokens(sample)
     start, stop = sample.context
-    before, behind = (tokenizer.encode(part, add_special_tokens=False)
-                      for part in (sample.prompt[:start], sample.prompt[stop:]))
+    before, behind = (
+        tokenizer.encode(part, add_special_tokens=False) for part in (sample.prompt[:start], sample.prompt[stop:])
+    )
     around = len(before) + len(behind)
     if around <= room - 14:  # six tokens of the chat format, and up to four that straddle each border
         text = tokenizer.decode(row.input_ids)
         assert sample.prompt[:start].strip() in text and sample.prompt[stop:] + "<|assistant|>" in text
-        assert row.input_ids[:5 + len(before)].tolist() == whole.input_ids[:5 + len(before)].tolist()
+        assert row.input_ids[: 5 + len(before)].tolist() == whole.input_ids[: 5 + len(before)].tolist()
         end = len(learnt(row)) + 1 + len(behind)
         assert row.input_ids[-end:].tolist() == whole.input_ids[-end:].tolist()

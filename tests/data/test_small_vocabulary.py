@@ -1,4 +1,5 @@
 """Vocabularies trained on the spot."""
+
 from mindformers_glm32k.data import retrieval, small_vocabulary
 from mindformers_glm32k.vocabulary import Vocabulary
 

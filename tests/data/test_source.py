@@ -1,4 +1,5 @@
 """Files and folders of samples."""
+
 import json
 
 import pytest
@@ -71,10 +72,14 @@ def test_damaged_lines_are_skipped_and_told_by_file(tmp_path):
 
 
 def test_the_reference_set_is_read_whole(reference):
-    source = SampleSource(reference / "longbench" / "data",
-                          prompt_config_file=reference / "longbench" / "dataset2prompt.json")
-    records = [json.loads(line) for path in sorted((reference / "longbench" / "data").glob("*.jsonl"))
-               for line in path.read_text(encoding="utf-8").splitlines()]
+    source = SampleSource(
+        reference / "longbench" / "data", prompt_config_file=reference / "longbench" / "dataset2prompt.json"
+    )
+    records = [
+        json.loads(line)
+        for path in sorted((reference / "longbench" / "data").glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     assert len(source) == len(records) > 0
     for index, record in enumerate(records):
         sample = source[index]
@@ -82,16 +87,19 @@ def test_the_reference_set_is_read_whole(reference):
         assert sample.prompt[slice(*sample.context)] == record["context"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"dataset_dir": None}, "no path given.*--train_dataset_dir"),
-    ({"dataset_dir": "nothing.jsonl"}, "nothing.jsonl: no such file"),
-    ({"dataset_dir": "folder"}, "no \\*.jsonl in this folder, found readme.txt"),
-    ({"dataset_dir": "wrong.jsonl"}, "wrong.jsonl: line 1: has the fields 'a'"),
-    ({"dataset_dir": "wrong.jsonl", "layout": "adgen"}, "wrong.jsonl: line 1: column 'content' is missing"),
-    ({"dataset_dir": "later.jsonl"}, "later.jsonl: line 2: column 'summary' is missing"),
-    ({"dataset_dir": "longbench.jsonl"}, "prompt_config_file"),
-    ({"dataset_dir": "longbench.jsonl", "prompt_config_file": "none.json"}, "prompt file none.json: no such file"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dataset_dir": None}, "no path given.*--train_dataset_dir"),
+        ({"dataset_dir": "nothing.jsonl"}, "nothing.jsonl: no such file"),
+        ({"dataset_dir": "folder"}, "no \\*.jsonl in this folder, found readme.txt"),
+        ({"dataset_dir": "wrong.jsonl"}, "wrong.jsonl: line 1: has the fields 'a'"),
+        ({"dataset_dir": "wrong.jsonl", "layout": "adgen"}, "wrong.jsonl: line 1: column 'content' is missing"),
+        ({"dataset_dir": "later.jsonl"}, "later.jsonl: line 2: column 'summary' is missing"),
+        ({"dataset_dir": "longbench.jsonl"}, "prompt_config_file"),
+        ({"dataset_dir": "longbench.jsonl", "prompt_config_file": "none.json"}, "prompt file none.json: no such file"),
+    ],
+)
 def test_what_is_wrong_is_named(working_directory, arguments, message):
     (working_directory / "folder").mkdir()
     (working_directory / "folder" / "readme.txt").write_text("x")

@@ -1,4 +1,5 @@
 """The token cache: what comes back, interruptions, damage, several processes."""
+
 import json
 import logging
 import multiprocessing
@@ -20,13 +21,14 @@ def row(sample, length=None, learnt=()):
     ids = rng.integers(0, 60000, 5 + sample % 50 if length is None else length).astype(np.int32)
     labels = np.full(len(ids), -100, np.int32)
     for start, stop in learnt or ([(len(ids) // 2, len(ids) - 1)] if len(ids) > 2 else ()):
-        labels[start:stop] = ids[start + 1:stop + 1]
+        labels[start:stop] = ids[start + 1 : stop + 1]
     return Row(ids, labels, tokens_before=len(ids) + 3, tokens_after=len(ids), prompt_tokens=2, seams=(1, 4))
 
 
 def same(one, two):
-    return (one.input_ids.tolist(), one.labels.tolist()) == (two.input_ids.tolist(), two.labels.tolist()) and \
-        all(getattr(one, name) == getattr(two, name) for name in ("tokens_before", "tokens_after", "seams", "dropped"))
+    return (one.input_ids.tolist(), one.labels.tolist()) == (two.input_ids.tolist(), two.labels.tolist()) and all(
+        getattr(one, name) == getattr(two, name) for name in ("tokens_before", "tokens_after", "seams", "dropped")
+    )
 
 
 def cache(folder, size=100, vocabulary=65000, **key):
@@ -96,8 +98,9 @@ def test_caches_of_changed_files_are_removed(tmp_path):
     assert kept.folder.is_dir() and other.folder.is_dir() and not gone.folder.exists()
 
 
-@pytest.mark.parametrize("damage", ["tokens", "record", "shorter segment", "no segment", "shorter table", "no table",
-                                    "key"])
+@pytest.mark.parametrize(
+    "damage", ["tokens", "record", "shorter segment", "no segment", "shorter table", "no table", "key"]
+)
 def test_damage_is_noticed_and_mended(tmp_path, damage):
     one = cache(tmp_path)
     for sample in range(100):
@@ -127,7 +130,13 @@ def test_damage_is_noticed_and_mended(tmp_path, damage):
     again = cache(tmp_path)
     found = [again.get(sample) for sample in range(100)]
     missing = [sample for sample in range(100) if found[sample] is None]
-    expected = {"key": [], "tokens": [0], "record": [0, 1, 2], "shorter segment": [99], "shorter table": list(range(10, 100))}
+    expected = {
+        "key": [],
+        "tokens": [0],
+        "record": [0, 1, 2],
+        "shorter segment": [99],
+        "shorter table": list(range(10, 100)),
+    }
     assert missing == expected.get(damage, list(range(100)))
     assert all(same(found[sample], row(sample)) for sample in range(100) if sample not in missing)
     for sample in missing:
@@ -160,6 +169,7 @@ def test_a_full_disk_is_no_end(tmp_path, monkeypatch, caplog):
 
     def full(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "pwrite", full)
     one.put(1, row(1))
     assert "No space left on device" in caplog.text and one.get(1) is None

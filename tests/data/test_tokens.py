@@ -1,4 +1,5 @@
 """Samples as tokens: cached or not, in threads, shared by ranks."""
+
 import json
 import logging
 import threading
@@ -25,8 +26,9 @@ def tokenizer(small_vocab_file):
 @pytest.fixture
 def source(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"content": "ab " * (n % 17 + 1), "summary": f"{n}"}) + "\n"
-                            for n in range(300)))
+    path.write_text(
+        "".join(json.dumps({"content": "ab " * (n % 17 + 1), "summary": f"{n}"}) + "\n" for n in range(300))
+    )
     return SampleSource(str(path))
 
 
@@ -65,11 +67,13 @@ def test_two_ranks_share_the_work_through_the_cache(source, tokenizer, monkeypat
             counts[rank] += 1
             time.sleep(0.001)
             return make(sample)
+
         monkeypatch.setattr(tokenized._builder, "tokens", tokens)
     found = [None, None]
 
     def work(rank):
         found[rank] = ranks[rank].all_lengths(1, start=150 * rank)
+
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
@@ -127,6 +131,7 @@ def test_results_come_in_order_and_some_are_computed_ahead():
         begun.append(item)
         time.sleep(0.01 * (item % 3))
         return item * item
+
     results = in_order(slow, iter(range(50)), threads=4, ahead=8)
     assert next(results) == 0
     time.sleep(0.2)
@@ -144,6 +149,7 @@ def test_what_is_left_behind_is_not_waited_for():
         begun.append(item)
         assert item == 0 or go_on.wait(60)
         return item
+
     results = in_order(work, range(9), threads=2, ahead=2)
     assert next(results) == 0
     closing = threading.Thread(target=results.close)

@@ -1,4 +1,5 @@
 """Where a conversation is cut."""
+
 import random
 
 import pytest
@@ -17,11 +18,14 @@ def test_without_room_for_context_the_text_around_it_is_kept():
     assert middle(100, 20, (10, 90)) == (10, 10)
 
 
-@pytest.mark.parametrize("length, room, context, kept", [
-    (100, 20, (50, 95), (15, 5)),   # a long beginning gives way, the question stays
-    (100, 20, (5, 50), (5, 15)),    # a question longer than the room loses its beginning
-    (100, 20, (50, 50), (10, 10)),  # both too long: half and half
-])
+@pytest.mark.parametrize(
+    "length, room, context, kept",
+    [
+        (100, 20, (50, 95), (15, 5)),  # a long beginning gives way, the question stays
+        (100, 20, (5, 50), (5, 15)),  # a question longer than the room loses its beginning
+        (100, 20, (50, 50), (10, 10)),  # both too long: half and half
+    ],
+)
 def test_when_even_the_text_around_the_context_is_too_long(length, room, context, kept):
     assert middle(length, room, context) == kept
 

@@ -1,4 +1,5 @@
 """Ids by words: the same as sentencepiece's own, or not used."""
+
 import pickle
 
 import pytest
@@ -9,9 +10,40 @@ from mindformers_glm32k.data.word_encoder import WordEncoder
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.vocabulary import Vocabulary
 
-PARTS = strategies.lists(strategies.sampled_from([
-    " ", "  ", " a", "b ", "the", "\n", "\r\n", "\t", "\u4f60", "\u597d", "\u2581", "\u0301", "\U0001f600", "0", "17", ".", ",", "<|user|>",
-    "</s>", "\u3000", "\u00a0", "\uff21", "caf\u00e9", "-", "x" * 50, "\x00", "\u200b"]), max_size=30)
+PARTS = strategies.lists(
+    strategies.sampled_from(
+        [
+            " ",
+            "  ",
+            " a",
+            "b ",
+            "the",
+            "\n",
+            "\r\n",
+            "\t",
+            "\u4f60",
+            "\u597d",
+            "\u2581",
+            "\u0301",
+            "\U0001f600",
+            "0",
+            "17",
+            ".",
+            ",",
+            "<|user|>",
+            "</s>",
+            "\u3000",
+            "\u00a0",
+            "\uff21",
+            "caf\u00e9",
+            "-",
+            "x" * 50,
+            "\x00",
+            "\u200b",
+        ]
+    ),
+    max_size=30,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +73,18 @@ def test_with_the_published_vocabulary(reference, parts, text):
         assert encoder.encode(whole) == vocabulary.encode(whole)
 
 
-@pytest.mark.parametrize("options", [{"split_by_whitespace": False, "vocab_size": 700},
-                                     {"remove_extra_whitespaces": True}, {"add_dummy_prefix": False},
-                                     {"normalization_rule_name": "nmt_nfkc"}, {"model_type": "unigram"},
-                                     {"treat_whitespace_as_suffix": True}],
-                         ids=["over spaces", "spaces removed", "no prefix", "normalised", "unigram", "suffix"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split_by_whitespace": False, "vocab_size": 700},
+        {"remove_extra_whitespaces": True},
+        {"add_dummy_prefix": False},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"model_type": "unigram"},
+        {"treat_whitespace_as_suffix": True},
+    ],
+    ids=["over spaces", "spaces removed", "no prefix", "normalised", "unigram", "suffix"],
+)
 @settings(max_examples=60, deadline=None)
 @given(parts=PARTS)
 def test_other_vocabularies_are_right_too(train_vocabulary, options, parts):

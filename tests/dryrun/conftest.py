@@ -1,4 +1,5 @@
 """Tiny programs, compiled once per session for all tests of the dry run."""
+
 import json
 
 import pytest

@@ -7,6 +7,7 @@ NET is a key of NETS. Prints JSON: "measured", the growth of resident memory fro
 the liveness peak of the program; both in bytes. Weights and the gradient that comes from outside are inputs, so that
 neither parameters that are copied when first used nor constants are in what is measured.
 """
+
 import json
 import sys
 
@@ -101,11 +102,14 @@ def main(net, rows, width):
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     rng = np.random.default_rng(0)
     step = Step(NETS[net]())
-    data = [Tensor(rng.standard_normal(shape).astype(np.float32) * 0.02)
-            for shape in [(rows, width), (rows, width), *NETS[net].weights(width)]]
+    data = [
+        Tensor(rng.standard_normal(shape).astype(np.float32) * 0.02)
+        for shape in [(rows, width), (rows, width), *NETS[net].weights(width)]
+    ]
     step.compile(*data)
     from mindspore.nn.cell import _cell_graph_executor
-    phase, = step.compile_cache
+
+    (phase,) = step.compile_cache
     with open(PROGRAM, "wb") as file:
         file.write(_cell_graph_executor._graph_executor.get_func_graph_proto(phase, "mind_ir"))
     used = measure(trace_program(read_program(PROGRAM)))
@@ -113,8 +117,9 @@ def main(net, rows, width):
         peak.write("5")  # the peak starts again at what is resident now
     before = resident("VmRSS")
     step(*data)
-    print(json.dumps({"measured": resident("VmHWM") - before, "read": used.activation_peak,
-                      "constants": used.constants}))
+    print(
+        json.dumps({"measured": resident("VmHWM") - before, "read": used.activation_peak, "constants": used.constants})
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Figures of compiled programs against what the model's formulas say."""
+
 import json
 
 from dryrun.tiny import FFN, GROUPS, HEADS, HIDDEN, LENGTH, SIZE, VOCABULARY, run_dryrun
@@ -76,13 +77,22 @@ def test_flops_at_the_published_widths_are_those_of_the_closed_formula(tmp_path)
     """One layer over two devices, rows of 512 tokens; within 2 %, for the rotary exchange is in no formula."""
     hidden, heads, groups, size, ffn, vocabulary, length = 4096, 32, 2, 128, 13696, 65024, 512
     result = run_dryrun(
-        tmp_path, model__model_config__hidden_size=hidden, model__model_config__num_attention_heads=heads,
-        model__model_config__kv_channels=size, model__model_config__ffn_hidden_size=ffn,
-        model__model_config__padded_vocab_size=vocabulary, model__model_config__seq_length=length,
-        model__model_config__num_layers=1, parallel_config__pipeline_stage=1, parallel_config__micro_batch_num=1,
-        recompute_config__recompute=False, train_dataset__max_source_length=400, train_dataset__max_target_length=111)
+        tmp_path,
+        model__model_config__hidden_size=hidden,
+        model__model_config__num_attention_heads=heads,
+        model__model_config__kv_channels=size,
+        model__model_config__ffn_hidden_size=ffn,
+        model__model_config__padded_vocab_size=vocabulary,
+        model__model_config__seq_length=length,
+        model__model_config__num_layers=1,
+        parallel_config__pipeline_stage=1,
+        parallel_config__micro_batch_num=1,
+        recompute_config__recompute=False,
+        train_dataset__max_source_length=400,
+        train_dataset__max_target_length=111,
+    )
     assert result.returncode == 0, result.stderr
-    program, = json.loads((tmp_path / "report.json").read_text())["programs"]
+    (program,) = json.loads((tmp_path / "report.json").read_text())["programs"]
     weights = (heads + 2 * groups) * size * hidden + hidden * hidden + 3 * ffn * hidden + vocabulary * hidden
     forward = 2 * weights * length + 4 * length * length * hidden
     backward = 2 * 2 * weights * length + 10 * length * length * hidden  # the kernel computes the scores again

@@ -1,4 +1,5 @@
 """The calibrated fraction, and what is said about it."""
+
 import pytest
 
 from mindformers_glm32k.dryrun import calibration
@@ -10,7 +11,7 @@ ATTENTION = 2 * TOKENS * (TOKENS + 1) * HIDDEN
 
 
 def test_the_fraction_meets_the_figure_it_is_calibrated_on():
-    assert FRACTION == pytest.approx(calibration.solve(), abs=6e-4)
+    assert pytest.approx(calibration.solve(), abs=6e-4) == FRACTION
     found = estimate(calibration.CARD)["tokens_per_second_per_device"]
     assert found == pytest.approx(calibration.CALIBRATED_ON.speed, rel=1e-3)
 
@@ -37,6 +38,7 @@ def test_the_note_names_every_figure_and_its_error():
 
 
 def test_the_order_of_the_published_layouts_is_right():
-    card, ulysses = (estimate(report)["tokens_per_second_per_device"]
-                     for report in (calibration.CARD, calibration.ULYSSES))
+    card, ulysses = (
+        estimate(report)["tokens_per_second_per_device"] for report in (calibration.CARD, calibration.ULYSSES)
+    )
     assert ulysses > 1.1 * card

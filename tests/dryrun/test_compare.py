@@ -1,4 +1,5 @@
 """Layouts side by side: from finished reports, from a YAML, and what is refused."""
+
 import copy
 import json
 
@@ -38,7 +39,9 @@ def test_two_reports(pipeline, report, leaner, tmp_path):
     assert first["tokens_per_step"] == 2 * 4 * 64
     assert first["flops"] == sum(program["flops"] for program in report["programs"]) / 2
     assert second["estimate"]["step_seconds"] < first["estimate"]["step_seconds"]
-    rows = {cells[1].strip(): cells[2:-1] for cells in (line.split("|") for line in text.splitlines()) if len(cells) > 3}
+    rows = {
+        cells[1].strip(): cells[2:-1] for cells in (line.split("|") for line in text.splitlines()) if len(cells) > 3
+    }
     assert rows["**fullest card, GiB**"][1].strip() == "**4.0** (stage 0)"
     assert rows["layout"][0].strip() == "dp 2 x pp 2, 4 micro batches"
 
@@ -65,8 +68,12 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_compiled(pipeline
         folder.mkdir()
     (old / "report.json").write_text(json.dumps({"world_size": 4, "programs": [{"rank": 0}]}))
     (half / "report.json").write_text(json.dumps({**report, "programs": report["programs"][:1]}))
-    for source, told in ((empty, "no such file"), (old, "run the dry run again"), (half, "stage 1"),
-                         (tmp_path / "nothing.yaml", "nothing.yaml")):
+    for source, told in (
+        (empty, "no such file"),
+        (old, "run the dry run again"),
+        (half, "stage 1"),
+        (tmp_path / "nothing.yaml", "nothing.yaml"),
+    ):
         with pytest.raises(InputError, match=told):
             compare.compare([__file__, str(source)], tmp_path / "out", no_compile)
     assert not (tmp_path / "out").exists()
@@ -78,11 +85,18 @@ def test_quick_from_a_yaml_equals_the_full_depth(tmp_path):
     full = run_dryrun(tmp_path / "full", **overrides)
     assert full.returncode == 0, full.stderr
     from dryrun.tiny import CONFIG
-    quick = run_dryrun(tmp_path / "out", "--compare", str(tmp_path / "full"), str(CONFIG), "--quick", config=None, **overrides)
+
+    quick = run_dryrun(
+        tmp_path / "out", "--compare", str(tmp_path / "full"), str(CONFIG), "--quick", config=None, **overrides
+    )
     assert quick.returncode == 0, quick.stderr
     assert "extrapolated from 2 and 4 layers a stage" in quick.stdout
     exact, guess = json.loads((tmp_path / "out" / "compare.json").read_text())["layouts"]
     assert guess["flops"] == exact["flops"]
     assert guess["memory_worst"] == pytest.approx(exact["memory_worst"], rel=0.003)
     assert guess["estimate"]["step_seconds"] == pytest.approx(exact["estimate"]["step_seconds"], rel=0.003)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "compare.md", "finetune_glm32k"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "compare.json",
+        "compare.md",
+        "finetune_glm32k",
+    ]

@@ -1,24 +1,36 @@
 """The roofline by hand on round numbers."""
+
 import pytest
 
 from mindformers_glm32k.dryrun.estimate import PARTS, estimate
 from mindformers_glm32k.dryrun.hardware import Device
 from mindformers_glm32k.errors import InputError
 
-DEVICE = Device("test", {"float16": 100.0, "float32": 25.0}, memory=10.0, link=1.0, network=0.5, start=0.0, per_machine=8)
+DEVICE = Device(
+    "test", {"float16": 100.0, "float32": 25.0}, memory=10.0, link=1.0, network=0.5, start=0.0, per_machine=8
+)
 
 
 def program(stage, matmul=0, attention=0, moved=0, collectives=()):
-    return {"rank": stage, "stage": stage, "work": {"matmul_flops": {"float16": matmul},
-                                                    "attention_flops": {"float16": attention}, "vector_bytes": moved},
-            "collectives": [{"kind": kind, "group_ranks": ranks, "bytes": size, "count": 1}
-                            for kind, ranks, size in collectives]}
+    return {
+        "rank": stage,
+        "stage": stage,
+        "work": {"matmul_flops": {"float16": matmul}, "attention_flops": {"float16": attention}, "vector_bytes": moved},
+        "collectives": [
+            {"kind": kind, "group_ranks": ranks, "bytes": size, "count": 1} for kind, ranks, size in collectives
+        ],
+    }
 
 
 def report(*programs, stages=None, micro_batches=1):
     stages = stages or len(programs)
-    return {"config": "x.yaml", "world_size": stages, "tokens_per_step": 1200,
-            "layout_sizes": {"stages": stages, "micro_batches": micro_batches}, "programs": list(programs)}
+    return {
+        "config": "x.yaml",
+        "world_size": stages,
+        "tokens_per_step": 1200,
+        "layout_sizes": {"stages": stages, "micro_batches": micro_batches},
+        "programs": list(programs),
+    }
 
 
 def test_parts_of_one_device():

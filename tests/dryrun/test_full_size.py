@@ -1,4 +1,5 @@
 """Shipped training layouts at full size: 28 layers, hidden 4096, 32768 tokens. Minutes each: `python -m pytest -m rehearsal`."""
+
 import json
 
 import pytest
@@ -26,9 +27,9 @@ def test_a_layout_at_full_size(tmp_path, name):
     result = run_command("dryrun", "--output_dir", str(tmp_path), *options, config=path, sizes={})
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    allowed = int(yaml.safe_load(path.read_text())["context"]["max_device_memory"].removesuffix("GB")) * 2 ** 30
+    allowed = int(yaml.safe_load(path.read_text())["context"]["max_device_memory"].removesuffix("GB")) * 2**30
     for program in report["programs"]:
-        assert program["total_bytes"] < min(most * 2 ** 30, allowed)
+        assert program["total_bytes"] < min(most * 2**30, allowed)
         assert program["square_tensors"] == [] and program["large_constants"] == [] and program["doubts"] == []
-        assert program["peak_rss_bytes"] < 12 * 10 ** 9
+        assert program["peak_rss_bytes"] < 12 * 10**9
     assert report["warnings"] == []

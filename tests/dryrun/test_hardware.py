@@ -1,4 +1,5 @@
 """Times of collectives on the full mesh of a machine and between machines."""
+
 import pytest
 
 from mindformers_glm32k.dryrun.hardware import ATLAS_800T_A2, Device, seconds_of_collective
@@ -38,9 +39,17 @@ def test_starting_costs_time():
     assert seconds_of_collective(device, "AllReduce", (0, 1), 0, 100) == pytest.approx(100 * device.start)
 
 
-@pytest.mark.parametrize("kind, devices, rate", [
-    ("AllGather", 2, 38e9), ("AllGather", 4, 64e9), ("AllGather", 8, 149e9),
-    ("AllReduce", 2, 18e9), ("AllReduce", 4, 30e9), ("AllReduce", 8, 72e9)])
+@pytest.mark.parametrize(
+    "kind, devices, rate",
+    [
+        ("AllGather", 2, 38e9),
+        ("AllGather", 4, 64e9),
+        ("AllGather", 8, 149e9),
+        ("AllReduce", 2, 18e9),
+        ("AllReduce", 4, 30e9),
+        ("AllReduce", 8, 72e9),
+    ],
+)
 def test_measured_rates_of_the_source_are_met_within_a_fifth(kind, devices, rate):
     size = 4e9
     assert seconds_of_collective(ATLAS_800T_A2, kind, range(devices), size, 1) == pytest.approx(size / rate, rel=0.2)

@@ -1,4 +1,5 @@
 """Prediction with a cache: prefill and decode, on one NPU and cut over two."""
+
 import json
 
 import pytest
@@ -53,6 +54,7 @@ def test_over_two_npus_each_holds_half_of_the_cache(one, tmp_path):
         assert program["cache_bytes"] == CACHE // 2
         assert 0.45 < program["parameter_bytes"] / whole["parameter_bytes"] < 0.9  # the embedding is whole
         assert {tuple(item["group_ranks"]) for item in program["collectives"]} == {(0, 1)}
-        reduced = [item for item in program["collectives"]
-                   if item["kind"] == "AllReduce" and item["dtype"] == "float16"]
+        reduced = [
+            item for item in program["collectives"] if item["kind"] == "AllReduce" and item["dtype"] == "float16"
+        ]
         assert sum(item["count"] for item in reduced) == 2 * LAYERS  # behind attention and MLP

@@ -1,4 +1,5 @@
 """report.md and report.png say what report.json holds."""
+
 from pathlib import Path
 
 from matplotlib import pyplot
@@ -48,5 +49,11 @@ def test_the_picture_is_there(pipeline):
 
 
 def test_numbers_keep_three_digits():
-    assert [three_digits(value) for value in (0, 0.004123, 1, 33.54, 50, 14443.4)] \
-        == ["0", "0.00412", "1.00", "33.5", "50.0", "14443"]
+    assert [three_digits(value) for value in (0, 0.004123, 1, 33.54, 50, 14443.4)] == [
+        "0",
+        "0.00412",
+        "1.00",
+        "33.5",
+        "50.0",
+        "14443",
+    ]

@@ -1,4 +1,5 @@
 """Every shipped YAML for NPUs compiles for every stage, at small size, and keeps what it promises."""
+
 import json
 
 import pytest
@@ -9,8 +10,14 @@ from dryrun.tiny import CONFIG, run_dryrun
 SHIPPED = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONFIG.parent.glob("*.yaml"))}
 SHIPPED = {name: config for name, config in SHIPPED.items() if config["context"]["device_target"] == "Ascend"}
 # several stages or two graphs each: the tests of analysis, strategy and prediction compile smaller ones of their kind
-LONG = {"finetune_glm32k", "finetune_glm32k_16p", "finetune_glm32k_32gb", "finetune_glm32k_lora", "finetune_glm32k_mp4",
-        "predict_glm32k_mp2"}
+LONG = {
+    "finetune_glm32k",
+    "finetune_glm32k_16p",
+    "finetune_glm32k_32gb",
+    "finetune_glm32k_lora",
+    "finetune_glm32k_mp4",
+    "predict_glm32k_mp2",
+}
 HEADS = 8  # for eight ranks of Ulysses
 
 
@@ -20,8 +27,11 @@ def small(config):
     stages = parallel.get("pipeline_stage", 1)
     offset = config["model"]["model_config"].get("offset") or 0
     offset = offset if isinstance(offset, list) else [offset] * stages
-    overrides = {"model__model_config__num_layers": stages * (1 - min(min(offset), 0)) + sum(offset),
-                 "model__model_config__num_attention_heads": HEADS, "model__model_config__hidden_size": 16 * HEADS}
+    overrides = {
+        "model__model_config__num_layers": stages * (1 - min(min(offset), 0)) + sum(offset),
+        "model__model_config__num_attention_heads": HEADS,
+        "model__model_config__hidden_size": 16 * HEADS,
+    }
     if stages > 1:
         overrides["parallel_config__micro_batch_num"] = stages
     if config["run_mode"] == "predict":
@@ -29,8 +39,9 @@ def small(config):
     return stages, overrides
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.rehearsal) if name in LONG else name
-                                  for name in SHIPPED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.rehearsal) if name in LONG else name for name in SHIPPED]
+)
 def test_every_stage_compiles(tmp_path, name):
     config = SHIPPED[name]
     stages, overrides = small(config)
@@ -38,8 +49,9 @@ def test_every_stage_compiles(tmp_path, name):
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     phases = ["prefill", "increment"] if config["run_mode"] == "predict" else ["train"]
-    assert [(program["stage"], program["phase"]) for program in report["programs"]] \
-        == [(stage, phase) for stage in range(stages) for phase in phases]
+    assert [(program["stage"], program["phase"]) for program in report["programs"]] == [
+        (stage, phase) for stage in range(stages) for phase in phases
+    ]
     compute = config["model"]["model_config"]["compute_dtype"]
     for program in report["programs"]:
         assert program["doubts"] == []

@@ -1,4 +1,5 @@
 """Small models that keep the layout."""
+
 import pytest
 import yaml
 
@@ -48,14 +49,23 @@ def test_the_offset_of_the_stages_stays():
 
 
 def test_small_models_are_left_as_they_are():
-    tiny = {"num_layers": 4, "hidden_size": 64, "kv_channels": 16, "num_attention_heads": 4, "ffn_hidden_size": 160,
-            "padded_vocab_size": 1024}
+    tiny = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "kv_channels": 16,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 160,
+        "padded_vocab_size": 1024,
+    }
     plan = shrink.plan(config_of("finetune_glm32k", seq_length=64, **tiny))
     assert plan.changes == {}
     assert plan.overrides == ["--parallel.parallel_optimizer_config", "{'parallel_optimizer_threshold': 0}"]
     assert set(shrink.plan(config_of("finetune_glm32k", **tiny)).changes) == {
-        "model.model_config.seq_length", "model.model_config.loss_chunk_size", "train_dataset.max_source_length",
-        "train_dataset.max_target_length"}
+        "model.model_config.seq_length",
+        "model.model_config.loss_chunk_size",
+        "train_dataset.max_source_length",
+        "train_dataset.max_target_length",
+    }
 
 
 def test_shrinking_can_be_refused():
@@ -65,13 +75,20 @@ def test_shrinking_can_be_refused():
 def test_sizes_of_a_checkpoint_are_taken_over(reference):
     plan = shrink.plan(config_of("finetune_glm32k"), checkpoint=reference / "tiny_hf" / "hf_safetensors_fp32")
     new = {key.rsplit(".", 1)[-1]: value for key, (_, value) in plan.changes.items()}
-    assert (new["num_layers"], new["hidden_size"], new["kv_channels"], new["num_attention_heads"],
-            new["ffn_hidden_size"], new["padded_vocab_size"]) == (3, 64, 16, 4, 160, 1024)
+    assert (
+        new["num_layers"],
+        new["hidden_size"],
+        new["kv_channels"],
+        new["num_attention_heads"],
+        new["ffn_hidden_size"],
+        new["padded_vocab_size"],
+    ) == (3, 64, 16, 4, 160, 1024)
 
 
 def test_dropout_is_off():
     assert shrink.plan(config_of("finetune_glm32k_lora"), wanted=False).changes == {
-        "model.model_config.pet_config.lora_dropout": [0.1, 0.0]}
+        "model.model_config.pet_config.lora_dropout": [0.1, 0.0]
+    }
 
 
 def test_weights_are_counted():

@@ -1,4 +1,5 @@
 """Strategy files of all ranks: those of a real compile, and files that upstream's transform_ckpt can use."""
+
 import subprocess
 import sys
 
@@ -11,15 +12,22 @@ from dryrun.tiny import FFN, GROUPS, HEADS, HIDDEN, PIPELINE, SIZE, VOCABULARY, 
 
 QKV = (HEADS + 2 * GROUPS) * SIZE
 SHAPES = {
-    "self_attention.query_key_value.weight": (QKV, HIDDEN), "self_attention.query_key_value.bias": (QKV,),
-    "self_attention.dense.weight": (HIDDEN, HIDDEN), "mlp.dense_h_to_4h.weight": (2 * FFN, HIDDEN),
-    "mlp.dense_4h_to_h.weight": (HIDDEN, FFN), "input_layernorm.weight": (HIDDEN,),
+    "self_attention.query_key_value.weight": (QKV, HIDDEN),
+    "self_attention.query_key_value.bias": (QKV,),
+    "self_attention.dense.weight": (HIDDEN, HIDDEN),
+    "mlp.dense_h_to_4h.weight": (2 * FFN, HIDDEN),
+    "mlp.dense_4h_to_h.weight": (HIDDEN, FFN),
+    "input_layernorm.weight": (HIDDEN,),
     "post_attention_layernorm.weight": (HIDDEN,),
 }
 WHOLE = {f"transformer.encoder.layers.{layer}.{name}": shape for layer in (0, 1) for name, shape in SHAPES.items()}
-WHOLE.update({"transformer.embedding.embedding_weight": (VOCABULARY, HIDDEN),
-              "transformer.output_layer.weight": (VOCABULARY, HIDDEN),
-              "transformer.encoder.final_layernorm.weight": (HIDDEN,)})
+WHOLE.update(
+    {
+        "transformer.embedding.embedding_weight": (VOCABULARY, HIDDEN),
+        "transformer.output_layer.weight": (VOCABULARY, HIDDEN),
+        "transformer.encoder.final_layernorm.weight": (HIDDEN,),
+    }
+)
 LAST_STAGE = (".layers.1.", "output_layer", "final_layernorm")
 
 
@@ -51,10 +59,13 @@ def test_transform_ckpt_cuts_a_whole_checkpoint_and_puts_it_together_again(strat
     rng = np.random.default_rng(0)
     whole = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in WHOLE.items()}
     (tmp_path / "whole" / "rank_0").mkdir(parents=True)
-    save_checkpoint([{"name": name, "data": Parameter(Tensor(value), name=name)} for name, value in whole.items()],
-                    str(tmp_path / "whole" / "rank_0" / "whole.ckpt"))
-    transform("--dst_ckpt_strategy", strategies, "--src_ckpt_dir", tmp_path / "whole",
-              "--dst_ckpt_dir", tmp_path / "cut")
+    save_checkpoint(
+        [{"name": name, "data": Parameter(Tensor(value), name=name)} for name, value in whole.items()],
+        str(tmp_path / "whole" / "rank_0" / "whole.ckpt"),
+    )
+    transform(
+        "--dst_ckpt_strategy", strategies, "--src_ckpt_dir", tmp_path / "whole", "--dst_ckpt_dir", tmp_path / "cut"
+    )
     for rank in range(4):
         found = load_checkpoint(str(next((tmp_path / "cut" / f"rank_{rank}").glob("*.ckpt"))))
         stage, part = divmod(rank, 2)
@@ -68,8 +79,9 @@ def test_transform_ckpt_cuts_a_whole_checkpoint_and_puts_it_together_again(strat
         weight = f"transformer.encoder.layers.{stage}.mlp.dense_h_to_4h.weight"
         assert found[weight].shape == (FFN, HIDDEN)  # half of it: sharded with the optimizer
 
-    transform("--src_ckpt_strategy", strategies, "--src_ckpt_dir", tmp_path / "cut",
-              "--dst_ckpt_dir", tmp_path / "again")
+    transform(
+        "--src_ckpt_strategy", strategies, "--src_ckpt_dir", tmp_path / "cut", "--dst_ckpt_dir", tmp_path / "again"
+    )
     again = load_checkpoint(str(next((tmp_path / "again").rglob("*.ckpt"))))
     assert set(again) == set(whole)
     for name, value in again.items():
@@ -78,8 +90,12 @@ def test_transform_ckpt_cuts_a_whole_checkpoint_and_puts_it_together_again(strat
 
 def transform(*arguments):
     """Runs upstream's tool."""
-    result = subprocess.run([sys.executable, "-m", "mindformers.tools.transform_ckpt", *map(str, arguments)],
-                            capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "mindformers.tools.transform_ckpt", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
 
 

@@ -1,4 +1,5 @@
 """Buffers' lives and in-place updates in traced programs, hand-made and compiled."""
+
 from mindformers_glm32k.dryrun.memory import measure
 from mindformers_glm32k.dryrun.mindir import Graph, Node, Program, Spec, read_program
 from mindformers_glm32k.dryrun.trace import trace_program
@@ -9,16 +10,22 @@ def tensor(elements, **more):
 
 
 def program(nodes, outputs, graphs=()):
-    return Program(Graph("main", ["x"], nodes, outputs), {graph.name: graph for graph in graphs},
-                   {"w": ("transformer.w", tensor(10))}, {"x": tensor(100)})
+    return Program(
+        Graph("main", ["x"], nodes, outputs),
+        {graph.name: graph for graph in graphs},
+        {"w": ("transformer.w", tensor(10))},
+        {"x": tensor(100)},
+    )
 
 
 def test_a_buffer_lives_from_its_making_to_its_last_use_through_views():
-    nodes = [Node("a", "Exp", ["x"], tensor(100)),
-             Node("view", "Reshape", ["a"], Spec((10, 10), "float32", 4)),
-             Node("b", "Sum", ["x"], tensor(1)),
-             Node("c", "Exp", ["view"], tensor(100)),
-             Node("d", "Sum", ["c"], tensor(1))]
+    nodes = [
+        Node("a", "Exp", ["x"], tensor(100)),
+        Node("view", "Reshape", ["a"], Spec((10, 10), "float32", 4)),
+        Node("b", "Sum", ["x"], tensor(1)),
+        Node("c", "Exp", ["view"], tensor(100)),
+        Node("d", "Sum", ["c"], tensor(1)),
+    ]
     memory = measure(trace_program(program(nodes, ["d"])))
     assert memory.curve == [400, 404, 800, 404]  # b is used by nobody and gone at once; a is kept by its view
     assert memory.activation_peak == 800 and memory.peak_event.node.name == "c"
@@ -31,29 +38,40 @@ def test_an_update_in_place_needs_no_memory():
 
 def test_what_selective_recompute_copies_is_recomputed():
     marks = {"unique_id": "7", "need_cse_after_recompute": 1}
-    nodes = [Node("a", "Exp", ["x"], tensor(100), marks=marks), Node("b", "Exp", ["x"], tensor(100), marks=marks),
-             Node("c", "Exp", ["x"], tensor(100), marks={"unique_id": "7"}),
-             Node("d", "Exp", ["x"], tensor(100), marks={**marks, "micro": 1})]
-    assert [event.part for event in trace_program(program(nodes, ["b"])).events] == ["forward", "recompute", "forward",
-                                                                                     "forward"]
+    nodes = [
+        Node("a", "Exp", ["x"], tensor(100), marks=marks),
+        Node("b", "Exp", ["x"], tensor(100), marks=marks),
+        Node("c", "Exp", ["x"], tensor(100), marks={"unique_id": "7"}),
+        Node("d", "Exp", ["x"], tensor(100), marks={**marks, "micro": 1}),
+    ]
+    assert [event.part for event in trace_program(program(nodes, ["b"])).events] == [
+        "forward",
+        "recompute",
+        "forward",
+        "forward",
+    ]
 
 
 def test_a_closure_keeps_what_it_holds_until_it_is_called():
     backward = Graph("backward", ["saved", "dout"], [Node("dx", "Mul", ["saved", "dout"], tensor(100))], ["dx"])
-    nodes = [Node("saved_1", "Exp", ["x"], tensor(100)),
-             Node("function", "Constant", [], value="backward", callee="backward"),
-             Node("bprop", "Partial", ["function", "saved_1"]),
-             Node("loss", "Sum", ["x"], tensor(1)),
-             Node("grad", "call", ["loss"], tensor(100), callee="bprop")]
+    nodes = [
+        Node("saved_1", "Exp", ["x"], tensor(100)),
+        Node("function", "Constant", [], value="backward", callee="backward"),
+        Node("bprop", "Partial", ["function", "saved_1"]),
+        Node("loss", "Sum", ["x"], tensor(1)),
+        Node("grad", "call", ["loss"], tensor(100), callee="bprop"),
+    ]
     trace = trace_program(program(nodes, ["grad"], [backward]))
     assert not trace.doubts
     assert measure(trace).curve == [400, 404, 804]
 
 
 def test_a_constant_is_counted_once_however_often_it_is_used():
-    nodes = [Node("k1", "Constant", [], value=tensor(50), data=b"k" * 200),
-             Node("k2", "Constant", [], value=tensor(50), data=b"k" * 200),
-             Node("y", "Add", ["k1", "k2"], tensor(50))]
+    nodes = [
+        Node("k1", "Constant", [], value=tensor(50), data=b"k" * 200),
+        Node("k2", "Constant", [], value=tensor(50), data=b"k" * 200),
+        Node("y", "Add", ["k1", "k2"], tensor(50)),
+    ]
     memory = measure(trace_program(program(nodes, ["y"])))
     assert memory.constants == 200 and memory.activation_peak == 200
 

@@ -1,4 +1,5 @@
 """What kernels really do: causal attention, bytes of memory-bound operators."""
+
 from dryrun.tiny import LENGTH
 from mindformers_glm32k.dryrun import work
 from mindformers_glm32k.dryrun.mindir import Graph, Node, Program, Spec
@@ -12,17 +13,23 @@ def literal(name, value):
 
 
 def measured(nodes, parameters=None):
-    program = Program(Graph("main", ["x", "y"], nodes, [nodes[-1].name]), {}, parameters or {},
-                      {"x": HALF, "y": Spec((16, 4), "float16", 2)})
+    program = Program(
+        Graph("main", ["x", "y"], nodes, [nodes[-1].name]),
+        {},
+        parameters or {},
+        {"x": HALF, "y": Spec((16, 4), "float16", 2)},
+    )
     return work.measure(trace_program(program))
 
 
 def test_bytes_of_operators_that_are_no_products():
-    nodes = [Node("a", "Add", ["x", "x"], HALF),
-             Node("view", "Reshape", ["a"], Spec((128,), "float16", 2)),
-             Node("cast", "Cast", ["view"], Spec((128,), "float32", 4)),
-             Node("cut", "StridedSlice", ["cast"], Spec((2,), "float32", 4)),
-             Node("sum", "AllReduce", ["cut"], Spec((2,), "float32", 4))]
+    nodes = [
+        Node("a", "Add", ["x", "x"], HALF),
+        Node("view", "Reshape", ["a"], Spec((128,), "float16", 2)),
+        Node("cast", "Cast", ["view"], Spec((128,), "float32", 4)),
+        Node("cut", "StridedSlice", ["cast"], Spec((2,), "float32", 4)),
+        Node("sum", "AllReduce", ["cut"], Spec((2,), "float32", 4)),
+    ]
     found = measured(nodes)
     assert found["vector_bytes"] == 3 * 256 + (256 + 512) + 2 * 8  # a slice reads what it writes; views cost nothing
     assert found["vector_operations"] == 3
@@ -36,17 +43,27 @@ def test_an_update_in_place_writes_too():
 
 
 def test_products_by_element_type():
-    nodes = [Node("p", "MatMul", ["x", "y", "no", "no2"], Spec((8, 4), "float16", 2)),
-             literal("no", False), literal("no2", False)]
+    nodes = [
+        Node("p", "MatMul", ["x", "y", "no", "no2"], Spec((8, 4), "float16", 2)),
+        literal("no", False),
+        literal("no2", False),
+    ]
     assert measured(nodes[1:] + nodes[:1])["matmul_flops"] == {"float16": 2 * 8 * 16 * 4}
 
 
 def attention(next_tokens, mode, shape=(1, 64, 32), layout=0):
     tensor = Spec(shape, "float16", 2)
-    tail = [literal("pre", 65536), literal("next", next_tokens), literal("inner", 0), literal("layout", layout),
-            literal("mode", mode)]
-    nodes = [Node("q", "Exp", ["x"], tensor),
-             Node("o", "FlashAttentionScore", ["q", "q", "q", *(node.name for node in tail)], tensor)]
+    tail = [
+        literal("pre", 65536),
+        literal("next", next_tokens),
+        literal("inner", 0),
+        literal("layout", layout),
+        literal("mode", mode),
+    ]
+    nodes = [
+        Node("q", "Exp", ["x"], tensor),
+        Node("o", "FlashAttentionScore", ["q", "q", "q", *(node.name for node in tail)], tensor),
+    ]
     return measured(tail + nodes)["attention_flops"]["float16"]
 
 

@@ -1,4 +1,5 @@
 """A tiny GLM32K and the commands that compile it."""
+
 import os
 import subprocess
 import sys
@@ -8,11 +9,16 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "research" / "glm32k" / "finetune_glm32k.yaml"
 LAYERS, LENGTH, HIDDEN, HEADS, SIZE, GROUPS, FFN, VOCABULARY = 2, 64, 64, 4, 16, 2, 160, 1024
 OVERRIDES = {
-    "model.model_config.num_layers": LAYERS, "model.model_config.seq_length": LENGTH,
-    "model.model_config.hidden_size": HIDDEN, "model.model_config.num_attention_heads": HEADS,
-    "model.model_config.kv_channels": SIZE, "model.model_config.multi_query_group_num": GROUPS,
-    "model.model_config.ffn_hidden_size": FFN, "model.model_config.padded_vocab_size": VOCABULARY,
-    "train_dataset.max_source_length": 40, "train_dataset.max_target_length": 23,
+    "model.model_config.num_layers": LAYERS,
+    "model.model_config.seq_length": LENGTH,
+    "model.model_config.hidden_size": HIDDEN,
+    "model.model_config.num_attention_heads": HEADS,
+    "model.model_config.kv_channels": SIZE,
+    "model.model_config.multi_query_group_num": GROUPS,
+    "model.model_config.ffn_hidden_size": FFN,
+    "model.model_config.padded_vocab_size": VOCABULARY,
+    "train_dataset.max_source_length": 40,
+    "train_dataset.max_target_length": 23,
 }
 # optimizer sharding at this size (KB), and in a pipeline
 SHARDED = {"parallel__parallel_optimizer_config": "{parallel_optimizer_threshold: 1}"}
@@ -26,12 +32,19 @@ def run_command(command, *options, config=CONFIG, sizes=None, **overrides):
     Returns:
         subprocess.CompletedProcess
     """
-    command = [sys.executable, "-m", "mindformers_glm32k.cli", command, *(["--config", str(config)] if config else []),
-               *options]
+    command = [
+        sys.executable,
+        "-m",
+        "mindformers_glm32k.cli",
+        command,
+        *(["--config", str(config)] if config else []),
+        *options,
+    ]
     for key, value in {**(OVERRIDES if sizes is None else sizes), **overrides}.items():
         command += [f"--{key.replace('__', '.')}", str(value)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
 
 
 def run_dryrun(output, *options, config=CONFIG, **overrides):

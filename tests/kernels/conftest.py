@@ -2,6 +2,7 @@
 
 (MindSpore 2.9.0's PyNative mode computes a wrong Softmax gradient on CPU after a first call with one column.)
 """
+
 import mindspore as ms
 import pytest
 

@@ -1,4 +1,5 @@
 """CausalAttention against softmax in float64, forward and gradients."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_forward_and_gradients(length, heads, groups):
     random = np.random.default_rng(length)
     query, gradient = random.normal(size=(2, 2, length, heads * HEAD)).astype(np.float32)
     key, value = random.normal(size=(2, 2, length, groups * HEAD)).astype(np.float32)
-    cell = CausalAttention(heads, scale_value=HEAD ** -0.5)
+    cell = CausalAttention(heads, scale_value=HEAD**-0.5)
     tensors = [ms.Tensor(x) for x in (query, key, value)]
     output = cell(*tensors)
     gradients = ms.ops.GradOperation(get_all=True, sens_param=True)(cell)(*tensors, ms.Tensor(gradient))
@@ -54,7 +55,7 @@ def test_forward_and_gradients(length, heads, groups):
 def test_half_precision_keeps_its_dtype_and_softmax_does_not_overflow():
     random = np.random.default_rng(0)
     query, key, value = (ms.Tensor(30 * random.normal(size=(1, 33, 2 * HEAD)), ms.float16) for _ in range(3))
-    output = CausalAttention(2, scale_value=HEAD ** -0.5)(query, key, value)
+    output = CausalAttention(2, scale_value=HEAD**-0.5)(query, key, value)
     assert output.dtype == ms.float16
     expected, *_ = reference(query.asnumpy(), key.asnumpy(), value.asnumpy(), 2, np.zeros((1, 33, 2 * HEAD)))
     np.testing.assert_allclose(output.asnumpy(), expected, rtol=2e-2, atol=0.3)

@@ -1,4 +1,5 @@
 """BlockwiseAttention against softmax in float64, forward and gradients, across blocks and documents."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def inputs(batch, length, heads, groups, seed=0, scale=1.0):
 
 
 def compare(query, key, value, gradient, heads, documents=None, dtype=ms.float32, rtol=1e-4, atol=2e-5):
-    cell = BlockwiseAttention(heads, scale_value=HEAD ** -0.5)
+    cell = BlockwiseAttention(heads, scale_value=HEAD**-0.5)
     tensors = [ms.Tensor(x, dtype) for x in (query, key, value)]
     query, key, value, gradient = (ms.Tensor(x, dtype).asnumpy() for x in (query, key, value, gradient))
     mask = () if documents is None else (ms.Tensor(documents),)
@@ -52,7 +53,7 @@ def packed(batch, length, seed=0):
     for _ in range(batch):
         cuts = np.sort(random.choice(length, size=min(length, random.integers(1, 6)), replace=False))
         rows.append(np.searchsorted(cuts, np.arange(length), side="right"))
-        rows[-1][-(length // 9):] = -1
+        rows[-1][-(length // 9) :] = -1
     return np.array(rows, np.int32)
 
 
@@ -82,8 +83,9 @@ def test_pynative_mode(small_blocks):
 
 
 def test_which_blocks_are_visited():
-    documents = ms.Tensor([[0, 0], [0, 0], [0, 1], [1, 1], [1, 1], [2, -1],
-                           [5, 5], [5, 5], [5, 5], [5, 5], [5, 5], [6, 6]], ms.int32)
+    documents = ms.Tensor(
+        [[0, 0], [0, 0], [0, 1], [1, 1], [1, 1], [2, -1], [5, 5], [5, 5], [5, 5], [5, 5], [5, 5], [6, 6]], ms.int32
+    )
     first, plain = (x.asnumpy().tolist() for x in VisibleBlocks()(documents, 2, 6))
     assert first == [0, 0, 0, 2, 2, 5, 6, 6, 6, 6, 6, 11]
     assert plain == [0, 0, 2, 3, 3, 5, 6, 6, 6, 6, 6, 11]

@@ -1,4 +1,5 @@
 """Sizes of the chunks; what the chunks compute is rehearsed in tests/dryrun/execution/test_execute.py."""
+
 import pytest
 
 from mindformers_glm32k.kernels.chunked_mlp import chunk_sizes

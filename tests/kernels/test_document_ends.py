@@ -1,4 +1,5 @@
 """Ends of packed documents."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -20,7 +21,11 @@ def test_cumulative_lengths_over_all_rows(mode):
     ms.set_context(mode=ms.GRAPH_MODE)
     assert ends.dtype == ms.int64
     assert ends.asnumpy().reshape(4, 5).tolist() == [
-        [4, 7, 13, 20, 20], [40, 40, 40, 40, 40], [41, 42, 43, 60, 60], [80, 80, 80, 80, 80]]
+        [4, 7, 13, 20, 20],
+        [40, 40, 40, 40, 40],
+        [41, 42, 43, 60, 60],
+        [80, 80, 80, 80, 80],
+    ]
 
 
 def test_long_rows_are_counted_exactly():

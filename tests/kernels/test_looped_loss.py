@@ -1,4 +1,5 @@
 """The loss in a loop against cross-entropy in float64: value, gradients, per-token weights, ignored labels."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -32,8 +33,12 @@ def inputs(tokens, seed=0):
     weights = random.uniform(0, 2, tokens).astype(np.float32)
     ignored = random.uniform(size=tokens) < 0.3
     labels[ignored], weights[ignored] = -100, 0
-    return (random.normal(size=(tokens, WIDTH)).astype(np.float32), random.normal(size=(WORDS, WIDTH)).astype(np.float32),
-            labels, weights)
+    return (
+        random.normal(size=(tokens, WIDTH)).astype(np.float32),
+        random.normal(size=(WORDS, WIDTH)).astype(np.float32),
+        labels,
+        weights,
+    )
 
 
 def value_and_gradients(loss, hidden, weight, labels, weights, dtype):
@@ -71,8 +76,16 @@ def test_frozen_layer_gets_no_gradient_and_the_hidden_states_the_same():
 
 def test_which_form_an_output_layer_gets():
     def config(**fields):
-        return GLM32KConfig(num_layers=1, hidden_size=64, num_attention_heads=4, kv_channels=16, ffn_hidden_size=64,
-                            padded_vocab_size=WORDS, seq_length=16, **fields)
+        return GLM32KConfig(
+            num_layers=1,
+            hidden_size=64,
+            num_attention_heads=4,
+            kv_channels=16,
+            ffn_hidden_size=64,
+            padded_vocab_size=WORDS,
+            seq_length=16,
+            **fields,
+        )
 
     layer = Linear(WIDTH, WORDS, has_bias=False)
     loss = ChunkedLoss(config())

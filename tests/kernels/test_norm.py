@@ -1,4 +1,5 @@
 """RMSNorm against its formula in float64, forward and gradients."""
+
 import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -12,7 +13,7 @@ EPS = 1e-5
 def reference(x, weight, upstream_gradient):
     """Value, gradient of x and gradient of the weight, in float64."""
     x, weight, gradient = (np.asarray(value, np.float64) for value in (x, weight, upstream_gradient))
-    inverse = 1 / np.sqrt((x ** 2).mean(-1, keepdims=True) + EPS)
+    inverse = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + EPS)
     unit = x * inverse
     scaled = gradient * weight
     x_gradient = inverse * (scaled - unit * (scaled * unit).mean(-1, keepdims=True))
@@ -30,7 +31,8 @@ def test_forward_and_gradients(shape, dtype, tolerance):
     x, gradient = ms.Tensor(x, dtype), ms.Tensor(gradient, dtype)
     value = cell(x)
     x_gradient, (weight_gradient,) = ms.ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)(
-        cell, [cell.weight])(x, gradient)
+        cell, [cell.weight]
+    )(x, gradient)
     expected = reference(x.asnumpy(), cell.weight.asnumpy(), gradient.asnumpy())
     assert value.dtype == dtype
     for ours, theirs in zip((value, x_gradient[0], weight_gradient), expected):

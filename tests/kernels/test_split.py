@@ -1,4 +1,5 @@
 """SplitLastAxis against NumPy."""
+
 import mindspore as ms
 import numpy as np
 
@@ -17,4 +18,4 @@ def test_pieces_and_gradient():
         return first.sum() + 2 * second.sum() + 3 * third.sum()
 
     gradient = ms.grad(weighted)(ms.Tensor(x)).asnumpy()
-    np.testing.assert_array_equal(gradient, np.broadcast_to(np.repeat([1., 2., 3.], sizes), x.shape))
+    np.testing.assert_array_equal(gradient, np.broadcast_to(np.repeat([1.0, 2.0, 3.0], sizes), x.shape))

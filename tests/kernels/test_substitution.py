@@ -1,4 +1,5 @@
 """The substitution leaves upstream as it was, whatever happens in between."""
+
 import pytest
 from mindformers.models.glm2 import glm2, glm2_transformer
 
@@ -15,19 +16,24 @@ def bound():
     return [glm2.ChatGLM2Model] + [getattr(glm2_transformer, name) for name in NAMES]
 
 
-@pytest.mark.parametrize("cells, use_past, attention, cache", [
-    ("portable", False, BlockwiseAttention, NoCache), ("portable", True, BlockwiseAttention, PagedAttention),
-    ("ascend", False, CompressedCausalAttention, NoCache), ("ascend", True, CompressedCausalAttention, None)])
+@pytest.mark.parametrize(
+    "cells, use_past, attention, cache",
+    [
+        ("portable", False, BlockwiseAttention, NoCache),
+        ("portable", True, BlockwiseAttention, PagedAttention),
+        ("ascend", False, CompressedCausalAttention, NoCache),
+        ("ascend", True, CompressedCausalAttention, None),
+    ],
+)
 def test_bindings_and_their_end(cells, use_past, attention, cache):
     before = bound()
     config = GLM32KConfig(cells=cells, use_past=use_past, is_dynamic=use_past)
     backbone = type("Backbone", (), {})
-    with pytest.raises(RuntimeError, match="inside"):
-        with cells_for(config, backbone):
-            assert glm2.ChatGLM2Model is backbone
-            assert glm2_transformer.FlashAttention is attention
-            assert glm2_transformer.InferAttention is (cache or before[3])
-            raise RuntimeError("inside")
+    with pytest.raises(RuntimeError, match="inside"), cells_for(config, backbone):
+        assert glm2.ChatGLM2Model is backbone
+        assert glm2_transformer.FlashAttention is attention
+        assert glm2_transformer.InferAttention is (cache or before[3])
+        raise RuntimeError("inside")
     assert bound() == before
 
 

@@ -1,4 +1,5 @@
 """Prompts against those of LongBench's own program."""
+
 import hashlib
 import json
 
@@ -24,14 +25,20 @@ def test_every_golden_prompt_bit_for_bit(reference):
     tokenizer = GLM32KTokenizer(str(reference / "tokenizer" / "tokenizer.model"))
     templates = json.loads((folder / "dataset2prompt.json").read_text(encoding="utf-8"))
     golden = json.loads((folder / "golden_prompt_ids.json").read_text(encoding="utf-8"))
-    records = {path.name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-               for path in (folder / "data").glob("*.jsonl")}
+    records = {
+        path.name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (folder / "data").glob("*.jsonl")
+    }
     assert {entry["file"] for entry in golden} == set(records)
     for entry in golden:
         sample = records[entry["file"]][entry["index"]]
         ids = build_prompt_ids(sample, templates[entry["dataset"]], tokenizer, entry["max_length"])
-        found = {"n_ids": len(ids), "first": ids[:12], "last": ids[-12:],
-                 "sha256": hashlib.sha256(np.array(ids, "<i4").tobytes()).hexdigest()}
+        found = {
+            "n_ids": len(ids),
+            "first": ids[:12],
+            "last": ids[-12:],
+            "sha256": hashlib.sha256(np.array(ids, "<i4").tobytes()).hexdigest(),
+        }
         assert found == {key: entry[key] for key in found}, (entry["file"], entry["index"], entry["max_length"])
 
 
@@ -55,12 +62,15 @@ def test_role_tokens_in_a_document_stay_text(tokenizer):
     assert ids.count(tokenizer.get_command("<|assistant|>")) == 1
 
 
-@pytest.mark.parametrize("change, template, length, message", [
-    ({"dataset": None}, TEMPLATE, 10, "field 'dataset' is None"),
-    ({"input": None}, TEMPLATE, 10, "field 'input' is NoneType, not a text, and the prompt of 'hotpotqa' needs it"),
-    ({}, "{context", 10, "the prompt of 'hotpotqa' has a wrong brace"),
-    ({}, TEMPLATE, 1, "max_length: 1"),
-])
+@pytest.mark.parametrize(
+    "change, template, length, message",
+    [
+        ({"dataset": None}, TEMPLATE, 10, "field 'dataset' is None"),
+        ({"input": None}, TEMPLATE, 10, "field 'input' is NoneType, not a text, and the prompt of 'hotpotqa' needs it"),
+        ({}, "{context", 10, "the prompt of 'hotpotqa' has a wrong brace"),
+        ({}, TEMPLATE, 1, "max_length: 1"),
+    ],
+)
 def test_what_is_wrong_is_named(tokenizer, change, template, length, message):
     with pytest.raises(InputError, match=message):
         build_prompt_ids({**SAMPLE, **change}, template, tokenizer, length)

@@ -1,8 +1,9 @@
 """Strategies compiled once per session, and MindSpore's transform_checkpoints without a process of its own."""
+
 import mindspore
 import pytest
-
 from dryrun.tiny import run_command
+
 from mindformers_glm32k.weights import transform
 from weights.parallel import CASES, whole_tensors, write_checkpoint
 
@@ -17,8 +18,15 @@ def compiled_split(tmp_path_factory):
             folder, case = tmp_path_factory.mktemp(name), CASES[name]
             adapters = name == "lora"
             whole = write_checkpoint(folder / "whole.ckpt", whole_tensors(case.sizes, adapters=adapters))
-            result = run_command("split", "--load_checkpoint", str(whole), "--output", str(folder / "parts"),
-                                 config=case.config, **case.overrides)
+            result = run_command(
+                "split",
+                "--load_checkpoint",
+                str(whole),
+                "--output",
+                str(folder / "parts"),
+                config=case.config,
+                **case.overrides,
+            )
             assert result.returncode == 0, result.stderr
             done[name] = folder / "parts", whole, result
         return done[name]
@@ -29,6 +37,7 @@ def compiled_split(tmp_path_factory):
 @pytest.fixture
 def in_process(monkeypatch):
     """The same function of MindSpore, called here: importing MindSpore takes longer than what tests cut."""
+
     def run(self, source, target, cut_by=None, joined_from=None):
         paths = [path and str(path) for path in (joined_from, cut_by)]
         mindspore.transform_checkpoints(str(source), str(target), "checkpoint_", *paths)

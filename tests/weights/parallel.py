@@ -1,9 +1,10 @@
 """Whole training checkpoints of tiny models, and the layouts that tests cut them into."""
+
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-
 from dryrun.tiny import CONFIG, FFN, GROUPS, HEADS, HIDDEN, SHARDED, SIZE, VOCABULARY
+
 from mindformers_glm32k.weights.names import name_of, slots
 from mindformers_glm32k.weights.parameters import raw_bytes
 from mindformers_glm32k.weights.sizes import Sizes
@@ -41,8 +42,12 @@ class Case:
 
 
 def _parallel(dp=1, mp=1, pp=1):
-    return {"parallel_config__data_parallel": dp, "parallel_config__model_parallel": mp,
-            "parallel_config__pipeline_stage": pp, "parallel_config__micro_batch_num": max(pp, 1)}
+    return {
+        "parallel_config__data_parallel": dp,
+        "parallel_config__model_parallel": mp,
+        "parallel_config__pipeline_stage": pp,
+        "parallel_config__micro_batch_num": max(pp, 1),
+    }
 
 
 CASES = {
@@ -50,10 +55,20 @@ CASES = {
     "dp2": Case(2, 1, _parallel(dp=2)),
     "mp2pp2": Case(4, 2, _parallel(mp=2, pp=2)),
     "dp2pp4": Case(8, 4, {"model__model_config__num_layers": 4}, layers=4),  # the shipped YAML's
-    "cp8": Case(8, 1, {"model__model_config__num_attention_heads": 8, "model__model_config__hidden_size": 128,
-                       "model__model_config__seq_length": 256, "train_dataset__max_source_length": 128,
-                       "train_dataset__max_target_length": 127},
-                CONFIG.with_name("finetune_glm32k_cp8.yaml"), hidden=128, heads=8),
+    "cp8": Case(
+        8,
+        1,
+        {
+            "model__model_config__num_attention_heads": 8,
+            "model__model_config__hidden_size": 128,
+            "model__model_config__seq_length": 256,
+            "train_dataset__max_source_length": 128,
+            "train_dataset__max_target_length": 127,
+        },
+        CONFIG.with_name("finetune_glm32k_cp8.yaml"),
+        hidden=128,
+        heads=8,
+    ),
     "lora": Case(2, 1, _parallel(mp=2), CONFIG.with_name("finetune_glm32k_lora.yaml")),
 }
 TINY_SIZES = CASES["mp2"].sizes
@@ -69,18 +84,28 @@ def whole_tensors(sizes=TINY_SIZES, dtype="fp32", states=True, adapters=False, s
     shapes = {name_of(slot, "mindspore"): sizes.shape(slot) for slot in slots(sizes.num_layers, True, True, True)}
     lora = {}
     for name, (rows, columns) in ((n, s) for n, s in shapes.items() if n.endswith("query_key_value.weight")):
-        layer = name[:-len(".weight")] + ".mindpet_delta_lora_"
+        layer = name[: -len(".weight")] + ".mindpet_delta_lora_"
         lora.update({layer + "a": (LORA_RANK, columns), layer + "b": (rows, LORA_RANK)})
     shapes.update(lora if adapters else {})
     tensors = {name: (rng.standard_normal(shape).astype(NUMPY[dtype]), dtype) for name, shape in shapes.items()}
     if states:
         trained = lora if adapters else shapes
         for prefix in ("adam_m.", "adam_v."):
-            tensors.update({prefix + name: (rng.standard_normal(shape).astype(np.float32), "fp32")
-                            for name, shape in trained.items()})
-        tensors.update({"scale_sense": (np.array(1024, np.float32), "fp32"), "step_num": (np.array(40), "Int64"),
-                        "epoch_num": (np.array(2), "Int64"), "global_batch_size": (np.array(8), "Int64"),
-                        "another_number": (np.array(3), "Int64")})
+            tensors.update(
+                {
+                    prefix + name: (rng.standard_normal(shape).astype(np.float32), "fp32")
+                    for name, shape in trained.items()
+                }
+            )
+        tensors.update(
+            {
+                "scale_sense": (np.array(1024, np.float32), "fp32"),
+                "step_num": (np.array(40), "Int64"),
+                "epoch_num": (np.array(2), "Int64"),
+                "global_batch_size": (np.array(8), "Int64"),
+                "another_number": (np.array(3), "Int64"),
+            }
+        )
     return tensors
 
 
@@ -101,8 +126,13 @@ def read_weights(path):
 
 def read_all(path):
     """All entries of a checkpoint file, as `write_checkpoint` takes them."""
-    return {tensor.name: (tensor.load() if tensor.shape else np.array(_NUMBERS[tensor.dtype](raw_bytes(tensor))),
-                          tensor.dtype) for tensor in read_file(path)}
+    return {
+        tensor.name: (
+            tensor.load() if tensor.shape else np.array(_NUMBERS[tensor.dtype](raw_bytes(tensor))),
+            tensor.dtype,
+        )
+        for tensor in read_file(path)
+    }
 
 
 _NUMBERS = {"fp32": lambda raw: np.frombuffer(raw, np.float32)[0], "Int64": lambda raw: np.frombuffer(raw, np.int64)[0]}

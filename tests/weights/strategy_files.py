@@ -1,4 +1,5 @@
 """Writes strategy files with given layouts, as MindSpore would."""
+
 from mindspore.train import node_strategy_pb2
 
 

@@ -1,14 +1,26 @@
 """Makes checkpoints for tests and benchmarks: any size, torch zip-pickle files without torch, the published layout."""
+
 import json
 import struct
 import zipfile
 
 import numpy as np
 
-TINY = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "kv_channels": 16, "multi_query_group_num": 2,
-        "ffn_hidden_size": 160, "padded_vocab_size": 1024}
-_STORAGES = {np.dtype("f4"): "FloatStorage", np.dtype("f2"): "HalfStorage", np.dtype("u2"): "BFloat16Storage",
-             np.dtype("i8"): "LongStorage"}
+TINY = {
+    "num_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "kv_channels": 16,
+    "multi_query_group_num": 2,
+    "ffn_hidden_size": 160,
+    "padded_vocab_size": 1024,
+}
+_STORAGES = {
+    np.dtype("f4"): "FloatStorage",
+    np.dtype("f2"): "HalfStorage",
+    np.dtype("u2"): "BFloat16Storage",
+    np.dtype("i8"): "LongStorage",
+}
 _CODES = {np.dtype("f4"): "F32", np.dtype("f2"): "F16", np.dtype("u2"): "BF16", np.dtype("i8"): "I64"}
 
 
@@ -17,8 +29,10 @@ def chatglm_shapes(config):
     hidden, ffn, vocab = config["hidden_size"], config["ffn_hidden_size"], config["padded_vocab_size"]
     projection = config["num_attention_heads"] * config["kv_channels"]
     qkv = projection + 2 * config["multi_query_group_num"] * config["kv_channels"]
-    shapes = {"transformer.embedding.word_embeddings.weight": (vocab, hidden),
-              "transformer.rotary_pos_emb.inv_freq": (config["kv_channels"] // 4,)}
+    shapes = {
+        "transformer.embedding.word_embeddings.weight": (vocab, hidden),
+        "transformer.rotary_pos_emb.inv_freq": (config["kv_channels"] // 4,),
+    }
     for layer in range(config["num_layers"]):
         prefix = f"transformer.encoder.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
@@ -51,8 +65,11 @@ def write_safetensors(path, tensors):
     """Writes a safetensors file (uint16 arrays count as bf16, for which NumPy and the library have no common dtype)."""
     header, position = {"__metadata__": {"format": "pt"}}, 0
     for name, values in tensors.items():
-        header[name] = {"dtype": _CODES[values.dtype], "shape": list(values.shape),
-                        "data_offsets": [position, position + values.nbytes]}
+        header[name] = {
+            "dtype": _CODES[values.dtype],
+            "shape": list(values.shape),
+            "data_offsets": [position, position + values.nbytes],
+        }
         position += values.nbytes
     text = json.dumps(header).encode()
     with open(path, "wb") as handle:
@@ -72,8 +89,10 @@ def write_torch(path, tensors, pickle=None, views=None):
     """
     prefix = path.stem
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+
         def put(name, data):
             archive.writestr(zipfile.ZipInfo(f"{prefix}/{name}", (1980, 1, 1, 0, 0, 0)), data)
+
         put("data.pkl", state_dict_pickle(tensors, views or {}) if pickle is None else pickle)
         put("byteorder", b"little")
         for key, values in enumerate(tensors.values()):
@@ -98,12 +117,30 @@ def state_dict_pickle(tensors, views):
     """The pickle (protocol 2) of an OrderedDict of tensors, as torch writes it."""
     out = b"\x80\x02ccollections\nOrderedDict\n)R("
     for key, (name, values) in enumerate(tensors.items()):
-        steps = [int(np.prod(values.shape[axis + 1:], dtype=int)) for axis in range(values.ndim)]
+        steps = [int(np.prod(values.shape[axis + 1 :], dtype=int)) for axis in range(values.ndim)]
         offset, shape, strides = views.get(name, (0, values.shape, steps))
-        storage = (b"(" + _text("storage") + b"ctorch\n" + _STORAGES[values.dtype].encode() + b"\n" + _text(str(key))
-                   + _text("cpu") + _number(values.size) + b"tQ")
-        out += (_text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _number(offset) + _numbers(shape)
-                + _numbers(strides) + b"\x89" + b"ccollections\nOrderedDict\n)R" + b"tR")
+        storage = (
+            b"("
+            + _text("storage")
+            + b"ctorch\n"
+            + _STORAGES[values.dtype].encode()
+            + b"\n"
+            + _text(str(key))
+            + _text("cpu")
+            + _number(values.size)
+            + b"tQ"
+        )
+        out += (
+            _text(name)
+            + b"ctorch._utils\n_rebuild_tensor_v2\n("
+            + storage
+            + _number(offset)
+            + _numbers(shape)
+            + _numbers(strides)
+            + b"\x89"
+            + b"ccollections\nOrderedDict\n)R"
+            + b"tR"
+        )
     # torch puts the modules' versions beside the tensors, as an attribute
     return out + b"u}" + _text("_metadata") + b"ccollections\nOrderedDict\n)Rsb."
 
@@ -129,9 +166,23 @@ def write_folder(folder, config, tensors, kind, shards=2, place=None):
     folder.mkdir(parents=True, exist_ok=True)
     stem, suffix = ("pytorch_model", ".bin") if kind == "bin" else ("model", ".safetensors")
     write = write_torch if kind == "bin" else write_safetensors
-    (folder / "config.json").write_text(json.dumps(dict(
-        {"model_type": "chatglm", "multi_query_attention": True, "add_qkv_bias": True, "layernorm_epsilon": 1e-5,
-         "rope_ratio": 50, "seq_length": 32768, "eos_token_id": 2, "pad_token_id": 0}, **config)))
+    (folder / "config.json").write_text(
+        json.dumps(
+            dict(
+                {
+                    "model_type": "chatglm",
+                    "multi_query_attention": True,
+                    "add_qkv_bias": True,
+                    "layernorm_epsilon": 1e-5,
+                    "rope_ratio": 50,
+                    "seq_length": 32768,
+                    "eos_token_id": 2,
+                    "pad_token_id": 0,
+                },
+                **config,
+            )
+        )
+    )
     names = [f"{stem}-{number:05d}-of-{shards:05d}{suffix}" for number in range(1, shards + 1)]
     if shards == 1:
         names = [f"{stem}{suffix}"]

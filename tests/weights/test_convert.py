@@ -1,4 +1,5 @@
 """Conversion both ways: equal values from both kinds of files, the original bits back for every dtype and layout."""
+
 import itertools
 import json
 import subprocess
@@ -20,8 +21,11 @@ from .synthetic import TINY, chatglm_shapes, random_values, write_folder, write_
 
 def read_all(path):
     """name -> (dtype, bytes) of every tensor of a checkpoint, buffers left out."""
-    return {tensor.name: (tensor.dtype, tensor.shape, tensor.load().tobytes())
-            for tensor in open_source(path).tensors.values() if "inv_freq" not in tensor.name}
+    return {
+        tensor.name: (tensor.dtype, tensor.shape, tensor.load().tobytes())
+        for tensor in open_source(path).tensors.values()
+        if "inv_freq" not in tensor.name
+    }
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +43,14 @@ def test_both_formats_convert_to_identical_files(tiny, tmp_path):
 @pytest.mark.parametrize("format", ("ckpt", "safetensors"))
 def test_mindspore_loads_the_values(tiny, tmp_path, format):
     import mindspore
+
     path = tmp_path / f"out.{format}"
     convert(tiny / "hf_bin_fp16", path, dtype="fp32")
     loaded = mindspore.load_checkpoint(str(path), format=format)
-    expected = {name.replace("word_embeddings.weight", "embedding_weight"): values
-                for name, values in load_hf_weights(tiny / "hf_safetensors_fp32")}
+    expected = {
+        name.replace("word_embeddings.weight", "embedding_weight"): values
+        for name, values in load_hf_weights(tiny / "hf_safetensors_fp32")
+    }
     assert set(loaded) == set(expected)
     for name, values in expected.items():
         assert np.array_equal(loaded[name].asnumpy(), values), name
@@ -75,8 +82,14 @@ def test_reversed_gives_the_original_bits(tmp_path, dtype, naming, qkv_concat, m
         convert_reversed(tmp_path / "hf", tmp_path / "native", hf_naming="glm")
         original = read_all(tmp_path / "native")
     format = "ckpt" if mlp_concat else "safetensors"
-    convert(tmp_path / ("hf" if naming == "chatglm" else "native"), tmp_path / f"ms.{format}", format=format,
-            qkv_concat=qkv_concat, mlp_concat=mlp_concat, max_shard_size="100KB" if qkv_concat else None)
+    convert(
+        tmp_path / ("hf" if naming == "chatglm" else "native"),
+        tmp_path / f"ms.{format}",
+        format=format,
+        qkv_concat=qkv_concat,
+        mlp_concat=mlp_concat,
+        max_shard_size="100KB" if qkv_concat else None,
+    )
     stored = tmp_path / (f"ms.{format}.index.json" if qkv_concat else f"ms.{format}")
     convert_reversed(stored, tmp_path / "back", hf_naming=naming, max_shard_size="200KB")
     back = read_all(tmp_path / "back")
@@ -111,6 +124,7 @@ def test_control_a_wrong_name_is_noticed(tmp_path, monkeypatch):
 def test_report_and_index(tiny, tmp_path):
     import hashlib
     import zlib
+
     report = convert(tiny / "hf_bin_fp16", tmp_path / "out.ckpt", dtype="fp32", max_shard_size="300KB")
     assert json.loads((tmp_path / "out.report.json").read_text()) == report
     index = json.loads((tmp_path / "out.ckpt.index.json").read_text())
@@ -124,29 +138,37 @@ def test_report_and_index(tiny, tmp_path):
         assert (entry["file"], entry["shape"], entry["dtype"]) == (tensor.file.name, list(tensor.shape), "fp32")
         assert index["weight_map"][name] == tensor.file.name
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*report["output"]["files"], "out.ckpt.index.json", "out.report.json"])
+        [*report["output"]["files"], "out.ckpt.index.json", "out.report.json"]
+    )
 
 
 def test_mindspore_finds_parameters_in_sharded_safetensors(tiny, tmp_path):
     """load_distributed_checkpoint reads a folder of safetensors by param_name_map.json; uncut, without a strategy."""
     import mindspore
+
     convert(tiny / "hf_bin_fp16", tmp_path / "cut" / "out.safetensors", max_shard_size="300KB")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 2
     mindspore.load_distributed_checkpoint(
-        network=None, predict_strategy=None, format="safetensors", unified_safetensors_dir=str(tmp_path / "cut"),
-        dst_safetensors_dir=str(tmp_path / "loaded"), rank_id=0)
+        network=None,
+        predict_strategy=None,
+        format="safetensors",
+        unified_safetensors_dir=str(tmp_path / "cut"),
+        dst_safetensors_dir=str(tmp_path / "loaded"),
+        rank_id=0,
+    )
     written = read_all(next((tmp_path / "loaded").rglob("*.safetensors")))
     assert written == read_all(tmp_path / "cut" / "out.safetensors.index.json")
 
 
 def test_the_safetensors_library_reads_what_is_written(tiny, tmp_path):
     from safetensors import safe_open
+
     convert_reversed(tiny / "hf_bin_fp16", tmp_path / "hf", dtype="fp32")
     expected = dict(load_hf_weights(tiny / "hf_safetensors_fp32"))
     with safe_open(tmp_path / "hf" / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(expected)
-        for name in file.keys():
+        for name in file:
             assert np.array_equal(file.get_tensor(name), expected[name])
 
 
@@ -155,8 +177,15 @@ def test_without_config_json_the_sizes_are_inferred(tmp_path):
     values.pop("transformer.rotary_pos_emb.inv_freq")
     write_safetensors(tmp_path / "model.safetensors", values)
     report = convert(tmp_path / "model.safetensors", tmp_path / "out.ckpt", qkv_concat=False)
-    assert report["sizes"] == {"num_layers": 3, "vocab": 1024, "hidden": 64, "ffn": 160, "q_rows": 64, "kv_rows": 32,
-                               "qkv_bias": True}
+    assert report["sizes"] == {
+        "num_layers": 3,
+        "vocab": 1024,
+        "hidden": 64,
+        "ffn": 160,
+        "q_rows": 64,
+        "kv_rows": 32,
+        "qkv_bias": True,
+    }
     assert report["huggingface_config"] is None
     with pytest.raises(InputError, match="number of heads.*--config"):
         convert_reversed(tmp_path / "out.ckpt", tmp_path / "hf")
@@ -165,8 +194,10 @@ def test_without_config_json_the_sizes_are_inferred(tmp_path):
 def test_yaml_decides_layout_and_sizes(tiny, tmp_path):
     yaml = tmp_path / "model.yaml"
     fields = "".join(f"    {key}: {value}\n" for key, value in TINY.items())
-    yaml.write_text("model:\n  model_config:\n    type: GLM32KConfig\n    layernorm_epsilon: 1e-5\n"
-                    f"    qkv_concat: False\n    mlp_concat: True\n{fields}")
+    yaml.write_text(
+        "model:\n  model_config:\n    type: GLM32KConfig\n    layernorm_epsilon: 1e-5\n"
+        f"    qkv_concat: False\n    mlp_concat: True\n{fields}"
+    )
     convert(tiny / "hf_bin_fp16", tmp_path / "out.ckpt", config=yaml)
     names = set(read_index(tmp_path / "out.ckpt"))
     assert "transformer.encoder.layers.0.self_attention.wq.weight" in names
@@ -180,6 +211,7 @@ def test_yaml_decides_layout_and_sizes(tiny, tmp_path):
 
 def test_training_checkpoint_is_stripped(tiny, tmp_path):
     import mindspore
+
     convert(tiny / "hf_bin_fp16", tmp_path / "model.ckpt", dtype="fp32")
     weights = mindspore.load_checkpoint(str(tmp_path / "model.ckpt"))
     state = [{"name": name, "data": value} for name, value in weights.items()]
@@ -198,15 +230,31 @@ def test_companions_are_copied(tiny, tmp_path):
         (original / name).write_text(name)
     convert(original, tmp_path / "out.ckpt")
     convert_reversed(tmp_path / "out.ckpt", tmp_path / "back", hf_files=original)
-    assert {"tokenizer.model", "tokenizer_config.json", "modeling_chatglm.py", "MODEL_LICENSE", "config.json",
-            "model.safetensors"} == {path.name for path in (tmp_path / "back").iterdir()}
+    assert {
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "modeling_chatglm.py",
+        "MODEL_LICENSE",
+        "config.json",
+        "model.safetensors",
+    } == {path.name for path in (tmp_path / "back").iterdir()}
     convert_reversed(tmp_path / "out.ckpt", tmp_path / "native", hf_files=original, hf_naming="glm")
     assert not (tmp_path / "native" / "modeling_chatglm.py").exists()
 
 
 def test_command_line(tiny, tmp_path, capsys):
-    arguments = ["--model", "glm-n", "--input_path", str(tiny / "hf_bin_fp16"), "--output_path", "out.ckpt",
-                 "--dtype", "fp32", "--qkv_concat", "False"]
+    arguments = [
+        "--model",
+        "glm-n",
+        "--input_path",
+        str(tiny / "hf_bin_fp16"),
+        "--output_path",
+        "out.ckpt",
+        "--dtype",
+        "fp32",
+        "--qkv_concat",
+        "False",
+    ]
     assert cli.main(["convert", *arguments]) == 0
     assert "36 tensors, 1,043,712 bytes, verified: out.ckpt" in capsys.readouterr().out
     back = ["--reversed", "--input_path", "out.ckpt", "--output_path", "hf", "--dtype", "fp16"]
@@ -218,25 +266,44 @@ def test_command_line(tiny, tmp_path, capsys):
 
 def test_module_and_upstream_style_script_run(tiny, tmp_path):
     from conftest import ROOT
+
     script = str(ROOT / "research" / "glm32k" / "convert_weight.py")
     for number, program in enumerate((["-m", command.__name__], [script])):
         result = subprocess.run(
-            [sys.executable, *program, "--model", "glm-n", "--input_path", str(tiny / "hf_safetensors_fp32"),
-             "--output_path", f"out{number}.ckpt", "--dtype", "fp16"], capture_output=True, text=True, cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=False)
+            [
+                sys.executable,
+                *program,
+                "--model",
+                "glm-n",
+                "--input_path",
+                str(tiny / "hf_safetensors_fp32"),
+                "--output_path",
+                f"out{number}.ckpt",
+                "--dtype",
+                "fp16",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": ""},
+            check=False,
+        )
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "out0.ckpt").read_bytes() == (tmp_path / "out1.ckpt").read_bytes()
 
 
-@pytest.mark.parametrize("options, message", (
-    (dict(dtype="int8"), "dtype 'int8'"),
-    (dict(format="onnx"), "format 'onnx'"),
-    (dict(format="safetensors"), "out.ckpt: the suffix contradicts format safetensors"),
-    (dict(max_shard_size="much"), "max_shard_size 'much'"),
-    (dict(max_shard_size="0GB"), "max_shard_size '0GB'"),
-    (dict(workers=0), "workers 0"),
-    (dict(config="missing.yaml"), "missing.yaml"),
-))
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        (dict(dtype="int8"), "dtype 'int8'"),
+        (dict(format="onnx"), "format 'onnx'"),
+        (dict(format="safetensors"), "out.ckpt: the suffix contradicts format safetensors"),
+        (dict(max_shard_size="much"), "max_shard_size 'much'"),
+        (dict(max_shard_size="0GB"), "max_shard_size '0GB'"),
+        (dict(workers=0), "workers 0"),
+        (dict(config="missing.yaml"), "missing.yaml"),
+    ),
+)
 def test_wrong_options_write_nothing(tiny, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         convert(tiny / "hf_bin_fp16", tmp_path / "out.ckpt", **options)
@@ -274,6 +341,7 @@ def test_values_that_the_dtype_cannot_hold(tmp_path):
 
 def test_no_space_is_found_before_the_start(tiny, tmp_path, monkeypatch):
     import shutil
+
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1 << 20))
     with pytest.raises(InputError, match="bytes are needed, 1,048,576 are free"):
         convert(tiny / "hf_bin_fp16", tmp_path / "out.ckpt")
@@ -286,6 +354,7 @@ def test_a_full_disk_in_the_middle(tiny, tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr("mindformers_glm32k.weights.job._write_exactly", full)
     with pytest.raises(InputError, match="the disk is full"):
         convert(tiny / "hf_bin_fp16", tmp_path / "out.ckpt")
@@ -295,12 +364,14 @@ def test_a_full_disk_in_the_middle(tiny, tmp_path, monkeypatch):
 def test_a_write_that_went_wrong_is_noticed(tiny, tmp_path, monkeypatch):
     """Verification reads back what is on disk: a flipped byte must not be published."""
     from mindformers_glm32k.weights import job
+
     write = job._write_exactly
 
     def faulty(handle, view, offset):
         write(handle, view, offset)
         if len(view) > 100_000:
             write(handle, memoryview(bytes([view[5] ^ 1])), offset + 5)
+
     monkeypatch.setattr(job, "_write_exactly", faulty)
     with pytest.raises(InputError, match="reads back differently"):
         convert(tiny / "hf_safetensors_fp32", tmp_path / "out.ckpt")

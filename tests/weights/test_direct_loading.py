@@ -1,4 +1,5 @@
 """A Hugging Face folder in load_checkpoint: every layout and naming arrives whole, once, also with many processes."""
+
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,8 +46,15 @@ def test_what_is_not_hugging_face_stays_as_it_is(folders):
     convert(folders / "bin", folders / "ms" / "model.safetensors", qkv_concat=False, mlp_concat=False)
     convert(folders / "bin", folders / "trained" / "rank_0" / "model.ckpt")
     (folders / "empty").mkdir()
-    for path in (None, "", "nowhere", str(folders / "ms"), str(folders / "ms" / "model.safetensors"),
-                 str(folders / "trained"), str(folders / "empty")):
+    for path in (
+        None,
+        "",
+        "nowhere",
+        str(folders / "ms"),
+        str(folders / "ms" / "model.safetensors"),
+        str(folders / "trained"),
+        str(folders / "empty"),
+    ):
         assert checkpoint_to_load(path, str(folders / "out")) == path
     assert not (folders / "out").exists()
     assert is_huggingface(folders / "bin") and is_huggingface(folders / "glm") and is_huggingface(folders / "chatglm")
@@ -54,6 +62,7 @@ def test_what_is_not_hugging_face_stays_as_it_is(folders):
 
 def test_many_processes_convert_once(folders, monkeypatch):
     from mindformers_glm32k.weights import direct_loading, job
+
     runs, run = [], job.Job.run
     monkeypatch.setattr(job.Job, "run", lambda self: (runs.append(1), run(self))[1])
     monkeypatch.setattr(direct_loading, "_WAIT_SECONDS", 0.01)
@@ -74,15 +83,17 @@ def test_broken_folders_stop_the_run(folders):
 
 @pytest.mark.parametrize("mode", ("train", "evaluate", "predict"))
 def test_the_trainer_loads_the_converted_file(folders, monkeypatch, mode):
+    from conftest import ROOT
     from mindformers import CausalLanguageModelingTrainer
     from mindformers.tools.register import MindFormerConfig
 
-    from conftest import ROOT
     from mindformers_glm32k import trainer
+
     seen = []
     monkeypatch.setattr(CausalLanguageModelingTrainer, mode, lambda self, config=None, **_: seen.append(config))
-    monkeypatch.setattr(CausalLanguageModelingTrainer, "predict_process",
-                        lambda self, config=None, **_: seen.append(config) or [])
+    monkeypatch.setattr(
+        CausalLanguageModelingTrainer, "predict_process", lambda self, config=None, **_: seen.append(config) or []
+    )
     for check in ("_check_rows", "check_vocabulary", "check_config"):  # of what this run has not: data, a tokenizer
         monkeypatch.setattr(trainer, check, lambda *_: None, raising=False)
     monkeypatch.setattr(trainer, "ChatPromptTokenizer", lambda *_, **__: None)
@@ -92,7 +103,9 @@ def test_the_trainer_loads_the_converted_file(folders, monkeypatch, mode):
 
     class Tokenizer:
         """What predict reads of a tokenizer."""
+
         stop_token_ids, vocab_file = [2], "x"
+
     options = {"input_data": "a", "tokenizer": Tokenizer} if mode == "predict" else {}
     getattr(trainer.GLM32KTrainer(), mode)(config=config, **options)
     assert seen[0].load_checkpoint == str(folders / "run" / FOLDER / "model.ckpt")

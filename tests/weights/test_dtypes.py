@@ -1,4 +1,5 @@
 """Casts against definitions: NumPy's own for fp16, nearest-even by brute force for bf16."""
+
 import numpy as np
 import pytest
 
@@ -17,8 +18,9 @@ def test_every_16_bit_value_survives_the_way_through_fp32():
         back = cast(cast(values, source, "fp32"), "fp32", source).view(np.uint16)
         finite = np.isfinite(cast(values, source, "fp32"))
         assert np.array_equal(back[finite], BITS[finite])
-        assert np.array_equal(np.isnan(cast(back.view(values.dtype), source, "fp32")),
-                              np.isnan(cast(values, source, "fp32")))
+        assert np.array_equal(
+            np.isnan(cast(back.view(values.dtype), source, "fp32")), np.isnan(cast(values, source, "fp32"))
+        )
 
 
 def test_fp32_to_bf16_is_the_nearest_and_ties_go_to_even():

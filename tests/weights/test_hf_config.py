@@ -1,4 +1,5 @@
 """config.json in both namings, and the native naming's meaning: a plain NumPy `glm` gives the published logits."""
+
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from mindformers_glm32k.weights.sizes import sizes_from_config
 
 
 def test_published_fields(reference):
-    assert PUBLISHED == json.loads((reference / "chatglm3-6b-32k_config.json").read_text())
+    assert json.loads((reference / "chatglm3-6b-32k_config.json").read_text()) == PUBLISHED
 
 
 def test_glm_is_the_inverse_of_chatglm():
@@ -24,8 +25,18 @@ def test_glm_is_the_inverse_of_chatglm():
 
 
 def test_what_the_file_leaves_out_is_not_left_to_another_model_s_defaults():
-    sizes = {key: PUBLISHED[key] for key in ("hidden_size", "num_layers", "num_attention_heads", "kv_channels",
-                                              "ffn_hidden_size", "padded_vocab_size", "multi_query_group_num")}
+    sizes = {
+        key: PUBLISHED[key]
+        for key in (
+            "hidden_size",
+            "num_layers",
+            "num_attention_heads",
+            "kv_channels",
+            "ffn_hidden_size",
+            "padded_vocab_size",
+            "multi_query_group_num",
+        )
+    }
     native = to_glm(sizes)
     assert (native["pad_token_id"], native["rms_norm_eps"], native["attention_bias"]) == (0, 1e-5, True)
 
@@ -35,11 +46,14 @@ def test_settings_that_chatglm_has_not():
         to_chatglm(dict(to_glm(PUBLISHED), partial_rotary_factor=1.0), "config.json")
 
 
-@pytest.mark.parametrize("text, message", (
-    ("model:\n  arch: {}\n", "model.model_config"),
-    ("model: [", "model.model_config"),
-    ("model:\n  model_config:\n    num_layers: many\n", "num_layers is 'many', a number"),
-))
+@pytest.mark.parametrize(
+    "text, message",
+    (
+        ("model:\n  arch: {}\n", "model.model_config"),
+        ("model: [", "model.model_config"),
+        ("model:\n  model_config:\n    num_layers: many\n", "num_layers is 'many', a number"),
+    ),
+)
 def test_yaml_that_is_none(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(InputError, match="x.yaml.*" + message):
@@ -66,11 +80,15 @@ def _glm(weights, config, ids):
     eps, length = config["rms_norm_eps"], len(ids)
     x = weights["model.embed_tokens.weight"][ids]
     for layer in range(config["num_hidden_layers"]):
+
         def w(name, prefix=f"model.layers.{layer}."):
             return weights[prefix + name]
+
         y = _rms_norm(x, w("input_layernorm.weight"), eps)
-        q, k, v = ((y @ w(f"self_attn.{p}_proj.weight").T + w(f"self_attn.{p}_proj.bias")).reshape(length, -1, dim)
-                   for p in "qkv")
+        q, k, v = (
+            (y @ w(f"self_attn.{p}_proj.weight").T + w(f"self_attn.{p}_proj.bias")).reshape(length, -1, dim)
+            for p in "qkv"
+        )
         q, k = _rotate(q, config["rope_theta"]), _rotate(k, config["rope_theta"])
         k, v = (np.repeat(part, heads // groups, 1) for part in (k, v))
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(dim)

@@ -1,4 +1,5 @@
 """The published seven-shard layout with scaled sizes: memory stays bounded while everything streams through."""
+
 import json
 import subprocess
 import sys
@@ -10,8 +11,15 @@ from mindformers_glm32k.weights.source import open_source
 from .synthetic import chatglm_shapes, random_values, write_folder
 
 # All 28 layers and the published vocabulary at a sixteenth of the width: 120 MB in fp16, the largest tensor 33 MB.
-SCALED = {"num_layers": 28, "hidden_size": 256, "num_attention_heads": 32, "kv_channels": 8, "multi_query_group_num": 2,
-          "ffn_hidden_size": 856, "padded_vocab_size": 65024}
+SCALED = {
+    "num_layers": 28,
+    "hidden_size": 256,
+    "num_attention_heads": 32,
+    "kv_channels": 8,
+    "multi_query_group_num": 2,
+    "ffn_hidden_size": 856,
+    "padded_vocab_size": 65024,
+}
 MEASURE = """
 import sys
 sys.path.insert(0, {root!r})
@@ -41,6 +49,7 @@ def published(reference, tmp_path_factory):
 @pytest.mark.parametrize("options", ("dtype='fp32'", "dtype='bf16', qkv_concat=False, mlp_concat=False"))
 def test_memory_does_not_grow_with_the_model(published, tmp_path, options):
     from conftest import ROOT
+
     program = MEASURE.format(root=str(ROOT), source=str(published), output=str(tmp_path / "out.ckpt"), options=options)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     before, peak = (int(word) / 1024 for word in result.stdout.split())

@@ -1,4 +1,5 @@
 """The files of all ranks joined: complete, of one step, equal copies, nothing lost; or an error and no file."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -81,12 +82,18 @@ def test_safetensors_files_of_a_run_with_counters(run, tmp_path):
     found = read_weights(tmp_path / "out.safetensors")
     assert all((found[name] == values).all() for name, values in read_weights(run / "whole.ckpt").items())
     codes = {tensor.name: tensor.dtype for tensor in read_header(tmp_path / "out.safetensors") if not tensor.shape}
-    assert codes == {"scale_sense": "fp32", "step_num": "I64", "epoch_num": "I64", "global_batch_size": "I64",
-                     "another_number": "I64"}
+    assert codes == {
+        "scale_sense": "fp32",
+        "step_num": "I64",
+        "epoch_num": "I64",
+        "global_batch_size": "I64",
+        "another_number": "I64",
+    }
 
 
 def test_merged_strategy_file(trained, tmp_path):
     import mindspore
+
     mindspore.merge_pipeline_strategys(str(trained / "strategy"), str(tmp_path / "merged_ckpt_strategy.ckpt"))
     merge(trained / "checkpoint", tmp_path / "out.ckpt", tmp_path / "merged_ckpt_strategy.ckpt", optimizer_states=True)
     assert (tmp_path / "out.ckpt").read_bytes() == (trained / "whole.ckpt").read_bytes()
@@ -229,12 +236,18 @@ def test_cut_parameters_need_the_strategy(run):
     refused(run, "rank_2", "Are the parameters cut?", "--src_ckpt_strategy", strategy=None)
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"dst": None}, "nothing to write"), ({"dst": "out.bin"}, "ends in .ckpt or .safetensors"),
-    ({"adapters_only": "out.safetensors"}, "need different names"),
-    ({"adapters_only": "a.ckpt"}, "no LoRA adapters"), ({"base": "b.ckpt"}, "add --lora"),
-    ({"lora": True}, "alpha / rank"), ({"lora": True, "lora_scaling": 2.0, "optimizer_states": True}, "belong to the"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"dst": None}, "nothing to write"),
+        ({"dst": "out.bin"}, "ends in .ckpt or .safetensors"),
+        ({"adapters_only": "out.safetensors"}, "need different names"),
+        ({"adapters_only": "a.ckpt"}, "no LoRA adapters"),
+        ({"base": "b.ckpt"}, "add --lora"),
+        ({"lora": True}, "alpha / rank"),
+        ({"lora": True, "lora_scaling": 2.0, "optimizer_states": True}, "belong to the"),
+    ],
+)
 def test_options_that_make_no_sense(trained, options, words):
     with pytest.raises(InputError, match=words):
         merge(trained / "checkpoint", **{"dst": "out.ckpt", "strategy": trained / "strategy", **options})

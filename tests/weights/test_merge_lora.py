@@ -1,13 +1,14 @@
 """LoRA adapters merged into the weights that they were trained on, or kept apart."""
+
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from dryrun.tiny import run_command
 from mindspore import merge_pipeline_strategys, transform_checkpoints
 
-from dryrun.tiny import run_command
 from mindformers_glm32k import cli
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import cast
@@ -31,9 +32,14 @@ def save_ranks(folder, tensors, strategy, keep=lambda name: True):
     """Writes what two ranks of a run save: counters whole, the rest cut."""
     layouts = read_strategy(strategy / "ckpt_strategy_rank_0.ckpt")
     for rank in range(2):
-        write_checkpoint(folder / f"rank_{rank}" / NAME.format(rank), {
-            name: (slice_of(values, layouts[name], rank) if name in layouts else values, dtype)
-            for name, (values, dtype) in tensors.items() if keep(name)})
+        write_checkpoint(
+            folder / f"rank_{rank}" / NAME.format(rank),
+            {
+                name: (slice_of(values, layouts[name], rank) if name in layouts else values, dtype)
+                for name, (values, dtype) in tensors.items()
+                if keep(name)
+            },
+        )
     return folder
 
 
@@ -49,8 +55,11 @@ def run(tmp_path, tensors, strategy):
 
 def merged(tensors, scale):
     """The weights that the adapters make, in double precision."""
-    weights = {name: values.astype(np.float64) for name, (values, _) in tensors.items()
-               if name.startswith("transformer") and "lora" not in name}
+    weights = {
+        name: values.astype(np.float64)
+        for name, (values, _) in tensors.items()
+        if name.startswith("transformer") and "lora" not in name
+    }
     for name, (values, _) in tensors.items():
         if name.endswith("lora_a") and name.startswith("transformer"):
             other = tensors[name.replace("lora_a", "lora_b")][0].astype(np.float64)
@@ -66,8 +75,14 @@ def assert_close(path, expected):
 
 
 def test_merged_into_the_weights(run, tensors, strategy, tmp_path):
-    merge(run, tmp_path / "out.ckpt", strategy, lora=True, lora_scaling=2.0,
-          adapters_only=tmp_path / "apart" / "lora.safetensors")
+    merge(
+        run,
+        tmp_path / "out.ckpt",
+        strategy,
+        lora=True,
+        lora_scaling=2.0,
+        adapters_only=tmp_path / "apart" / "lora.safetensors",
+    )
     assert_close(tmp_path / "out.ckpt", merged(tensors, 2.0))
     found = read_weights(tmp_path / "apart" / "lora.safetensors")
     assert set(found) == {name for name in tensors if "lora" in name and name.startswith("transformer")}
@@ -94,15 +109,31 @@ def test_equal_to_upstreams_tool(tensors, tmp_path):
         merge(folder / "checkpoint", folder / "ours.ckpt", lora=True, lora_scaling=2.0)
         (folder / "upstream").mkdir()
         done = subprocess.run(
-            [sys.executable, "-m", "mindformers.tools.transform_ckpt_lora", "--src_ckpt_path_or_dir", file,
-             "--dst_ckpt_dir", folder / "upstream", "--lora_scaling", "2.0"],
-            capture_output=True, text=True, check=False)
+            [
+                sys.executable,
+                "-m",
+                "mindformers.tools.transform_ckpt_lora",
+                "--src_ckpt_path_or_dir",
+                file,
+                "--dst_ckpt_dir",
+                folder / "upstream",
+                "--lora_scaling",
+                "2.0",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         ours, upstream = read_weights(folder / "ours.ckpt"), read_weights(folder / "upstream" / "merged_lora.ckpt")
         for name, values in ours.items():
             # upstream multiplies fp16 matrices in fp16
-            np.testing.assert_allclose(values, upstream[name], **({"rtol": 1e-6, "atol": 1e-5} if dtype == "fp32" else
-                                                                  {"rtol": 1e-2, "atol": 5e-2}), err_msg=name)
+            np.testing.assert_allclose(
+                values,
+                upstream[name],
+                **({"rtol": 1e-6, "atol": 1e-5} if dtype == "fp32" else {"rtol": 1e-2, "atol": 5e-2}),
+                err_msg=name,
+            )
 
 
 def test_adapters_alone_and_their_base(tensors, strategy, tmp_path):
@@ -110,13 +141,15 @@ def test_adapters_alone_and_their_base(tensors, strategy, tmp_path):
     run = save_ranks(tmp_path / "trainable", tensors, strategy, lambda name: "lora" in name and "adam" not in name)
     with pytest.raises(InputError, match="holds adapters only: add the whole base"):
         merge(run, tmp_path / "out.ckpt", strategy)
-    base = write_checkpoint(tmp_path / "base.safetensors", {name: tensor for name, tensor in tensors.items()
-                                                            if "lora" not in name})
+    base = write_checkpoint(
+        tmp_path / "base.safetensors", {name: tensor for name, tensor in tensors.items() if "lora" not in name}
+    )
     merge(run, tmp_path / "out.ckpt", strategy, lora=True, lora_scaling=0.5, base=base)
     assert_close(tmp_path / "out.ckpt", merged(tensors, 0.5))
     merge(run, adapters_only=tmp_path / "lora.ckpt", strategy=strategy)
-    assert set(read_weights(tmp_path / "lora.ckpt")) == {name for name in tensors
-                                                         if "lora" in name and "adam" not in name}
+    assert set(read_weights(tmp_path / "lora.ckpt")) == {
+        name for name in tensors if "lora" in name and "adam" not in name
+    }
 
 
 def test_strategy_without_the_frozen_weights(run, tensors, tmp_path):
@@ -130,14 +163,26 @@ def test_strategy_without_the_frozen_weights(run, tensors, tmp_path):
     upstream = read_weights(tmp_path / "upstream" / "rank_0" / "checkpoint_0.ckpt")
     np.testing.assert_array_equal(upstream[QKV], tensors[QKV][0][:64])
     base = {name: tensor for name, tensor in tensors.items() if name.startswith("transformer") and "lora" not in name}
-    merge(run, tmp_path / "out.ckpt", strategy, lora=True, lora_scaling=2.0,
-          base=write_checkpoint(tmp_path / "base.ckpt", base))
+    merge(
+        run,
+        tmp_path / "out.ckpt",
+        strategy,
+        lora=True,
+        lora_scaling=2.0,
+        base=write_checkpoint(tmp_path / "base.ckpt", base),
+    )
     assert_close(tmp_path / "out.ckpt", merged(tensors, 2.0))
     values, dtype = base[QKV]
     base[QKV] = values + np.float32(1), dtype
     with pytest.raises(InputError, match="trained on another base"):
-        merge(run, tmp_path / "wrong.ckpt", strategy, lora=True, lora_scaling=2.0,
-              base=write_checkpoint(tmp_path / "other.ckpt", base))
+        merge(
+            run,
+            tmp_path / "wrong.ckpt",
+            strategy,
+            lora=True,
+            lora_scaling=2.0,
+            base=write_checkpoint(tmp_path / "other.ckpt", base),
+        )
     assert not (tmp_path / "wrong.ckpt").exists()
 
 
@@ -149,11 +194,14 @@ def test_frozen_weights_that_every_rank_has_whole(tensors, tmp_path):
     assert_close(tmp_path / "out.ckpt", merged(tensors, 2.0))
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda tensors: tensors.pop(B), "no counterpart"),
-    (lambda tensors: tensors.update({A: (tensors[A][0][:4].copy(), "fp32")}), "ranks differ"),
-    (lambda tensors: tensors.pop(QKV), "missing|inferred"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda tensors: tensors.pop(B), "no counterpart"),
+        (lambda tensors: tensors.update({A: (tensors[A][0][:4].copy(), "fp32")}), "ranks differ"),
+        (lambda tensors: tensors.pop(QKV), "missing|inferred"),
+    ],
+)
 def test_incomplete_adapters(tensors, damage, words, tmp_path):
     damage(tensors)
     write_checkpoint(tmp_path / "checkpoint" / "rank_0" / NAME.format(0), tensors)
@@ -163,8 +211,16 @@ def test_incomplete_adapters(tensors, damage, words, tmp_path):
 
 
 def test_scale_comes_from_the_run(run, tensors, strategy, tmp_path, capsys):
-    command = ["merge", "--src_ckpt_dir", str(run), "--dst", str(tmp_path / "out.ckpt"), "--lora",
-               "--src_ckpt_strategy", str(strategy)]
+    command = [
+        "merge",
+        "--src_ckpt_dir",
+        str(run),
+        "--dst",
+        str(tmp_path / "out.ckpt"),
+        "--lora",
+        "--src_ckpt_strategy",
+        str(strategy),
+    ]
     assert cli.main(command) == 2
     assert "alpha / rank" in capsys.readouterr().err
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "r": 8}))
@@ -178,8 +234,16 @@ def test_strategy_and_scale_of_the_yaml(compiled_split, tmp_path):
     """The frozen weights' layouts too: compiled without adapters."""
     folder, whole, _ = compiled_split("lora")
     case = CASES["lora"]
-    result = run_command("merge", "--lora", "--src_ckpt_dir", str(folder), "--dst", str(tmp_path / "out.ckpt"),
-                         config=case.config, **case.overrides)
+    result = run_command(
+        "merge",
+        "--lora",
+        "--src_ckpt_dir",
+        str(folder),
+        "--dst",
+        str(tmp_path / "out.ckpt"),
+        config=case.config,
+        **case.overrides,
+    )
     assert result.returncode == 0, result.stderr
     assert "adapters merged with scale 2" in result.stdout  # alpha 16, rank 8
     assert_close(tmp_path / "out.ckpt", merged(read_all(whole), 2.0))
@@ -188,8 +252,9 @@ def test_strategy_and_scale_of_the_yaml(compiled_split, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_rounded_once(dtype):
     rng = np.random.default_rng(0)
-    weight, a, b = (cast(rng.standard_normal(shape).astype(np.float32), "fp32", dtype)
-                    for shape in ((6, 8), (2, 8), (6, 2)))
+    weight, a, b = (
+        cast(rng.standard_normal(shape).astype(np.float32), "fp32", dtype) for shape in ((6, 8), (2, 8), (6, 2))
+    )
     wide = [cast(array, dtype, "fp32") for array in (weight, a, b)]
     found = add_product((weight, dtype), (a, dtype), (b, dtype), 2.0, "weight")
     exact = wide[0].astype(np.float64) + 2.0 * wide[2].astype(np.float64) @ wide[1]

@@ -1,4 +1,5 @@
 """The .ckpt framing against MindSpore's own writer and reader."""
+
 import numpy as np
 import pytest
 
@@ -14,27 +15,32 @@ def _write(path, tensors):
         for name, dtype, values in tensors:
             raw, position = values.tobytes(), 0
             for before, length in frame(name, values.shape, dtype):
-                handle.write(before + raw[position:position + length])
+                handle.write(before + raw[position : position + length])
                 position += length
 
 
 def _examples():
     generator = np.random.default_rng(0)
-    return [("a.weight", "fp32", generator.standard_normal((300, 7)).astype(np.float32)),
-            ("b.weight", "fp16", generator.standard_normal(130).astype(np.float16))]
+    return [
+        ("a.weight", "fp32", generator.standard_normal((300, 7)).astype(np.float32)),
+        ("b.weight", "fp16", generator.standard_normal(130).astype(np.float16)),
+    ]
 
 
 def test_bytes_are_those_of_mindspore(tmp_path):
     import mindspore
+
     ours, theirs = tmp_path / "ours.ckpt", tmp_path / "theirs.ckpt"
     _write(ours, _examples())
-    mindspore.save_checkpoint([{"name": name, "data": mindspore.Tensor(values)} for name, _, values in _examples()],
-                              str(theirs))
+    mindspore.save_checkpoint(
+        [{"name": name, "data": mindspore.Tensor(values)} for name, _, values in _examples()], str(theirs)
+    )
     assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_slices_of_a_large_tensor(tmp_path, monkeypatch):
     import mindspore
+
     monkeypatch.setattr(ms_checkpoint, "SLICE_BYTES", 1000)
     path = tmp_path / "sliced.ckpt"
     _write(path, _examples())
@@ -50,12 +56,18 @@ def test_slices_of_a_large_tensor(tmp_path, monkeypatch):
 
 def test_read_index_of_a_training_checkpoint(tmp_path):
     import mindspore
+
     path = tmp_path / "training.ckpt"
     mindspore.save_checkpoint(
-        [{"name": "w", "data": mindspore.Tensor(np.zeros((2, 3)), mindspore.bfloat16)},
-         {"name": "step", "data": mindspore.Tensor(np.array([7], np.int32))},
-         {"name": "scalar", "data": mindspore.Tensor(1.5, mindspore.float32)}],
-        str(path), append_dict={"note": "text", "epoch_num": 3}, crc_check=True)
+        [
+            {"name": "w", "data": mindspore.Tensor(np.zeros((2, 3)), mindspore.bfloat16)},
+            {"name": "step", "data": mindspore.Tensor(np.array([7], np.int32))},
+            {"name": "scalar", "data": mindspore.Tensor(1.5, mindspore.float32)},
+        ],
+        str(path),
+        append_dict={"note": "text", "epoch_num": 3},
+        crc_check=True,
+    )
     index = read_index(path)
     assert index["w"] == ((2, 3), "bf16")
     assert index["step"] == ((1,), "Int32")
@@ -65,8 +77,9 @@ def test_read_index_of_a_training_checkpoint(tmp_path):
 
 def test_read_index_of_safetensors(tmp_path):
     path = tmp_path / "model.safetensors"
-    write_safetensors(path, {"w": np.zeros((2, 3), np.float16), "b": np.zeros(4, np.uint16),
-                             "n": np.zeros(2, np.int64)})
+    write_safetensors(
+        path, {"w": np.zeros((2, 3), np.float16), "b": np.zeros(4, np.uint16), "n": np.zeros(2, np.int64)}
+    )
     assert read_index(path) == {"w": ((2, 3), "fp16"), "b": ((4,), "bf16"), "n": ((2,), "I64")}
 
 

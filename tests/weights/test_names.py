@@ -1,4 +1,5 @@
 """The table of names is its own inverse, covers the published model, and refuses what it does not know."""
+
 import itertools
 import json
 
@@ -8,8 +9,9 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.names import NAMINGS, Slot, name_of, slot_of, slots
 
 
-@pytest.mark.parametrize("naming, qkv_concat, mlp_concat",
-                         list(itertools.product(NAMINGS, (True, False), (True, False))))
+@pytest.mark.parametrize(
+    "naming, qkv_concat, mlp_concat", list(itertools.product(NAMINGS, (True, False), (True, False)))
+)
 def test_reverse_is_inverse(naming, qkv_concat, mlp_concat):
     expected = slots(12, True, qkv_concat, mlp_concat)
     names = [name_of(slot, naming) for slot in expected]
@@ -45,14 +47,17 @@ def test_parameters_are_those_of_upstreams_model():
     ]
 
 
-@pytest.mark.parametrize("name", (
-    "transformer.encoder.layers.0.self_attention.query_key_value.weights",
-    "transformer.encoder.layers.00.input_layernorm.weight",
-    "transformer.prefix_encoder.embedding.weight",
-    "lm_head.bias",
-    "xtransformer.output_layer.weight",
-    "",
-))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "transformer.encoder.layers.0.self_attention.query_key_value.weights",
+        "transformer.encoder.layers.00.input_layernorm.weight",
+        "transformer.prefix_encoder.embedding.weight",
+        "lm_head.bias",
+        "xtransformer.output_layer.weight",
+        "",
+    ),
+)
 def test_unknown_name_raises(name):
     with pytest.raises(InputError, match="not a weight of ChatGLM3"):
         slot_of(name)
@@ -63,8 +68,16 @@ def test_adapters_are_named_as_such():
         slot_of("transformer.encoder.layers.0.self_attention.query_key_value.pet_delta_lora_a")
 
 
-@pytest.mark.parametrize("name", ("transformer.rotary_pos_emb.inv_freq", "global_step", "loss_scale",
-                                  "adam_m.transformer.output_layer.weight", "epoch_num"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "transformer.rotary_pos_emb.inv_freq",
+        "global_step",
+        "loss_scale",
+        "adam_m.transformer.output_layer.weight",
+        "epoch_num",
+    ),
+)
 def test_buffers_and_training_state_are_skipped(name):
     assert slot_of(name) is None
 

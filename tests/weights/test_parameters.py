@@ -1,4 +1,5 @@
 """What the entries of a training checkpoint are."""
+
 import pytest
 
 from mindformers_glm32k.weights.parameters import plain_name

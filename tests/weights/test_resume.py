@@ -1,4 +1,5 @@
 """A killed conversion goes on where it stopped and ends in the same bytes; until then no output is to be seen."""
+
 import os
 import random
 import signal
@@ -37,12 +38,16 @@ def source(tmp_path):
 
 
 def outputs(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".ckpt", ".json")
-            and not path.name.endswith("report.json")}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in (".ckpt", ".json") and not path.name.endswith("report.json")
+    }
 
 
 def test_kill_at_random_points_then_resume(source, tmp_path):
     from conftest import ROOT
+
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     convert(source, undisturbed / "out.ckpt", max_shard_size="100KB")
     program = SLOW.format(root=str(ROOT), source=str(source), output=str(disturbed / "out.ckpt"))
@@ -77,6 +82,7 @@ def _stop_after(monkeypatch, count):
         done = write(self, group, *args)
         written.append(group.targets[0].name)
         return done
+
     monkeypatch.setattr(job.Job, "_write_group", counted)
     return written
 

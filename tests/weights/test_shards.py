@@ -1,8 +1,15 @@
 """The cut of parameters over ranks, against MindSpore's transform_checkpoints."""
+
 import numpy as np
 import pytest
 from mindspore import (
-    Parameter, Tensor, load_checkpoint, merge_pipeline_strategys, save_checkpoint, transform_checkpoints)
+    Parameter,
+    Tensor,
+    load_checkpoint,
+    merge_pipeline_strategys,
+    save_checkpoint,
+    transform_checkpoints,
+)
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.shards import ParameterLayout, read_file, read_stages, read_strategy, slice_of
@@ -44,16 +51,24 @@ def cut(tmp_path_factory):
     write_strategy(folder / "strategy.ckpt", LAYOUTS)
     whole = {name: np.arange(np.prod(shape_of(name)), dtype=np.float32).reshape(shape_of(name)) for name in LAYOUTS}
     (folder / "whole" / "rank_0").mkdir(parents=True)
-    save_checkpoint([{"name": name, "data": Parameter(Tensor(value), name=name)} for name, value in whole.items()],
-                    str(folder / "whole" / "rank_0" / "whole.ckpt"))
+    save_checkpoint(
+        [{"name": name, "data": Parameter(Tensor(value), name=name)} for name, value in whole.items()],
+        str(folder / "whole" / "rank_0" / "whole.ckpt"),
+    )
     merged = folder / "merged.ckpt"  # parameters marked with their stage, as transform_ckpt wants them
     (folder / "strategies").mkdir()
     (folder / "strategies" / "ckpt_strategy_rank_0.ckpt").write_bytes((folder / "strategy.ckpt").read_bytes())
     merge_pipeline_strategys(str(folder / "strategies"), str(merged))
     transform_checkpoints(str(folder / "whole"), str(folder / "parts"), "checkpoint_", dst_strategy_file=str(merged))
-    parts = [{name: value.asnumpy() for name, value in
-              load_checkpoint(str(folder / "parts" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")).items()}
-             for rank in range(8)]
+    parts = [
+        {
+            name: value.asnumpy()
+            for name, value in load_checkpoint(
+                str(folder / "parts" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+            ).items()
+        }
+        for rank in range(8)
+    ]
     return folder, whole, parts
 
 

@@ -1,4 +1,5 @@
 """A whole checkpoint cut for all ranks: by MindSpore, compared with our own cut, all or nothing."""
+
 import json
 import signal
 import subprocess
@@ -7,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-
 from dryrun.tiny import ROOT, run_command
+
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import pieces, workspace
 from mindformers_glm32k.weights.merge import merge
@@ -25,6 +26,7 @@ WEIGHT = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
 def test_compiled_layouts(name, compiled_split, tmp_path):
     folder, whole, result = compiled_split(name)
     from mindformers.utils.load_checkpoint_utils import get_last_checkpoint
+
     case = CASES[name]
     assert "all equal" in result.stdout
     files = [folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt" for rank in range(case.world)]
@@ -35,9 +37,21 @@ def test_compiled_layouts(name, compiled_split, tmp_path):
     (tmp_path / "whole" / "rank_0").mkdir(parents=True)
     (tmp_path / "whole" / "rank_0" / "whole.ckpt").write_bytes(whole.read_bytes())
     upstream = subprocess.run(
-        [sys.executable, "-m", "mindformers.tools.transform_ckpt", "--dst_ckpt_strategy", folder / "strategy",
-         "--src_ckpt_dir", tmp_path / "whole", "--dst_ckpt_dir", tmp_path / "upstream"],
-        capture_output=True, text=True, check=False)
+        [
+            sys.executable,
+            "-m",
+            "mindformers.tools.transform_ckpt",
+            "--dst_ckpt_strategy",
+            folder / "strategy",
+            "--src_ckpt_dir",
+            tmp_path / "whole",
+            "--dst_ckpt_dir",
+            tmp_path / "upstream",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert upstream.returncode == 0, upstream.stderr[-2000:]
     (folder / "strategy" / "merged_ckpt_strategy.ckpt").unlink()  # left behind by the command
     cut = 0
@@ -93,8 +107,15 @@ def test_one_tensor_at_a_time_gives_the_same(strategy, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("in_process")
 def test_hugging_face_folder(strategy, tmp_path):
-    config = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "kv_channels": 16,
-              "multi_query_group_num": 2, "ffn_hidden_size": 160, "padded_vocab_size": 1024}
+    config = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "kv_channels": 16,
+        "multi_query_group_num": 2,
+        "ffn_hidden_size": 160,
+        "padded_vocab_size": 1024,
+    }
     values = random_values(chatglm_shapes(config), "fp16")
     write_folder(tmp_path / "hf", config, values, "bin")
     split(tmp_path / "hf", tmp_path / "parts", strategy)
@@ -126,12 +147,16 @@ def damaged(tensors, damage):
     return tensors
 
 
-@pytest.mark.parametrize("damage, words", [
-    ("missing", [f"missing: '{WEIGHT}'"]), ("state", [f"missing: 'adam_v.{WEIGHT}'"]),
-    ("extra", ["layers.2.mlp.dense_4h_to_h.weight' is left over", "whole.ckpt"]),
-    ("misshapen", [f"'{WEIGHT}' has shape (64, 158), expected (64, 160)"]),
-    ("another dtype", [f"'{WEIGHT}' has dtype Int32"]),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("missing", [f"missing: '{WEIGHT}'"]),
+        ("state", [f"missing: 'adam_v.{WEIGHT}'"]),
+        ("extra", ["layers.2.mlp.dense_4h_to_h.weight' is left over", "whole.ckpt"]),
+        ("misshapen", [f"'{WEIGHT}' has shape (64, 158), expected (64, 160)"]),
+        ("another dtype", [f"'{WEIGHT}' has dtype Int32"]),
+    ],
+)
 def test_damaged_checkpoints(strategy, damage, words, tmp_path):
     whole = write_checkpoint(tmp_path / "whole.ckpt", damaged(whole_tensors(), damage))
     refused(tmp_path, words, whole, strategy, TINY_SIZES)
@@ -185,8 +210,9 @@ def test_an_output_that_exists_is_left_alone(strategy, tmp_path):
 
 def test_one_npu_has_nothing_to_cut(tmp_path):
     whole = write_checkpoint(tmp_path / "whole.ckpt", whole_tensors(states=False))
-    result = run_command("split", "--load_checkpoint", str(whole), "--output", str(tmp_path / "parts"),
-                         use_parallel=False)
+    result = run_command(
+        "split", "--load_checkpoint", str(whole), "--output", str(tmp_path / "parts"), use_parallel=False
+    )
     assert result.returncode == 2 and "nothing to cut" in result.stderr and "use_parallel" in result.stderr
     assert not (tmp_path / "parts").exists()
 

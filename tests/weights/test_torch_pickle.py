@@ -1,4 +1,5 @@
 """torch's zip-pickle files: values equal to safetensors', views of storages, and pickles that want to do something."""
+
 import os
 import pickle
 import zipfile
@@ -26,16 +27,24 @@ def test_values_are_those_of_the_safetensors(reference):
 def test_views_of_storages(tmp_path):
     base = np.arange(24, dtype=np.float32)
     path = tmp_path / "views.bin"
-    write_torch(path, {"whole": base, "rows": base, "turned": base, "scalar": base[:1]}, views={
-        "whole": (0, (4, 6), (6, 1)), "rows": (6, (2, 6), (6, 1)), "turned": (0, (6, 4), (1, 6)),
-        "scalar": (0, (), ())})
+    write_torch(
+        path,
+        {"whole": base, "rows": base, "turned": base, "scalar": base[:1]},
+        views={
+            "whole": (0, (4, 6), (6, 1)),
+            "rows": (6, (2, 6), (6, 1)),
+            "turned": (0, (6, 4), (1, 6)),
+            "scalar": (0, (), ()),
+        },
+    )
     tensors = {tensor.name: tensor for tensor in read_torch(path)}
     matrix = base.reshape(4, 6)
     assert np.array_equal(tensors["whole"].load(), matrix) and tensors["whole"].crc32 is not None
     assert np.array_equal(tensors["rows"].load(), matrix[1:3]) and tensors["rows"].crc32 is None
     assert np.array_equal(tensors["turned"].load(), matrix.T)
-    assert np.array_equal(np.concatenate([part.copy() for part in tensors["turned"].chunks(8, 16, 64)]),
-                          matrix.T[1:4].reshape(-1))
+    assert np.array_equal(
+        np.concatenate([part.copy() for part in tensors["turned"].chunks(8, 16, 64)]), matrix.T[1:4].reshape(-1)
+    )
     assert tensors["scalar"].load().shape == ()
 
 
@@ -62,8 +71,10 @@ def _evil_pickles(witness):
     valid = state_dict_pickle({"w": np.zeros(2, np.float32)}, {})
     yield "posix.system", pickle.dumps({"w": _Evil(os.system, command)}, 2)
     yield "posix.system", pickle.dumps({"w": _Evil(os.system, command)}, 4)
-    yield "builtins.eval", pickle.dumps(_Evil(eval, f"__import__('os').system('{command}')"), 2).replace(
-        b"__builtin__", b"builtins")
+    yield (
+        "builtins.eval",
+        pickle.dumps(_Evil(eval, f"__import__('os').system('{command}')"), 2).replace(b"__builtin__", b"builtins"),
+    )
     yield "os.system", valid[:-1] + b"cos\nsystem\n(X" + len(text).to_bytes(4, "little") + text + b"tR."
     yield "operation INST", b"(X" + len(text).to_bytes(4, "little") + text + b"ios\nsystem\n."
     yield "operation OBJ", b"(cos\nsystem\n".replace(b"cos\nsystem", b"ccollections\nOrderedDict") + b"o."
@@ -92,9 +103,22 @@ def test_control_the_first_pickle_does_act_when_executed(tmp_path):
     assert witness.exists()
 
 
-@pytest.mark.parametrize("data", (
-    b"", b".", b"\x80\x02}", b"\x80\x02}q\xffh\x01.", b"\x80\x02(t\x86.", b"\x80\x02X\xff\xff\xff\x7fabc.", b"garbage",
-    b"\x80\x02Q.", b"\x80\x02}K\x01K\x02u.", b"\x80\x02" + b"]" * 5000 + b"a" * 6000 + b".", b"\x80\x02h\x05."))
+@pytest.mark.parametrize(
+    "data",
+    (
+        b"",
+        b".",
+        b"\x80\x02}",
+        b"\x80\x02}q\xffh\x01.",
+        b"\x80\x02(t\x86.",
+        b"\x80\x02X\xff\xff\xff\x7fabc.",
+        b"garbage",
+        b"\x80\x02Q.",
+        b"\x80\x02}K\x01K\x02u.",
+        b"\x80\x02" + b"]" * 5000 + b"a" * 6000 + b".",
+        b"\x80\x02h\x05.",
+    ),
+)
 def test_a_broken_pickle_is_an_input_error(tmp_path, data):
     path = tmp_path / "broken.bin"
     write_torch(path, {"w": np.zeros(2, np.float32)}, pickle=data)
@@ -135,8 +159,10 @@ def test_old_format_and_other_files(tmp_path):
         read_torch(page)
     packed = tmp_path / "packed.bin"
     write_torch(tmp_path / "plain.bin", {"w": np.zeros(200, np.float32)})
-    with zipfile.ZipFile(tmp_path / "plain.bin") as source, \
-            zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     with pytest.raises(InputError, match="packed.bin: key 'w': .*compressed"):
@@ -145,8 +171,11 @@ def test_old_format_and_other_files(tmp_path):
 
 def test_wrapped_and_wrong_contents(tmp_path):
     inner = state_dict_pickle({"w": np.ones(4, np.float32)}, {})[2:-1]  # without PROTO and STOP
-    write_torch(tmp_path / "wrapped.bin", {"w": np.ones(4, np.float32)},
-                pickle=b"\x80\x02}X\x0a\x00\x00\x00state_dict" + inner + b"s.")
+    write_torch(
+        tmp_path / "wrapped.bin",
+        {"w": np.ones(4, np.float32)},
+        pickle=b"\x80\x02}X\x0a\x00\x00\x00state_dict" + inner + b"s.",
+    )
     assert [tensor.name for tensor in read_torch(tmp_path / "wrapped.bin")] == ["w"]
     write_torch(tmp_path / "list.bin", {}, pickle=b"\x80\x02].")
     with pytest.raises(InputError, match="list.bin: holds a list"):

@@ -1,4 +1,5 @@
 """Weights for a rehearsal from a checkpoint, and the checkpoints that its ranks leave."""
+
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,18 @@ def sizes_of(path, config):
     sizes = sizes_from_tensors(weights_in(open_source(path).tensors))
     groups = int(config["model"]["model_config"]["multi_query_group_num"])
     if sizes.kv_rows % groups:
-        raise InputError(f"{path}: {sizes.kv_rows} rows of keys are no multiple of model_config.multi_query_group_num="
-                         f"{groups}")
+        raise InputError(
+            f"{path}: {sizes.kv_rows} rows of keys are no multiple of model_config.multi_query_group_num={groups}"
+        )
     size = sizes.kv_rows // groups
-    return {"num_layers": sizes.num_layers, "hidden_size": sizes.hidden, "kv_channels": size,
-            "num_attention_heads": sizes.q_rows // size, "ffn_hidden_size": sizes.ffn,
-            "padded_vocab_size": sizes.vocab}
+    return {
+        "num_layers": sizes.num_layers,
+        "hidden_size": sizes.hidden,
+        "kv_channels": size,
+        "num_attention_heads": sizes.q_rows // size,
+        "ffn_hidden_size": sizes.ffn,
+        "padded_vocab_size": sizes.vocab,
+    }
 
 
 def load_weights(path, state, config, work):
@@ -59,8 +66,13 @@ def load_weights(path, state, config, work):
     model = config["model"]["model_config"]
     if is_huggingface(path):
         target = work / "converted.ckpt"
-        convert(path, target, dtype="fp32", qkv_concat=bool(model.get("qkv_concat", True)),
-                mlp_concat=bool(model.get("mlp_concat", True)))
+        convert(
+            path,
+            target,
+            dtype="fp32",
+            qkv_concat=bool(model.get("qkv_concat", True)),
+            mlp_concat=bool(model.get("mlp_concat", True)),
+        )
         path = target
     tensors = open_source(path).tensors
     result, wrong, taken = dict(state), [], 0
@@ -75,9 +87,11 @@ def load_weights(path, state, config, work):
     missing = [name for name in state if name.startswith("transformer.") and name not in tensors and "lora" not in name]
     wrong += [f"{name} is missing" for name in missing]
     if wrong or not taken:
-        raise InputError(f"{path}: does not fit the model of the YAML: {'; '.join(wrong[:5]) or 'no weight of it'}"
-                         f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}; check model_config's sizes, "
-                         "qkv_concat and mlp_concat")
+        raise InputError(
+            f"{path}: does not fit the model of the YAML: {'; '.join(wrong[:5]) or 'no weight of it'}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}; check model_config's sizes, "
+            "qkv_concat and mlp_concat"
+        )
     return result
 
 

@@ -1,4 +1,5 @@
 """Compares what all ranks computed with what one device computed."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +28,11 @@ class Tolerance:
 
 
 # float32: the order of additions. 16 bits: every operator rounds, and the two programs cut their sums at other places.
-TOLERANCES = {"float32": Tolerance(1e-5, 1e-5, 1e-5, 1e-5), "float16": Tolerance(2e-3, 2e-2, 2e-3, 0.1),
-              "bfloat16": Tolerance(1e-2, 0.1, 2e-2, 0.5)}
+TOLERANCES = {
+    "float32": Tolerance(1e-5, 1e-5, 1e-5, 1e-5),
+    "float16": Tolerance(2e-3, 2e-2, 2e-3, 0.1),
+    "bfloat16": Tolerance(1e-2, 0.1, 2e-2, 0.5),
+}
 
 
 @dataclass
@@ -96,8 +100,9 @@ def compare_parameters(whole, one_device, noise=None):
         left_out = (difference > 0) & (noise or {}).get(name, False)
         largest = float(difference[~left_out].max(initial=0.0))
         scale = float(np.abs(reference).max(initial=0.0))
-        found.append(ParameterDifference(name, largest, largest / scale if scale else float(largest > 0),
-                                         int(left_out.sum())))
+        found.append(
+            ParameterDifference(name, largest, largest / scale if scale else float(largest > 0), int(left_out.sum()))
+        )
     return sorted(found, key=lambda item: -item.relative)
 
 
@@ -121,8 +126,10 @@ def disagreements(steps, parameters, unequal, unread, tolerance):
             if ours is None or reference is None:
                 continue
             if not close(ours, reference, allowed):
-                found.append(f"step {number}: {name} is {ours:.9g}, on one device {reference:.9g} "
-                             f"(ratio {ours / reference if reference else float('inf'):.6f})")
+                found.append(
+                    f"step {number}: {name} is {ours:.9g}, on one device {reference:.9g} "
+                    f"(ratio {ours / reference if reference else float('inf'):.6f})"
+                )
         for name in ("overflow", "loss_scale", "learning_rate"):
             if step[name] != step[f"{name}_one_device"]:
                 found.append(f"step {number}: {name} is {step[name]}, on one device {step[f'{name}_one_device']}")
@@ -132,8 +139,10 @@ def disagreements(steps, parameters, unequal, unread, tolerance):
     for item in parameters:
         allowed = tolerance.weights if plain_name(item.name) == item.name else tolerance.moments
         if item.relative > allowed:
-            found.append(f"{item.name} differs from one device's by {item.largest:.3g}, {item.relative:.3g} of its "
-                         f"largest element (allowed: {allowed:g})")
+            found.append(
+                f"{item.name} differs from one device's by {item.largest:.3g}, {item.relative:.3g} of its "
+                f"largest element (allowed: {allowed:g})"
+            )
     for name, (ranks, largest) in sorted(unequal.items()):
         found.append(f"{name}: ranks {ranks} should hold equal copies, they differ by {largest:.3g}")
     return found + [f"a message that nobody receives: {what}" for what in unread]

@@ -6,6 +6,7 @@ token's keys and values go, and takes the word with the largest logit.
 
 Letters: B prompts, N tokens to generate, S tokens of a row, V words.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,12 +60,16 @@ class Blocks:
             table, start = self.tables[row], self.lengths[row]
             while len(table) * self.size < start + count:
                 if self.dealt == self.blocks or len(table) == self.width:
-                    raise ExecutionError(f"prompt {row} of {start + count} tokens does not fit: the cache has {self.blocks} "
-                                         f"blocks of {self.size} tokens, {self.width} at most of a prompt")
+                    raise ExecutionError(
+                        f"prompt {row} of {start + count} tokens does not fit: the cache has {self.blocks} "
+                        f"blocks of {self.size} tokens, {self.width} at most of a prompt"
+                    )
                 table.append(self.dealt)
                 self.dealt += 1
             self.lengths[row] = start + count
-            slots += [table[place // self.size] * self.size + place % self.size for place in range(start, start + count)]
+            slots += [
+                table[place // self.size] * self.size + place % self.size for place in range(start, start + count)
+            ]
         return np.array(slots, np.int32)
 
     def table(self):
@@ -84,13 +89,18 @@ class CachedGenerator:
     """
 
     def __init__(self, phases, rank, network, values, watch=None):
-        caches = {name: np.zeros(spec.shape, NUMPY[spec.dtype]) for program in phases.values()
-                  for name, spec in program.parameters.values() if is_cache(name)}
+        caches = {
+            name: np.zeros(spec.shape, NUMPY[spec.dtype])
+            for program in phases.values()
+            for name, spec in program.parameters.values()
+            if is_cache(name)
+        }
         prefill = Machine(phases[PREFILL], rank, network, {**values, **caches}, watch)
         increment = Machine(phases[INCREMENT], rank, network, {**values, **caches, **prefill.parameters}, watch)
         self.machines = {PREFILL: prefill, INCREMENT: increment}
-        self.cache = next(parameter.value.shape[:2] for name, parameter in prefill.parameters.items()
-                          if is_cache(name))  # blocks, tokens of a block
+        self.cache = next(
+            parameter.value.shape[:2] for name, parameter in prefill.parameters.items() if is_cache(name)
+        )  # blocks, tokens of a block
 
     def run(self, task):
         """Decodes greedily.
@@ -113,8 +123,16 @@ class CachedGenerator:
         for number in range(count):
             machine.step = number  # tokens are counted, whichever program makes them
             slots = blocks.extend(counts)
-            logits.append(_call(machine, len(prompts), input_ids=ids.astype(np.int32), slot_mapping=slots,
-                                block_tables=blocks.table(), batch_valid_length=np.array([blocks.lengths], np.int32)))
+            logits.append(
+                _call(
+                    machine,
+                    len(prompts),
+                    input_ids=ids.astype(np.int32),
+                    slot_mapping=slots,
+                    block_tables=blocks.table(),
+                    batch_valid_length=np.array([blocks.lengths], np.int32),
+                )
+            )
             tokens.append(logits[-1].argmax(-1).astype(np.int32))
             machine, ids, counts = self.machines[INCREMENT], tokens[-1][:, None], [1] * len(prompts)
         return np.stack(tokens, 1), np.stack(logits)
@@ -138,7 +156,7 @@ class UncachedGenerator:
         rows = np.full(_input(machine.program, "input_ids").shape, _PAD, np.int32)  # (B, S)
         ends = np.array([len(prompt) for prompt in prompts])
         for row, prompt in zip(rows, prompts):
-            row[:len(prompt)] = prompt
+            row[: len(prompt)] = prompt
         each, tokens, logits = np.arange(len(prompts)), [], []
         for _ in range(count):
             result = _call(machine, rows.size, input_ids=rows)

@@ -2,6 +2,7 @@
 
 What a primitive computes stands in `operators`; here is what moves values: calls, closures, tuples, parameters.
 """
+
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -74,13 +75,17 @@ class Machine:
             given = parameters[name]
             value = np.asarray(plain(given), NUMPY[spec.dtype])
             if value.shape != spec.shape:
-                raise ExecutionError(f"rank {rank}: parameter {name} is {list(value.shape)}, the program holds "
-                                     f"{list(spec.shape)}")
+                raise ExecutionError(
+                    f"rank {rank}: parameter {name} is {list(value.shape)}, the program holds {list(spec.shape)}"
+                )
             self.parameters[name] = given if isinstance(given, Parameter) else Parameter(name, value, spec.dtype)
         self.instructions = {}
-        self.constants = {node.name: Closure(program.graphs[node.callee]) if node.callee else constant(node)
-                          for graph in (program.main, *program.graphs.values()) for node in graph.nodes
-                          if node.op == "Constant"}
+        self.constants = {
+            node.name: Closure(program.graphs[node.callee]) if node.callee else constant(node)
+            for graph in (program.main, *program.graphs.values())
+            for node in graph.nodes
+            if node.op == "Constant"
+        }
 
     def run(self, inputs):
         """Executes one step.
@@ -101,8 +106,10 @@ class Machine:
         for name, value in zip(main.inputs, inputs):
             spec = self.program.inputs[name]
             if value.shape != spec.shape or value.dtype != NUMPY[spec.dtype]:
-                raise ExecutionError(f"rank {self.rank}: input {name.rsplit(':', 1)[-1]} is {value.dtype} "
-                                     f"{list(value.shape)}, the program was compiled for {spec.dtype} {list(spec.shape)}")
+                raise ExecutionError(
+                    f"rank {self.rank}: input {name.rsplit(':', 1)[-1]} is {value.dtype} "
+                    f"{list(value.shape)}, the program was compiled for {spec.dtype} {list(spec.shape)}"
+                )
         environment = {name: self.parameters[parameter] for name, (parameter, _) in self.program.parameters.items()}
         result = plain(self._call(main, inputs, environment))
         self.step += 1
@@ -122,8 +129,9 @@ class Machine:
 
     def _prepare(self, graph):
         nodes = [node for node in graph.nodes if node.op != "Constant"]
-        instructions = _Instructions({node.name: self.constants[node.name] for node in graph.nodes
-                                      if node.op == "Constant"})
+        instructions = _Instructions(
+            {node.name: self.constants[node.name] for node in graph.nodes if node.op == "Constant"}
+        )
         own = {node.name for node in nodes}
         kept = set(graph.outputs)
         for node in reversed(nodes):
@@ -156,12 +164,21 @@ class Machine:
     def _operator(self, node, inputs):
         entry = self.table.get(node.op)
         if entry is None:
-            raise ExecutionError(f"rank {self.rank}: operator {node.op} is not known ({self._place(node)}; inputs "
-                                 f"{_shapes(plain(tuple(inputs)))}, attributes {node.attributes})")
+            raise ExecutionError(
+                f"rank {self.rank}: operator {node.op} is not known ({self._place(node)}; inputs "
+                f"{_shapes(plain(tuple(inputs)))}, attributes {node.attributes})"
+            )
         arguments = inputs if entry.in_place else [plain(value) for value in inputs]
         self.executed[node.op] += 1
-        call = operators.Call(node.op, node.attributes, node.output, rank=self.rank, network=self.network,
-                              place=self._place(node), status=self.status)
+        call = operators.Call(
+            node.op,
+            node.attributes,
+            node.output,
+            rank=self.rank,
+            network=self.network,
+            place=self._place(node),
+            status=self.status,
+        )
         try:
             with np.errstate(all="ignore"):  # what is not finite is looked for below
                 result = entry.function(call, *arguments)
@@ -170,8 +187,10 @@ class Machine:
         except NetworkError as error:
             raise NetworkError(f"{error} (rank {self.rank} at {call.place})") from error
         except Exception as error:
-            raise ExecutionError(f"rank {self.rank}: {node.op} failed: {type(error).__name__}: {error} ({call.place}; "
-                                 f"inputs {_shapes(plain(tuple(inputs)))}, attributes {node.attributes})") from error
+            raise ExecutionError(
+                f"rank {self.rank}: {node.op} failed: {type(error).__name__}: {error} ({call.place}; "
+                f"inputs {_shapes(plain(tuple(inputs)))}, attributes {node.attributes})"
+            ) from error
         result = self._conform(node, result, node.output)
         self._look_for_non_finite(node, inputs, result)
         if self.watch:
@@ -182,16 +201,20 @@ class Machine:
         """The result as compiled: rounded where it is bfloat16, an error where shape or dtype differ."""
         if isinstance(spec, tuple) and isinstance(result, tuple):
             if len(result) != len(spec):
-                raise ExecutionError(f"rank {self.rank}: {node.op} gives {len(result)} results, compiled were {len(spec)} "
-                                     f"({self._place(node)})")
+                raise ExecutionError(
+                    f"rank {self.rank}: {node.op} gives {len(result)} results, compiled were {len(spec)} "
+                    f"({self._place(node)})"
+                )
             return tuple(self._conform(node, *pair) for pair in zip(result, spec))
         if not isinstance(spec, Spec) or not isinstance(result, (np.ndarray, np.generic)):
             return result
         result = np.asarray(result)
         known = all(size >= 0 for size in spec.shape)
         if result.dtype != NUMPY.get(spec.dtype) or (known and result.shape != spec.shape):
-            raise ExecutionError(f"rank {self.rank}: {node.op} gives {result.dtype} {list(result.shape)}, compiled was "
-                                 f"{spec.dtype} {list(spec.shape)} ({self._place(node)})")
+            raise ExecutionError(
+                f"rank {self.rank}: {node.op} gives {result.dtype} {list(result.shape)}, compiled was "
+                f"{spec.dtype} {list(spec.shape)} ({self._place(node)})"
+            )
         return round_bfloat16(result) if spec.dtype == "bfloat16" else result
 
     def _look_for_non_finite(self, node, inputs, result):
@@ -201,14 +224,19 @@ class Machine:
             return
         self.status.overflow = True
         if not self.non_finite or self.non_finite[-1].step != self.step:
-            self.non_finite.append(NonFinite(self.rank, self.step, f"{node.op} ({self._place(node)})",
-                                             _shapes(plain(result)), time.monotonic()))
+            self.non_finite.append(
+                NonFinite(
+                    self.rank, self.step, f"{node.op} ({self._place(node)})", _shapes(plain(result)), time.monotonic()
+                )
+            )
 
     @staticmethod
     def _place(node):
         micro = node.marks.get("micro")
-        return f"{node.scope or node.name}{f' {node.instance}' if node.instance else ''}" \
-               f"{'' if micro is None else f', micro batch {micro}'}"
+        return (
+            f"{node.scope or node.name}{f' {node.instance}' if node.instance else ''}"
+            f"{'' if micro is None else f', micro batch {micro}'}"
+        )
 
 
 # bring what another rank made

@@ -2,6 +2,7 @@
 
 It finds what a real network leaves hanging: ranks of a group that do different things, and ranks that wait for each other.
 """
+
 import threading
 from collections import defaultdict, deque
 
@@ -61,8 +62,11 @@ class Network:
             self.changed.notify_all()
             self._check(group, number, meeting)
             what = f"{kind} number {number + 1} of group {group!r} (ranks {list(ranks)})"
-            self._wait(rank, lambda: len(meeting) == len(ranks),
-                       lambda: f"{what}, for ranks {sorted(set(ranks) - set(meeting))}")
+            self._wait(
+                rank,
+                lambda: len(meeting) == len(ranks),
+                lambda: f"{what}, for ranks {sorted(set(ranks) - set(meeting))}",
+            )
             self._check(group, number, meeting)  # the last to come may be the one who differs
             result = [meeting[member][1] for member in ranks]
             if all(self.counts[group, member] > number for member in ranks):
@@ -101,8 +105,10 @@ class Network:
             self._wait(rank, lambda: box, lambda: f"a message from rank {source} (tag {tag})")
             array = box.popleft()
         if spec is not None and array.shape != tuple(spec.shape):
-            raise NetworkError(f"rank {rank} receives {array.shape} from rank {source} (tag {tag}), its program "
-                               f"expects {tuple(spec.shape)}")
+            raise NetworkError(
+                f"rank {rank} receives {array.shape} from rank {source} (tag {tag}), its program "
+                f"expects {tuple(spec.shape)}"
+            )
         return array
 
     def end(self, rank, error=None):
@@ -121,8 +127,11 @@ class Network:
 
     def unread(self):
         """list[str]: messages that nobody received."""
-        return [f"rank {source} to rank {destination} (tag {tag}): {len(box)}"
-                for (source, destination, tag), box in sorted(self.boxes.items(), key=str) if box]
+        return [
+            f"rank {source} to rank {destination} (tag {tag}): {len(box)}"
+            for (source, destination, tag), box in sorted(self.boxes.items(), key=str)
+            if box
+        ]
 
     def _wait(self, rank, condition, what):
         self.waiting[rank] = (condition, what)
@@ -138,8 +147,12 @@ class Network:
 
     def _find_deadlock(self):
         """All that run are waiting, and nothing that they wait for has come."""
-        if self.failure is None and self.waiting and len(self.waiting) + len(self.ended) == self.world \
-                and not any(condition() for condition, _ in self.waiting.values()):
+        if (
+            self.failure is None
+            and self.waiting
+            and len(self.waiting) + len(self.ended) == self.world
+            and not any(condition() for condition, _ in self.waiting.values())
+        ):
             waits = [f"rank {rank} waits for {what()}" for rank, (_, what) in sorted(self.waiting.items())]
             over = [f"the program of rank {rank} has ended" for rank in sorted(self.ended)]
             self.failure = "deadlock: " + "; ".join(waits + over)
@@ -149,6 +162,10 @@ class Network:
     def _check(group, number, meeting):
         if len({brought for brought, _ in meeting.values()}) == 1:
             return
-        brings = "; ".join(f"rank {rank} brings {kind} of {dtype} {list(shape)} {details} in ranks {list(ranks)}"
-                           for rank, ((kind, shape, dtype, details, ranks), _) in sorted(meeting.items()))
-        raise NetworkError(f"the ranks of group {group!r} do not meet in their collective number {number + 1}: {brings}")
+        brings = "; ".join(
+            f"rank {rank} brings {kind} of {dtype} {list(shape)} {details} in ranks {list(ranks)}"
+            for rank, ((kind, shape, dtype, details, ranks), _) in sorted(meeting.items())
+        )
+        raise NetworkError(
+            f"the ranks of group {group!r} do not meet in their collective number {number + 1}: {brings}"
+        )

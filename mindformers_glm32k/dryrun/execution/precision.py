@@ -4,6 +4,7 @@ The kernels of prediction (ApplyRotaryPosEmb, PagedAttention) take 16 bits only,
 hides small mistakes and makes greedy decoding choose another token now and then; widened, the same program with the same
 cuts and collectives computes what it states to seven digits.
 """
+
 from dataclasses import replace
 
 import numpy as np
@@ -23,12 +24,16 @@ def widen(program):
     Returns:
         Program: constants and parameters included; a cast to 16 bits does nothing.
     """
+
     def graph(old):
         return Graph(old.name, old.inputs, [_node(node) for node in old.nodes], old.outputs)
 
-    return Program(graph(program.main), {name: graph(old) for name, old in program.graphs.items()},
-                   {node: (name, _spec(spec)) for node, (name, spec) in program.parameters.items()},
-                   {name: _spec(spec) for name, spec in program.inputs.items()})
+    return Program(
+        graph(program.main),
+        {name: graph(old) for name, old in program.graphs.items()},
+        {node: (name, _spec(spec)) for node, (name, spec) in program.parameters.items()},
+        {name: _spec(spec) for name, spec in program.inputs.items()},
+    )
 
 
 def widen_values(values):

@@ -1,4 +1,5 @@
 """The prompts that a rehearsal of prediction decodes."""
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.shrink import prompts_of
@@ -51,11 +52,15 @@ def check_prompts(prompts, config, count):
     prompts = [np.asarray(ids, np.int32).reshape(-1) for ids in prompts]
     lengths = [len(ids) for ids in prompts]
     if len(prompts) != rows:
-        raise InputError(f"{len(prompts)} prompts: {rows} are answered together (predict_batch_size, with use_past "
-                         "model_config.batch_size)")
+        raise InputError(
+            f"{len(prompts)} prompts: {rows} are answered together (predict_batch_size, with use_past "
+            "model_config.batch_size)"
+        )
     if sum(lengths) != rows * length or max(lengths) + count > length + answer or min(lengths) < 1:
-        raise InputError(f"prompts of {lengths} tokens: seq_length - max_new_tokens is {length}, they must be as long on "
-                         f"average and leave room for {count} tokens")
+        raise InputError(
+            f"prompts of {lengths} tokens: seq_length - max_new_tokens is {length}, they must be as long on "
+            f"average and leave room for {count} tokens"
+        )
     if any(((ids < 0) | (ids >= words)).any() for ids in prompts):
         raise InputError(f"prompts hold tokens outside of the {words} words of model_config.padded_vocab_size")
     return prompts
@@ -67,8 +72,12 @@ def _sizes(config, count):
     answer = int(model.get("max_new_tokens") or 1)
     length, rows = int(model["seq_length"]) - answer, prompts_of(config)
     if count > answer:
-        raise InputError(f"--execute {count}: model_config.max_new_tokens is {answer}; ask for fewer tokens or raise it")
+        raise InputError(
+            f"--execute {count}: model_config.max_new_tokens is {answer}; ask for fewer tokens or raise it"
+        )
     if length < 1:
-        raise InputError(f"model_config.max_new_tokens={answer}: no room for a prompt in seq_length={model['seq_length']}; "
-                         "lower the one or raise the other")
+        raise InputError(
+            f"model_config.max_new_tokens={answer}: no room for a prompt in seq_length={model['seq_length']}; "
+            "lower the one or raise the other"
+        )
     return rows, length, answer

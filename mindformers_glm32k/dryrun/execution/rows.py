@@ -1,4 +1,5 @@
 """The rows that a rehearsal is executed on."""
+
 import numpy as np
 
 from mindformers_glm32k.data.rows import IGNORED
@@ -21,8 +22,9 @@ def make_rows(arguments, one, steps, config, work):
     words = int(config["model"]["model_config"]["padded_vocab_size"])
     found = read_rows(arguments, steps, work)
     if found is None:
-        return random_rows(one.columns, one.inputs[0], steps, words), \
-            "random tokens, rows with different numbers of labels (the YAML's data or vocabulary are not there)"
+        return random_rows(
+            one.columns, one.inputs[0], steps, words
+        ), "random tokens, rows with different numbers of labels (the YAML's data or vocabulary are not there)"
     note = "the YAML's data set"
     if any(found[name].max() >= words for name in ("input_ids", "labels")):
         note += f", tokens folded into the {words} words of the small model"
@@ -52,8 +54,13 @@ def random_rows(columns, shape, steps, words, seed=7):
     position = np.broadcast_to(np.arange(length), ids.shape)
     labels = np.where((position < prompts) | (position == length - 1), IGNORED, labels).astype(np.int32)
     half = length // 2
-    values = {"input_ids": ids, "labels": labels, "input_mask": (labels != IGNORED).astype(np.float32),
-              "position_ids": (position % half).astype(np.int32), "document_ids": (position // half).astype(np.int32)}
+    values = {
+        "input_ids": ids,
+        "labels": labels,
+        "input_mask": (labels != IGNORED).astype(np.float32),
+        "position_ids": (position % half).astype(np.int32),
+        "document_ids": (position // half).astype(np.int32),
+    }
     return {name: values[name] for name in columns}
 
 
@@ -76,6 +83,6 @@ def input_arrays(rehearsed, rows, step, rank, layout):
         if parts > 1:
             in_stage = rank % (layout.world // layout.stages)
             index = in_stage // (layout.world // layout.stages // layout.data_parallel)
-            value = value[index * spec.shape[0]:(index + 1) * spec.shape[0]]
+            value = value[index * spec.shape[0] : (index + 1) * spec.shape[0]]
         arrays.append(np.ascontiguousarray(value))
     return arrays

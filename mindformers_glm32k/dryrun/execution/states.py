@@ -1,4 +1,5 @@
 """Parameters of ranks: cut from one device's before the first step, put together again after the last one."""
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.values import round_bfloat16

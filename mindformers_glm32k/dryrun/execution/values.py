@@ -2,14 +2,34 @@
 
 bfloat16, which NumPy lacks, is held in float32 arrays whose values are bfloat16's (see `operators`).
 """
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.mindir import Graph, Spec
 from mindformers_glm32k.weights.dtypes import cast
 
-NUMPY = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "bfloat16": np.float32, "bool": np.bool_,
-         **{name: getattr(np, name) for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
-                                                 "uint64", "complex64", "complex128")}}
+NUMPY = {
+    "float16": np.float16,
+    "float32": np.float32,
+    "float64": np.float64,
+    "bfloat16": np.float32,
+    "bool": np.bool_,
+    **{
+        name: getattr(np, name)
+        for name in (
+            "int8",
+            "int16",
+            "int32",
+            "int64",
+            "uint8",
+            "uint16",
+            "uint32",
+            "uint64",
+            "complex64",
+            "complex128",
+        )
+    },
+}
 
 
 class Parameter:

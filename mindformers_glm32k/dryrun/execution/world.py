@@ -1,4 +1,5 @@
 """All ranks of a layout at work: a thread each."""
+
 import threading
 
 from mindformers_glm32k.dryrun.execution.network import PeerFailed

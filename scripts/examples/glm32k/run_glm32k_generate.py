@@ -3,6 +3,7 @@
 MindFormers logs to stdout; its lines, and those of the libraries below it (which come until the process ends), go to
 the --log file instead.
 """
+
 import argparse
 import os
 import sys
@@ -24,8 +25,12 @@ def build_parser():
     parser.add_argument("--vocab_file", required=True, help="tokenizer.model")
     parser.add_argument("--batch_size", type=int, help="prompts per batch; default: as many as the cache has room for")
     parser.add_argument("--log", default="output/predict/predict.log", help="log file")
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT",
-                        help="prompts, or one file with a prompt a line; default: the two of the model card")
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="prompts, or one file with a prompt a line; default: the two of the model card",
+    )
     return parser
 
 
@@ -52,9 +57,18 @@ def answer(args):
     Returns:
         list[str]: one answer per prompt.
     """
-    config = read_config(["--config", args.config_path, "--run_mode", "predict",
-                          "--load_checkpoint", args.load_checkpoint,
-                          "--processor.tokenizer.vocab_file", args.vocab_file])
+    config = read_config(
+        [
+            "--config",
+            args.config_path,
+            "--run_mode",
+            "predict",
+            "--load_checkpoint",
+            args.load_checkpoint,
+            "--processor.tokenizer.vocab_file",
+            args.vocab_file,
+        ]
+    )
     prompts = [prompt.replace(r"\n", "\n") for prompt in args.prompts or PROMPTS]  # as --predict_data reads them
     config.input_data = prompts if len(prompts) > 1 else prompts[0]
     config.save_file = os.path.join(os.path.dirname(os.path.abspath(args.log)), "text_generation_result.txt")

@@ -1,5 +1,6 @@
 """The programs of a small layout and of one device, compiled once per session, with the weights of the published tiny
 checkpoint where it is there."""
+
 import numpy as np
 import pytest
 
@@ -9,9 +10,14 @@ from mindformers_glm32k.dryrun.execution import checkpoints, states
 from mindformers_glm32k.dryrun.workers import read_layout
 
 ROWS, LENGTH = 2, 64
-SIZES = {"model.model_config.num_layers": 3, "parallel_config.micro_batch_num": 1, "parallel_config.pipeline_stage": 1,
-         "lr_schedule.total_steps": 1000, "model.model_config.loss_chunk_size": 16,
-         "parallel.parallel_optimizer_config": "{parallel_optimizer_threshold: 0}"}
+SIZES = {
+    "model.model_config.num_layers": 3,
+    "parallel_config.micro_batch_num": 1,
+    "parallel_config.pipeline_stage": 1,
+    "lr_schedule.total_steps": 1000,
+    "model.model_config.loss_chunk_size": 16,
+    "parallel.parallel_optimizer_config": "{parallel_optimizer_threshold: 0}",
+}
 
 
 class Case:
@@ -25,8 +31,12 @@ class Case:
 
     def __init__(self, work, **overrides):
         values = {**OVERRIDES, **SIZES, **{key.replace("__", "."): value for key, value in overrides.items()}}
-        arguments = ["--config", str(CONFIG), *(word for key, value in values.items() for word in (f"--{key}", str(value))),
-                     *shrink.precision_overrides("float32")]
+        arguments = [
+            "--config",
+            str(CONFIG),
+            *(word for key, value in values.items() for word in (f"--{key}", str(value))),
+            *shrink.precision_overrides("float32"),
+        ]
         self.layout, self.config = read_layout(arguments)
         self.programs = execute.compile_all(arguments, self.layout, work)
         self.strategy = work / "strategy"
@@ -39,22 +49,35 @@ class Case:
 @pytest.fixture(scope="session")
 def one_device(tmp_path_factory):
     """Two rows on one device."""
-    return Case(tmp_path_factory.mktemp("one_device"), use_parallel=False, parallel_config__data_parallel=1,
-                runner_config__batch_size=ROWS, train_dataset__batch_size=ROWS)
+    return Case(
+        tmp_path_factory.mktemp("one_device"),
+        use_parallel=False,
+        parallel_config__data_parallel=1,
+        runner_config__batch_size=ROWS,
+        train_dataset__batch_size=ROWS,
+    )
 
 
 @pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory):
     """The same on dp 2 x mp 2 with optimizer sharding."""
-    return Case(tmp_path_factory.mktemp("four_ranks"), parallel_config__data_parallel=2, parallel_config__model_parallel=2,
-                runner_config__batch_size=1)
+    return Case(
+        tmp_path_factory.mktemp("four_ranks"),
+        parallel_config__data_parallel=2,
+        parallel_config__model_parallel=2,
+        runner_config__batch_size=1,
+    )
 
 
 @pytest.fixture(scope="session")
 def two_ranks_in_chunks(tmp_path_factory):
     """The same on dp 2 with the feed-forward part in chunks of tokens."""
-    return Case(tmp_path_factory.mktemp("two_ranks"), parallel_config__data_parallel=2, runner_config__batch_size=1,
-                model__model_config__mlp_chunk_size=24)
+    return Case(
+        tmp_path_factory.mktemp("two_ranks"),
+        parallel_config__data_parallel=2,
+        runner_config__batch_size=1,
+        model__model_config__mlp_chunk_size=24,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +92,12 @@ def golden(reference):
 @pytest.fixture(scope="session")
 def published(one_device, reference, tmp_path_factory):
     """One device's state with the published tiny weights."""
-    return checkpoints.load_weights(reference / "tiny_hf" / "hf_safetensors_fp32", one_device.programs[0].state,
-                                    one_device.config, tmp_path_factory.mktemp("published"))
+    return checkpoints.load_weights(
+        reference / "tiny_hf" / "hf_safetensors_fp32",
+        one_device.programs[0].state,
+        one_device.config,
+        tmp_path_factory.mktemp("published"),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Compiled programs executed: one device against the published model, four ranks against one device, and mistakes that are
 found."""
+
 import copy
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_one_device_computes_the_published_loss_and_gradients(one_device, publis
     assert not np.all(overflow)
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-6)
     norms = {name[9:]: float(value) for name, value in golden.items() if name.startswith("gradnorm:")}
-    total = np.sqrt(sum(value ** 2 for value in norms.values()))
+    total = np.sqrt(sum(value**2 for value in norms.values()))
     np.testing.assert_allclose(norm, total, rtol=1e-5)
     machine = result.machines[0]
     checked = 0
@@ -94,17 +95,32 @@ def test_upstreams_transform_ckpt_merges_what_the_ranks_leave(four_ranks, weight
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("checkpoint/*/*"))
     assert names == [f"checkpoint/rank_{rank}/glm32k_rank_{rank}-1_2.ckpt" for rank in range(4)]
     result = subprocess.run(
-        [sys.executable, "-m", "mindformers.tools.transform_ckpt", "--src_ckpt_strategy", str(four_ranks.strategy),
-         "--src_ckpt_dir", str(tmp_path / "checkpoint"), "--dst_ckpt_dir", str(tmp_path / "merged"), "--prefix", "whole_"],
-        capture_output=True, text=True, check=False)
+        [
+            sys.executable,
+            "-m",
+            "mindformers.tools.transform_ckpt",
+            "--src_ckpt_strategy",
+            str(four_ranks.strategy),
+            "--src_ckpt_dir",
+            str(tmp_path / "checkpoint"),
+            "--dst_ckpt_dir",
+            str(tmp_path / "merged"),
+            "--prefix",
+            "whole_",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     merged = open_source(tmp_path / "merged" / "rank_0" / "whole_0.ckpt").tensors
     one = reference_run.machines[0].parameters
     compared_names = [name for name in one if "transformer." in name]
     assert len(compared_names) > 60  # weights and both moments
     whole = {name: merged[name].load() for name in compared_names}
-    differences = compare_parameters(whole, {name: parameter.value for name, parameter in one.items()},
-                                     reference_run.noise)
+    differences = compare_parameters(
+        whole, {name: parameter.value for name, parameter in one.items()}, reference_run.noise
+    )
     assert differences[0].relative < 1e-5, differences[0]
 
 
@@ -134,8 +150,12 @@ def test_a_missing_collective_on_all_ranks_is_found(four_ranks, weights, rows, r
     dropped = []
     programs = changed(four_ranks, lambda node: None)
     for rehearsed in programs:
-        node = next(node for graph in (rehearsed.program.main, *rehearsed.program.graphs.values()) for node in graph.nodes
-                    if node.op == "AllReduce" and "encoder" in node.scope and "Gradients" not in node.scope)
+        node = next(
+            node
+            for graph in (rehearsed.program.main, *rehearsed.program.graphs.values())
+            for node in graph.nodes
+            if node.op == "AllReduce" and "encoder" in node.scope and "Gradients" not in node.scope
+        )
         node.op, node.inputs = "Depend", [node.inputs[0], node.inputs[0]]
         dropped.append(node.scope)
     assert len(set(dropped)) == 1
@@ -177,11 +197,14 @@ def test_a_mask_that_leaks_is_found(four_ranks, weights, rows, reference_run):
     assert not report["agrees"] and report["problems"][0].startswith("step 1: loss is")
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--execute", "0"], "at least one step"),
-    (["--execute", "2", "--quick"], "--execute and --quick do not go together"),
-    (["--quick", "--keep_programs"], "--quick and --keep_programs do not go together"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--execute", "0"], "at least one step"),
+        (["--execute", "2", "--quick"], "--execute and --quick do not go together"),
+        (["--quick", "--keep_programs"], "--quick and --keep_programs do not go together"),
+    ],
+)
 def test_options_that_say_nothing_together_are_refused(options, words, capsys):
     assert main(["dryrun", "--config", "any.yaml", *options]) == 2
     assert words in capsys.readouterr().err

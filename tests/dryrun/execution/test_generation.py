@@ -1,4 +1,5 @@
 """Greedy decoding by compiled programs: blocks of the cache, and the published model's text."""
+
 import json
 
 import numpy as np
@@ -14,13 +15,20 @@ from mindformers_glm32k.dryrun.execution.network import NetworkError
 from mindformers_glm32k.errors import InputError
 
 ANSWER, LENGTH = 48, 64
-OVERRIDES = ["--model.model_config.seq_length", str(LENGTH), "--model.model_config.max_new_tokens", str(ANSWER),
-             "--model.model_config.num_blocks", "16"]
+OVERRIDES = [
+    "--model.model_config.seq_length",
+    str(LENGTH),
+    "--model.model_config.max_new_tokens",
+    str(ANSWER),
+    "--model.model_config.num_blocks",
+    "16",
+]
 
 
 @pytest.mark.parametrize("lengths, size", [([5, 16, 33], 16), ([1], 4), ([31, 2], 8)])
 def test_blocks_and_slots_are_those_of_upstreams_generator(lengths, size):
     from mindformers.modules.block_tables import BlockTables
+
     count, width = 20, 64 // size
     upstream = BlockTables(len(lengths) * width, size, 64)
     upstream.init_cache_engine(len(lengths))
@@ -48,8 +56,13 @@ def test_a_full_cache_or_table_is_an_error(width, blocks):
 def prepare(output, name, golden, reference, *more):
     overrides = [*OVERRIDES, "--model.model_config.batch_size", str(len(golden["greedy_prompt"])), *more]
     return execute_prediction.prepare(
-        str(CONFIG.with_name(f"{name}.yaml")), overrides, output, ANSWER,
-        load_checkpoint=str(reference / "tiny_hf" / "hf_safetensors_fp32"), prompts=list(golden["greedy_prompt"]))[0]
+        str(CONFIG.with_name(f"{name}.yaml")),
+        overrides,
+        output,
+        ANSWER,
+        load_checkpoint=str(reference / "tiny_hf" / "hf_safetensors_fp32"),
+        prompts=list(golden["greedy_prompt"]),
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +118,12 @@ def test_traces_count_tokens(one_card, capsys):
 
 def test_caches_begin_empty_each_time(one_card):
     assert one_card.run()["tokens"] == one_card.run()["tokens"]
-    generator, = generation.generate([one_card.one], one_card.whole, one_card.prompts, 1).generators
-    cache = next(parameter.value for name, parameter in generator.machines["prefill"].parameters.items()
-                 if name.endswith("layers.0.self_attention.infer_attention.paged_attention_mgr.key_cache"))
+    (generator,) = generation.generate([one_card.one], one_card.whole, one_card.prompts, 1).generators
+    cache = next(
+        parameter.value
+        for name, parameter in generator.machines["prefill"].parameters.items()
+        if name.endswith("layers.0.self_attention.infer_attention.paged_attention_mgr.key_cache")
+    )
     used = cache.reshape(-1, cache.shape[-1]).any(1).reshape(cache.shape[:-1]).any(-1)  # (blocks, block)
     assert used.sum() == sum(map(len, one_card.prompts))
 
@@ -124,9 +140,21 @@ def test_the_programs_of_two_cards_write_the_published_models_text(two_cards, go
 
 @pytest.mark.slow
 def test_without_a_cache_the_text_is_the_same(tmp_path, golden, reference):
-    check_published(prepare(tmp_path, "predict_glm32k", golden, reference, "--model.model_config.use_past", "False",
-                            "--model.model_config.use_flash_attention", "False", "--predict_batch_size",
-                            str(len(golden["greedy_prompt"]))).run(), golden)
+    check_published(
+        prepare(
+            tmp_path,
+            "predict_glm32k",
+            golden,
+            reference,
+            "--model.model_config.use_past",
+            "False",
+            "--model.model_config.use_flash_attention",
+            "False",
+            "--predict_batch_size",
+            str(len(golden["greedy_prompt"])),
+        ).run(),
+        golden,
+    )
 
 
 @pytest.mark.slow
@@ -149,8 +177,11 @@ def test_a_wrong_shard_is_caught(two_cards, monkeypatch):
 def drop_allreduce(monkeypatch, programs, phase):
     """The sum behind the first layer's MLP is gone."""
     for rehearsed in programs:
-        node, = [node for node in rehearsed.phases[phase].main.nodes
-                 if node.op == "AllReduce" and "layers-CellList/0" in node.scope and "/mlp-" in node.scope]
+        (node,) = [
+            node
+            for node in rehearsed.phases[phase].main.nodes
+            if node.op == "AllReduce" and "layers-CellList/0" in node.scope and "/mlp-" in node.scope
+        ]
         monkeypatch.setattr(node, "op", "StopGradient")  # passes its input on
 
 
@@ -175,8 +206,16 @@ def test_an_allreduce_that_one_rank_leaves_out_is_named(two_cards, monkeypatch, 
 @pytest.mark.parametrize("options", [(), ("--precision", "config")])
 def test_the_shipped_layout_shrunk(tmp_path, options):
     """Two prompts of different lengths."""
-    result = run_command("dryrun", "--execute", "8", "--output_dir", str(tmp_path), *options,
-                         config=CONFIG.with_name("predict_glm32k_mp2.yaml"), sizes={"model.model_config.batch_size": 2})
+    result = run_command(
+        "dryrun",
+        "--execute",
+        "8",
+        "--output_dir",
+        str(tmp_path),
+        *options,
+        config=CONFIG.with_name("predict_glm32k_mp2.yaml"),
+        sizes={"model.model_config.batch_size": 2},
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "execution.json").read_text())
     assert report["agrees"] and report["world_size"] == 2 and report["layout"] == "mp 2"
@@ -187,8 +226,13 @@ def test_the_shipped_layout_shrunk(tmp_path, options):
     assert "all agree" in result.stdout and "**All agree.**" in (tmp_path / "execution.md").read_text()
 
 
-@pytest.mark.parametrize("changes, words", [({"run_mode": "eval"}, "run_mode eval cannot be executed"),
-                                            ({}, "--execute 513: model_config.max_new_tokens is 512")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"run_mode": "eval"}, "run_mode eval cannot be executed"),
+        ({}, "--execute 513: model_config.max_new_tokens is 512"),
+    ],
+)
 def test_what_cannot_be_executed_is_refused_before_anything_is_compiled(tmp_path, changes, words):
     path = CONFIG.with_name("predict_glm32k.yaml")
     config = {**yaml.safe_load(path.read_text()), **changes}

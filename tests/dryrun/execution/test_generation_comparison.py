@@ -1,4 +1,5 @@
 """Tokens and logits of all ranks beside one device's: what counts as equal, and what is said when something is not."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +10,21 @@ from mindformers_glm32k.dryrun.execution.generation_comparison import compare
 from mindformers_glm32k.dryrun.execution.generation_report import table, write_reports
 
 ALLOWED = 1e-5
-HEADER = {"world_size": 2, "layout": "mp 2", "config": "predict.yaml", "shrunk": {"seq_length": [32768, 64]},
-          "precision": "float32", "precision_text": "float32", "prompts": [[1], [2]], "prompt_lengths": [1, 1],
-          "prompts_text": "random tokens", "weights": "random", "compile_seconds": 1.0, "execution_seconds": 0.1,
-          "execution_seconds_one_device": 0.1}
+HEADER = {
+    "world_size": 2,
+    "layout": "mp 2",
+    "config": "predict.yaml",
+    "shrunk": {"seq_length": [32768, 64]},
+    "precision": "float32",
+    "precision_text": "float32",
+    "prompts": [[1], [2]],
+    "prompt_lengths": [1, 1],
+    "prompts_text": "random tokens",
+    "weights": "random",
+    "compile_seconds": 1.0,
+    "execution_seconds": 0.1,
+    "execution_seconds_one_device": 0.1,
+}
 
 
 def machine(rank, **executed):
@@ -22,8 +34,12 @@ def machine(rank, **executed):
 def generated(*logits, unread=()):
     """What ranks give whose logits (N, B, V) are these."""
     logits = [np.asarray(item, np.float32) for item in logits]
-    generators = [SimpleNamespace(machines={"prefill": machine(rank, AllReduce=2, MatMul=5),
-                                            "increment": machine(rank, AllGather=3)}) for rank in range(len(logits))]
+    generators = [
+        SimpleNamespace(
+            machines={"prefill": machine(rank, AllReduce=2, MatMul=5), "increment": machine(rank, AllGather=3)}
+        )
+        for rank in range(len(logits))
+    ]
     return Generated(generators, [item.argmax(-1).T.astype(np.int32) for item in logits], logits, list(unread))
 
 
@@ -44,9 +60,11 @@ def test_equal_ranks_agree(logits):
     assert report["agrees"] and report["largest_logit_difference"] == 0
     assert report["tokens"] == report["tokens_one_device"] == logits.argmax(-1).T.tolist()
     assert report["largest_logit"] == pytest.approx(np.abs(logits).max())
-    assert report["collectives"] == [{"kind": kind, "rank": rank, "phase": phase, "count": count} for
-                                     kind, phase, count in (("AllGather", "increment", 3), ("AllReduce", "prefill", 2))
-                                     for rank in (0, 1)]
+    assert report["collectives"] == [
+        {"kind": kind, "rank": rank, "phase": phase, "count": count}
+        for kind, phase, count in (("AllGather", "increment", 3), ("AllReduce", "prefill", 2))
+        for rank in (0, 1)
+    ]
 
 
 def test_a_difference_in_logits_is_said_with_its_token(logits):
@@ -75,9 +93,14 @@ def test_a_near_tie_may_fall_either_way(logits):
     assert not compare(generated(ours), generated(theirs), 1e-8)["agrees"]
 
 
-@pytest.mark.parametrize("value, words", [(99.0, "rank 1 chooses 5 as token 2 of prompt 0, rank 0 "),
-                                          (None, "ranks 0 and 1 should hold equal logits, they differ by 0.25"),
-                                          (np.nan, "rank 1 chooses 5")])
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (99.0, "rank 1 chooses 5 as token 2 of prompt 0, rank 0 "),
+        (None, "ranks 0 and 1 should hold equal logits, they differ by 0.25"),
+        (np.nan, "rank 1 chooses 5"),
+    ],
+)
 def test_ranks_that_differ_are_caught(logits, value, words):
     other = changed(logits, (1, 0, 5), logits[1, 0].min() if value is None else value)
     base = changed(other, (1, 0, 5), logits[1, 0].min() - 0.25) if value is None else logits

@@ -1,5 +1,6 @@
 """Every shipped training layout, and others, rehearsed: all ranks' programs beside one device's on the same rows. Minutes each:
 `python -m pytest -m rehearsal`."""
+
 import json
 
 import pytest
@@ -13,34 +14,80 @@ LAYOUTS = {
     "less memory: dp 2 x pp 4": ("finetune_glm32k_32gb", {"parallel_config__micro_batch_num": 4}),
     "cp 8 (Ulysses)": ("finetune_glm32k_cp8", {}),
     "mp 4 x pp 2": ("finetune_glm32k_mp4", {"parallel_config__micro_batch_num": 4}),
-    "dp 2 x mp 4": ("finetune_glm32k_mp4", {"parallel_config__data_parallel": 2, "parallel_config__pipeline_stage": 1,
-                                            "parallel_config__micro_batch_num": 1}),
+    "dp 2 x mp 4": (
+        "finetune_glm32k_mp4",
+        {
+            "parallel_config__data_parallel": 2,
+            "parallel_config__pipeline_stage": 1,
+            "parallel_config__micro_batch_num": 1,
+        },
+    ),
     "16 cards": ("finetune_glm32k_16p", {"parallel_config__micro_batch_num": 4}),
     "LoRA on 8": ("finetune_glm32k_lora", {"parallel_config__micro_batch_num": 4}),
     "LoRA on 1": ("finetune_glm32k_lora_1p", {}),
-    "dp 2 x mp 2 x pp 2": ("finetune_glm32k", {"parallel_config__model_parallel": 2, "parallel_config__pipeline_stage": 2,
-                                              "parallel_config__micro_batch_num": 2}),
-    "cp 4 (Ulysses)": ("finetune_glm32k_cp8", {"parallel_config__context_parallel": 4,
-                                              "parallel_config__ulysses_degree_in_cp": 4}),
-    "uneven pipeline": ("finetune_glm32k", {
-        "parallel_config__data_parallel": 1, "parallel_config__pipeline_stage": 2, "parallel_config__micro_batch_num": 2,
-        "model__model_config__offset": "[1,-1]"}),
-    "dp 2, no optimizer sharding": ("finetune_glm32k", {
-        "parallel_config__pipeline_stage": 1, "parallel_config__micro_batch_num": 1,
-        "parallel__enable_parallel_optimizer": False}),
-    "gradient accumulation": ("finetune_glm32k", {
-        "parallel_config__pipeline_stage": 1, "parallel_config__micro_batch_num": 1,
-        "runner_config__gradient_accumulation_steps": 2}),
-    "interleaved micro batches": ("finetune_glm32k", {
-        "parallel_config__data_parallel": 1, "parallel_config__model_parallel": 2, "parallel_config__pipeline_stage": 1,
-        "parallel_config__micro_batch_num": 1, "micro_batch_interleave_num": 2}),
+    "dp 2 x mp 2 x pp 2": (
+        "finetune_glm32k",
+        {
+            "parallel_config__model_parallel": 2,
+            "parallel_config__pipeline_stage": 2,
+            "parallel_config__micro_batch_num": 2,
+        },
+    ),
+    "cp 4 (Ulysses)": (
+        "finetune_glm32k_cp8",
+        {"parallel_config__context_parallel": 4, "parallel_config__ulysses_degree_in_cp": 4},
+    ),
+    "uneven pipeline": (
+        "finetune_glm32k",
+        {
+            "parallel_config__data_parallel": 1,
+            "parallel_config__pipeline_stage": 2,
+            "parallel_config__micro_batch_num": 2,
+            "model__model_config__offset": "[1,-1]",
+        },
+    ),
+    "dp 2, no optimizer sharding": (
+        "finetune_glm32k",
+        {
+            "parallel_config__pipeline_stage": 1,
+            "parallel_config__micro_batch_num": 1,
+            "parallel__enable_parallel_optimizer": False,
+        },
+    ),
+    "gradient accumulation": (
+        "finetune_glm32k",
+        {
+            "parallel_config__pipeline_stage": 1,
+            "parallel_config__micro_batch_num": 1,
+            "runner_config__gradient_accumulation_steps": 2,
+        },
+    ),
+    "interleaved micro batches": (
+        "finetune_glm32k",
+        {
+            "parallel_config__data_parallel": 1,
+            "parallel_config__model_parallel": 2,
+            "parallel_config__pipeline_stage": 1,
+            "parallel_config__micro_batch_num": 1,
+            "micro_batch_interleave_num": 2,
+        },
+    ),
 }
 
 
 def rehearse(output, name, *options, **overrides):
     yaml, layout = LAYOUTS[name]
-    return run_command("dryrun", "--execute", "5", "--output_dir", str(output), *options,
-                       config=CONFIG.with_name(f"{yaml}.yaml"), sizes={}, **{**layout, **overrides})
+    return run_command(
+        "dryrun",
+        "--execute",
+        "5",
+        "--output_dir",
+        str(output),
+        *options,
+        config=CONFIG.with_name(f"{yaml}.yaml"),
+        sizes={},
+        **{**layout, **overrides},
+    )
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -60,8 +107,9 @@ def test_layout_equals_one_device(tmp_path, name):
 
 
 def test_the_same_steps_are_skipped_in_half_precision(tmp_path):
-    result = rehearse(tmp_path, "uneven pipeline", "--precision", "float16",
-                      runner_wrapper__scale_sense__loss_scale_value=2 ** 20)
+    result = rehearse(
+        tmp_path, "uneven pipeline", "--precision", "float16", runner_wrapper__scale_sense__loss_scale_value=2**20
+    )
     report = json.loads((tmp_path / "execution.json").read_text())
     overflows = [step["overflow"] for step in report["steps"]]
     assert overflows == [step["overflow_one_device"] for step in report["steps"]]

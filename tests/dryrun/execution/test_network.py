@@ -1,4 +1,5 @@
 """The network of ranks: what meets, what does not, and who waits for whom."""
+
 import threading
 
 import numpy as np
@@ -29,8 +30,9 @@ def on_all_ranks(world, work):
 
 
 def test_everybody_gets_what_the_members_brought_in_their_order():
-    network, results, errors = on_all_ranks(3, lambda net, rank: net.meet(
-        rank, "AllGather", "all", (2, 0, 1), np.array([rank])))
+    network, results, errors = on_all_ranks(
+        3, lambda net, rank: net.meet(rank, "AllGather", "all", (2, 0, 1), np.array([rank]))
+    )
     assert not errors
     assert [int(array[0]) for array in results[1]] == [2, 0, 1]
     assert results[0][0] is results[2][0]
@@ -39,19 +41,24 @@ def test_everybody_gets_what_the_members_brought_in_their_order():
 
 def test_meetings_of_one_group_are_told_apart_by_their_number():
     def work(network, rank):
-        return [int(sum(network.meet(rank, "AllReduce", "g", (0, 1), np.array(value))))
-                for value in (rank, 10 * rank, 100 * rank)]
+        return [
+            int(sum(network.meet(rank, "AllReduce", "g", (0, 1), np.array(value))))
+            for value in (rank, 10 * rank, 100 * rank)
+        ]
 
     _, results, errors = on_all_ranks(2, work)
     assert not errors and results == {0: [1, 10, 100], 1: [1, 10, 100]}
 
 
-@pytest.mark.parametrize("theirs, words", [
-    (("AllGather", np.zeros(4, np.float16), "sum"), "AllGather of float16 [4]"),
-    (("AllReduce", np.zeros(2, np.float16), "sum"), "float16 [2]"),
-    (("AllReduce", np.zeros(4, np.float32), "sum"), "float32 [4]"),
-    (("AllReduce", np.zeros(4, np.float16), "max"), "max"),
-])
+@pytest.mark.parametrize(
+    "theirs, words",
+    [
+        (("AllGather", np.zeros(4, np.float16), "sum"), "AllGather of float16 [4]"),
+        (("AllReduce", np.zeros(2, np.float16), "sum"), "float16 [2]"),
+        (("AllReduce", np.zeros(4, np.float32), "sum"), "float32 [4]"),
+        (("AllReduce", np.zeros(4, np.float16), "max"), "max"),
+    ],
+)
 def test_members_that_bring_different_things_are_told_what_and_where(theirs, words):
     def work(network, rank):
         kind, array, details = ("AllReduce", np.zeros(4, np.float16), "sum") if rank == 0 else theirs

@@ -1,4 +1,5 @@
 """Packed rows in the programs for NPUs: flash attention's variable-length form, executed."""
+
 import json
 
 import mindspore as ms
@@ -16,22 +17,37 @@ from mindformers_glm32k.dryrun.execution import states
 from mindformers_glm32k.dryrun.trace import trace_program
 
 ROWS, LENGTH, PLACES = 4, 80, 8  # no other size of the model is LENGTH
-PACKED = {"train_dataset__packing": True, "model__model_config__seq_length": LENGTH,
-          "model__model_config__documents_per_row": PLACES - 1, "train_dataset__max_source_length": 56, "model__model_config__num_layers": 2}
+PACKED = {
+    "train_dataset__packing": True,
+    "model__model_config__seq_length": LENGTH,
+    "model__model_config__documents_per_row": PLACES - 1,
+    "train_dataset__max_source_length": 56,
+    "model__model_config__num_layers": 2,
+}
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """All rows on one device."""
-    return Case(tmp_path_factory.mktemp("packed_one"), use_parallel=False, parallel_config__data_parallel=1,
-                runner_config__batch_size=ROWS, train_dataset__batch_size=ROWS, **PACKED)
+    return Case(
+        tmp_path_factory.mktemp("packed_one"),
+        use_parallel=False,
+        parallel_config__data_parallel=1,
+        runner_config__batch_size=ROWS,
+        train_dataset__batch_size=ROWS,
+        **PACKED,
+    )
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The same on two devices, two rows on each."""
-    return Case(tmp_path_factory.mktemp("packed_ranks"), parallel_config__data_parallel=2,
-                runner_config__batch_size=ROWS // 2, **PACKED)
+    return Case(
+        tmp_path_factory.mktemp("packed_ranks"),
+        parallel_config__data_parallel=2,
+        runner_config__batch_size=ROWS // 2,
+        **PACKED,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +62,7 @@ def documents(lengths, seed):
     for length in lengths:
         ids = rng.integers(3, 1024, length).astype(np.int32)
         labels = np.append(ids[1:], IGNORED).astype(np.int32)
-        labels[:length // 3] = IGNORED
+        labels[: length // 3] = IGNORED
         found.append(Row(ids, labels, length, length, length // 3))
     return found
 
@@ -60,8 +76,9 @@ def step_of(*rows):
 @pytest.fixture(scope="module")
 def rows():
     """Rows with one to seven documents, full ones and others."""
-    return step_of(documents((30, 50), 1), documents((17, 1, 33), 2), documents((80,), 3),
-                   documents((20, 10, 9, 11, 5, 4, 21), 4))
+    return step_of(
+        documents((30, 50), 1), documents((17, 1, 33), 2), documents((80,), 3), documents((20, 10, 9, 11, 5, 4, 21), 4)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +92,13 @@ def loss_of(result):
 
 
 def kernels_of(case):
-    return [node for rehearsed in case.programs for graph in (rehearsed.program.main, *rehearsed.program.graphs.values())
-            for node in graph.nodes if node.op.startswith("FlashAttentionScore")]
+    return [
+        node
+        for rehearsed in case.programs
+        for graph in (rehearsed.program.main, *rehearsed.program.graphs.values())
+        for node in graph.nodes
+        if node.op.startswith("FlashAttentionScore")
+    ]
 
 
 def test_a_layout_equals_one_device(ranks, weights, rows, whole):
@@ -86,7 +108,10 @@ def test_a_layout_equals_one_device(ranks, weights, rows, whole):
 
 
 def test_documents_that_end_elsewhere_are_found(ranks, weights, rows, whole):
-    shifted = {**rows, "document_ids": np.concatenate([rows["document_ids"][..., :1], rows["document_ids"][..., :-1]], -1)}
+    shifted = {
+        **rows,
+        "document_ids": np.concatenate([rows["document_ids"][..., :1], rows["document_ids"][..., :-1]], -1),
+    }
     report = execute.compare(ranks.run(weights, shifted), whole, ranks.programs, ranks.layout, ranks.config)
     assert not report["agrees"] and report["problems"][0].startswith("step 1: loss is")
 
@@ -125,21 +150,44 @@ def test_no_tensor_grows_with_the_square_of_the_length(one, ranks):
 
 
 def test_the_kernel_gets_all_tokens_behind_each_other(one, ranks):
-    assert {node.output[3].shape for node in kernels_of(one) if node.op == "FlashAttentionScore"} == {(4 * LENGTH, 4, 16)}
-    assert {node.output[3].shape for node in kernels_of(ranks) if node.op == "FlashAttentionScore"} == {(2 * LENGTH, 4, 16)}
+    assert {node.output[3].shape for node in kernels_of(one) if node.op == "FlashAttentionScore"} == {
+        (4 * LENGTH, 4, 16)
+    }
+    assert {node.output[3].shape for node in kernels_of(ranks) if node.op == "FlashAttentionScore"} == {
+        (2 * LENGTH, 4, 16)
+    }
 
 
 @pytest.mark.rehearsal
-@pytest.mark.parametrize("yaml, layout", [
-    ("finetune_glm32k", {"parallel_config__pipeline_stage": 2, "parallel_config__micro_batch_num": 2}),
-    ("finetune_glm32k_cp8", {"parallel_config__data_parallel": 2, "parallel_config__context_parallel": 2,
-                             "parallel_config__ulysses_degree_in_cp": 2}),
-    ("finetune_glm32k_cp8", {}),
-    ("finetune_glm32k_mp4", {"parallel_config__micro_batch_num": 2}),
-], ids=["dp 2 x pp 2", "dp 2 x cp 2 (Ulysses)", "cp 8 (Ulysses)", "mp 4 x pp 2"])
+@pytest.mark.parametrize(
+    "yaml, layout",
+    [
+        ("finetune_glm32k", {"parallel_config__pipeline_stage": 2, "parallel_config__micro_batch_num": 2}),
+        (
+            "finetune_glm32k_cp8",
+            {
+                "parallel_config__data_parallel": 2,
+                "parallel_config__context_parallel": 2,
+                "parallel_config__ulysses_degree_in_cp": 2,
+            },
+        ),
+        ("finetune_glm32k_cp8", {}),
+        ("finetune_glm32k_mp4", {"parallel_config__micro_batch_num": 2}),
+    ],
+    ids=["dp 2 x pp 2", "dp 2 x cp 2 (Ulysses)", "cp 8 (Ulysses)", "mp 4 x pp 2"],
+)
 def test_every_kind_of_layout_equals_one_device(tmp_path, yaml, layout):
-    result = run_command("dryrun", "--execute", "3", "--output_dir", str(tmp_path), sizes={},
-                         config=CONFIG.with_name(f"{yaml}.yaml"), train_dataset__packing=True, **layout)
+    result = run_command(
+        "dryrun",
+        "--execute",
+        "3",
+        "--output_dir",
+        str(tmp_path),
+        sizes={},
+        config=CONFIG.with_name(f"{yaml}.yaml"),
+        train_dataset__packing=True,
+        **layout,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "execution.json").read_text())
     assert report["agrees"] and len(report["steps"]) == 3

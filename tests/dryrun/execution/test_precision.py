@@ -1,4 +1,5 @@
 """Programs of 16 bits in float32."""
+
 import numpy as np
 import pytest
 
@@ -14,17 +15,23 @@ STEP = np.array([0.1, 0.1])
 def program(dtype):
     """x + weight in 16 bits + a constant of 16 bits, cast back; the sum in a graph of its own."""
     narrow, wide = Spec((2,), dtype, 2), Spec((2,), "float32", 4)
-    bits = STEP.astype(np.float16) if dtype == "float16" else (STEP.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    bits = (
+        STEP.astype(np.float16)
+        if dtype == "float16"
+        else (STEP.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    )
     add = Graph("add", ["a", "b"], [Node("sum", "Add", ["a", "b"], narrow)], ["sum"])
-    nodes = [Node("type", "Constant", [], value=42),
-             Node("cast", "Cast", ["x", "type"], narrow),
-             Node("step", "Constant", [], value=narrow, data=bits.tobytes()),
-             Node("more", "call", ["cast", "step"], narrow, callee="add"),
-             Node("all", "call", ["more", "main:w"], narrow, callee="add"),
-             Node("pair", "MakeTuple", ["all", "all"], (narrow, narrow)),
-             Node("zero", "Constant", [], value=0),
-             Node("item", "TupleGetItem", ["pair", "zero"], narrow),
-             Node("result", "Cast", ["item", "type"], wide)]
+    nodes = [
+        Node("type", "Constant", [], value=42),
+        Node("cast", "Cast", ["x", "type"], narrow),
+        Node("step", "Constant", [], value=narrow, data=bits.tobytes()),
+        Node("more", "call", ["cast", "step"], narrow, callee="add"),
+        Node("all", "call", ["more", "main:w"], narrow, callee="add"),
+        Node("pair", "MakeTuple", ["all", "all"], (narrow, narrow)),
+        Node("zero", "Constant", [], value=0),
+        Node("item", "TupleGetItem", ["pair", "zero"], narrow),
+        Node("result", "Cast", ["item", "type"], wide),
+    ]
     return Program(Graph("main", ["x"], nodes, ["result"]), {"add": add}, {"main:w": ("w", narrow)}, {"x": wide})
 
 

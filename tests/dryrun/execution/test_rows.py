@@ -1,4 +1,5 @@
 """Rows for a rehearsal."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +24,7 @@ def test_random_rows_have_different_numbers_of_labels():
 
 
 def rehearsed(rows):
-    return SimpleNamespace(columns=["input_ids"], program=SimpleNamespace(
-        inputs={"a": Spec((rows, 64), "int32", 4)}))
+    return SimpleNamespace(columns=["input_ids"], program=SimpleNamespace(inputs={"a": Spec((rows, 64), "int32", 4)}))
 
 
 def test_the_whole_batch_or_a_data_parallel_part():
@@ -32,5 +32,6 @@ def test_the_whole_batch_or_a_data_parallel_part():
     rows = random_rows(["input_ids"], (8, 64), 1, 1024)
     np.testing.assert_array_equal(input_arrays(rehearsed(8), rows, 0, 3, layout)[0], rows["input_ids"][0])
     for rank, part in ((0, 0), (1, 0), (2, 1), (3, 1), (4, 0), (7, 1)):
-        np.testing.assert_array_equal(input_arrays(rehearsed(4), rows, 0, rank, layout)[0],
-                                      rows["input_ids"][0, 4 * part:4 * part + 4])
+        np.testing.assert_array_equal(
+            input_arrays(rehearsed(4), rows, 0, rank, layout)[0], rows["input_ids"][0, 4 * part : 4 * part + 4]
+        )

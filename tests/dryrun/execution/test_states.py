@@ -1,4 +1,5 @@
 """Parameters cut for ranks and put together again."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +17,20 @@ LAYOUT = {NAME: ParameterLayout((2, 2), ((0,), ()), 2)}  # dp 2 x mp 2: rows ove
 def ranks_of(whole):
     machines = []
     for rank in range(4):
-        program = SimpleNamespace(parameters={
-            "a": (NAME, Spec((2, 3), "float32", 4)), "b": (f"accu_grads.{NAME}", Spec((4, 3), "float32", 4)),
-            "c": ("norm.weight", Spec((3,), "float32", 4)), "d": ("micro_step", Spec((1,), "int32", 4))})
+        program = SimpleNamespace(
+            parameters={
+                "a": (NAME, Spec((2, 3), "float32", 4)),
+                "b": (f"accu_grads.{NAME}", Spec((4, 3), "float32", 4)),
+                "c": ("norm.weight", Spec((3,), "float32", 4)),
+                "d": ("micro_step", Spec((1,), "int32", 4)),
+            }
+        )
         values = states.cut(program, rank, LAYOUT, whole, {"micro_step": np.array([rank], np.int32)})
-        machines.append(SimpleNamespace(rank=rank, parameters={
-            name: Parameter(name, value, str(value.dtype)) for name, value in values.items()}))
+        machines.append(
+            SimpleNamespace(
+                rank=rank, parameters={name: Parameter(name, value, str(value.dtype)) for name, value in values.items()}
+            )
+        )
     return machines
 
 
@@ -65,9 +74,13 @@ def test_a_parameter_that_is_nowhere_is_an_error():
 
 
 def test_random_weights_spare_counters_and_states():
-    before = {NAME: np.zeros((64, 64), np.float16), "input_layernorm.weight": np.ones(64, np.float32),
-              "adam_m.x.weight": np.zeros(4, np.float32), "scale_sense": np.array(65536, np.float32),
-              "global_step": np.zeros(1, np.int32)}
+    before = {
+        NAME: np.zeros((64, 64), np.float16),
+        "input_layernorm.weight": np.ones(64, np.float32),
+        "adam_m.x.weight": np.zeros(4, np.float32),
+        "scale_sense": np.array(65536, np.float32),
+        "global_step": np.zeros(1, np.int32),
+    }
     after = states.random_weights(before)
     assert 0.1 < after[NAME].std() < 0.15 and after[NAME].dtype == np.float16
     assert 0.9 < after["input_layernorm.weight"].mean() < 1.1

@@ -18,11 +18,22 @@ where the program passes parameters, assigns their `.value`, and returns what th
 What an operator does not implement it refuses (NotImplementedError), and an attribute that is not there raises: no
 default is guessed. Overflow and NaN are values like any other; operators run under `numpy.errstate(all="ignore")`.
 """
+
 from dataclasses import dataclass
 from importlib import import_module
 
-_MODULES = ("arithmetic", "attention", "collectives", "indexing", "inference", "matrix", "norm", "reduction", "shaping",
-            "training")
+_MODULES = (
+    "arithmetic",
+    "attention",
+    "collectives",
+    "indexing",
+    "inference",
+    "matrix",
+    "norm",
+    "reduction",
+    "shaping",
+    "training",
+)
 
 
 @dataclass
@@ -70,6 +81,7 @@ def operator(*names, in_place=False):
     Raises:
         ValueError: a name is there already.
     """
+
     def enter(function):
         for name in names:
             if name in _TABLE:
@@ -96,5 +108,8 @@ def collectives_of(executed):
     Returns:
         dict[str, int]: likewise.
     """
-    return {name: count for name, count in executed.items()
-            if table()[name].function.__module__ == f"{__name__}.collectives"}
+    return {
+        name: count
+        for name, count in executed.items()
+        if table()[name].function.__module__ == f"{__name__}.collectives"
+    }

@@ -3,6 +3,7 @@
 fp16 is computed by NumPy, which rounds once from float32; bfloat16 in float32, rounded by the interpreter. Tensors are
 broadcast against each other. Sources: the docstrings of mindspore.ops (Add, Muls, …), which name NumPy's functions.
 """
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator
@@ -41,17 +42,37 @@ def _unary(function):
 
 
 _BINARY = {
-    np.add: ("Add", "Adds"), np.subtract: ("Sub", "Subs"), np.multiply: ("Mul", "Muls"),
-    np.divide: ("Div", "RealDiv", "Divs"), np.floor_divide: ("FloorDiv",), np.mod: ("FloorMod",), np.power: ("Pow",),
-    np.maximum: ("Maximum",), np.minimum: ("Minimum",),
-    np.equal: ("Equal",), np.not_equal: ("NotEqual",), np.greater: ("Greater",), np.greater_equal: ("GreaterEqual",),
-    np.less: ("Less",), np.less_equal: ("LessEqual",),
-    np.logical_and: ("LogicalAnd",), np.logical_or: ("LogicalOr",),
+    np.add: ("Add", "Adds"),
+    np.subtract: ("Sub", "Subs"),
+    np.multiply: ("Mul", "Muls"),
+    np.divide: ("Div", "RealDiv", "Divs"),
+    np.floor_divide: ("FloorDiv",),
+    np.mod: ("FloorMod",),
+    np.power: ("Pow",),
+    np.maximum: ("Maximum",),
+    np.minimum: ("Minimum",),
+    np.equal: ("Equal",),
+    np.not_equal: ("NotEqual",),
+    np.greater: ("Greater",),
+    np.greater_equal: ("GreaterEqual",),
+    np.less: ("Less",),
+    np.less_equal: ("LessEqual",),
+    np.logical_and: ("LogicalAnd",),
+    np.logical_or: ("LogicalOr",),
 }
 _UNARY = {
-    np.negative: "Neg", np.abs: "Abs", np.square: "Square", np.sqrt: "Sqrt", np.exp: "Exp", np.sin: "Sin",
-    np.cos: "Cos", np.tanh: "Tanh", np.logical_not: "LogicalNot", np.isfinite: "IsFinite",
-    np.reciprocal: "Reciprocal", (lambda x: 1 / np.sqrt(x)): "Rsqrt",
+    np.negative: "Neg",
+    np.abs: "Abs",
+    np.square: "Square",
+    np.sqrt: "Sqrt",
+    np.exp: "Exp",
+    np.sin: "Sin",
+    np.cos: "Cos",
+    np.tanh: "Tanh",
+    np.logical_not: "LogicalNot",
+    np.isfinite: "IsFinite",
+    np.reciprocal: "Reciprocal",
+    (lambda x: 1 / np.sqrt(x)): "Rsqrt",
 }
 for _function, _names in _BINARY.items():
     operator(*_names)(_binary(_function))

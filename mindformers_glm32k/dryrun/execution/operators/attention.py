@@ -6,6 +6,7 @@ scores and softmax in float32, probabilities and their gradients rounded to the 
 sums in float32.
 Source: the docstring of mindspore.ops.flash_attention_score; FlashAttention-2 (arXiv:2307.08691) for the gradient.
 """
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator
@@ -18,9 +19,27 @@ _LANES = 8  # softmax_max and softmax_sum repeat each value
 
 
 @operator("FlashAttentionScore")
-def flash_attention_score(call, query, key, value, real_shift, drop_mask, padding_mask, attn_mask, prefix,
-                          actual_seq_qlen, actual_seq_kvlen, head_num, keep_prob, scale_value, pre_tokens, next_tokens,
-                          inner_precise, input_layout, sparse_mode):
+def flash_attention_score(
+    call,
+    query,
+    key,
+    value,
+    real_shift,
+    drop_mask,
+    padding_mask,
+    attn_mask,
+    prefix,
+    actual_seq_qlen,
+    actual_seq_kvlen,
+    head_num,
+    keep_prob,
+    scale_value,
+    pre_tokens,
+    next_tokens,
+    inner_precise,
+    input_layout,
+    sparse_mode,
+):
     """softmax(scale * query @ keyᵀ, masked) @ value.
 
     query, key, value in `input_layout`; attn_mask see `masks.hidden`, for TH `masks.causal_prefill`; actual_seq_*:
@@ -29,8 +48,14 @@ def flash_attention_score(call, query, key, value, real_shift, drop_mask, paddin
     -> softmax_max, softmax_sum (B, N, S, 8), (T, N, 8) or (T, N * 8) float32, softmax_out (a placeholder),
     attention_out as query.
     """
-    refuse(call, real_shift=(real_shift, None), drop_mask=(drop_mask, None), padding_mask=(padding_mask, None),
-           prefix=(prefix, None), keep_prob=(keep_prob, 1.0))
+    refuse(
+        call,
+        real_shift=(real_shift, None),
+        drop_mask=(drop_mask, None),
+        padding_mask=(padding_mask, None),
+        prefix=(prefix, None),
+        keep_prob=(keep_prob, 1.0),
+    )
     layout = _layout(input_layout, _LAYOUTS)
     dtype = call.output[3].dtype
     maximum, total, attention = [], [], []
@@ -44,37 +69,76 @@ def flash_attention_score(call, query, key, value, real_shift, drop_mask, paddin
         attention.append(rounded(weights, dtype) @ _grouped(v, q) / sums)
     tokens = query.shape[0]
     maximum, total = (parts[0] if layout not in _FLAT else _join(parts, layout, tokens) for parts in (maximum, total))
-    return (as_output(maximum, call.output[0]), as_output(total, call.output[1]), _placeholder(call.output[2]),
-            as_output(_join(attention, layout, tokens), call.output[3]))
+    return (
+        as_output(maximum, call.output[0]),
+        as_output(total, call.output[1]),
+        _placeholder(call.output[2]),
+        as_output(_join(attention, layout, tokens), call.output[3]),
+    )
 
 
 @operator("FlashAttentionScoreGrad")
-def flash_attention_score_grad(call, query, key, value, dy, real_shift, drop_mask, padding_mask, attn_mask, softmax_max,
-                               softmax_sum, softmax_in, attention_in, prefix, actual_seq_qlen, actual_seq_kvlen,
-                               head_num, keep_prob, scale_value, pre_tokens, next_tokens, inner_precise, input_layout,
-                               sparse_mode):
+def flash_attention_score_grad(
+    call,
+    query,
+    key,
+    value,
+    dy,
+    real_shift,
+    drop_mask,
+    padding_mask,
+    attn_mask,
+    softmax_max,
+    softmax_sum,
+    softmax_in,
+    attention_in,
+    prefix,
+    actual_seq_qlen,
+    actual_seq_kvlen,
+    head_num,
+    keep_prob,
+    scale_value,
+    pre_tokens,
+    next_tokens,
+    inner_precise,
+    input_layout,
+    sparse_mode,
+):
     """Gradient of FlashAttentionScore, with its softmax_max, softmax_sum and attention_out (attention_in).
 
     -> dq, dk, dv, and a placeholder for the gradient of real_shift.
     """
-    refuse(call, real_shift=(real_shift, None), drop_mask=(drop_mask, None), padding_mask=(padding_mask, None),
-           prefix=(prefix, None), keep_prob=(keep_prob, 1.0))
+    refuse(
+        call,
+        real_shift=(real_shift, None),
+        drop_mask=(drop_mask, None),
+        padding_mask=(padding_mask, None),
+        prefix=(prefix, None),
+        keep_prob=(keep_prob, 1.0),
+    )
     layout = _layout(input_layout, _LAYOUTS[:5])
     dtype = call.output[0].dtype
     statistics = _split_statistics(layout, actual_seq_qlen, softmax_max, softmax_sum)
-    sequences = _sequences(layout, head_num, attn_mask, actual_seq_qlen, actual_seq_kvlen, query, key, value,
-                           attention_in, dy)
+    sequences = _sequences(
+        layout, head_num, attn_mask, actual_seq_qlen, actual_seq_kvlen, query, key, value, attention_in, dy
+    )
     gradients = []
     for (q, k, v, out, dout, mask), (largest, sums) in zip(sequences, statistics):
         scores = _scores(q, k, mask, scale_value, pre_tokens, next_tokens, sparse_mode)
         weights = np.exp(scores - largest) / sums
         dweights = dout @ _grouped(v, q).swapaxes(-1, -2)
         dscores = rounded(weights * (dweights - np.sum(dout * out, -1, keepdims=True)), dtype)
-        gradients.append((dscores @ _grouped(k, q) * scale_value,
-                          _ungrouped(dscores.swapaxes(-1, -2) @ q * scale_value, k),
-                          _ungrouped(rounded(weights, dtype).swapaxes(-1, -2) @ dout, v)))
-    results = [as_output(_join(parts, layout, tensor.shape[0]), spec)
-               for parts, spec, tensor in zip(zip(*gradients), call.output, (query, key, value))]
+        gradients.append(
+            (
+                dscores @ _grouped(k, q) * scale_value,
+                _ungrouped(dscores.swapaxes(-1, -2) @ q * scale_value, k),
+                _ungrouped(rounded(weights, dtype).swapaxes(-1, -2) @ dout, v),
+            )
+        )
+    results = [
+        as_output(_join(parts, layout, tensor.shape[0]), spec)
+        for parts, spec, tensor in zip(zip(*gradients), call.output, (query, key, value))
+    ]
     return (*results, _placeholder(call.output[3]))
 
 
@@ -82,8 +146,11 @@ def _scores(q, k, mask, scale, pre_tokens, next_tokens, sparse_mode):
     """(B, N, S, T) scaled scores, -inf where hidden. sparse_mode "TH": the causal mask of prediction."""
     scores = q @ _grouped(k, q).swapaxes(-1, -2) * scale
     queries, keys = q.shape[2], k.shape[2]
-    hide = causal_prefill(mask, queries, keys) if sparse_mode == "TH" else \
-        hidden(mask, sparse_mode, queries, keys, pre_tokens, next_tokens)
+    hide = (
+        causal_prefill(mask, queries, keys)
+        if sparse_mode == "TH"
+        else hidden(mask, sparse_mode, queries, keys, pre_tokens, next_tokens)
+    )
     return scores if hide is None else np.where(hide, -np.inf, scores)
 
 
@@ -107,13 +174,15 @@ def _layout(number, known):
 def _sequences(layout, head_num, mask, q_lengths, kv_lengths, query, key, value, *like_query):
     """Yields (B, N or K, S or T, D) arrays of all tensors and the mask: one item, or one a sequence of TND and TH."""
     if layout not in _FLAT and not (q_lengths is None and kv_lengths is None):
-        raise NotImplementedError(f"actual_seq_qlen {q_lengths!r}, actual_seq_kvlen {kv_lengths!r} in the layout "
-                                  f"{layout}")
+        raise NotImplementedError(
+            f"actual_seq_qlen {q_lengths!r}, actual_seq_kvlen {kv_lengths!r} in the layout {layout}"
+        )
     size = query.shape[-1] // head_num if layout in ("BSH", "SBH", "TH") else query.shape[-1]
     heads = [_apart(wide(tensor), layout, size) for tensor in (query, key, value, *like_query)]
     if heads[0].shape[1] != head_num or head_num % heads[1].shape[1]:
-        raise ValueError(f"head_num {head_num} for a query of {query.shape} and a key of {key.shape} in the layout "
-                         f"{layout}")
+        raise ValueError(
+            f"head_num {head_num} for a query of {query.shape} and a key of {key.shape} in the layout {layout}"
+        )
     if layout not in _FLAT:
         yield (*heads, mask)
         return
@@ -133,8 +202,9 @@ def _spans(layout, lengths, tensor):
     """[(start, end)] of each sequence."""
     ends = np.cumsum(lengths) if layout == "TH" else np.asarray(lengths)
     if ends[-1] > tensor.shape[0] or (layout == "TND" and ends[-1] != tensor.shape[0]):
-        raise ValueError(f"the sequences of lengths {lengths} ({layout}) end at {ends[-1]}, the tensor has "
-                         f"{tensor.shape[0]} tokens")
+        raise ValueError(
+            f"the sequences of lengths {lengths} ({layout}) end at {ends[-1]}, the tensor has {tensor.shape[0]} tokens"
+        )
     starts = np.concatenate([[0], ends[:-1]])
     if (starts > ends).any():
         raise ValueError(f"the sequences of lengths {lengths} ({layout}): one ends before it starts")
@@ -166,8 +236,11 @@ def _split_statistics(layout, q_lengths, *statistics):
     """(B, N, S, 1) of softmax_max and softmax_sum for each item of `_sequences`."""
     if layout != "TND":
         return [[tensor[..., :1] for tensor in statistics]]
-    return [[tensor[start:end, :, :1].transpose(1, 0, 2)[None] for tensor in statistics]
-            for start, end in _spans(layout, q_lengths, statistics[0]) if end > start]
+    return [
+        [tensor[start:end, :, :1].transpose(1, 0, 2)[None] for tensor in statistics]
+        for start, end in _spans(layout, q_lengths, statistics[0])
+        if end > start
+    ]
 
 
 def _placeholder(spec):

@@ -3,6 +3,7 @@
 The attributes `group` (its name) and `group_rank_ids` (its ranks) say who meets. Sums of fp16 and bfloat16 are float32
 sums in the order of the ranks, rounded once; HCCL's order depends on its algorithm.
 """
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator

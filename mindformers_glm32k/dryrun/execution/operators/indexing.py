@@ -1,4 +1,5 @@
 """Slices, look-ups, and the gradients that scatter back."""
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator
@@ -26,8 +27,9 @@ def _index(begin, end, strides, masks):
         if shrink_mask >> axis & 1:
             index.append(start)
         else:
-            index.append(slice(None if begin_mask >> axis & 1 else start, None if end_mask >> axis & 1 else stop,
-                               stride))
+            index.append(
+                slice(None if begin_mask >> axis & 1 else start, None if end_mask >> axis & 1 else stop, stride)
+            )
     return tuple(index)
 
 
@@ -87,7 +89,7 @@ def unsorted_segment_sum(call, x, segments, number):
 
     float32 sums for fp16, rounded once. Source: mindspore.ops.unsorted_segment_sum.
     """
-    rows = wide(x).reshape((-1,) + x.shape[segments.ndim:])
+    rows = wide(x).reshape((-1,) + x.shape[segments.ndim :])
     segments = segments.reshape(-1)
     kept = segments >= 0
     _check_range(segments[kept], number)

@@ -3,6 +3,7 @@
 Letters: B prompts, T tokens of the call, N query heads, K key heads, D head size. MindSpore documents these kernels by
 shapes only; what they compute follows from how mindformers' InferAttention and PagedAttentionMgr feed them.
 """
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator
@@ -22,8 +23,10 @@ def apply_rotary_pos_emb(call, query, key, cos, sin, lengths, cos_format):
         raise NotImplementedError(f"ApplyRotaryPosEmb with cos_format {cos_format}: only 2 and 3 are implemented")
     tokens = int(np.prod(query.shape[:-1]))
     rows = _rows(lengths, tokens, cos.shape[0])
-    return tuple(as_output(_rotate(x, wide(cos)[rows], wide(sin)[rows], cos_format), spec)
-                 for x, spec in zip((query, key), call.output))
+    return tuple(
+        as_output(_rotate(x, wide(cos)[rows], wide(sin)[rows], cos_format), spec)
+        for x, spec in zip((query, key), call.output)
+    )
 
 
 def _rows(lengths, tokens, table):
@@ -39,14 +42,14 @@ def _rows(lengths, tokens, table):
 def _rotate(x, cos, sin, cos_format):
     size = cos.shape[-1]
     heads = wide(x).reshape(-1, x.shape[-1] // size, size)  # (T, N, D)
-    turning = heads[:len(cos)]
+    turning = heads[: len(cos)]
     if cos_format == 2:
         first, second = np.split(turning, 2, -1)
         turned = np.concatenate([-second, first], -1)
     else:
         turned = np.stack([-turning[..., 1::2], turning[..., ::2]], -1).reshape(turning.shape)
     result = turning * cos[:, None] + turned * sin[:, None]
-    return np.concatenate([result, heads[len(cos):]]).reshape(x.shape)
+    return np.concatenate([result, heads[len(cos) :]]).reshape(x.shape)
 
 
 @operator("ReshapeAndCache", in_place=True)
@@ -65,9 +68,25 @@ def reshape_and_cache(call, key, value, key_cache, value_cache, slots, monad=Non
 
 
 @operator("PagedAttention")
-def paged_attention(call, query, key_cache, value_cache, block_tables, context_lens, antiquant_scale, antiquant_offset,
-                    attn_mask, q_seq_lens, alibi_mask, head_num, scale_value, kv_head_num, kv_cache_quant_mode,
-                    mask_mode, mla_v_dim):
+def paged_attention(
+    call,
+    query,
+    key_cache,
+    value_cache,
+    block_tables,
+    context_lens,
+    antiquant_scale,
+    antiquant_offset,
+    attn_mask,
+    q_seq_lens,
+    alibi_mask,
+    head_num,
+    scale_value,
+    kv_head_num,
+    kv_cache_quant_mode,
+    mask_mode,
+    mla_v_dim,
+):
     """softmax(scale_value * query @ keysᵀ) @ values of one token a prompt.
 
     query (B, 1, N * D); caches (blocks, block, K, D); block_tables (B, n) the blocks of each prompt in order;
@@ -75,20 +94,30 @@ def paged_attention(call, query, key_cache, value_cache, block_tables, context_l
     the product with values.
     Source: mindspore's docstring of PagedAttention.
     """
-    refuse(call, antiquant_scale=(antiquant_scale, None), antiquant_offset=(antiquant_offset, None),
-           attn_mask=(attn_mask, None), q_seq_lens=(q_seq_lens, None), alibi_mask=(alibi_mask, None),
-           kv_cache_quant_mode=(kv_cache_quant_mode, 0), mask_mode=(mask_mode, 0), mla_v_dim=(mla_v_dim, 0))
+    refuse(
+        call,
+        antiquant_scale=(antiquant_scale, None),
+        antiquant_offset=(antiquant_offset, None),
+        attn_mask=(attn_mask, None),
+        q_seq_lens=(q_seq_lens, None),
+        alibi_mask=(alibi_mask, None),
+        kv_cache_quant_mode=(kv_cache_quant_mode, 0),
+        mask_mode=(mask_mode, 0),
+        mla_v_dim=(mla_v_dim, 0),
+    )
     block, kv_heads, size = key_cache.shape[1:]
     lengths = [int(length) for length in context_lens.reshape(-1)]
     if kv_heads != kv_head_num or query.size != len(lengths) * head_num * size:
         raise ValueError(f"a query of {query.shape} for {len(lengths)} prompts, {head_num} and {kv_head_num} heads")
     results = []
     for row, table, length in zip(query.reshape(len(lengths), kv_heads, -1, size), block_tables, lengths):
-        blocks = table[:-(-length // block)]
+        blocks = table[: -(-length // block)]
         if len(blocks) * block < length or (blocks < 0).any():
             raise IndexError(f"a prompt of {length} tokens in the blocks {table.tolist()} of {block}")
-        keys, values = (wide(cache[blocks]).reshape(-1, kv_heads, size)[:length].transpose(1, 0, 2)
-                        for cache in (key_cache, value_cache))  # (K, length, D)
+        keys, values = (
+            wide(cache[blocks]).reshape(-1, kv_heads, size)[:length].transpose(1, 0, 2)
+            for cache in (key_cache, value_cache)
+        )  # (K, length, D)
         scores = wide(row) @ keys.swapaxes(-1, -2) * scale_value  # (K, N / K, length)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         results.append(rounded(weights, call.output.dtype) @ values / weights.sum(-1, keepdims=True))

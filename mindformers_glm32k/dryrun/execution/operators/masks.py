@@ -2,6 +2,7 @@
 
 Source: the docstring of mindspore.ops.flash_attention_score (attn_mask, sparse_mode, pre_tokens, next_tokens).
 """
+
 import weakref
 
 import numpy as np
@@ -32,8 +33,9 @@ def hidden(mask, sparse_mode, queries, keys, pre_tokens, next_tokens):
     if sparse_mode in (0, 1):
         result = _given(mask, sparse_mode, queries, keys)
         if sparse_mode == 0 and result is not None and (~result & ~_band(queries, keys, pre_tokens, next_tokens)).any():
-            raise NotImplementedError("an attention mask that shows keys outside of pre_tokens "
-                                      f"{pre_tokens} and next_tokens {next_tokens}")
+            raise NotImplementedError(
+                f"an attention mask that shows keys outside of pre_tokens {pre_tokens} and next_tokens {next_tokens}"
+            )
     elif sparse_mode in (2, 3, 4):
         _check_triangle(mask, COMPRESSED, f"sparse_mode {sparse_mode}")
         corner = 0 if sparse_mode == 2 else keys - queries

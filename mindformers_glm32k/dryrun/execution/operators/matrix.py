@@ -1,4 +1,5 @@
 """Matrix products: float32 sums, rounded once."""
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator

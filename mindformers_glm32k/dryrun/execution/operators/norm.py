@@ -1,4 +1,5 @@
 """RmsNorm, softmax, and their gradients: float32 for fp16, rounded once."""
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator

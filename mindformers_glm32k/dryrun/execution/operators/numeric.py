@@ -1,4 +1,5 @@
 """What several operators share: the precision they compute in, and the dtype they answer with."""
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.values import NUMPY, round_bfloat16

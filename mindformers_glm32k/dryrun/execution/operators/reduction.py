@@ -2,6 +2,7 @@
 
 `axis` is an int, a tuple or None; None and () reduce all axes.
 """
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator

@@ -1,4 +1,5 @@
 """Shapes: what moves or repeats elements and computes nothing."""
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator

@@ -1,4 +1,5 @@
 """What a training step does beside the network: assignments, the overflow register, dropout."""
+
 import numpy as np
 
 from mindformers_glm32k.dryrun.execution.operators import operator
@@ -72,9 +73,11 @@ def all_finite(call, *tensors):
 def dropout(call, x, keep_prob, seed0=0, seed1=0):
     """-> x and its mask. Only keep_prob 1 is executed: what is dropped is random, no two layouts agree on it."""
     if keep_prob != 1:
-        raise NotImplementedError(f"Dropout with keep_prob {keep_prob} draws random numbers, which differ from layout "
-                                  "to layout: set the dropout of the config (lora_dropout, hidden_dropout, "
-                                  "attention_dropout) to 0")
+        raise NotImplementedError(
+            f"Dropout with keep_prob {keep_prob} draws random numbers, which differ from layout "
+            "to layout: set the dropout of the config (lora_dropout, hidden_dropout, "
+            "attention_dropout) to 0"
+        )
     return as_output(x, call.output[0]), as_output(np.ones(x.shape), call.output[1])
 
 

@@ -1,4 +1,5 @@
 """Calls operators of the table as the interpreter does, and knows which ones the tests call."""
+
 from functools import wraps
 from types import SimpleNamespace
 
@@ -50,8 +51,13 @@ def call(name, *inputs, to="float32", rank=0, network=None, status=None, **attri
     entry = table()[name]
     arrays = [item for item in inputs if isinstance(item, np.ndarray) and item.flags.writeable]
     kept = [item.copy() for item in arrays]
-    output = to if isinstance(to, Spec) else spec(to) if isinstance(to, str) else \
-        tuple(item if isinstance(item, Spec) else spec(item) for item in to)
+    output = (
+        to
+        if isinstance(to, Spec)
+        else spec(to)
+        if isinstance(to, str)
+        else tuple(item if isinstance(item, Spec) else spec(item) for item in to)
+    )
     with np.errstate(all="ignore"):
         result = entry.function(Call(name, attributes, output, rank, network, "test", status), *inputs)
     for before, after in zip(kept, arrays):
@@ -84,8 +90,9 @@ def tolerance(dtype):
 
 def numeric_gradient(function, inputs, dy, index, step=1e-5):
     """d sum(function(*inputs) * dy) / d inputs[index] by central differences in float64."""
-    inputs = [item.astype(np.float64) if isinstance(item, np.ndarray) and item.dtype.kind == "f" else item
-              for item in inputs]
+    inputs = [
+        item.astype(np.float64) if isinstance(item, np.ndarray) and item.dtype.kind == "f" else item for item in inputs
+    ]
     x = inputs[index]
     gradient = np.zeros_like(x)
     for place in np.ndindex(x.shape):

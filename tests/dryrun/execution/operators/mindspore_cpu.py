@@ -1,4 +1,5 @@
 """MindSpore's CPU kernels as the reference of operators that exist there."""
+
 import numpy as np
 
 

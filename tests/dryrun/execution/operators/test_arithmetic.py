@@ -1,8 +1,9 @@
 """Element-wise operators against MindSpore's CPU kernels."""
+
 import numpy as np
 import pytest
 
-from dryrun.execution.operators.calling import call, numeric_gradient, random, covers, tolerance
+from dryrun.execution.operators.calling import call, covers, numeric_gradient, random, tolerance
 from dryrun.execution.operators.mindspore_cpu import run
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -121,15 +122,27 @@ def test_select(dtype):
     from mindspore import ops
 
     condition = np.array([[True, False, True]])
-    x, y = (np.array(random((4, 3), "float32", seed) * 8, np.int32) if dtype == "int32" else random((4, 3), dtype, seed)
-            for seed in range(2))
+    x, y = (
+        np.array(random((4, 3), "float32", seed) * 8, np.int32) if dtype == "int32" else random((4, 3), dtype, seed)
+        for seed in range(2)
+    )
     np.testing.assert_array_equal(call("Select", condition, x, y, to=dtype), run(ops.where, condition, x, y))
 
 
 @covers("Cast")
-@pytest.mark.parametrize("source, target", [
-    ("float32", "float16"), ("float32", "bfloat16"), ("float16", "float32"), ("float32", "int32"), ("bool", "float32"),
-    ("bool", "int32"), ("int32", "float16"), ("float32", "bool")])
+@pytest.mark.parametrize(
+    "source, target",
+    [
+        ("float32", "float16"),
+        ("float32", "bfloat16"),
+        ("float16", "float32"),
+        ("float32", "int32"),
+        ("bool", "float32"),
+        ("bool", "int32"),
+        ("int32", "float16"),
+        ("float32", "bool"),
+    ],
+)
 def test_cast(source, target):
     import mindspore as ms
 
@@ -184,5 +197,9 @@ def test_silu_grad():
     np.testing.assert_allclose(call("SiLUGrad", dy, x, to="float64"), expected, rtol=1e-8, atol=1e-9)
     for dtype in FLOATS:
         narrow = call("Cast", x, to=dtype), call("Cast", dy, to=dtype)
-        np.testing.assert_allclose(call("SiLUGrad", narrow[1], narrow[0], to=dtype), expected, rtol=0,
-                                   atol={"float32": 5e-6, "float16": 5e-3, "bfloat16": 4e-2}[dtype])
+        np.testing.assert_allclose(
+            call("SiLUGrad", narrow[1], narrow[0], to=dtype),
+            expected,
+            rtol=0,
+            atol={"float32": 5e-6, "float16": 5e-3, "bfloat16": 4e-2}[dtype],
+        )

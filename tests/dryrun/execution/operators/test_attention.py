@@ -1,4 +1,5 @@
 """Flash attention against its formula in float64, its gradient against MindSpore's and central differences."""
+
 import numpy as np
 import pytest
 from scipy import special
@@ -37,25 +38,95 @@ def laid_out(x, layout):
     return x if layout == "BSND" else x.reshape(batch, length, -1)
 
 
-def attend(q, k, v, heads, layout="BNSD", mask=None, mode=0, pre=65536, following=0, lengths=(None, None),
-           dtype="float32", keep_prob=1.0, real_shift=None):
+def attend(
+    q,
+    k,
+    v,
+    heads,
+    layout="BNSD",
+    mask=None,
+    mode=0,
+    pre=65536,
+    following=0,
+    lengths=(None, None),
+    dtype="float32",
+    keep_prob=1.0,
+    real_shift=None,
+):
     statistics = "float64" if dtype == "float64" else "float32"
-    return call("FlashAttentionScore", q, k, v, real_shift, None, None, mask, None, *lengths, heads, keep_prob, SCALE,
-                pre, following, 0, LAYOUTS[layout], mode,
-                to=(statistics, statistics, spec(dtype, (1,)), spec(dtype, q.shape)))
+    return call(
+        "FlashAttentionScore",
+        q,
+        k,
+        v,
+        real_shift,
+        None,
+        None,
+        mask,
+        None,
+        *lengths,
+        heads,
+        keep_prob,
+        SCALE,
+        pre,
+        following,
+        0,
+        LAYOUTS[layout],
+        mode,
+        to=(statistics, statistics, spec(dtype, (1,)), spec(dtype, q.shape)),
+    )
 
 
-def attend_grad(q, k, v, dy, forward, heads, layout="BNSD", mask=None, mode=0, pre=65536, following=0,
-                lengths=(None, None), dtype="float32"):
+def attend_grad(
+    q,
+    k,
+    v,
+    dy,
+    forward,
+    heads,
+    layout="BNSD",
+    mask=None,
+    mode=0,
+    pre=65536,
+    following=0,
+    lengths=(None, None),
+    dtype="float32",
+):
     largest, total, _, out = forward
-    return call("FlashAttentionScoreGrad", q, k, v, dy, None, None, None, mask, largest, total, np.zeros(1, q.dtype),
-                out, None, *lengths, heads, 1.0, SCALE, pre, following, 0, LAYOUTS[layout], mode,
-                to=(*(spec(dtype, x.shape) for x in (q, k, v)), spec(dtype, (0,))))
+    return call(
+        "FlashAttentionScoreGrad",
+        q,
+        k,
+        v,
+        dy,
+        None,
+        None,
+        None,
+        mask,
+        largest,
+        total,
+        np.zeros(1, q.dtype),
+        out,
+        None,
+        *lengths,
+        heads,
+        1.0,
+        SCALE,
+        pre,
+        following,
+        0,
+        LAYOUTS[layout],
+        mode,
+        to=(*(spec(dtype, x.shape) for x in (q, k, v)), spec(dtype, (0,))),
+    )
 
 
 def heads_of(batch=2, query_heads=4, key_heads=2, queries=5, keys=5, size=3, dtype="float32"):
-    return (random((batch, query_heads, queries, size), dtype), random((batch, key_heads, keys, size), dtype, 1),
-            random((batch, key_heads, keys, size), dtype, 2))
+    return (
+        random((batch, query_heads, queries, size), dtype),
+        random((batch, key_heads, keys, size), dtype, 1),
+        random((batch, key_heads, keys, size), dtype, 2),
+    )
 
 
 def causal(queries, keys, corner=0):
@@ -88,8 +159,26 @@ def test_layouts_have_mindspores_numbers(layout):
 
     assert FlashAttentionScore(4, input_layout=layout).input_layout == LAYOUTS[layout]
     with pytest.raises(NotImplementedError, match="input_layout 6: only"):
-        call("FlashAttentionScore", *heads_of(), None, None, None, None, None, None, None, 4, 1.0, SCALE, 0, 0, 0, 6, 0,
-             to=("float32",) * 4)
+        call(
+            "FlashAttentionScore",
+            *heads_of(),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            4,
+            1.0,
+            SCALE,
+            0,
+            0,
+            0,
+            6,
+            0,
+            to=("float32",) * 4,
+        )
 
 
 MASKS = {  # queries, keys, mask, mode, pre_tokens, next_tokens -> hidden
@@ -118,19 +207,22 @@ def test_masks(name):
 
 
 @covers("FlashAttentionScore")
-@pytest.mark.parametrize("options, message", [
-    ({"mask": causal(5, 5)[:4], "mode": 0}, r"a mask of \(4, 5\) for 5 queries and 5 keys"),
-    ({"mask": None, "mode": 1}, "sparse_mode 1 without a mask"),
-    ({"mask": causal(5, 5), "mode": 2}, r"takes a mask of 2048 x 2048, not \(5, 5\)"),
-    ({"mask": None, "mode": 2}, "takes a mask of 2048 x 2048, not None"),
-    ({"mask": np.ones((5, 5), bool), "mode": 1}, "a query that sees no key"),
-    ({"mask": np.zeros((5, 5), bool), "mode": 0}, "shows keys outside of pre_tokens 65536 and next_tokens 0"),
-    ({"mask": TRIANGLE, "mode": 5}, "sparse_mode 5"),
-    ({"keep_prob": 0.9}, "keep_prob 0.9: only 1.0"),
-    ({"real_shift": np.zeros(1)}, "real_shift"),
-    ({"lengths": ((5,), (5,))}, "actual_seq_qlen"),
-    ({"heads": 3}, "head_num 3"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mask": causal(5, 5)[:4], "mode": 0}, r"a mask of \(4, 5\) for 5 queries and 5 keys"),
+        ({"mask": None, "mode": 1}, "sparse_mode 1 without a mask"),
+        ({"mask": causal(5, 5), "mode": 2}, r"takes a mask of 2048 x 2048, not \(5, 5\)"),
+        ({"mask": None, "mode": 2}, "takes a mask of 2048 x 2048, not None"),
+        ({"mask": np.ones((5, 5), bool), "mode": 1}, "a query that sees no key"),
+        ({"mask": np.zeros((5, 5), bool), "mode": 0}, "shows keys outside of pre_tokens 65536 and next_tokens 0"),
+        ({"mask": TRIANGLE, "mode": 5}, "sparse_mode 5"),
+        ({"keep_prob": 0.9}, "keep_prob 0.9: only 1.0"),
+        ({"real_shift": np.zeros(1)}, "real_shift"),
+        ({"lengths": ((5,), (5,))}, "actual_seq_qlen"),
+        ({"heads": 3}, "head_num 3"),
+    ],
+)
 def test_what_is_not_implemented_is_refused(options, message):
     options = {"heads": 4, **options}
     with pytest.raises((NotImplementedError, ValueError), match=message):
@@ -187,7 +279,13 @@ def test_documents_see_themselves_only(ends):
     """All tokens in one sequence under a block-diagonal causal mask; documents may have no tokens."""
     together = heads_of(1, 4, 2, 9, 9, 3, "float64")
     q, k, v = (behind_each_other([x]) for x in together)
-    options = {"layout": "TND", "mask": TRIANGLE, "mode": 2, "lengths": (np.array(ends), np.array(ends)), "dtype": "float64"}
+    options = {
+        "layout": "TND",
+        "mask": TRIANGLE,
+        "mode": 2,
+        "lengths": (np.array(ends), np.array(ends)),
+        "dtype": "float64",
+    }
     expected, largest, total = formula(*together, causal_blocks(ends))
     forward = attend(q, k, v, 4, **options)
     np.testing.assert_allclose(forward[3], behind_each_other([expected]), atol=1e-12)
@@ -196,17 +294,26 @@ def test_documents_see_themselves_only(ends):
     dy = random(q.shape, "float64", 9)
     gradients = attend_grad(q, k, v, dy, forward, 4, **options)
     for index in range(3):
-        wanted = numeric_gradient(lambda *inputs: behind_each_other([formula(
-            *(x.transpose(1, 0, 2)[None] for x in inputs), causal_blocks(ends))[0]]), [q, k, v], dy, index)
+        wanted = numeric_gradient(
+            lambda *inputs: behind_each_other(
+                [formula(*(x.transpose(1, 0, 2)[None] for x in inputs), causal_blocks(ends))[0]]
+            ),
+            [q, k, v],
+            dy,
+            index,
+        )
         np.testing.assert_allclose(gradients[index], wanted, atol=1e-8)
 
 
 @covers("FlashAttentionScore")
-@pytest.mark.parametrize("q_ends, kv_ends, message", [
-    ((5, 4, 9), (5, 4, 9), "one ends before it starts"),
-    ((4, 9), (9, 9), r"queries \(4, 9\) and no keys"),
-    ((4, 9), (4, 5, 9), "2 sequences of queries, 3 of keys"),
-])
+@pytest.mark.parametrize(
+    "q_ends, kv_ends, message",
+    [
+        ((5, 4, 9), (5, 4, 9), "one ends before it starts"),
+        ((4, 9), (9, 9), r"queries \(4, 9\) and no keys"),
+        ((4, 9), (4, 5, 9), "2 sequences of queries, 3 of keys"),
+    ],
+)
 def test_ends_that_the_kernel_does_not_take_are_refused(q_ends, kv_ends, message):
     q, k, v = (behind_each_other([x]) for x in heads_of(1, 4, 2, 9, 9, 3, "float64"))
     with pytest.raises(ValueError, match=message):
@@ -261,8 +368,9 @@ def test_gradient_by_mindspore(dtype):
     expected = run(lambda *inputs: ms.grad(loss, (0, 1, 2))(*inputs), *(x.astype(np.float32) for x in (q, k, v)))
     forward = attend(q, k, v, 4, mask=TRIANGLE, mode=2, dtype=dtype)
     for actual, wanted in zip(attend_grad(q, k, v, dy, forward, 4, mask=TRIANGLE, mode=2, dtype=dtype), expected):
-        np.testing.assert_allclose(actual, wanted, rtol=0,
-                                   atol={"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}[dtype])
+        np.testing.assert_allclose(
+            actual, wanted, rtol=0, atol={"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}[dtype]
+        )
 
 
 @covers("FlashAttentionScoreGrad")

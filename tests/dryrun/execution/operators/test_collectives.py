@@ -1,4 +1,5 @@
 """Collectives of real meetings, one thread a rank, against the examples in MindSpore's docstrings or their formulas."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,16 +28,20 @@ def together(name, tensors, to="float32", ranks=None, **attributes):
 
 
 @covers("AllReduce")
-@pytest.mark.parametrize("op, function", [("sum", np.add), ("max", np.maximum), ("min", np.minimum),
-                                          ("prod", np.multiply)])
+@pytest.mark.parametrize(
+    "op, function", [("sum", np.add), ("max", np.maximum), ("min", np.minimum), ("prod", np.multiply)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32"])
 def test_all_reduce(op, function, dtype):
-    tensors = [(random((2, 3), seed=rank) * 4).astype(np.int32) if dtype == "int32" else random((2, 3), dtype, rank)
-               for rank in range(3)]
+    tensors = [
+        (random((2, 3), seed=rank) * 4).astype(np.int32) if dtype == "int32" else random((2, 3), dtype, rank)
+        for rank in range(3)
+    ]
     exact = function.reduce([tensor.astype(np.float64) for tensor in tensors])
     for result in together("AllReduce", tensors, dtype, op=op):
-        np.testing.assert_allclose(result, exact,
-                                   rtol={"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3, "int32": 0}[dtype])
+        np.testing.assert_allclose(
+            result, exact, rtol={"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3, "int32": 0}[dtype]
+        )
 
 
 @covers("AllReduce")
@@ -97,10 +102,10 @@ def test_all_to_all():
 @covers("AlltoAll")
 def test_all_to_all_moves_tokens_for_heads_and_back():
     whole = random((8, 4, 3))  # tokens, heads, head size
-    by_token = [whole[2 * rank:2 * rank + 2] for rank in range(4)]
+    by_token = [whole[2 * rank : 2 * rank + 2] for rank in range(4)]
     by_head = together("AlltoAll", by_token, split_count=4, split_dim=1, concat_dim=0)
     for rank, result in enumerate(by_head):
-        np.testing.assert_array_equal(result, whole[:, rank:rank + 1])
+        np.testing.assert_array_equal(result, whole[:, rank : rank + 1])
     for before, after in zip(by_token, together("AlltoAll", by_head, split_count=4, split_dim=0, concat_dim=1)):
         np.testing.assert_array_equal(before, after)
     with pytest.raises(ValueError, match="3 parts in a group of 4"):
@@ -116,8 +121,10 @@ def test_broadcast():
 
 @covers("AllReduce", "ReduceScatter")
 def test_what_does_not_match_is_found():
-    for name, tensors in (("AllReduce", [random((2,)), random((3,))]),
-                          ("ReduceScatter", [random((2,)), random((2,), "float16")])):
+    for name, tensors in (
+        ("AllReduce", [random((2,)), random((3,))]),
+        ("ReduceScatter", [random((2,)), random((2,), "float16")]),
+    ):
         with pytest.raises(NetworkError, match="do not meet in their collective number 1"):
             together(name, tensors, op="sum")
 
@@ -130,7 +137,15 @@ def test_messages_are_told_apart_by_tag():
     for tag, tensor in ((0, first), (1, second)):
         assert call("Send", tensor, rank=0, network=network, dst_global_rank=1, sr_tag=tag, **common) is tensor
     for tag, tensor in ((1, second), (0, first)):
-        received = call("Receive", np.zeros(1, np.float32), to=spec("float32", (2, 3)), rank=1, network=network,
-                        src_global_rank=0, sr_tag=tag, **common)
+        received = call(
+            "Receive",
+            np.zeros(1, np.float32),
+            to=spec("float32", (2, 3)),
+            rank=1,
+            network=network,
+            src_global_rank=0,
+            sr_tag=tag,
+            **common,
+        )
         np.testing.assert_array_equal(received, tensor)
     assert network.unread() == []

@@ -1,4 +1,5 @@
 """Slices and look-ups against MindSpore's CPU kernels."""
+
 import numpy as np
 import pytest
 
@@ -54,7 +55,8 @@ def test_strided_slice_grad(begin, end, strides, masks):
     result = call("StridedSlice", x, begin, end, strides, *masks, to="float64")
     dy = random(result.shape, "float64", 1)
     expected = numeric_gradient(
-        lambda value: call("StridedSlice", value, begin, end, strides, *masks, to="float64"), [x], dy, 0)
+        lambda value: call("StridedSlice", value, begin, end, strides, *masks, to="float64"), [x], dy, 0
+    )
     actual = call("StridedSliceGrad", dy, x.shape, begin, end, strides, to="float64", **dict(zip(MASKS, masks)))
     np.testing.assert_allclose(actual, expected, atol=1e-9)
 
@@ -98,8 +100,9 @@ def test_gather_refuses_what_an_npu_would_read_from_elsewhere():
 def test_unsorted_segment_sum(dtype):
     x = (random((2, 5, 3)) * 9).astype(dtype) if dtype == "int32" else random((2, 5, 3), dtype)
     segments = np.array([[0, 3, 3, 6, 0], [3, -1, 2, 0, -5]], np.int32)  # negative ones are dropped
-    expected = run(lambda *tensors: primitive("UnsortedSegmentSum")(*tensors, 7), x.astype(np.float32), segments,
-                   dtype=dtype)
+    expected = run(
+        lambda *tensors: primitive("UnsortedSegmentSum")(*tensors, 7), x.astype(np.float32), segments, dtype=dtype
+    )
     options = {} if dtype == "int32" else tolerance(dtype)
     np.testing.assert_allclose(call("UnsortedSegmentSum", x, segments, 7, to=dtype), expected, **options)
     with pytest.raises(IndexError, match="index 6 of an axis of 6"):

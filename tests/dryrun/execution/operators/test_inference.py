@@ -1,4 +1,5 @@
 """Prediction's kernels against upstream's portable arithmetic: rotation, cache, attention over blocks."""
+
 import numpy as np
 import pytest
 from scipy import special
@@ -29,8 +30,10 @@ def upstream_rotation(x, cos, sin, interleaved):
     if interleaved:  # the same for pairs: halves -> pairs
         order = np.arange(size).reshape(2, -1).T.reshape(-1)
         swap = swap[order][:, order]
-    return run(lambda x, cos, sin, swap: x * cos + ops.matmul(x, swap) * sin,
-               *(item.astype(np.float32) for item in (x, cos, sin, swap)))
+    return run(
+        lambda x, cos, sin, swap: x * cos + ops.matmul(x, swap) * sin,
+        *(item.astype(np.float32) for item in (x, cos, sin, swap)),
+    )
 
 
 @covers("ApplyRotaryPosEmb")
@@ -40,8 +43,9 @@ def test_rotation_in_prefill(cos_format, dtype):
     size, lengths = 8, (5, 3)
     cos, sin = (call("Cast", item, to=dtype) for item in angles(9, size))
     query, key = random((1, 10, 4 * size), dtype), random((1, 10, 2 * size), dtype, 1)
-    results = call("ApplyRotaryPosEmb", query, key, cos, sin, np.array(lengths, np.int32), cos_format,
-                   to=(dtype, dtype))
+    results = call(
+        "ApplyRotaryPosEmb", query, key, cos, sin, np.array(lengths, np.int32), cos_format, to=(dtype, dtype)
+    )
     rows = [*range(5), *range(3)]  # every prompt starts at angle 0
     for x, result in zip((query, key), results):
         heads = x[0, :8].reshape(8, -1, size)
@@ -57,8 +61,9 @@ def test_rotation_in_decode():
     places = np.array([13, 2, 7])
     cos, sin = (item[places].astype(np.float32) for item in table)
     query, key = random((3, 1, 4 * size)), random((3, 1, 2 * size), seed=1)
-    result, _ = call("ApplyRotaryPosEmb", query, key, cos, sin, (places + 1).astype(np.int32), 3,
-                     to=("float32", "float32"))
+    result, _ = call(
+        "ApplyRotaryPosEmb", query, key, cos, sin, (places + 1).astype(np.int32), 3, to=("float32", "float32")
+    )
     expected = upstream_rotation(query.reshape(3, 4, size), cos[:, None], sin[:, None], True)
     np.testing.assert_allclose(result.reshape(expected.shape), expected, atol=1e-6)
 
@@ -98,9 +103,26 @@ def test_rows_go_to_their_slots(dtype):
 
 def paged(query, keys, values, tables, lengths, dtype="float32", **options):
     options = {"antiquant_scale": None, "attn_mask": None, "quant": 0, **options}
-    return call("PagedAttention", query, keys.value, values.value, np.array(tables, np.int32),
-                np.array(lengths, np.int32), options["antiquant_scale"], None, options["attn_mask"], None, None, HEADS,
-                0.4, GROUPS, options["quant"], 0, 0, to=spec(dtype, query.shape))
+    return call(
+        "PagedAttention",
+        query,
+        keys.value,
+        values.value,
+        np.array(tables, np.int32),
+        np.array(lengths, np.int32),
+        options["antiquant_scale"],
+        None,
+        options["attn_mask"],
+        None,
+        None,
+        HEADS,
+        0.4,
+        GROUPS,
+        options["quant"],
+        0,
+        0,
+        to=spec(dtype, query.shape),
+    )
 
 
 @covers("PagedAttention")
@@ -124,21 +146,44 @@ def test_attention_over_blocks(dtype):
 def test_a_decoded_token_equals_the_last_of_a_prefill():
     length = 7
     q, k, v = (random((length, heads * SIZE), seed=heads) for heads in (HEADS, GROUPS, GROUPS + 10))
-    v = v[:, :GROUPS * SIZE]
+    v = v[:, : GROUPS * SIZE]
     keys, values = cache(), cache()
     call("ReshapeAndCache", k, v, keys, values, np.array([*range(8, 12), *range(0, 3)], np.int32), None)
     decoded = paged(q[-1:].reshape(1, 1, -1), keys, values, [[2, 0]], [length])
     mask = np.triu(np.ones((128, 128), np.float32), 1)
-    whole = call("FlashAttentionScore", q, k, v, None, None, None, mask, None, (length,), (length,), HEADS, 1.0, 0.4,
-                 65536, 0, 0, 5, 0, to=("float32", "float32", spec("float32", (1,)), "float32"))[3]
+    whole = call(
+        "FlashAttentionScore",
+        q,
+        k,
+        v,
+        None,
+        None,
+        None,
+        mask,
+        None,
+        (length,),
+        (length,),
+        HEADS,
+        1.0,
+        0.4,
+        65536,
+        0,
+        0,
+        5,
+        0,
+        to=("float32", "float32", spec("float32", (1,)), "float32"),
+    )[3]
     np.testing.assert_allclose(decoded[0, 0], whole[-1], atol=1e-6)
 
 
 @covers("PagedAttention")
 def test_what_is_not_implemented_is_refused():
     keys, values, query = cache(), cache(), random((1, 1, HEADS * SIZE))
-    for options, message in (({"antiquant_scale": np.ones(1)}, "antiquant_scale"),
-                             ({"attn_mask": np.ones(1)}, "attn_mask"), ({"quant": 1}, "kv_cache_quant_mode 1")):
+    for options, message in (
+        ({"antiquant_scale": np.ones(1)}, "antiquant_scale"),
+        ({"attn_mask": np.ones(1)}, "attn_mask"),
+        ({"quant": 1}, "kv_cache_quant_mode 1"),
+    ):
         with pytest.raises(NotImplementedError, match=message):
             paged(query, keys, values, [[0]], [2], **options)
     with pytest.raises(IndexError, match="a prompt of 9 tokens in the blocks"):

@@ -1,4 +1,5 @@
 """Matrix products against MindSpore's CPU kernels."""
+
 import numpy as np
 import pytest
 
@@ -19,9 +20,10 @@ def product(name, transpose_a, transpose_b):
 @pytest.mark.parametrize("transpose_a", [0, 1])
 @pytest.mark.parametrize("transpose_b", [0, 1])
 def test_matmul(transpose_a, transpose_b, dtype):
-    x, y = random((5, 7)[::-1 if transpose_a else 1], dtype), random((7, 3)[::-1 if transpose_b else 1], dtype, 1)
-    expected = run(product("MatMul", bool(transpose_a), bool(transpose_b)), x.astype(np.float32), y.astype(np.float32),
-                   dtype=dtype)
+    x, y = random((5, 7)[:: -1 if transpose_a else 1], dtype), random((7, 3)[:: -1 if transpose_b else 1], dtype, 1)
+    expected = run(
+        product("MatMul", bool(transpose_a), bool(transpose_b)), x.astype(np.float32), y.astype(np.float32), dtype=dtype
+    )
     np.testing.assert_allclose(call("MatMul", x, y, transpose_a, transpose_b, to=dtype), expected, **tolerance(dtype))
 
 

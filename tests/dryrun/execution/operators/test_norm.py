@@ -1,4 +1,5 @@
 """RmsNorm by its published formula, softmax by MindSpore's CPU kernel and SciPy, gradients by central differences."""
+
 import numpy as np
 import pytest
 from scipy import special
@@ -39,7 +40,10 @@ def test_squares_of_half_precision_do_not_overflow():
 @pytest.mark.parametrize("shape", [(2, 3, 7), (5, 4)])
 def test_rms_norm_grad(shape):
     x, gamma, dy = random(shape, "float64"), random(shape[-1:], "float64", 1), random(shape, "float64", 2)
-    forward = lambda *inputs: call("RmsNorm", *inputs, EPSILON, to=("float64", "float64"))[0]
+
+    def forward(*inputs):
+        return call("RmsNorm", *inputs, EPSILON, to=("float64", "float64"))[0]
+
     rstd = norm(x, gamma)[1]
     expected = [numeric_gradient(forward, [x, gamma], dy, index) for index in range(2)]
     for actual, wanted in zip(call("RmsNormGrad", dy, x, rstd, gamma, to=("float64", "float64")), expected):
@@ -48,8 +52,9 @@ def test_rms_norm_grad(shape):
         narrow = [call("Cast", item, to=dtype) for item in (dy, x, gamma)]
         results = call("RmsNormGrad", *narrow[:2], rstd.astype(np.float32), narrow[2], to=(dtype, "float32"))
         for actual, wanted in zip(results, expected):
-            np.testing.assert_allclose(actual, wanted, rtol=0,
-                                       atol={"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}[dtype])
+            np.testing.assert_allclose(
+                actual, wanted, rtol=0, atol={"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}[dtype]
+            )
 
 
 @covers("Softmax")
@@ -75,5 +80,9 @@ def test_softmax_backward(axis):
     np.testing.assert_allclose(call("SoftmaxBackward", dy, y, axis, to="float64"), expected, atol=1e-9)
     for dtype in FLOATS:
         narrow = [call("Cast", item, to=dtype) for item in (dy, y)]
-        np.testing.assert_allclose(call("SoftmaxBackward", *narrow, axis, to=dtype), expected, rtol=0,
-                                   atol={"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype])
+        np.testing.assert_allclose(
+            call("SoftmaxBackward", *narrow, axis, to=dtype),
+            expected,
+            rtol=0,
+            atol={"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype],
+        )

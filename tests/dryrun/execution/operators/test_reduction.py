@@ -1,4 +1,5 @@
 """Reductions against MindSpore's CPU kernels."""
+
 import numpy as np
 import pytest
 
@@ -7,8 +8,13 @@ from dryrun.execution.operators.mindspore_cpu import run
 
 FLOATS = ("float32", "float16", "bfloat16")
 AXES = [None, (), 0, (-1,), (0, 2)]
-SUMS = {"ReduceSum": "ReduceSum", "SumExt": "ReduceSum", "ReduceMean": "ReduceMean", "ReduceMax": "ReduceMax",
-        "ReduceMin": "ReduceMin"}
+SUMS = {
+    "ReduceSum": "ReduceSum",
+    "SumExt": "ReduceSum",
+    "ReduceMean": "ReduceMean",
+    "ReduceMax": "ReduceMax",
+    "ReduceMin": "ReduceMin",
+}
 
 
 def primitive(name, keep_dims):
@@ -24,8 +30,9 @@ def primitive(name, keep_dims):
 @pytest.mark.parametrize("name", SUMS)
 def test_reductions(name, keep_dims, axis, dtype):
     x = random((3, 5, 7), dtype)
-    expected = run(primitive(SUMS[name], bool(keep_dims)), x.astype(np.float32), () if axis is None else axis,
-                   dtype=dtype)
+    expected = run(
+        primitive(SUMS[name], bool(keep_dims)), x.astype(np.float32), () if axis is None else axis, dtype=dtype
+    )
     actual = call(name, x, axis, keep_dims, to=dtype)
     np.testing.assert_allclose(actual, expected, rtol=tolerance(dtype)["rtol"], atol=1e-5)
 

@@ -1,4 +1,5 @@
 """What moves elements, against MindSpore's CPU kernels: equal in every element."""
+
 import numpy as np
 import pytest
 

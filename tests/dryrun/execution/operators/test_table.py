@@ -1,4 +1,5 @@
 """The table as a whole: every operator is tested, every primitive of a compiled program is in it."""
+
 from importlib import import_module
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def test_a_name_enters_once():
 def test_a_claim_that_tests_nothing_fails():
     before = set(TESTED)
     try:
+
         @covers("MatMul")
         def empty():
             pass

@@ -1,4 +1,5 @@
 """Assignments, the overflow register, dropout."""
+
 import numpy as np
 import pytest
 

@@ -56,7 +56,7 @@ def measure_ours(length, steps):
     from mindformers.trainer.optimizer_grouped_parameters import get_optimizer_grouped_parameters
 
     from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
-    from mindformers_glm32k.train_step import GLM32KTrainOneStepCell
+    from mindformers_glm32k.training.step import GLM32KTrainOneStepCell
 
     config = GLM32KConfig(
         num_layers=LAYERS,

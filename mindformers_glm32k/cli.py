@@ -10,29 +10,32 @@ from mindformers_glm32k.errors import CommandFailed, InputError
 # imports nothing heavy before run: `glm32k --help` and `glm32k COMMAND --help` answer at once.
 COMMANDS = {
     "make-data": (
-        "mindformers_glm32k.data.make_data",
+        "mindformers_glm32k.commands.make_data",
         "write a small vocabulary and long-context tasks in the LongBench layout",
     ),
     "preprocess": (
-        "mindformers_glm32k.data.preprocess",
+        "mindformers_glm32k.longbench.preprocess",
         "write LongBench as training rows in the AdGen layout, some documents held out",
     ),
     "inspect": (
-        "mindformers_glm32k.data.inspect",
+        "mindformers_glm32k.commands.inspect",
         "print training rows as the model sees them, and compare their prompts with what prediction feeds",
     ),
-    "convert": ("mindformers_glm32k.weights.convert", "convert a Hugging Face checkpoint to a MindSpore one"),
+    "convert": ("mindformers_glm32k.commands.convert", "convert a Hugging Face checkpoint to a MindSpore one"),
     "dryrun": (
-        "mindformers_glm32k.dryrun.command",
+        "mindformers_glm32k.commands.dryrun",
         "compile the program of every NPU on this machine and report its memory, traffic and work",
     ),
-    "strategy": ("mindformers_glm32k.dryrun.strategy", "write the parallel strategy files of all NPUs, without an NPU"),
+    "strategy": (
+        "mindformers_glm32k.dryrun.compile.strategy",
+        "write the parallel strategy files of all NPUs, without an NPU",
+    ),
     "split": (
         "mindformers_glm32k.weights.split",
         "cut a whole checkpoint for every NPU of a layout and check the parts",
     ),
     "merge": (
-        "mindformers_glm32k.weights.merge_command",
+        "mindformers_glm32k.commands.merge",
         "join the checkpoints of all NPUs into one file, LoRA adapters too, and check it",
     ),
 }

@@ -10,8 +10,8 @@ from mindformers.generation import GenerationConfig
 from mindformers.models.glm2 import ChatGLM2Config
 
 from mindformers_glm32k import compat
-from mindformers_glm32k.dryrun.layout_checks import DOCUMENTS_PER_ROW
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.parallel import DOCUMENTS_PER_ROW
 from mindformers_glm32k.registry import MODEL_TYPE
 from mindformers_glm32k.yaml_values import normalize_values
 

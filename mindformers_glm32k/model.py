@@ -20,11 +20,11 @@ from mindspore.ops import operations as P
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.config import GLM32KConfig
-from mindformers_glm32k.kernels.blocks import numbers
-from mindformers_glm32k.kernels.chunked_loss import ChunkedLoss
-from mindformers_glm32k.kernels.compressed_attention import compressed_causal_mask
-from mindformers_glm32k.kernels.document_ends import DocumentEnds
-from mindformers_glm32k.kernels.looped_layers import LoopedTransformer, can_loop
+from mindformers_glm32k.kernels.ascend.document_ends import DocumentEnds
+from mindformers_glm32k.kernels.ascend.flash_attention import compressed_causal_mask
+from mindformers_glm32k.kernels.cpu.blocks import numbers
+from mindformers_glm32k.kernels.cpu.tiled_layers import LoopedTransformer, can_loop
+from mindformers_glm32k.kernels.loss import ChunkedLoss
 from mindformers_glm32k.kernels.mask import MASKED, differs, hides
 from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
 

@@ -19,13 +19,13 @@ ENTRIES = (
     ("config", "GLM32KConfig", "mindformers_glm32k.config"),
     ("models", "GLM32KForConditionalGeneration", "mindformers_glm32k.model"),
     ("tokenizer", "GLM32KTokenizer", "mindformers_glm32k.tokenizer"),
-    ("processor", "GLM32KProcessor", "mindformers_glm32k.processor"),
+    ("processor", "GLM32KProcessor", "mindformers_glm32k.tokenizer.processor"),
     ("dataset_loader", "GLM32KDataLoader", "mindformers_glm32k.data.loader"),
     ("dataset", "GLM32KDataset", "mindformers_glm32k.data.dataset"),
-    ("wrapper", "GLM32KTrainOneStepCell", "mindformers_glm32k.train_step"),
-    ("wrapper", "GLM32KPipelineTrainOneStepCell", "mindformers_glm32k.train_step"),
-    ("trainer", "GLM32KTrainer", "mindformers_glm32k.trainer"),
-    ("callback", "GLM32KMonitor", "mindformers_glm32k.monitor"),
+    ("wrapper", "GLM32KTrainOneStepCell", "mindformers_glm32k.training.step"),
+    ("wrapper", "GLM32KPipelineTrainOneStepCell", "mindformers_glm32k.training.step"),
+    ("trainer", "GLM32KTrainer", "mindformers_glm32k.training.trainer"),
+    ("callback", "GLM32KMonitor", "mindformers_glm32k.training.monitor"),
 )
 
 
@@ -87,7 +87,7 @@ def _module_name(path, package):
 def _register_unless_loading(loaded):
     """Registers, except while other modules of the package are half loaded; the hook on those follows.
 
-    That is so when the program's first import is `mindformers_glm32k.tokenizer`, say (a worker that unpickles a
+    That is so when the program's first import is `mindformers_glm32k.tokenizer.glm32k_tokenizer`, say (a worker that unpickles a
     tokenizer does just that): mindformers is then imported from within it.
 
     Args:

@@ -190,7 +190,7 @@ def run(config):
     from mindformers import Trainer, build_context
 
     from mindformers_glm32k.compat import barrier_on_cpu, set_output_path
-    from mindformers_glm32k.config_check import check_config
+    from mindformers_glm32k.preflight.run_config import check_config
 
     if config.trainer.type == "GLM32KTrainer":
         check_config(config, config.run_mode)

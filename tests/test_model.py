@@ -9,7 +9,8 @@ from mindformers.pet import LoraConfig, get_pet_model
 
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.kernels import blocks, blockwise_attention
+from mindformers_glm32k.kernels.cpu import blocks
+from mindformers_glm32k.kernels.cpu import tiled_attention as blockwise_attention
 from mindformers_glm32k.weights.names import name_of, slot_of
 
 NO_STOP = [1023]  # an id that the golden continuations do not contain: generation runs to its limit
@@ -23,7 +24,7 @@ def golden(reference):
 @pytest.fixture(scope="module")
 def weights(reference):
     """Hugging Face tensors by name, float32."""
-    from mindformers_glm32k.weights.convert import load_hf_weights
+    from mindformers_glm32k.commands.convert import load_hf_weights
 
     return {
         name: np.asarray(values, np.float32)

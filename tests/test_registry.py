@@ -142,7 +142,7 @@ def test_importing_the_package_is_cheap():
     [
         "mindformers_glm32k, mindformers",
         "mindformers, mindformers_glm32k",
-        "mindformers_glm32k.predict",
+        "mindformers_glm32k.generation.prompts",
         "mindformers_glm32k.kernels.substitution",
     ],
 )

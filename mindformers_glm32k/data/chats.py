@@ -11,9 +11,9 @@ answer out of the loss. Sources: README and preprocess_utils.py of ChatGLM3's fi
 
 import json
 
-from mindformers_glm32k.data.layouts import Chat, Turn, text_field
+from mindformers_glm32k.data.formats import Chat, Turn, text_field
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.vocabulary import ROLES
+from mindformers_glm32k.tokenizer.vocabulary import ROLES
 
 TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:"
 _KEYS = ("role", "content", "metadata", "tools", "loss", "name", "parameters", "observation")

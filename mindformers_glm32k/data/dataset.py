@@ -9,7 +9,7 @@ from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
-from mindformers_glm32k.data.batches import (
+from mindformers_glm32k.data.batching import (
     BatchPadding,
     FixedRows,
     PaddingCounter,
@@ -18,13 +18,13 @@ from mindformers_glm32k.data.batches import (
     packed_batches,
     ragged_batches,
 )
-from mindformers_glm32k.data.cuts import CutCounter
 from mindformers_glm32k.data.dataset_config import SAMPLE, checked, row_length
+from mindformers_glm32k.data.encode import IGNORED, RowBuilder, padded
 from mindformers_glm32k.data.loader import samples_of
-from mindformers_glm32k.data.order import EpochSampler, StreamSampler
 from mindformers_glm32k.data.packed_rows import PlannedRows, StreamedRows, plan_rows
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
-from mindformers_glm32k.data.rows import IGNORED, RowBuilder, padded
+from mindformers_glm32k.data.sampler import EpochSampler, StreamSampler
+from mindformers_glm32k.data.stats import CutCounter
 from mindformers_glm32k.data.tokens import TokenizedSamples, token_cache
 from mindformers_glm32k.data.word_encoder import WordEncoder
 from mindformers_glm32k.errors import InputError

@@ -1,8 +1,8 @@
 """The keys of a `train_dataset` or `eval_dataset` section; GLM32KDataset's docstring says what they mean."""
 
-from mindformers_glm32k.data.options import boolean, choice, reject_unknown, whole_number, workers
+from mindformers_glm32k.checks import boolean, choice, reject_unknown, whole_number, workers
+from mindformers_glm32k.data.encode import ON_LONG_ANSWER, RAISE
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
-from mindformers_glm32k.data.rows import ON_LONG_ANSWER, RAISE
 from mindformers_glm32k.data.truncation import TRUNCATIONS
 from mindformers_glm32k.errors import InputError
 

@@ -7,10 +7,10 @@ from array import array
 import numpy as np
 from tqdm import tqdm
 
+from mindformers_glm32k.checks import choice
 from mindformers_glm32k.data import json_line
-from mindformers_glm32k.data.index import LineIndex
 from mindformers_glm32k.data.json_line import MAX_PROBLEMS, Problems, parse_line, raw_lines
-from mindformers_glm32k.data.options import choice
+from mindformers_glm32k.data.line_index import LineIndex
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
 

@@ -6,8 +6,8 @@ import threading
 
 import numpy as np
 
-from mindformers_glm32k.data.order import sample_order
 from mindformers_glm32k.data.packing import pack, packed_row, split_to_multiple
+from mindformers_glm32k.data.sampler import sample_order
 from mindformers_glm32k.data.tokens import in_order
 from mindformers_glm32k.errors import InputError
 

@@ -20,7 +20,7 @@ devices; here the denominator that the model computes does that. A constant fact
 
 import numpy as np
 
-from mindformers_glm32k.data.rows import IGNORED
+from mindformers_glm32k.data.encode import IGNORED
 
 COLUMNS = ["input_ids", "labels", "input_mask", "position_ids", "document_ids"]  # the model's own order of inputs
 FIRST_WINDOW = 2  # rows; the first ones are there soon

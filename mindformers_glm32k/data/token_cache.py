@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_glm32k.data.rows import IGNORED, Row
+from mindformers_glm32k.data.encode import IGNORED, Row
 from mindformers_glm32k.files import atomic_path
 
 VERSION = 1

@@ -20,15 +20,15 @@ _CHUNK = 64  # samples between two looks at what other ranks have done
 _EDGE = 1 << 16  # bytes at a file's beginning and end that belong to its identity
 # What decides, beside data and options, which tokens a sample has: another version of it has another cache.
 _CODE = (
-    "chat.py",
-    "vocabulary.py",
+    "tokenizer/chat_format.py",
+    "tokenizer/vocabulary.py",
     "data/chats.py",
     "data/json_line.py",
     "data/jsonl.py",
-    "data/layouts.py",
+    "data/formats.py",
     "data/prompts.py",
-    "data/rows.py",
-    "data/source.py",
+    "data/encode.py",
+    "data/sources.py",
     "data/truncation.py",
 )
 

@@ -9,13 +9,13 @@ import contextlib
 
 from mindformers.models.glm2 import glm2, glm2_transformer
 
-from mindformers_glm32k.kernels.blockwise_attention import BlockwiseAttention
-from mindformers_glm32k.kernels.chunked_mlp import ChunkedMLP
-from mindformers_glm32k.kernels.compressed_attention import CompressedCausalAttention
-from mindformers_glm32k.kernels.norm import RMSNorm
-from mindformers_glm32k.kernels.paged_attention import NoCache, PagedAttention
+from mindformers_glm32k.kernels.ascend.chunked_mlp import ChunkedMLP
+from mindformers_glm32k.kernels.ascend.flash_attention import CompressedCausalAttention
+from mindformers_glm32k.kernels.cpu.paged_attention import NoCache, PagedAttention
+from mindformers_glm32k.kernels.cpu.rms_norm import RMSNorm
+from mindformers_glm32k.kernels.cpu.split import SplitLastAxis
+from mindformers_glm32k.kernels.cpu.tiled_attention import BlockwiseAttention
 from mindformers_glm32k.kernels.rotary import RotaryEmbedding
-from mindformers_glm32k.kernels.split import SplitLastAxis
 
 _PORTABLE = ((glm2_transformer, "ChatGLM2RMSNorm", RMSNorm), (glm2_transformer, "FlashAttention", BlockwiseAttention))
 _ASCEND = (

@@ -1,10 +1,10 @@
 """The ids that LongBench's pred.py feeds to chatglm3-6b-32k."""
 
-from mindformers_glm32k import chat
-from mindformers_glm32k.data.options import whole_number
+from mindformers_glm32k.checks import whole_number
 from mindformers_glm32k.data.prompts import PromptTemplate, plain_name
 from mindformers_glm32k.data.truncation import halves
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.tokenizer import chat_format as chat
 
 # Few-shot tasks and code completion: pred.py feeds the prompt itself, not a chat turn.
 WITHOUT_CHAT_FORMAT = frozenset(("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"))

@@ -1,101 +1,115 @@
-"""Converts weights between Hugging Face files and MindSpore checkpoints, without loading the model.
+"""From Hugging Face files to a MindSpore checkpoint."""
 
-Values are never touched except by --dtype; layouts are moved by whole rows (see names.py), so converting back gives
-the original bits. All tensors of an output have one dtype: MindFormers casts on load to what its config says
-(`param_init_type`, and `layernorm_compute_type` for norms), and casting a 16-bit norm up to fp32 is exact.
-"""
+import glob
+from pathlib import Path
 
-import argparse
-import sys
-
-from mindformers_glm32k.cli import run_command
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.dtypes import DTYPES
-from mindformers_glm32k.weights.layout import FORMATS
-from mindformers_glm32k.weights.steps import load_hf_weights
-from mindformers_glm32k.weights.to_huggingface import DEFAULT_SHARD, convert_reversed
-from mindformers_glm32k.weights.to_mindspore import convert
+from mindformers_glm32k.weights.checkpoint import INDEX_SUFFIX
+from mindformers_glm32k.weights.hf_config import read_config
+from mindformers_glm32k.weights.job import Job
+from mindformers_glm32k.weights.layout import FORMATS, index_text, lay_out, parse_size
+from mindformers_glm32k.weights.model_dims import sizes_from_config, sizes_from_tensors
+from mindformers_glm32k.weights.plan import check_against, make_groups, make_targets
+from mindformers_glm32k.weights.report import is_done, load_report, make_report, write_report
+from mindformers_glm32k.weights.steps import open_job, open_weights, refuse_overwriting
 
-__all__ = ["convert", "convert_reversed", "load_hf_weights"]
-
-
-def _boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: True or False is needed")
-    return text.lower() == "true"
+_PARAM_NAME_MAP = "param_name_map.json"  # where load_distributed_checkpoint looks which file holds a parameter
 
 
-def add_arguments(parser):
-    """Adds the command's options."""
+def convert(
+    input_path,
+    output_path,
+    dtype=None,
+    qkv_concat=None,
+    mlp_concat=None,
+    format=None,
+    max_shard_size=None,
+    config=None,
+    workers=2,
+    check_crc=True,
+    progress=False,
+    reuse=False,
+):
+    """Converts a Hugging Face checkpoint to a MindSpore one.
 
-    def option(name, text, **settings):
-        parser.add_argument(name, help=text, **settings)
+    Args:
+        input_path (str | os.PathLike): Hugging Face folder, or one weight or index file.
+        output_path (str | os.PathLike): `.ckpt` or `.safetensors` file to write.
+        dtype (str | None): "fp32", "fp16" or "bf16"; None keeps each tensor's own.
+        qkv_concat, mlp_concat (bool | None): fused or split projections; None takes what a YAML `config` says, else
+            True, upstream's default.
+        format (str | None): "ckpt" or "safetensors"; None decides by the suffix of output_path, else "ckpt".
+        max_shard_size (str | int | None): "5GB" and the like; above it the output is sharded, with an index.
+        config (str | os.PathLike | None): config.json or MindFormers YAML; by default the source's config.json, and
+            without one the sizes come from the tensors.
+        workers (int): threads.
+        check_crc (bool): whether to compare the checksums that .bin files carry.
+        progress (bool): whether to show progress bars.
+        reuse (bool): whether to leave an output alone that an earlier conversion of the same files made.
 
-    option("--model", "not needed; taken so that upstream's command lines work", choices=("glm-n", "glm32k"))
-    option("--input_path", "Hugging Face folder or file; with --reversed the checkpoint", required=True)
-    option("--output_path", "checkpoint file to write; with --reversed a folder", required=True)
-    option("--reversed", "from MindSpore to Hugging Face", action="store_true")
-    option("--dtype", "default: as stored", choices=DTYPES)
-    option("--format", "default: by the suffix of --output_path, else ckpt", choices=FORMATS)
-    option(
-        "--qkv_concat",
-        "Q, K, V in one tensor; default: as the YAML of --config says, else True",
-        type=_boolean,
-        metavar="True|False",
-    )
-    option("--mlp_concat", "likewise for gate and up of the MLP", type=_boolean, metavar="True|False")
-    option("--max_shard_size", f"such as 5GB; default: one file, with --reversed {DEFAULT_SHARD}")
-    option("--config", "config.json or MindFormers YAML; default: what lies beside the weights")
-    option(
-        "--hf_naming",
-        "names that --reversed writes: the published model's (default) or transformers' own glm",
-        choices=("chatglm", "glm"),
-        default="chatglm",
-    )
-    option("--hf_files", "with --reversed: the original folder, to take config, tokenizer and model code from")
-    option("--workers", "threads; default 2", type=int, default=2)
-    option("--no_crc", "do not compare the checksums that .bin files carry", action="store_true")
+    Returns:
+        dict: the report, as written to OUT.report.json beside the output.
 
-
-def run(args):
-    """Runs the command; returns its exit status."""
-    common = dict(dtype=args.dtype, config=args.config, workers=args.workers, progress=True)
-    try:
-        if args.reversed:
-            if args.format == "ckpt" or args.qkv_concat is not None or args.mlp_concat is not None:
-                raise InputError(
-                    "--reversed writes safetensors in the layout of --hf_naming: leave --format, "
-                    "--qkv_concat and --mlp_concat out"
-                )
-            report = convert_reversed(
-                args.input_path,
-                args.output_path,
-                hf_naming=args.hf_naming,
-                hf_files=args.hf_files,
-                max_shard_size=args.max_shard_size or DEFAULT_SHARD,
-                **common,
-            )
-        else:
-            report = convert(
-                args.input_path,
-                args.output_path,
-                qkv_concat=args.qkv_concat,
-                mlp_concat=args.mlp_concat,
-                format=args.format,
-                max_shard_size=args.max_shard_size,
-                check_crc=not args.no_crc,
-                **common,
-            )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    written = report["output"]
-    print(
-        f"{len(report['tensors'])} tensors, {report['tensor_bytes']:,} bytes, verified: {written['path']} "
-        f"({len(written['files'])} file(s))"
-    )
-    return 0
+    Raises:
+        InputError: bad input or options; nothing is left behind.
+    """
+    source, weights, skipped = open_weights(input_path, dtype, workers)
+    output, format = _output_file(output_path, format)
+    sizes, fields, layout = _sizes(source, weights, config or source.config)
+    check_against(sizes, weights, source.path)
+    qkv_concat = layout.get("qkv_concat", True) if qkv_concat is None else qkv_concat
+    mlp_concat = layout.get("mlp_concat", True) if mlp_concat is None else mlp_concat
+    targets = make_targets(sizes, weights, "mindspore", qkv_concat, mlp_concat, dtype)
+    groups = make_groups(sizes, weights, targets)
+    files = lay_out(targets, format, output.stem, output.suffix, parse_size(max_shard_size), {"format": "ms"})
+    refuse_overwriting(source, [output.parent / file.name for file in files])
+    _refuse_older_shards(output, files)
+    index = index_text(files)
+    names = [output.name + INDEX_SUFFIX] + ([_PARAM_NAME_MAP] if format == "safetensors" else [])
+    work, report_path = output.parent / f".{output.name}.partial", output.with_suffix(".report.json")
+    job = Job(work, output.parent, files, groups, workers, progress, check_crc)
+    with open_job(job):
+        if reuse and is_done(job, report_path):
+            return load_report(report_path)
+        report = make_report(source, output, job, job.run(), skipped, sizes, fields)
+        job.publish([(name, index) for name in names] if index else [])
+        write_report(report_path, report)  # last: it vouches for what lies there
+    return report
 
 
-if __name__ == "__main__":
-    sys.exit(run_command(sys.modules[__name__], "python -m mindformers_glm32k.weights.convert"))
+def _sizes(source, weights, config):
+    """Returns sizes, config.json fields (None when unknown) and the layout that a YAML names."""
+    if config is None:
+        return sizes_from_tensors(weights), None, {}
+    fields, layout = read_config(config)
+    return sizes_from_config(fields, config), fields, layout
+
+
+def _output_file(path, format):
+    output = Path(path)
+    format = format or ("safetensors" if output.suffix == ".safetensors" else "ckpt")
+    if format not in FORMATS:
+        raise InputError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
+    if output.suffix in {f".{name}" for name in FORMATS if name != format}:
+        raise InputError(f"{output}: the suffix contradicts format {format}; change one of them")
+    if output.suffix != "." + format:
+        output = output.with_name(f"{output.name}.{format}")  # as mindspore.save_checkpoint does
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder, a file name is needed")
+    return output, format
+
+
+def _refuse_older_shards(output, files):
+    """Shards and index of an earlier conversion with another shard size would be taken for part of this one."""
+    ours = {file.name for file in files} | ({output.name + INDEX_SUFFIX} if len(files) > 1 else set())
+    pattern = f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*{output.suffix}"
+    found = [
+        path.name
+        for path in [*output.parent.glob(pattern), output.with_name(output.name + INDEX_SUFFIX)]
+        if path.exists() and path.name not in ours
+    ]
+    if found:
+        raise InputError(
+            f"{output.parent}: holds shards of an earlier conversion ({', '.join(sorted(found)[:5])}); "
+            "remove them or choose another output path"
+        )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import TO_CONFIG
-from mindformers_glm32k.weights.sizes import differences, load_config, sizes_from_config
+from mindformers_glm32k.weights.model_dims import differences, load_config, sizes_from_config
 
 # What THUDM/chatglm3-6b-32k publishes; also the defaults of GLM32KConfig.
 PUBLISHED = {

@@ -20,9 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.checkpoint import read_file
 from mindformers_glm32k.weights.dtypes import ITEM_SIZE, cast, count_overflow
 from mindformers_glm32k.weights.lock import lock_file
-from mindformers_glm32k.weights.source import read_file
 from mindformers_glm32k.weights.tensors import StoredTensor
 from mindformers_glm32k.weights.workspace import require_space
 

@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.ms_checkpoint import frame
-from mindformers_glm32k.weights.safetensors_file import build_header
+from mindformers_glm32k.weights.formats.ckpt import frame
+from mindformers_glm32k.weights.formats.safetensors import build_header
 
 FORMATS = ("ckpt", "safetensors")
 _UNITS = {

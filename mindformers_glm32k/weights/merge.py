@@ -9,16 +9,16 @@ from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
-from mindformers_glm32k.weights import pieces
+from mindformers_glm32k.weights import reshard as pieces
+from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.lora import add_product, pairs_of
 from mindformers_glm32k.weights.merge_plan import MergePlan, in_model_order
 from mindformers_glm32k.weights.merge_values import check_frozen, joined_values
 from mindformers_glm32k.weights.parameters import ADAPTER, STATE, WEIGHT, kind_of, raw_bytes
 from mindformers_glm32k.weights.rank_files import choose
 from mindformers_glm32k.weights.report import write_report
-from mindformers_glm32k.weights.shards import read_stages
-from mindformers_glm32k.weights.source import open_source
 from mindformers_glm32k.weights.split_plan import stage_devices
+from mindformers_glm32k.weights.strategy import read_stages
 from mindformers_glm32k.weights.transform import Transformer
 from mindformers_glm32k.weights.workspace import require_space, workspace
 from mindformers_glm32k.weights.writer import CheckpointWriter

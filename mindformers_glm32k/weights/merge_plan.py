@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import ITEM_SIZE
+from mindformers_glm32k.weights.model_dims import sizes_from_tensors
 from mindformers_glm32k.weights.names import slot_of, slots
 from mindformers_glm32k.weights.parameter_layout import ParameterLayout
 from mindformers_glm32k.weights.parameters import (
@@ -20,7 +21,6 @@ from mindformers_glm32k.weights.parameters import (
     plain_name,
 )
 from mindformers_glm32k.weights.plan import check_against, raise_problems, weights_in
-from mindformers_glm32k.weights.sizes import sizes_from_tensors
 from mindformers_glm32k.weights.tensors import StoredTensor
 
 FROZEN = (

@@ -5,10 +5,10 @@ from itertools import groupby
 import numpy as np
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights import pieces
+from mindformers_glm32k.weights import reshard as pieces
 from mindformers_glm32k.weights.dtypes import cast
 from mindformers_glm32k.weights.merge_plan import FROZEN
-from mindformers_glm32k.weights.shards import slice_of, write_stage
+from mindformers_glm32k.weights.strategy import slice_of, write_stage
 from mindformers_glm32k.weights.tensors import same_bits
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Optional
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.checkpoint import read_file
 from mindformers_glm32k.weights.dtypes import item_size
 from mindformers_glm32k.weights.parameters import raw_bytes
-from mindformers_glm32k.weights.source import read_file
 
 _RANK_FOLDER = re.compile(r"rank_(\d+)$")
 # glm32k_rank_3-1_200.ckpt, glm32k_rank_3_1-1_200.ckpt (a later run of the same folder), checkpoint_3.ckpt

@@ -3,7 +3,7 @@
 import json
 
 from mindformers_glm32k.files import atomic_path
-from mindformers_glm32k.weights.sizes import sizes_as_dict
+from mindformers_glm32k.weights.model_dims import sizes_as_dict
 
 
 def make_report(source, output, job, digests, skipped, sizes, config):

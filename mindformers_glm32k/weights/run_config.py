@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.hf_config import PUBLISHED
-from mindformers_glm32k.weights.sizes import sizes_from_config
+from mindformers_glm32k.weights.model_dims import sizes_from_config
 
 _SIZE_FIELDS = (
     "num_layers",
@@ -62,7 +62,7 @@ def compile_strategy(config_file, config, layout, launcher_arguments):
         InputError: the run does not cut its parameters.
         dryrun.workers.WorkerFailed: a compile failed.
     """
-    from mindformers_glm32k.dryrun.strategy import has_adapters, write_strategies
+    from mindformers_glm32k.dryrun.compile.strategy import has_adapters, write_strategies
 
     if not cuts_parameters(config, layout):
         why = (

@@ -8,15 +8,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights import pieces
-from mindformers_glm32k.weights.direct_loading import is_huggingface
-from mindformers_glm32k.weights.ms_checkpoint import frame, read_ckpt
+from mindformers_glm32k.weights import reshard as pieces
+from mindformers_glm32k.weights.checkpoint import open_source
+from mindformers_glm32k.weights.checkpoint_to_load import is_huggingface
+from mindformers_glm32k.weights.convert import convert
+from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt
 from mindformers_glm32k.weights.parameters import raw_bytes
-from mindformers_glm32k.weights.shards import read_stages, slice_of, write_stage
-from mindformers_glm32k.weights.source import open_source
 from mindformers_glm32k.weights.split_plan import make_plan
+from mindformers_glm32k.weights.strategy import read_stages, slice_of, write_stage
 from mindformers_glm32k.weights.tensors import same_bits
-from mindformers_glm32k.weights.to_mindspore import convert
 from mindformers_glm32k.weights.transform import Transformer
 from mindformers_glm32k.weights.workspace import flush, require_space, workspace
 
@@ -39,7 +39,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    from mindformers_glm32k.dryrun.workers import read_layout
+    from mindformers_glm32k.dryrun.compile.pool import read_layout
     from mindformers_glm32k.weights.run_config import compile_strategy, sizes_of_run
 
     try:

@@ -5,6 +5,7 @@ from math import prod
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import ITEM_SIZE
+from mindformers_glm32k.weights.model_dims import sizes_from_tensors
 from mindformers_glm32k.weights.parameter_layout import ParameterLayout
 from mindformers_glm32k.weights.parameters import (
     ADAPTER,
@@ -17,9 +18,8 @@ from mindformers_glm32k.weights.parameters import (
     fits,
     kind_of,
 )
-from mindformers_glm32k.weights.pieces import stored_bytes
 from mindformers_glm32k.weights.plan import raise_problems, weights_in
-from mindformers_glm32k.weights.sizes import sizes_from_tensors
+from mindformers_glm32k.weights.reshard import stored_bytes
 from mindformers_glm32k.weights.tensors import StoredTensor
 
 _OTHER_MODEL = "the checkpoint and the strategy are of different models or layouts (num_layers, qkv_concat, LoRA)"

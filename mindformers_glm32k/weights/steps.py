@@ -6,9 +6,9 @@ import os
 import numpy as np
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.dtypes import cast, check_dtype
 from mindformers_glm32k.weights.plan import weights_of
-from mindformers_glm32k.weights.source import open_source
 
 
 def load_hf_weights(path):

@@ -7,7 +7,7 @@
 import sys
 
 from mindformers_glm32k.cli import run_command
-from mindformers_glm32k.data import preprocess
+from mindformers_glm32k.longbench import preprocess
 
 if __name__ == "__main__":
     sys.exit(run_command(preprocess, "glm32k_preprocess.py"))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mindformers_glm32k.data.chats import TOOLS_INTRODUCTION, ChatLayout
-from mindformers_glm32k.data.layouts import Turn
+from mindformers_glm32k.data.formats import Turn
 from mindformers_glm32k.errors import InputError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -1,7 +1,8 @@
 """Vocabularies trained on the spot."""
 
-from mindformers_glm32k.data import retrieval, small_vocabulary
-from mindformers_glm32k.vocabulary import Vocabulary
+from mindformers_glm32k.data import small_vocabulary
+from mindformers_glm32k.data import synthetic as retrieval
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 
 def test_it_fits_the_tiny_models_and_has_each_word_of_the_task_in_one_piece(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from mindformers_glm32k.data.rows import Row
+from mindformers_glm32k.data.encode import Row
 from mindformers_glm32k.data.token_cache import RECORD, TokenCache, remove_outdated
 
 LOG = logging.getLogger("test")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.data import tokens as tokens_module
-from mindformers_glm32k.data.rows import RowBuilder
-from mindformers_glm32k.data.source import SampleSource
+from mindformers_glm32k.data.encode import RowBuilder
+from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.data.tokens import TokenizedSamples, in_order, token_cache
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.tokenizer import GLM32KTokenizer
+from mindformers_glm32k.tokenizer.glm32k_tokenizer import GLM32KTokenizer
 
 LOG = logging.getLogger("test")
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies
 from mindformers_glm32k.data import word_encoder
 from mindformers_glm32k.data.word_encoder import WordEncoder
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.vocabulary import Vocabulary
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 PARTS = strategies.lists(
     strategies.sampled_from(

@@ -15,9 +15,9 @@ import mindspore
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindformers_glm32k.dryrun.memory import measure
-from mindformers_glm32k.dryrun.mindir import read_program
-from mindformers_glm32k.dryrun.trace import trace_program
+from mindformers_glm32k.dryrun.analysis.memory import measure
+from mindformers_glm32k.dryrun.analysis.mindir import read_program
+from mindformers_glm32k.dryrun.analysis.trace import trace_program
 
 PROGRAM = "measured.mindir"
 

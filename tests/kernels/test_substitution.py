@@ -4,9 +4,9 @@ import pytest
 from mindformers.models.glm2 import glm2, glm2_transformer
 
 from mindformers_glm32k import GLM32KConfig
-from mindformers_glm32k.kernels.blockwise_attention import BlockwiseAttention
-from mindformers_glm32k.kernels.compressed_attention import CompressedCausalAttention, compressed_causal_mask
-from mindformers_glm32k.kernels.paged_attention import NoCache, PagedAttention
+from mindformers_glm32k.kernels.ascend.flash_attention import CompressedCausalAttention, compressed_causal_mask
+from mindformers_glm32k.kernels.cpu.paged_attention import NoCache, PagedAttention
+from mindformers_glm32k.kernels.cpu.tiled_attention import BlockwiseAttention
 from mindformers_glm32k.kernels.substitution import cells_for
 
 NAMES = ("ChatGLM2RMSNorm", "FlashAttention", "InferAttention", "CoreAttention")

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from mindformers_glm32k import chat
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.longbench import build_prompt_ids
-from mindformers_glm32k.tokenizer import GLM32KTokenizer
+from mindformers_glm32k.tokenizer import chat_format as chat
+from mindformers_glm32k.tokenizer.glm32k_tokenizer import GLM32KTokenizer
 
 SAMPLE = {"dataset": "hotpotqa", "context": "some words " * 40, "input": "why?"}
 TEMPLATE = "Read {context}\nAnswer {input}"

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from dryrun.tiny import CONFIG, FFN, GROUPS, HEADS, HIDDEN, SHARDED, SIZE, VOCABULARY
 
+from mindformers_glm32k.weights.checkpoint import read_file
+from mindformers_glm32k.weights.model_dims import Sizes
 from mindformers_glm32k.weights.names import name_of, slots
 from mindformers_glm32k.weights.parameters import raw_bytes
-from mindformers_glm32k.weights.sizes import Sizes
-from mindformers_glm32k.weights.source import read_file
 from mindformers_glm32k.weights.writer import CheckpointWriter
 from weights.strategy_files import write_strategy
 

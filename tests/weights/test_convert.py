@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k import cli
+from mindformers_glm32k.commands import convert as command
+from mindformers_glm32k.commands.convert import convert, convert_reversed, load_hf_weights
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights import convert as command
 from mindformers_glm32k.weights import names
-from mindformers_glm32k.weights.convert import convert, convert_reversed, load_hf_weights
-from mindformers_glm32k.weights.ms_checkpoint import read_index
-from mindformers_glm32k.weights.source import open_source
+from mindformers_glm32k.weights.checkpoint import open_source
+from mindformers_glm32k.weights.formats.ckpt import read_index
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder, write_safetensors
 

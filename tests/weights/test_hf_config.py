@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from mindformers_glm32k.commands.convert import convert_reversed, load_hf_weights
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.convert import convert_reversed, load_hf_weights
 from mindformers_glm32k.weights.hf_config import PUBLISHED, read_config, to_chatglm, to_glm
-from mindformers_glm32k.weights.sizes import sizes_from_config
+from mindformers_glm32k.weights.model_dims import sizes_from_config
 
 
 def test_published_fields(reference):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mindformers_glm32k.weights.source import open_source
+from mindformers_glm32k.weights.checkpoint import open_source
 
 from .synthetic import chatglm_shapes, random_values, write_folder
 
@@ -23,7 +23,7 @@ SCALED = {
 MEASURE = """
 import sys
 sys.path.insert(0, {root!r})
-from mindformers_glm32k.weights.convert import convert
+from mindformers_glm32k.commands.convert import convert
 
 def peak():  # of this program; getrusage would count what the process was before it
     return next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -14,7 +14,7 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.dtypes import cast
 from mindformers_glm32k.weights.lora import add_product
 from mindformers_glm32k.weights.merge import merge
-from mindformers_glm32k.weights.shards import read_strategy, slice_of
+from mindformers_glm32k.weights.strategy import read_strategy, slice_of
 from weights.parallel import CASES, read_all, read_weights, whole_tensors, write_checkpoint, write_layout
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from mindformers_glm32k.commands.convert import convert
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import job
-from mindformers_glm32k.weights.convert import convert
 from mindformers_glm32k.weights.lock import Busy, lock_file
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder
@@ -21,7 +21,7 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 from mindformers_glm32k.weights import job
-from mindformers_glm32k.weights.convert import convert
+from mindformers_glm32k.commands.convert import convert
 from mindformers_glm32k.weights.lock import Busy, lock_file
 write, verify = job.Job._write_group, job.Job._verify
 job.Job._write_group = lambda *args: (time.sleep(0.01), write(*args))[1]

@@ -11,10 +11,11 @@ import pytest
 from dryrun.tiny import ROOT, run_command
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights import pieces, workspace
+from mindformers_glm32k.weights import reshard as pieces
+from mindformers_glm32k.weights import workspace
 from mindformers_glm32k.weights.merge import merge
-from mindformers_glm32k.weights.shards import read_stages, slice_of
 from mindformers_glm32k.weights.split import split
+from mindformers_glm32k.weights.strategy import read_stages, slice_of
 from weights.parallel import CASES, TINY_SIZES, read_weights, whole_tensors, write_checkpoint, write_layout
 from weights.synthetic import chatglm_shapes, random_values, write_folder
 
@@ -221,7 +222,8 @@ KILLED = """
 import sys
 sys.path[:0] = [{root!r}]
 import time
-from mindformers_glm32k.weights import pieces, split
+from mindformers_glm32k.weights import split
+from mindformers_glm32k.weights import reshard as pieces
 pieces.PIECE_BYTES = 1
 cut = pieces.cut
 def slow(*arguments):

@@ -1,0 +1,119 @@
+"""Join the checkpoints of all ranks into one file, LoRA adapters too, and check that nothing was lost."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.merge import merge
+
+TAKES_OVERRIDES = True  # with --config, options that are not listed here are run_mindformer's
+
+
+def add_arguments(parser):
+    def option(name, text, **settings):
+        parser.add_argument(name, help=text, **settings)
+
+    option("--src_ckpt_dir", "folder with rank_0, rank_1, …, such as output/checkpoint", required=True)
+    option("--dst", "file to write: .ckpt or .safetensors")
+    option(
+        "--src_ckpt_strategy",
+        "the run's strategy: folder (output/strategy) or file. Without it and --config every "
+        "rank must have the whole model",
+    )
+    option(
+        "--config",
+        "the run's YAML, instead of --src_ckpt_strategy: its strategy is compiled here; also for the "
+        "model's sizes and LoRA's scale",
+    )
+    option("--step", "EPOCH_STEP as in the file names, or the number of steps; default: the newest complete one")
+    option("--optimizer_states", "keep adam_m, adam_v, steps and loss scale", action="store_true")
+    option("--lora", "add the adapters to the weights", action="store_true")
+    option("--lora_scaling", "alpha / rank; default: as --config says, else adapter_config.json of the run", type=float)
+    option("--base", "the whole checkpoint that the adapters were trained on, where the ranks' files lack it")
+    option("--adapters_only", "also (or, without --dst, only) write the adapters alone to this file", metavar="OUT")
+    parser.epilog = "With --config any other option is run_mindformer's."
+
+
+def run(args):
+    try:
+        with _strategy(args) as (strategy, sizes, scaling):
+            report = merge(
+                args.src_ckpt_dir,
+                args.dst,
+                strategy,
+                args.step,
+                args.optimizer_states,
+                args.lora,
+                scaling,
+                args.base,
+                args.adapters_only,
+                sizes,
+                progress=True,
+            )
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    for remark in report["remarks"]:
+        print(remark)
+    counted = "".join(f", {name} {value}" for name, value in report["counters"].items())
+    how = "cut again and compared with every rank's file" if strategy else "compared on all ranks"
+    checked = f"; {how}, all equal" if report["ranks"] > 1 else ""
+    print(
+        f"{len(report['tensors'])} tensors of {report['ranks']} rank(s), {report['stages']} stage(s)"
+        f"{counted}{', adapters merged with scale ' + format(scaling, 'g') if args.lora else ''}{checked}: "
+        f"{', '.join(report['outputs'])}"
+    )
+    return 0
+
+
+@contextlib.contextmanager
+def _strategy(args):
+    """Yields the strategy's path, the model's sizes and LoRA's scale, each None where nothing says it."""
+    scaling = args.lora_scaling
+    if not args.config:
+        if args.overrides:
+            raise InputError(f"{args.overrides[0]}: no such option (run_mindformer's options go with --config)")
+        if args.lora and scaling is None:
+            scaling = _scale_of_run(Path(args.src_ckpt_dir))
+        yield args.src_ckpt_strategy, None, scaling
+        return
+    from mindformers_glm32k.dryrun.compile.pool import read_layout
+    from mindformers_glm32k.weights import run_config
+
+    arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
+    layout, config = read_layout(arguments)
+    sizes = run_config.sizes_of_run(config, args.config)
+    if args.lora and scaling is None:
+        scaling = run_config.lora_scale(config, args.config)
+    if args.src_ckpt_strategy or not run_config.cuts_parameters(config, layout):
+        yield args.src_ckpt_strategy, sizes, scaling
+        return
+    with run_config.compile_strategy(args.config, config, layout, arguments) as folder:
+        yield folder, sizes, scaling
+
+
+def _scale_of_run(folder):
+    """alpha / rank from the adapter_config.json that MindFormers leaves in the run's output folder; None without."""
+    path = next(
+        (
+            parent / "adapter_config.json"
+            for parent in folder.resolve().parents[:2]
+            if (parent / "adapter_config.json").is_file()
+        ),
+        None,
+    )
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return float(found["lora_alpha"]) / int(found["r"])
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: no readable lora_alpha and r ({error}); give --lora_scaling") from error
+
+
+if __name__ == "__main__":
+    from mindformers_glm32k.cli import run_command
+
+    sys.exit(run_command(sys.modules[__name__], "glm32k merge"))

@@ -1,0 +1,290 @@
+"""Walks a program as an NPU would run it and lists what happens: operations with the buffers they read and write.
+
+Nothing is computed; values are only their memory. Calls, closures (the backward of a micro batch is a closure that its
+forward returns) and tuples are followed, so that a buffer's life is known over the whole step.
+"""
+
+from dataclasses import dataclass, field
+
+from mindformers_glm32k.dryrun.analysis.mindir import Spec
+
+# Operations whose result is the memory of their first input: Ascend's runtime skips them.
+VIEWS = frozenset(
+    (
+        "Reshape",
+        "ExpandDims",
+        "Squeeze",
+        "FlattenGrad",
+        "Depend",
+        "Load",
+        "StopGradient",
+        "Identity",
+        "InsertGradientOf",
+        "Return",
+        "return",
+    )
+)
+_RESHAPING = frozenset(("Reshape", "ExpandDims", "Squeeze"))
+_TUPLES = frozenset(("MakeTuple", "MakeList", "make_tuple"))
+
+
+class Buffer:
+    """A piece of device memory.
+
+    Args:
+        spec (Spec): the tensor in it, as the reader sees it.
+        kind (str): "activation", "parameter", "input" or "constant".
+        name (str): parameter's or input's name.
+        storage (Buffer | None): the buffer whose memory it shares.
+    """
+
+    __slots__ = ("spec", "kind", "name", "storage", "made", "last", "event")
+
+    def __init__(self, spec, kind, name="", storage=None):
+        self.spec, self.kind, self.name = spec, kind, name
+        self.storage = storage or self
+        self.made = self.last = -1
+        self.event = None
+
+
+@dataclass
+class Closure:
+    """A function with its first arguments bound."""
+
+    graph: object
+    bound: tuple = ()
+
+
+@dataclass
+class Literal:
+    """A constant that is no tensor."""
+
+    value: object
+
+
+@dataclass
+class Event:
+    """One operation as it is run.
+
+    Args:
+        index (int): position in time.
+        node (Node): the operation.
+        reads (list[Buffer]), writes (list[Buffer]): operands and results, views included among the operands.
+        arguments (list): the operands as values: Buffer, Literal, tuple, Closure or None.
+        again (bool): a copy of an earlier node, as selective recompute makes them (without a mark, unlike recompute).
+    """
+
+    index: int
+    node: object
+    reads: list
+    writes: list
+    arguments: list
+    again: bool = False
+
+    @property
+    def part(self):
+        """str: "recompute", "backward" or "forward"."""
+        if self.node.marks.get("duplicated") or self.again:
+            return "recompute"
+        return "backward" if self.node.scope.startswith("Gradients") else "forward"
+
+
+@dataclass
+class Trace:
+    """What happens in one step on one device.
+
+    Args:
+        events (list[Event]): in the order of execution.
+        parameters (list[Buffer]): weights, optimizer states, ….
+        inputs (list[Buffer]): the step's data.
+        constants (list[Buffer]): each distinct constant tensor once.
+        activations (list[Buffer]): everything that operations write.
+        doubts (list[str]): constructs that could not be followed; empty when the trace is complete.
+    """
+
+    events: list = field(default_factory=list)
+    parameters: list = field(default_factory=list)
+    inputs: list = field(default_factory=list)
+    constants: list = field(default_factory=list)
+    activations: list = field(default_factory=list)
+    doubts: list = field(default_factory=list)
+
+
+def trace_program(program):
+    """Follows a program from its start to its end.
+
+    Args:
+        program (Program): from `read_program`.
+
+    Returns:
+        Trace
+    """
+    walker = _Walker(program)
+    result = walker.run(program.main, walker.globals)
+    for buffer in buffers_in(result):  # the step's results live to its end
+        buffer.storage.last = len(walker.trace.events)
+    return walker.trace
+
+
+def buffers_in(value):
+    """All buffers of a value, at any depth.
+
+    Args:
+        value: Buffer, Closure, tuple or anything else.
+
+    Yields:
+        Buffer
+    """
+    if isinstance(value, Buffer):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from buffers_in(item)
+    elif isinstance(value, Closure):
+        yield from buffers_in(value.bound)
+
+
+class _Walker:
+    def __init__(self, program):
+        self.program = program
+        self.trace = Trace()
+        self.globals = {}
+        self.by_parameter = {}
+        self.active = []
+        self.originals = {}  # name of the node that first had an id and a micro batch
+        for name, (parameter, spec) in program.parameters.items():
+            self.globals[name] = self.by_parameter[parameter] = Buffer(spec, "parameter", parameter)
+            self.trace.parameters.append(self.globals[name])
+        for name, spec in program.inputs.items():
+            self.globals[name] = Buffer(spec, "input", name.rsplit(":", 1)[-1])
+            self.trace.inputs.append(self.globals[name])
+        # constants are visible everywhere, whichever graph's node list they stand in
+        self.constants = {}
+        known = {}
+        for graph in (program.main, *program.graphs.values()):
+            for node in graph.nodes:
+                if node.op == "Constant":
+                    self.constants[node.name] = self._constant(node, known)
+
+    def _constant(self, node, known):
+        if node.callee:
+            return Closure(self.program.graphs[node.callee])
+        if not isinstance(node.value, Spec):
+            return Literal(node.value)
+        key = (node.data[:4096], len(node.data), node.value)
+        if key not in known:
+            known[key] = Buffer(node.value, "constant", node.name)
+            self.trace.constants.append(known[key])
+        return known[key]
+
+    def run(self, graph, values):
+        """Runs a graph whose inputs are in `values` (name -> value); returns its output."""
+        if graph.name in self.active:
+            self._doubt(f"a loop through {graph.name[-60:]} is counted once")
+            return None
+        self.active.append(graph.name)
+        for node in graph.nodes:
+            if node.op != "Constant":
+                values[node.name] = self._node(node, values)
+        self.active.pop()
+        results = tuple(self._value(name, values) for name in graph.outputs)
+        return results[0] if len(results) == 1 else results
+
+    def _value(self, name, values):
+        for table in (values, self.globals, self.constants):
+            if name in table:
+                return table[name]
+        graph = self.program.graphs.get(name[5:] if name.startswith("REF::") else name)
+        if graph is not None:
+            return Closure(graph)
+        self._doubt(f"no value for {name[-60:]}")
+        return None
+
+    def _call(self, closure, arguments):
+        graph = closure.graph
+        arguments = list(closure.bound) + arguments
+        if len(arguments) != len(graph.inputs):
+            self._doubt(f"{graph.name[-60:]} takes {len(graph.inputs)} values, got {len(arguments)}")
+        return self.run(graph, dict(zip(graph.inputs, arguments)))
+
+    def _node(self, node, values):
+        arguments = [self._value(name, values) for name in node.inputs]
+        if node.op == "call":
+            callee = self._value(node.callee, values)
+            if isinstance(callee, Closure):
+                return self._call(callee, arguments)
+            self._doubt(f"call of {node.callee[-60:]}, which is no function")
+            return self._fresh(node, arguments)
+        if node.op == "TupleGetItem":
+            return self._item(node, arguments)
+        if node.op in _TUPLES:
+            return tuple(arguments)
+        if node.op == "Partial":
+            return Closure(arguments[0].graph, arguments[0].bound + tuple(arguments[1:]))
+        if node.op in ("Switch", "switch"):
+            return self._branch(node, arguments)
+        if node.op == "UpdateState":
+            return None
+        if node.op in VIEWS:
+            return self._view(node, arguments[0])
+        return self._fresh(node, arguments)
+
+    def _item(self, node, arguments):
+        whole, index = arguments
+        index = index.value if isinstance(index, Literal) else None
+        if isinstance(whole, tuple) and isinstance(index, int) and index < len(whole):
+            return whole[index]
+        if not isinstance(whole, Buffer):
+            self._doubt(f"item {index} of a {type(whole).__name__} in {node.scope[-60:]}")
+        return whole if isinstance(whole, Buffer) else None
+
+    def _branch(self, node, arguments):
+        """The longer branch: of an update that an overflow would skip, the update."""
+        self._event(node, arguments[:1], [])
+        return max(arguments[1:3], key=lambda value: len(value.graph.nodes) if isinstance(value, Closure) else -1)
+
+    def _view(self, node, source):
+        if node.op in _RESHAPING and isinstance(source, Buffer) and isinstance(node.output, Spec):
+            return Buffer(node.output, source.kind, source.name, source.storage)
+        return source
+
+    def _fresh(self, node, arguments):
+        """New memory for what the operation writes, except for updates of parameters in place."""
+        written = []
+
+        def make(spec):
+            if spec is None:
+                return None
+            if isinstance(spec, tuple):
+                return tuple(make(item) for item in spec)
+            if spec.parameter in self.by_parameter:
+                return self.by_parameter[spec.parameter]
+            written.append(Buffer(spec, "activation"))
+            return written[-1]
+
+        value = make(node.output)
+        self._event(node, arguments, written)
+        return value
+
+    def _is_copy(self, node):
+        """bool: whether selective recompute made a node of another that was run before."""
+        if "need_cse_after_recompute" not in node.marks or node.scope.startswith("Gradients"):
+            return False
+        key = (node.marks.get("unique_id"), node.marks.get("micro"))
+        return self.originals.setdefault(key, node.name) != node.name
+
+    def _event(self, node, arguments, written):
+        index = len(self.trace.events)
+        reads = [buffer for argument in arguments for buffer in buffers_in(argument)]
+        event = Event(index, node, reads, written, arguments, self._is_copy(node))
+        for buffer in reads:
+            buffer.storage.last = index
+        for buffer in written:
+            buffer.made = buffer.last = index
+            buffer.event = event
+        self.trace.activations += written
+        self.trace.events.append(event)
+
+    def _doubt(self, text):
+        if text not in self.trace.doubts:
+            self.trace.doubts.append(text)

@@ -1,0 +1,112 @@
+"""Write the parallel strategy files of all NPUs of a layout, without an NPU."""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from mindformers_glm32k.commands.dryrun import copy_atomically
+from mindformers_glm32k.errors import InputError
+
+TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
+FILE_NAME = "ckpt_strategy_rank_{}.ckpt"  # the run's own name, which transform_ckpt looks for
+_WITHOUT_ADAPTERS = ["--model.model_config.pet_config", ""]
+
+
+def add_arguments(parser):
+    parser.add_argument("--config", required=True, help="YAML of the run, as for run_mindformer")
+    parser.add_argument("--output", required=True, help="folder of the files ckpt_strategy_rank_N.ckpt")
+    parser.add_argument("--devices", type=int, help="NPUs of the run; a layout of another size is refused")
+    parser.epilog = (
+        "Any other option is run_mindformer's. The files are what --src_ckpt_strategy and "
+        "--dst_ckpt_strategy of `python -m mindformers.tools.transform_ckpt` take."
+    )
+
+
+def run(args):
+    from mindformers_glm32k.dryrun.compile.pool import read_layout
+
+    launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
+    output = Path(args.output)
+    layout, config = read_layout(launcher_arguments, args.devices)
+    if layout.world == 1:
+        raise InputError(
+            f"{args.config}: one NPU (use_parallel is false, or all of parallel_config is 1) has no "
+            "strategy; its checkpoints are whole"
+        )
+    _refuse_other_layouts(output, layout)
+    written = write_strategies(layout, output, launcher_arguments, has_adapters(config))
+    print(f"{len(written)} strategy files ({layout.describe()}): {output}")
+    return 0
+
+
+def has_adapters(config):
+    """bool: whether the run freezes the model's own weights and trains adapters (LoRA)."""
+    return bool(config["model"]["model_config"].get("pet_config"))
+
+
+def write_strategies(layout, output, launcher_arguments, adapters=False):
+    """Compiles one rank of each stage and writes the files of all ranks.
+
+    A strategy file says how each parameter of a stage is cut, not which cut this rank holds: ranks of a stage have
+    equal files, byte for byte. MindSpore leaves frozen weights out, though it cuts them too; transform_ckpt would then
+    take rank 0's part for the whole. Their layouts are added from a second compile, without adapters.
+
+    Args:
+        layout (Layout): of the configuration.
+        output (pathlib.Path): folder of the files.
+        launcher_arguments (list[str]): run_mindformer's.
+        adapters (bool): whether the run trains adapters only.
+
+    Returns:
+        list[pathlib.Path]: by rank.
+    """
+    from mindformers_glm32k.dryrun.compile.pool import run_workers
+    from mindformers_glm32k.weights.strategy import add_frozen
+
+    with tempfile.TemporaryDirectory(prefix="glm32k_strategy_") as work:
+        kept = Path(work) / "kept"
+        kept.mkdir()
+
+        def keep(compiled):
+            path = kept / str(layout.stage_of(compiled.rank))
+            content = strategy_file(compiled.folder, compiled.rank).read_bytes()
+            path.write_bytes(add_frozen(path.read_bytes(), content) if path.exists() else content)
+            shutil.rmtree(compiled.folder)
+
+        for more in [[], _WITHOUT_ADAPTERS] if adapters else [[]]:
+            run_workers(
+                [layout.ranks_of(stage)[0] for stage in range(layout.stages)],
+                layout,
+                Path(work).resolve(),
+                [*launcher_arguments, *more],
+                strategy_only=True,
+                on_done=keep,
+            )
+        written = [output / FILE_NAME.format(rank) for rank in range(layout.world)]
+        for rank, path in enumerate(written):  # all or none: nothing is written before the last compile
+            copy_atomically(kept / str(layout.stage_of(rank)), path)
+    return written
+
+
+def strategy_file(folder, rank):
+    """pathlib.Path: the file that a worker of `rank` left below its folder."""
+    return folder / "output" / "strategy" / FILE_NAME.format(rank)
+
+
+def _refuse_other_layouts(output, layout):
+    """transform_ckpt merges all files of a folder: those of a larger layout would be mixed in."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file, a folder is needed")
+    expected = {FILE_NAME.format(rank) for rank in range(layout.world)}
+    others = sorted(path.name for path in output.glob("ckpt_strategy_rank_*.ckpt") if path.name not in expected)
+    if others:
+        raise InputError(
+            f"--output {output}: holds {others[0]} of a layout with more than {layout.world} NPUs; give another folder"
+        )
+
+
+if __name__ == "__main__":
+    from mindformers_glm32k.cli import run_command
+
+    sys.exit(run_command(sys.modules[__name__], "glm32k strategy"))

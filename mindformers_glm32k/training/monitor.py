@@ -1,0 +1,164 @@
+"""GLM32KMonitor: throughput in tokens/s/p beside MindFormers' progress lines, and the loss curve as CSV and PNG."""
+
+import csv
+import math
+import os
+import time
+
+import mindspore as ms
+import numpy as np
+from mindformers.tools.logger import logger
+from mindformers.tools.utils import get_output_root_path
+from mindspore.communication import GlobalComm, get_group_size, get_rank
+from mindspore.train.callback import Callback
+
+from mindformers_glm32k import compat
+from mindformers_glm32k.checks import whole_number
+from mindformers_glm32k.files import atomic_path
+
+COLUMNS = ("step", "loss", "learning_rate", "global_norm", "loss_scale", "overflow", "tokens_per_second_per_device")
+ROWS_BETWEEN_SAVES = 100
+
+
+class GLM32KMonitor(Callback):
+    """Logs tokens/s/p (the unit of the model card's table) and keeps the loss curve.
+
+    One process writes `loss_curve.csv` and `loss_curve.png`: rank 0, or in a pipeline the first rank of the last
+    stage, which is where the loss is. A resumed run continues the file of the run before it.
+
+    Args:
+        output_dir (str): folder of the curve. Default: MindFormers' output folder.
+        per_print_times (int): log every so many steps, >= 1. Default 1.
+    """
+
+    def __init__(self, output_dir=None, per_print_times=1):
+        super().__init__()
+        self.output_dir = output_dir or get_output_root_path()
+        self.per_print_times = whole_number(per_print_times, "GLM32KMonitor.per_print_times", 1)
+        self.rows = []
+        self.started = None
+        self.step_before = 0
+
+    def on_train_begin(self, run_context):
+        arguments = run_context.original_args()
+        devices = get_group_size() if GlobalComm.INITED else 1
+        rank = get_rank() if GlobalComm.INITED else 0
+        stages = ms.get_auto_parallel_context("pipeline_stages")
+        self.writes = rank == (devices - devices // stages if stages > 1 else 0)
+        self.micro_batches = compat.micro_batches(arguments.train_network)
+        self.tokens_per_step = int(np.prod(arguments.train_dataset.output_shapes()[0])) / _sharers(devices)
+        self.step_before = arguments.cur_step_num
+        self.rows = self._rows_before(self._global_step(arguments))
+
+    def on_train_step_begin(self, run_context):
+        self.started = time.perf_counter()
+
+    def on_train_step_end(self, run_context):
+        seconds = time.perf_counter() - self.started
+        arguments = run_context.original_args()
+        steps = max(1, arguments.cur_step_num - self.step_before)  # a sink holds several
+        self.step_before = arguments.cur_step_num
+        loss, overflow, scale, rate, norm = (_number(value) for value in _five(arguments.net_outputs))
+        overflow = overflow > 0  # NaN: a train step without the check
+        throughput = self.tokens_per_step * steps / seconds
+        step = self.rows[-1]["step"] + steps if self.rows else self._global_step(arguments) or steps
+        self.rows.append(dict(zip(COLUMNS, (step, loss / self.micro_batches, rate, norm, scale, overflow, throughput))))
+        if overflow:
+            logger.warning(
+                "step %d skipped: its gradients are not finite (loss %g, loss scale now %g)", step, loss, scale
+            )
+        if len(self.rows) % self.per_print_times == 0:
+            logger.info("step %d: %.1f tokens/s/p", step, throughput)
+        if self.writes and len(self.rows) % ROWS_BETWEEN_SAVES == 0:
+            self._save_table()
+
+    def on_train_end(self, run_context):
+        if not self.writes or not self.rows:
+            return
+        skipped = sum(row["overflow"] for row in self.rows)
+        speed = np.median([row["tokens_per_second_per_device"] for row in self.rows[1:] or self.rows])
+        table, picture = self._save_table(), self._save_picture()
+        logger.info(
+            "training: %d steps, %d skipped, loss %.4f -> %.4f, median %.1f tokens/s/p; curve: %s, %s",
+            self.rows[-1]["step"],
+            skipped,
+            self.rows[0]["loss"],
+            self.rows[-1]["loss"],
+            speed,
+            table,
+            picture,
+        )
+
+    @staticmethod
+    def _global_step(arguments):
+        step = getattr(getattr(arguments.network, "optimizer", None), "global_step", None)
+        return int(step.asnumpy().reshape(-1)[0]) if step is not None else 0
+
+    def _rows_before(self, step):
+        """The rows that a resumed run continues: those of its `step` updates. Skipped steps are none."""
+        path = os.path.join(self.output_dir, "loss_curve.csv")
+        if step == 0 or not os.path.isfile(path):
+            return []
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{column: _parse(column, text) for column, text in row.items()} for row in csv.DictReader(file)]
+        skipped = np.cumsum([row["overflow"] for row in rows])
+        return [row for row, before in zip(rows, skipped) if row["step"] - before <= step]
+
+    def _save_table(self):
+        path = os.path.join(self.output_dir, "loss_curve.csv")
+        with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        return path
+
+    def _save_picture(self):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        steps = [row["step"] for row in self.rows]
+        figure, axis = pyplot.subplots(figsize=(8, 4.5), dpi=100)
+        axis.plot(steps, [row["loss"] for row in self.rows], label="loss", linewidth=1.2)
+        skipped = [(row["step"], row["loss"]) for row in self.rows if row["overflow"] and math.isfinite(row["loss"])]
+        if skipped:
+            axis.plot(*zip(*skipped), "rx", label="skipped (overflow)")
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss (mean over tokens)")
+        axis.grid(alpha=0.3)
+        axis.legend()
+        path = os.path.join(self.output_dir, "loss_curve.png")
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, bbox_inches="tight")
+        pyplot.close(figure)
+        return path
+
+
+def _sharers(devices):
+    """How many devices read the same rows. In data parallel each reads its own; in the semi-automatic modes all read
+    the whole batch, or as the first dimension of dataset_strategy says."""
+    if not compat.one_program():
+        return 1
+    strategy = ms.get_auto_parallel_context("dataset_strategy")
+    if ms.get_auto_parallel_context("full_batch") or strategy == "full_batch":
+        return devices
+    return 1 if isinstance(strategy, str) else devices // strategy[0][0]
+
+
+def _five(outputs):
+    """(loss, overflow, loss scale, learning rate, global norm) of any train-step cell; NaN where it has none."""
+    outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    return (outputs + [None] * 5)[:5]
+
+
+def _number(value):
+    if value is None:
+        return math.nan
+    return float(np.mean(value.asnumpy())) if isinstance(value, ms.Tensor) else float(value)
+
+
+def _parse(column, text):
+    if column == "overflow":
+        return text == "True"
+    return int(text) if column == "step" else float(text)

@@ -1,0 +1,221 @@
+"""GLM32KTrainer: upstream's causal language modeling trainer, which checks its inputs before it starts."""
+
+import copy
+
+from mindformers.models.build_tokenizer import build_tokenizer
+from mindformers.tools.logger import logger
+from mindformers.trainer import CausalLanguageModelingTrainer
+from mindspore.communication import get_group_size
+
+from mindformers_glm32k import compat
+from mindformers_glm32k.data.dataset import check_vocabulary
+from mindformers_glm32k.data.dataset_config import row_length
+from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import atomic_path
+from mindformers_glm32k.generation.prompts import ChatPromptTokenizer, read_prompts
+from mindformers_glm32k.parallel import check_layout
+from mindformers_glm32k.preflight.checkpoint import check_checkpoint
+from mindformers_glm32k.preflight.packing import check_packing
+from mindformers_glm32k.preflight.run_config import check_config
+from mindformers_glm32k.weights.checkpoint_to_load import checkpoint_to_load
+from mindformers_glm32k.yaml_values import normalize_values
+
+_LAYOUT_KEYS = (
+    "data_parallel",
+    "model_parallel",
+    "context_parallel",
+    "pipeline_stage",
+    "micro_batch_num",
+    "use_seq_parallel",
+    "context_parallel_algo",
+    "ulysses_degree_in_cp",
+)
+
+
+class GLM32KTrainer(CausalLanguageModelingTrainer):
+    """Training, evaluation and prediction of GLM32K from a MindFormers configuration.
+
+    Before the run starts it reads numbers and null as written (1e-5, None), and refuses with an InputError values of
+    a wrong type, a vocabulary that does not fit the model, rows longer than seq_length, and a checkpoint with missing,
+    extra or misshapen parameters. Prediction puts prompts into the chat format and returns answers only.
+    """
+
+    def train(self, config=None, **kwargs):
+        normalize_values(config)
+        check_config(config, "train", _built(kwargs, "train_dataset"))
+        _check_layout(config)
+        _convert_huggingface_folder(config)
+        if kwargs.get("dataset") is None:
+            _check_rows(config, "train_dataset")
+        if config.do_eval and kwargs.get("eval_dataset") is None:
+            _check_rows(config, "eval_dataset")
+        _name_columns(config, ["train_dataset", "eval_dataset"] if config.do_eval else ["train_dataset"])
+        with compat.barrier_on_cpu():
+            super().train(config=config, **kwargs)
+
+    def evaluate(self, config=None, **kwargs):
+        normalize_values(config)
+        check_config(config, "eval", _built(kwargs, "eval_dataset"))
+        _check_layout(config)
+        _convert_huggingface_folder(config)
+        if kwargs.get("dataset") is None:
+            _check_rows(config, "eval_dataset")
+        _name_columns(config, ["eval_dataset"])
+        with compat.barrier_on_cpu():
+            super().evaluate(config=config, **kwargs)
+
+    def predict(self, config=None, input_data=None, network=None, tokenizer=None, batch_size=None, **kwargs):
+        """Answers prompts.
+
+        Args:
+            config (MindFormerConfig): the configuration.
+            input_data (str | list[str]): prompts, or a file with one a line; default config.input_data.
+            network (Cell): the model; built from the configuration by default.
+            tokenizer (GLM32KTokenizer): built from config.processor.tokenizer by default.
+            batch_size (int): prompts per batch.
+
+        Returns:
+            list[dict]: upstream's {"text_generation_text": [answers]}, one per batch, or in 1.6 one per prompt.
+        """
+        normalize_values(config)
+        check_config(config, "predict", () if tokenizer is None else ("processor",))
+        _check_layout(config)
+        _convert_huggingface_folder(config)
+        prompts = read_prompts(config.input_data if input_data is None else input_data)
+        model = config.model.model_config
+        tokenizer = tokenizer or build_tokenizer(copy.deepcopy(config.processor.tokenizer))
+        check_vocabulary(tokenizer, model.padded_vocab_size)
+        model.eos_token_id = tokenizer.stop_token_ids
+        answer_tokens = model.max_new_tokens or 1
+        if answer_tokens >= model.seq_length:
+            raise InputError(
+                f"model_config.max_new_tokens={answer_tokens}: no room for a prompt in "
+                f"seq_length={model.seq_length}; lower the one or raise the other"
+            )
+        chat = ChatPromptTokenizer(tokenizer.vocab_file, longest_prompt=model.seq_length - answer_tokens)
+        batch_size = batch_size or (model.batch_size if model.use_past else None) or 1
+        missing = -len(prompts) % batch_size  # upstream's pipeline takes whole batches only
+        with compat.barrier_on_cpu():
+            results = self.predict_process(
+                config=config,
+                input_data=prompts + prompts[-1:] * missing,
+                task=self.task,
+                network=network,
+                tokenizer=chat,
+                batch_size=batch_size,
+                **{key: kwargs[key] for key in ("is_full_config",) if key in kwargs},
+            )
+        if missing:
+            for _ in range(missing):
+                results[-1]["text_generation_text"].pop()
+                if not results[-1]["text_generation_text"]:  # 1.6 has one entry per prompt
+                    results.pop()
+            # upstream has written the answers of the filled-up batch
+            with atomic_path(config.save_file or f"{self.task}_result.txt") as temporary:
+                temporary.write_text(str(results), encoding="utf-8")
+        answers = [answer for result in results for answer in result["text_generation_text"]]
+        for prompt, answer in zip(prompts, answers):
+            logger.info("prompt: %s\nanswer: %s", prompt, answer)
+        return results
+
+    def _reset_wrapper_for_pipeline_parallel(self):
+        self._keep_our_step(super()._reset_wrapper_for_pipeline_parallel)
+
+    def _reset_wrapper_for_grad_accu(self, gradient_accumulation_steps):
+        self._keep_our_step(super()._reset_wrapper_for_grad_accu, gradient_accumulation_steps)
+
+    def _keep_our_step(self, choose, *args):
+        """Lets upstream choose the step that cuts a batch, and takes the plugin's sibling of it for the plugin's own."""
+        step = self.config.runner_wrapper
+        ours = step is not None and step.type in ("GLM32KTrainOneStepCell", "GLM32KPipelineTrainOneStepCell")
+        choose(*args)
+        if ours:
+            step.type = "GLM32KPipelineTrainOneStepCell"
+
+    def create_network(self, default_args=None):
+        if compat.pipeline_stages() == 1 and self.config.runner_config.gradient_accumulation_steps in (None, 1):
+            # Behind an inlined cell the compiler no longer finds the parameters of which several devices hold copies,
+            # and counts each copy in the gradient's norm. MindFormers 1.8 and 1.9 switch it off themselves.
+            self.config.model.model_config.disable_lazy_inline = True
+        network = super().create_network(default_args)
+        model = compat.innermost_network(network)
+        if model.config.use_past:
+            # Upstream's LoRA wrapper declares its inputs' shapes as dynamic in another model's order, and so answers
+            # every prompt with the graph of the first. The model inside has the adapters, too.
+            network = model
+        elif model.config.use_portable_cells:
+            network.argmax = compat.portable_argmax  # a LoRA wrapper generates in the model's place
+        path = compat.checkpoint_path(self.config)
+        if path:
+            check_checkpoint(path, network)
+        return network
+
+
+def _check_layout(config):
+    """Sizes against the layout, where one program is cut over the devices; data parallel processes hold all of it."""
+    mode = (config.get("parallel") or {}).get("parallel_mode")
+    if not config.use_parallel or mode not in (1, 2, "semi_auto_parallel", "auto_parallel"):
+        return
+    parallel = config.parallel_config
+    if not isinstance(parallel, dict):  # upstream's Trainer has made an object of it
+        parallel = {name: getattr(parallel, name, None) for name in _LAYOUT_KEYS}
+        algorithm = parallel["context_parallel_algo"]
+        parallel["context_parallel_algo"] = getattr(algorithm, "value", algorithm)
+    check_layout({**config, "parallel_config": parallel}, get_group_size())
+
+
+def _convert_huggingface_folder(config):
+    """A Hugging Face folder in load_checkpoint becomes a checkpoint in the model's layout, whatever its kind."""
+    path, model = compat.checkpoint_path(config), config.model.model_config
+    chosen = checkpoint_to_load(
+        path,
+        config.output_dir or "./output",
+        config.get("load_ckpt_format"),
+        model.get("qkv_concat", True),
+        model.get("mlp_concat", True),
+        bool(config.auto_trans_ckpt),
+    )
+    if chosen != path:
+        logger.info("%s is a Hugging Face folder; loading %s, converted from it", path, chosen)
+        compat.set_checkpoint_path(config, chosen)
+
+
+def _built(arguments, dataset):
+    """Sections for which the caller of `train` or `evaluate` brings an object."""
+    names = {
+        "dataset": (dataset,),
+        "eval_dataset": ("eval_dataset",),
+        "wrapper": ("runner_wrapper",),
+        "optimizer": ("optimizer", "lr_schedule"),
+    }
+    return [name for argument, sections in names.items() if arguments.get(argument) is not None for name in sections]
+
+
+def _name_columns(config, sections):
+    """Where any of these data sets is packed, the model gets its columns by name.
+
+    The network is one for training and the evaluation in between, and upstream hands it the columns in the order of
+    the training data; unpacked rows are those columns without the last three.
+    """
+    if not any(config[section] and config[section].get("packing") for section in sections):
+        return
+    check_packing(config, sections)
+    for section in sections:
+        config[section].construct_args_key = list(PACKED_COLUMNS)
+    if config.train_dataset and config.train_dataset.get("packing"):
+        config.train_dataset.input_columns = list(PACKED_COLUMNS)  # 1.8 and 1.9 take them for the default
+
+
+def _check_rows(config, section):
+    """Vocabulary and row length of one data set against the model."""
+    dataset = config[section]
+    model = config.model.model_config
+    rows = row_length(dataset)
+    if rows > model.seq_length:
+        raise InputError(
+            f"{section}: rows have {rows} tokens (max_source_length {dataset.max_source_length} + "
+            f"max_target_length {dataset.max_target_length} + 1), more than model_config.seq_length="
+            f"{model.seq_length}; lower them or raise seq_length"
+        )
+    check_vocabulary(build_tokenizer(copy.deepcopy(dataset.tokenizer)), model.padded_vocab_size)

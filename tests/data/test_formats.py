@@ -1,0 +1,93 @@
+"""Records to samples."""
+
+import json
+
+import pytest
+
+from mindformers_glm32k.data.formats import AdGenLayout, LongBenchLayout, Sample, Text, TextLayout, layout_of
+from mindformers_glm32k.data.prompts import PromptTemplates
+from mindformers_glm32k.errors import InputError
+
+ADGEN = AdGenLayout(("content", "summary"))
+LONGBENCH = {
+    "input": "why?",
+    "context": "because",
+    "answers": ["first", "second"],
+    "dataset": "qa",
+    "length": 1,
+    "language": "en",
+    "all_classes": None,
+    "_id": "1",
+}
+
+
+@pytest.fixture
+def longbench(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"qa": "{context}\n{input}"}), encoding="utf-8")
+    return LongBenchLayout(PromptTemplates(path))
+
+
+def test_adgen_takes_its_two_columns_under_any_names():
+    assert ADGEN.sample({"content": "q", "summary": "a", "other": 3}) == Sample("q", "a", (0, 1))
+    assert AdGenLayout(("frage", "antwort")).sample({"frage": "q", "antwort": "a"}) == Sample("q", "a", (0, 1))
+
+
+def test_adgen_may_say_where_the_long_document_stands():
+    record = {"content": "read this: long", "summary": "a", "context_span": [11, 15], "context": "somebody else's"}
+    assert ADGEN.sample(record) == Sample("read this: long", "a", (11, 15))
+    for wrong in ([11], [3, 2], [-1, 3], [0, 16], [0, True], "11", [1.0, 2]):
+        with pytest.raises(InputError, match="'context_span' is .* within 0 and 15"):
+            ADGEN.sample({**record, "context_span": wrong})
+
+
+def test_plain_text():
+    assert TextLayout().matches({"text": "", "id": 1}) and not TextLayout().matches({"content": ""})
+    assert TextLayout().sample({"text": "long", "id": 1}) == Text("long")
+    with pytest.raises(InputError, match="'text' is empty"):
+        TextLayout().sample({"text": " "})
+
+
+def test_longbench_renders_the_prompt_and_takes_the_first_answer(longbench):
+    assert longbench.sample(LONGBENCH) == Sample("because\nwhy?", "first", (0, 7))
+    assert longbench.sample({**LONGBENCH, "input": ""}).prompt == "because\n"
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"content": "q"}, "column 'summary' is missing, found are 'content'; set origin_columns"),
+        ({"content": 3, "summary": "a"}, "column 'content' is int \\(3\\)"),
+        ({"content": None, "summary": "a"}, "column 'content' is NoneType"),
+        ({"content": "q", "summary": " "}, "column 'summary' is empty"),
+        ({"content": "q\ud800", "summary": "a"}, "half a surrogate pair at character 1"),
+    ],
+)
+def test_wrong_adgen_records(record, message):
+    with pytest.raises(InputError, match=message):
+        ADGEN.sample(record)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"answers": []}, "'answers' is \\[\\]"),
+        ({"answers": "text"}, "'answers' is 'text'"),
+        ({"answers": [3]}, "answers\\[0\\]' is int"),
+        ({"answers": [""]}, "answers\\[0\\]' is empty"),
+        ({"context": ["a"]}, "'context' is list"),
+        ({"dataset": "other"}, "no prompt for the data set 'other'"),
+    ],
+)
+def test_wrong_longbench_records(longbench, change, message):
+    with pytest.raises(InputError, match=message):
+        longbench.sample({**LONGBENCH, **change})
+
+
+def test_the_layout_is_found_by_the_fields(longbench):
+    layouts = [ADGEN, longbench]
+    assert layout_of({"content": "", "summary": ""}, layouts) is ADGEN
+    assert layout_of(LONGBENCH, layouts) is longbench
+    assert layout_of({**LONGBENCH, "content": "", "summary": ""}, layouts) is ADGEN
+    with pytest.raises(InputError, match="'sumary' looks like 'summary'"):
+        layout_of({"content": "", "sumary": ""}, layouts)

@@ -1,0 +1,110 @@
+"""Files and folders of samples."""
+
+import json
+
+import pytest
+
+from mindformers_glm32k.data.formats import Chat, Text
+from mindformers_glm32k.data.sources import SampleSource
+from mindformers_glm32k.errors import InputError
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def adgen(*numbers):
+    return [{"content": f"q{number}", "summary": f"a{number}"} for number in numbers]
+
+
+def test_a_folder_is_read_in_the_order_of_names(tmp_path):
+    write(tmp_path / "b.jsonl", *adgen(3, 4))
+    write(tmp_path / "a.jsonl", *adgen(0, 1, 2))
+    write(tmp_path / "other.json", {"no": "data"})
+    write(tmp_path / ".a.x7.tmp.jsonl", *adgen(9))  # left behind by a program that was killed while it wrote a.jsonl
+    source = SampleSource(tmp_path)
+    assert [source[index].prompt for index in range(len(source))] == ["q0", "q1", "q2", "q3", "q4"]
+    assert source.place(4) == f"{tmp_path / 'b.jsonl'}, line 2"
+    assert [(layout, size) for _, layout, size in source.files()] == [("adgen", 3), ("adgen", 2)]
+    with pytest.raises(IndexError):
+        source[5]
+
+
+def test_num_samples_takes_the_first(tmp_path):
+    path = write(tmp_path / "a.jsonl", *adgen(*range(5)))
+    assert [SampleSource(path, num_samples=2)[index].answer for index in range(2)] == ["a0", "a1"]
+    assert len(SampleSource(path, num_samples=2)) == 2 and len(SampleSource(path, num_samples=99)) == 5
+
+
+def test_layouts_may_differ_from_file_to_file(tmp_path):
+    prompts = write(tmp_path / "prompts.json", {"qa": "{context} {input}"})
+    record = {"input": "why?", "context": "because", "answers": ["a"], "dataset": "qa"}
+    write(tmp_path / "a.jsonl", *adgen(0))
+    write(tmp_path / "b.jsonl", record)
+    source = SampleSource(tmp_path, prompt_config_file=prompts)
+    assert [sample.prompt for sample in (source[0], source[1])] == ["q0", "because why?"]
+    both = write(tmp_path / "c.jsonl", {**record, **adgen(7)[0]})
+    assert SampleSource(both, prompt_config_file=prompts)[0].prompt == "q7"
+    assert SampleSource(both, prompt_config_file=prompts, layout="longbench")[0].prompt == "because why?"
+
+
+def test_chats_and_plain_text_are_found_by_their_fields(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write(tmp_path / "a.jsonl", {"messages": chat})
+    write(tmp_path / "b.jsonl", {"text": "once"})
+    write(tmp_path / "c.jsonl", {"conversations": chat, "tools": ["t"]})
+    source = SampleSource(tmp_path)
+    assert [layout for _, layout, _ in source.files()] == ["chat", "text", "chat"]
+    assert source[1] == Text("once") and source[0] == Chat(source[2].messages[1:])
+
+
+def test_damaged_lines_are_skipped_and_told_by_file(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"content": "q"}, *adgen(0, 1))
+    write(tmp_path / "b.jsonl", *adgen(2))
+    with pytest.raises(InputError, match="a.jsonl: line 1: has the fields 'content'"):
+        SampleSource(tmp_path)
+    source = SampleSource(tmp_path, on_error="skip")
+    assert [source[index].prompt for index in range(3)] == ["q0", "q1", "q2"]
+    assert source.place(0) == f"{path}, line 2"
+    [problem] = source.problems()
+    assert problem.startswith(f"1 of 3 lines are damaged and skipped: {path}: line 1: column 'summary' is missing")
+
+
+def test_the_reference_set_is_read_whole(reference):
+    source = SampleSource(
+        reference / "longbench" / "data", prompt_config_file=reference / "longbench" / "dataset2prompt.json"
+    )
+    records = [
+        json.loads(line)
+        for path in sorted((reference / "longbench" / "data").glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    assert len(source) == len(records) > 0
+    for index, record in enumerate(records):
+        sample = source[index]
+        assert sample.answer == record["answers"][0]
+        assert sample.prompt[slice(*sample.context)] == record["context"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dataset_dir": None}, "no path given.*--train_dataset_dir"),
+        ({"dataset_dir": "nothing.jsonl"}, "nothing.jsonl: no such file"),
+        ({"dataset_dir": "folder"}, "no \\*.jsonl in this folder, found readme.txt"),
+        ({"dataset_dir": "wrong.jsonl"}, "wrong.jsonl: line 1: has the fields 'a'"),
+        ({"dataset_dir": "wrong.jsonl", "layout": "adgen"}, "wrong.jsonl: line 1: column 'content' is missing"),
+        ({"dataset_dir": "later.jsonl"}, "later.jsonl: line 2: column 'summary' is missing"),
+        ({"dataset_dir": "longbench.jsonl"}, "prompt_config_file"),
+        ({"dataset_dir": "longbench.jsonl", "prompt_config_file": "none.json"}, "prompt file none.json: no such file"),
+    ],
+)
+def test_what_is_wrong_is_named(working_directory, arguments, message):
+    (working_directory / "folder").mkdir()
+    (working_directory / "folder" / "readme.txt").write_text("x")
+    write(working_directory / "wrong.jsonl", {"a": 1})
+    write(working_directory / "later.jsonl", *adgen(0), {"content": "q"})
+    write(working_directory / "longbench.jsonl", {"input": "", "context": "c", "answers": ["a"], "dataset": "qa"})
+    with pytest.raises(InputError, match=message):
+        SampleSource(**arguments)

@@ -1,0 +1,18 @@
+"""Sizes of the chunks; what the chunks compute is rehearsed in tests/dryrun/execution/test_execute.py."""
+
+import pytest
+
+from mindformers_glm32k.kernels.ascend.chunked_mlp import chunk_sizes
+
+
+@pytest.mark.parametrize("length, size", [(32768, 4096), (32768, 5000), (64, 24), (64, 2), (17, 16), (5, 2), (3, 2)])
+def test_chunks_hold_all_tokens_and_are_not_alike(length, size):
+    sizes = chunk_sizes(length, size)
+    assert sum(sizes) == length and min(sizes) > 0
+    assert len(sizes) == -(-length // size)
+    assert len(set(sizes)) > 1  # the compiler joins what is alike
+    assert max(sizes) <= size + max(1, size // 256)
+
+
+def test_a_short_row_is_one_chunk():
+    assert chunk_sizes(64, 64) == chunk_sizes(64, 100) == (64,)

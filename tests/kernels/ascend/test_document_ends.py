@@ -1,0 +1,39 @@
+"""Ends of packed documents."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from mindformers_glm32k.kernels.ascend.document_ends import DocumentEnds
+
+
+def row(*lengths, length=20):
+    """Document ids of a row, padding behind the last."""
+    ids = np.repeat(np.arange(len(lengths)), lengths)
+    return np.append(ids, np.full(length - len(ids), len(lengths))).astype(np.int32)
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
+def test_cumulative_lengths_over_all_rows(mode):
+    ms.set_context(mode=mode)
+    ids = np.stack([row(4, 3, 6), row(20), row(1, 1, 1, 17), row()])
+    ends = DocumentEnds(5, 1)(ms.Tensor(ids))
+    ms.set_context(mode=ms.GRAPH_MODE)
+    assert ends.dtype == ms.int64
+    assert ends.asnumpy().reshape(4, 5).tolist() == [
+        [4, 7, 13, 20, 20],
+        [40, 40, 40, 40, 40],
+        [41, 42, 43, 60, 60],
+        [80, 80, 80, 80, 80],
+    ]
+
+
+def test_long_rows_are_counted_exactly():
+    rng = np.random.default_rng(0)
+    lengths = rng.multinomial(32768 - 100, np.ones(99) / 99)
+    ends = DocumentEnds(128, 1)(ms.Tensor(row(*lengths, length=32768)[None])).asnumpy()
+    np.testing.assert_array_equal(ends, [*np.cumsum(lengths), *[32768] * 29])
+
+
+def test_no_token_is_left_out():
+    assert DocumentEnds(2, 1)(ms.Tensor(row(5, 5, 5)[None])).asnumpy().tolist() == [5, 20]

@@ -1,0 +1,99 @@
+"""BlockwiseAttention against softmax in float64, forward and gradients, across blocks and documents."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from kernels.cpu.test_attention import HEAD, reference
+from mindformers_glm32k.kernels.cpu import blocks
+from mindformers_glm32k.kernels.cpu.tiled_attention import BlockwiseAttention, VisibleBlocks
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 16 tokens, so that short rows have many."""
+    for function in (blocks.block_count, blocks.cut):
+        monkeypatch.setattr(function, "__defaults__", (16,))
+
+
+def inputs(batch, length, heads, groups, seed=0, scale=1.0):
+    random = np.random.default_rng(seed)
+    query, gradient = random.normal(size=(2, batch, length, heads * HEAD)).astype(np.float32)
+    key, value = random.normal(size=(2, batch, length, groups * HEAD)).astype(np.float32)
+    return query * scale, key * scale, value, gradient
+
+
+def compare(query, key, value, gradient, heads, documents=None, dtype=ms.float32, rtol=1e-4, atol=2e-5):
+    cell = BlockwiseAttention(heads, scale_value=HEAD**-0.5)
+    tensors = [ms.Tensor(x, dtype) for x in (query, key, value)]
+    query, key, value, gradient = (ms.Tensor(x, dtype).asnumpy() for x in (query, key, value, gradient))
+    mask = () if documents is None else (ms.Tensor(documents),)
+    output = cell(*tensors, *mask)
+    assert output.dtype == dtype
+    gradients = ms.ops.GradOperation(get_all=True, sens_param=True)(cell)(*tensors, *mask, ms.Tensor(gradient))
+    expected = reference(query, key, value, heads, gradient, documents)
+    for ours, theirs in zip((output, *gradients), expected):
+        assert np.isfinite(ours.asnumpy()).all()
+        np.testing.assert_allclose(ours.asnumpy(), theirs, rtol=rtol, atol=atol * max(1.0, np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("length, heads, groups", [(1, 4, 2), (17, 4, 4), (127, 4, 2), (127, 6, 1)])
+def test_forward_and_gradients(small_blocks, length, heads, groups):
+    compare(*inputs(2, length, heads, groups), heads)
+
+
+def test_blocks_of_the_usual_size():
+    compare(*inputs(1, 1000, 4, 2), 4)
+
+
+def packed(batch, length, seed=0):
+    """Rows of documents of any length, the last of which is padding with an id of its own."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(batch):
+        cuts = np.sort(random.choice(length, size=min(length, random.integers(1, 6)), replace=False))
+        rows.append(np.searchsorted(cuts, np.arange(length), side="right"))
+        rows[-1][-(length // 9) :] = -1
+    return np.array(rows, np.int32)
+
+
+@pytest.mark.parametrize("length, heads, groups", [(17, 4, 2), (127, 6, 1), (250, 4, 4)])
+def test_documents_do_not_see_each_other(small_blocks, length, heads, groups):
+    compare(*inputs(3, length, heads, groups), heads, documents=packed(3, length))
+
+
+def test_documents_in_any_order(small_blocks):
+    documents = np.random.default_rng(1).integers(0, 3, size=(2, 50)).astype(np.int32)
+    compare(*inputs(2, 50, 4, 2), 4, documents=documents)
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_half_precision(small_blocks, with_documents):
+    documents = packed(2, 70) if with_documents else None
+    compare(*inputs(2, 70, 4, 2), 4, documents=documents, dtype=ms.float16, rtol=2e-2, atol=2e-3)
+
+
+def test_large_scores_neither_overflow_nor_vanish(small_blocks):
+    compare(*inputs(1, 60, 2, 1, scale=30.0), 2, rtol=1e-3, atol=1e-3)
+
+
+def test_pynative_mode(small_blocks):
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    compare(*inputs(2, 40, 4, 2), 4, documents=packed(2, 40))
+
+
+def test_which_blocks_are_visited():
+    documents = ms.Tensor(
+        [[0, 0], [0, 0], [0, 1], [1, 1], [1, 1], [2, -1], [5, 5], [5, 5], [5, 5], [5, 5], [5, 5], [6, 6]], ms.int32
+    )
+    first, plain = (x.asnumpy().tolist() for x in VisibleBlocks()(documents, 2, 6))
+    assert first == [0, 0, 0, 2, 2, 5, 6, 6, 6, 6, 6, 11]
+    assert plain == [0, 0, 2, 3, 3, 5, 6, 6, 6, 6, 6, 11]
+    first, plain = (x.asnumpy().tolist() for x in VisibleBlocks()(None, 2, 3))
+    assert first == plain == [0, 0, 0, 3, 3, 3]
+
+
+def test_dropout_takes_the_plain_form():
+    cell = BlockwiseAttention(2, keep_prob=0.5).set_train()
+    tokens = ms.ops.ones((1, 40, 2 * HEAD), ms.float32)
+    assert cell(tokens, tokens, tokens).asnumpy().std() > 0.1

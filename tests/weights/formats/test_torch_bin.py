@@ -1,0 +1,185 @@
+"""torch's zip-pickle files: values equal to safetensors', views of storages, and pickles that want to do something."""
+
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.checkpoint import open_source
+from mindformers_glm32k.weights.formats.torch_bin import read_torch
+
+from weights.synthetic import state_dict_pickle, write_torch
+
+
+def test_values_are_those_of_the_safetensors(reference):
+    binary = open_source(reference / "tiny_hf" / "hf_bin_fp16").tensors
+    safe = open_source(reference / "tiny_hf" / "hf_safetensors_fp32").tensors
+    assert list(binary) and set(binary) == set(safe)
+    for name, tensor in binary.items():
+        assert tensor.crc32 is not None
+        if not name.endswith("inv_freq"):  # a buffer, rounded in the fp16 folder
+            assert np.array_equal(tensor.load().astype(np.float32), safe[name].load()), name
+
+
+def test_views_of_storages(tmp_path):
+    base = np.arange(24, dtype=np.float32)
+    path = tmp_path / "views.bin"
+    write_torch(
+        path,
+        {"whole": base, "rows": base, "turned": base, "scalar": base[:1]},
+        views={
+            "whole": (0, (4, 6), (6, 1)),
+            "rows": (6, (2, 6), (6, 1)),
+            "turned": (0, (6, 4), (1, 6)),
+            "scalar": (0, (), ()),
+        },
+    )
+    tensors = {tensor.name: tensor for tensor in read_torch(path)}
+    matrix = base.reshape(4, 6)
+    assert np.array_equal(tensors["whole"].load(), matrix) and tensors["whole"].crc32 is not None
+    assert np.array_equal(tensors["rows"].load(), matrix[1:3]) and tensors["rows"].crc32 is None
+    assert np.array_equal(tensors["turned"].load(), matrix.T)
+    assert np.array_equal(
+        np.concatenate([part.copy() for part in tensors["turned"].chunks(8, 16, 64)]), matrix.T[1:4].reshape(-1)
+    )
+    assert tensors["scalar"].load().shape == ()
+
+
+def test_a_view_past_its_storage_is_refused(tmp_path):
+    path = tmp_path / "past.bin"
+    write_torch(path, {"w": np.zeros(8, np.float32)}, views={"w": (4, (2, 3), (3, 1))})
+    with pytest.raises(InputError, match=r"past.bin: key 'w': shape \(2, 3\) reaches past the 8 values"):
+        read_torch(path)
+
+
+class _Evil:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def _evil_pickles(witness):
+    command = f"touch {witness}"
+    text = command.encode()
+    valid = state_dict_pickle({"w": np.zeros(2, np.float32)}, {})
+    yield "posix.system", pickle.dumps({"w": _Evil(os.system, command)}, 2)
+    yield "posix.system", pickle.dumps({"w": _Evil(os.system, command)}, 4)
+    yield (
+        "builtins.eval",
+        pickle.dumps(_Evil(eval, f"__import__('os').system('{command}')"), 2).replace(b"__builtin__", b"builtins"),
+    )
+    yield "os.system", valid[:-1] + b"cos\nsystem\n(X" + len(text).to_bytes(4, "little") + text + b"tR."
+    yield "operation INST", b"(X" + len(text).to_bytes(4, "little") + text + b"ios\nsystem\n."
+    yield "operation OBJ", b"(cos\nsystem\n".replace(b"cos\nsystem", b"ccollections\nOrderedDict") + b"o."
+    yield "torch.hub.load", b"\x80\x02ctorch.hub\nload\n)R."
+    yield "collections.OrderedDict.__init__", b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93)R."
+    yield "operation EXT1", b"\x80\x02\x82\x01."
+    yield "state of a list", b"\x80\x02]}b."
+    yield "to call 7", b"\x80\x02K\x07)R."
+    yield "operation NEWOBJ", b"\x80\x02ccollections\nOrderedDict\n)\x81."
+
+
+def test_a_malicious_pickle_executes_nothing(tmp_path):
+    witness = tmp_path / "witness"
+    for number, (named, data) in enumerate(_evil_pickles(witness)):
+        path = tmp_path / f"evil{number}.bin"
+        write_torch(path, {"w": np.zeros(2, np.float32)}, pickle=data)
+        with pytest.raises(InputError, match="nothing was executed") as error:
+            read_torch(path)
+        assert named in str(error.value) and path.name in str(error.value)
+        assert not witness.exists()
+
+
+def test_control_the_first_pickle_does_act_when_executed(tmp_path):
+    witness = tmp_path / "witness"
+    pickle.loads(next(_evil_pickles(witness))[1])
+    assert witness.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    (
+        b"",
+        b".",
+        b"\x80\x02}",
+        b"\x80\x02}q\xffh\x01.",
+        b"\x80\x02(t\x86.",
+        b"\x80\x02X\xff\xff\xff\x7fabc.",
+        b"garbage",
+        b"\x80\x02Q.",
+        b"\x80\x02}K\x01K\x02u.",
+        b"\x80\x02" + b"]" * 5000 + b"a" * 6000 + b".",
+        b"\x80\x02h\x05.",
+    ),
+)
+def test_a_broken_pickle_is_an_input_error(tmp_path, data):
+    path = tmp_path / "broken.bin"
+    write_torch(path, {"w": np.zeros(2, np.float32)}, pickle=data)
+    with pytest.raises(InputError, match="broken.bin"):
+        read_torch(path)
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+def test_every_cut_and_many_flips_of_a_pickle_are_input_errors_or_harmless(tmp_path):
+    """Nothing but InputError may come out of the machine, whatever the bytes are."""
+    tensors = {"w": np.zeros((2, 2), np.float32), "v": np.zeros(3, np.float16)}
+    good = state_dict_pickle(tensors, {})
+    generator = np.random.default_rng(0)
+    variants = [good[:length] for length in range(0, len(good), 7)]
+    for _ in range(200):
+        broken = bytearray(good)
+        broken[generator.integers(len(good))] = generator.integers(256)
+        variants.append(bytes(broken))
+    refused = 0
+    for data in variants:
+        path = tmp_path / "flip.bin"
+        write_torch(path, tensors, pickle=data)
+        try:
+            read_torch(path)
+        except InputError:
+            refused += 1
+    assert refused > len(variants) // 2
+
+
+def test_old_format_and_other_files(tmp_path):
+    old = tmp_path / "old.bin"
+    old.write_bytes(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19." + b"x" * 100)
+    with pytest.raises(InputError, match="old.bin: PyTorch's format of before version 1.6"):
+        read_torch(old)
+    page = tmp_path / "page.bin"
+    page.write_text("<html>404</html>")
+    with pytest.raises(InputError, match="page.bin: not a PyTorch file"):
+        read_torch(page)
+    packed = tmp_path / "packed.bin"
+    write_torch(tmp_path / "plain.bin", {"w": np.zeros(200, np.float32)})
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(InputError, match="packed.bin: key 'w': .*compressed"):
+        read_torch(packed)
+
+
+def test_wrapped_and_wrong_contents(tmp_path):
+    inner = state_dict_pickle({"w": np.ones(4, np.float32)}, {})[2:-1]  # without PROTO and STOP
+    write_torch(
+        tmp_path / "wrapped.bin",
+        {"w": np.ones(4, np.float32)},
+        pickle=b"\x80\x02}X\x0a\x00\x00\x00state_dict" + inner + b"s.",
+    )
+    assert [tensor.name for tensor in read_torch(tmp_path / "wrapped.bin")] == ["w"]
+    write_torch(tmp_path / "list.bin", {}, pickle=b"\x80\x02].")
+    with pytest.raises(InputError, match="list.bin: holds a list"):
+        read_torch(tmp_path / "list.bin")
+    write_torch(tmp_path / "number.bin", {}, pickle=b"\x80\x02}X\x01\x00\x00\x00aK\x05s.")
+    with pytest.raises(InputError, match="number.bin: key 'a' holds a int"):
+        read_torch(tmp_path / "number.bin")

@@ -1,0 +1,112 @@
+"""A Hugging Face folder in load_checkpoint: every layout and naming arrives whole, once, also with many processes."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from mindformers_glm32k.commands.convert import convert, convert_reversed
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.checkpoint_to_load import FOLDER, checkpoint_to_load, is_huggingface
+
+from .synthetic import TINY, chatglm_shapes, random_values, write_folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    write_folder(tmp_path / "bin", TINY, random_values(chatglm_shapes(TINY), "fp16"), "bin")
+    convert_reversed(tmp_path / "bin", tmp_path / "chatglm", max_shard_size="200KB")
+    convert_reversed(tmp_path / "bin", tmp_path / "glm", hf_naming="glm")
+    return tmp_path
+
+
+@pytest.mark.parametrize("qkv_concat, mlp_concat", list(itertools.product((True, False), (True, False))))
+def test_every_kind_of_folder_gives_the_model_s_layout(folders, qkv_concat, mlp_concat):
+    layout = dict(qkv_concat=qkv_concat, mlp_concat=mlp_concat)
+    for format in ("ckpt", "safetensors"):
+        convert(folders / "bin", folders / f"expected.{format}", **layout)
+        expected = (folders / f"expected.{format}").read_bytes()
+        for kind in ("bin", "chatglm", "glm"):
+            chosen = checkpoint_to_load(str(folders / kind), str(folders / kind / "output"), format, **layout)
+            assert chosen == str(folders / kind / "output" / FOLDER / f"model.{format}")
+            with open(chosen, "rb") as file:
+                assert file.read() == expected
+
+
+def test_folders_that_mindformers_will_cut(folders):
+    chosen = checkpoint_to_load(str(folders / "glm"), str(folders / "out"), "safetensors", cut_later=True)
+    assert chosen == str(folders / "out" / FOLDER)
+    assert [path.name for path in (folders / "out" / FOLDER).glob("*.safetensors")] == ["model.safetensors"]
+    chosen = checkpoint_to_load(str(folders / "glm"), str(folders / "out2"), "ckpt", cut_later=True)
+    assert chosen == str(folders / "out2" / FOLDER)
+    assert (folders / "out2" / FOLDER / "rank_0" / "model.ckpt").is_file()
+
+
+def test_what_is_not_hugging_face_stays_as_it_is(folders):
+    convert(folders / "bin", folders / "ms" / "model.safetensors", qkv_concat=False, mlp_concat=False)
+    convert(folders / "bin", folders / "trained" / "rank_0" / "model.ckpt")
+    (folders / "empty").mkdir()
+    for path in (
+        None,
+        "",
+        "nowhere",
+        str(folders / "ms"),
+        str(folders / "ms" / "model.safetensors"),
+        str(folders / "trained"),
+        str(folders / "empty"),
+    ):
+        assert checkpoint_to_load(path, str(folders / "out")) == path
+    assert not (folders / "out").exists()
+    assert is_huggingface(folders / "bin") and is_huggingface(folders / "glm") and is_huggingface(folders / "chatglm")
+
+
+def test_many_processes_convert_once(folders, monkeypatch):
+    from mindformers_glm32k.weights import checkpoint_to_load as direct_loading
+    from mindformers_glm32k.weights import job
+
+    runs, run = [], job.Job.run
+    monkeypatch.setattr(job.Job, "run", lambda self: (runs.append(1), run(self))[1])
+    monkeypatch.setattr(direct_loading, "_WAIT_SECONDS", 0.01)
+    with ThreadPoolExecutor(8) as pool:  # the lock is on an open file: threads exclude each other as processes do
+        chosen = list(pool.map(lambda _: checkpoint_to_load(str(folders / "bin"), str(folders / "out")), range(8)))
+    assert len(set(chosen)) == 1 and len(runs) == 1
+    checkpoint_to_load(str(folders / "bin"), str(folders / "out"))
+    assert len(runs) == 1  # the next run finds it done
+    checkpoint_to_load(str(folders / "bin"), str(folders / "out"), qkv_concat=False)
+    assert len(runs) == 2  # another layout is another conversion
+
+
+def test_broken_folders_stop_the_run(folders):
+    (folders / "bin" / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(InputError, match="1 of 2 shards are missing"):
+        checkpoint_to_load(str(folders / "bin"), str(folders / "out"))
+
+
+@pytest.mark.parametrize("mode", ("train", "evaluate", "predict"))
+def test_the_trainer_loads_the_converted_file(folders, monkeypatch, mode):
+    from conftest import ROOT
+    from mindformers import CausalLanguageModelingTrainer
+    from mindformers.tools.register import MindFormerConfig
+
+    from mindformers_glm32k.training import trainer
+
+    seen = []
+    monkeypatch.setattr(CausalLanguageModelingTrainer, mode, lambda self, config=None, **_: seen.append(config))
+    monkeypatch.setattr(
+        CausalLanguageModelingTrainer, "predict_process", lambda self, config=None, **_: seen.append(config) or []
+    )
+    for check in ("_check_rows", "check_vocabulary", "check_config"):  # of what this run has not: data, a tokenizer
+        monkeypatch.setattr(trainer, check, lambda *_: None, raising=False)
+    monkeypatch.setattr(trainer, "ChatPromptTokenizer", lambda *_, **__: None)
+    config = MindFormerConfig(str(ROOT / "research" / "glm32k" / "predict_glm32k_tiny_cpu.yaml"))
+    config.load_checkpoint, config.output_dir = str(folders / "bin"), str(folders / "run")
+    config.model.model_config.qkv_concat = False
+
+    class Tokenizer:
+        """What predict reads of a tokenizer."""
+
+        stop_token_ids, vocab_file = [2], "x"
+
+    options = {"input_data": "a", "tokenizer": Tokenizer} if mode == "predict" else {}
+    getattr(trainer.GLM32KTrainer(), mode)(config=config, **options)
+    assert seen[0].load_checkpoint == str(folders / "run" / FOLDER / "model.ckpt")

@@ -1,15 +1,13 @@
 """Reads a compiled program in MindIR (protobuf) into plain Python objects, without MindSpore.
 
-The schema is mindspore/train/mind_ir_pb2.py. That module fails to import with protobuf 7 (written for protoc 3), so its
-serialized descriptor is taken out of the source text and given to the protobuf that is installed.
+The schema is mindspore/train/mind_ir_pb2.py.
 """
 
-import ast
-import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.protobuf import message_class
 
 # TensorProto.DataType name -> (name as MindSpore prints it, bytes)
 _DTYPES = {
@@ -129,30 +127,12 @@ def read_program(path):
         InputError: not a MindIR file.
     """
     data = Path(path).read_bytes()
-    model = _message_class("ModelProto")()
+    model = message_class("mind_ir_pb2", "ModelProto")()
     try:
         model.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError is a class of the implementation in use
         raise InputError(f"{path}: not a MindIR file ({error})") from error
     return _Reader(model).program()
-
-
-def _message_class(name):
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    # find_spec does not run the package
-    folder = Path(importlib.util.find_spec("mindspore").submodule_search_locations[0])
-    source = ast.parse((folder / "train" / "mind_ir_pb2.py").read_text(encoding="utf-8"))
-    blob = None
-    for node in ast.walk(source):
-        if isinstance(node, ast.keyword) and node.arg == "serialized_pb":
-            blob = ast.literal_eval(node.value)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "AddSerializedFile" and blob is None:
-            blob = ast.literal_eval(node.args[0])
-    descriptor = descriptor_pb2.FileDescriptorProto.FromString(blob)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(descriptor)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{descriptor.package}.{name}"))
 
 
 class _Reader:

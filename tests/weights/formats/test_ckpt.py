@@ -6,7 +6,6 @@ import pytest
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.formats import ckpt as ms_checkpoint
 from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt, read_index
-
 from weights.synthetic import write_safetensors
 
 

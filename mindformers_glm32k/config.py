@@ -1,9 +1,12 @@
 """GLM32KConfig: the fields of upstream's glm2 with ChatGLM3-6B-32K's defaults, checked when constructed."""
 
+from __future__ import annotations
+
 import difflib
 import inspect
 import json
 import numbers
+import os
 from pathlib import Path
 
 from mindformers.generation import GenerationConfig
@@ -85,24 +88,56 @@ _HUGGINGFACE_FIELDS = (
 
 
 class GLM32KConfig(ChatGLM2Config):
-    """Configuration of GLM32K.
+    """Size, numerics and memory of a GLM32K model: the fields of upstream's `ChatGLM2Config`, checked.
 
-    All fields of upstream's `ChatGLM2Config`, with these differences:
+    Sizes (integers >= 1):
+        num_layers: decoder layers. Default 28.
+        hidden_size, ffn_hidden_size: features of the residual stream and of the MLP's middle. Default 4096, 13696.
+        num_attention_heads, multi_query_group_num: query heads, and key-value heads, a divisor. Default 32, 2.
+        kv_channels: features of a head, a multiple of 4 (half of each head is rotated, in pairs). Default 128.
+        padded_vocab_size: ids that the output layer scores, the tokenizer's and padding. Default 65024.
+        seq_length: tokens of the longest sequence. Default 32768.
+        batch_size: sequences of a prediction's batch; training takes the data set's. Default 1.
 
-    Args:
-        seq_length (int): longest row in tokens, >= 1. Default 32768.
-        rope_ratio (float): multiplies the rotary base 10000, > 0. Default 50.
-        eos_token_id (int | list[int]): generation stops at these. Default 2 (`</s>`).
-        residual_dtype (str): dtype of the residual stream. Default "float32".
-        loss_chunk_size (int): tokens of a row whose logits exist at a time in training, >= 1. Default 2048.
-        mlp_chunk_size (int | None): on Ascend, tokens of a row that the feed-forward part takes at a time in training;
-            less memory with recompute on, for NPUs of 32 GB. Default None: all.
-        documents_per_row (int): documents that a packed row holds at most on Ascend with flash attention, >= 1; rows of
-            a device times one more must not exceed 1024. Default 127.
-        cells (str): "ascend" takes upstream's NPU kernels, "portable" cells that run on any device,
-            "auto" (default) decides by the device target.
-        **kwargs: the other fields of ChatGLM2Config, upstream's generation settings (top_k, max_decode_length, …)
-            and what MindFormers' trainer adds (parallel_config, pet_config, …). Any other key is an error.
+    Numerics:
+        layernorm_epsilon: added to the mean square, in (0, 0.01]. Default 1e-5.
+        rope_ratio: factor of the rotary base 10000, > 0. Default 50.
+        hidden_dropout, attention_dropout: probability that a value is dropped, in [0, 1). Default 0.
+        param_init_type, compute_dtype, layernorm_compute_type, residual_dtype, rotary_dtype: float32, float16 or
+            bfloat16, of weights, products, norms, residual stream and rotation. Default float16 for the first two,
+            float32 for the next two, compute_dtype (null) for the rotation.
+
+    Architecture and layout (true or false):
+        qkv_concat, mlp_concat: one weight for query, key and value, and for both halves of the MLP. Default true.
+        add_qkv_bias, add_bias_linear: biases of that projection, and of the other ones. Default true, false.
+        post_layer_norm, post_self_attn_layernorm, post_mlp_layernorm, apply_residual_connection_post_layernorm: norms
+            after the last layer, attention, the MLP; residual taken behind a norm. Default true, false, false, false.
+        use_ring_attention, enable_high_performance: upstream's layouts on NPUs. Default false.
+        rmsnorm, multi_query_attention: true; use_rearrange_rope: false; pre_seq_len, mask_generate: null. What else
+            upstream offers there is not in the published model, and refused.
+
+    Memory:
+        use_flash_attention: attention without an S x S tensor: upstream's kernel on Ascend, tiles on CPU. Default true,
+            where upstream's is false.
+        loss_chunk_size: tokens of a sequence whose logits exist at a time in training, >= 1. Default 2048.
+        mlp_chunk_size: on Ascend, tokens of a sequence that the MLP takes at a time in training, >= 2; less memory with
+            recompute on, for NPUs of 32 GB. Default null: all.
+        documents_per_row: documents that a packed sequence holds at most on Ascend with flash attention, >= 1;
+            sequences of a device times one more must not exceed 1024. Default 127.
+        cells: "ascend" takes upstream's NPU kernels, "portable" cells that run on any device, "auto" decides by the
+            device target. Default auto.
+        offset: layers that each pipeline stage has more than the mean, an integer or a list. Default 0.
+        pp_interleave_num, fine_grain_interleave: overlapping chunks of a stage, slices of a layer, >= 1. Default 1.
+
+    Prediction:
+        use_past: with a key-value cache; is_dynamic: shapes are, true where use_past is. Default false.
+        block_size, num_blocks: tokens of a cache block, and blocks of the cache, >= 1. Default 16, 128.
+        eos_token_id: an id in [0, padded_vocab_size), or a list, at which generation stops. Default 2 (`</s>`).
+        pad_token_id: an id in the same range. Default 0.
+        repetition_penalty: divides the logits of ids seen before, > 0. Default 1.
+
+    Beside them: upstream's generation settings (top_k, max_decode_length, …), what MindFormers' trainer adds
+    (parallel_config, pet_config, …), and fields of upstream's that nothing reads. Any other key is an error.
 
     Raises:
         InputError: unknown keys or values out of range; one message names all of them.
@@ -113,13 +148,14 @@ class GLM32KConfig(ChatGLM2Config):
 
     def __init__(
         self,
-        seq_length=32768,
-        rope_ratio=50,
-        eos_token_id=2,
-        loss_chunk_size=2048,
-        mlp_chunk_size=None,
-        cells="auto",
-        documents_per_row=DOCUMENTS_PER_ROW,
+        seq_length: int = 32768,
+        rope_ratio: float = 50,
+        eos_token_id: int | list[int] = 2,
+        use_flash_attention: bool = True,
+        loss_chunk_size: int = 2048,
+        mlp_chunk_size: int | None = None,
+        cells: str = "auto",
+        documents_per_row: int = DOCUMENTS_PER_ROW,
         **kwargs,
     ):
         kwargs = normalize_values(dict(kwargs))
@@ -129,46 +165,43 @@ class GLM32KConfig(ChatGLM2Config):
             value = kwargs.pop(derived, None)
             if value is not None and kwargs.setdefault(field, value) != value:
                 problems.append(f"{derived}={value!r}: contradicts {field}={kwargs[field]!r}")
-        fields = {name: parameter.default for name, parameter in _upstream_parameters().items()}
-        fields.update(
+        upstreams = dict(
             kwargs,
             seq_length=seq_length,
             rope_ratio=rope_ratio,
             eos_token_id=eos_token_id,
+            use_flash_attention=use_flash_attention,
+        )
+        ours = dict(
             loss_chunk_size=loss_chunk_size,
             mlp_chunk_size=mlp_chunk_size,
             cells=cells,
             documents_per_row=documents_per_row,
         )
-        problems += _wrong_values(fields)
+        defaults = {name: parameter.default for name, parameter in _upstream_parameters().items()}
+        problems += _wrong_values({**defaults, **upstreams, **ours})
         if problems:
             raise InputError("GLM32KConfig: " + "; ".join(problems))
-        super().__init__(seq_length=seq_length, rope_ratio=rope_ratio, eos_token_id=eos_token_id, **kwargs)
-        self.loss_chunk_size, self.mlp_chunk_size = loss_chunk_size, mlp_chunk_size
-        self.cells = cells
-        self.documents_per_row = documents_per_row
+        super().__init__(**upstreams)
+        for name, value in ours.items():
+            setattr(self, name, value)
         # Upstream's generator and the LoRA adapter read these without a default.
         for name in ("is_encoder_decoder", "is_sample_acceleration"):
             if getattr(self, name, None) is None:
                 setattr(self, name, False)
 
     @property
-    def use_portable_cells(self):
-        """bool: whether NPU-only kernels are replaced by portable cells."""
+    def use_portable_cells(self) -> bool:
+        """Whether NPU-only kernels are replaced by portable cells."""
         if self.cells == "auto":
             return not compat.on_ascend()
         return self.cells == "portable"
 
     @classmethod
-    def from_huggingface(cls, path, **overrides):
-        """Reads the `config.json` published with ChatGLM3-6B-32K.
+    def from_huggingface(cls, path: str | os.PathLike, **overrides) -> GLM32KConfig:
+        """Reads the `config.json` published with ChatGLM3-6B-32K: the file, or the folder that holds it.
 
-        Args:
-            path (str | os.PathLike): the file, or the folder that holds it.
-            **overrides: fields that take precedence over the file's.
-
-        Returns:
-            GLM32KConfig
+        Fields in `overrides` take precedence over the file's.
 
         Raises:
             InputError: no such file, not JSON, not a ChatGLM config, or values out of range.
@@ -200,25 +233,9 @@ def _upstream_parameters():
     return {name: parameter for name, parameter in parameters.items() if name not in ("self", "kwargs")}
 
 
-def known_keys():
-    """The keys that GLM32KConfig takes.
-
-    Returns:
-        set[str]
-    """
-    generation = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    return (
-        set(_upstream_parameters())
-        | {"loss_chunk_size", "mlp_chunk_size", "cells", "documents_per_row"}
-        | generation
-        | {"max_decode_length"}
-        | _HOST_KEYS
-        | set(_DERIVED)
-    )
-
-
 def _unknown_keys(kwargs):
-    known = known_keys()
+    generation = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    known = {*_upstream_parameters(), *_RULES, *generation, "max_decode_length", *_HOST_KEYS, *_DERIVED}
     problems = []
     for key in kwargs:
         if key not in known:
@@ -227,98 +244,109 @@ def _unknown_keys(kwargs):
     return problems
 
 
+def _is_int(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_dtype(value):
+    return str(value).lower() in DTYPES
+
+
+# Each rule: what is allowed, in words, and the test of a value.
+_POSITIVE = ("an integer >= 1", lambda value: _is_int(value) and value >= 1)
+_PROBABILITY = ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
+_FACTOR = ("a number > 0", lambda value: _is_number(value) and value > 0)
+_DTYPE = (f"one of {', '.join(DTYPES)}", _is_dtype)
+_FLAG = ("true or false", lambda value: isinstance(value, bool))
+_RULES = {
+    "num_layers": _POSITIVE,
+    "hidden_size": _POSITIVE,
+    "ffn_hidden_size": _POSITIVE,
+    "num_attention_heads": _POSITIVE,
+    "multi_query_group_num": _POSITIVE,
+    "kv_channels": (
+        "a multiple of 4 (half of each head is rotated, in pairs)",
+        lambda value: _is_int(value) and value >= 4 and value % 4 == 0,
+    ),
+    "padded_vocab_size": _POSITIVE,
+    "seq_length": _POSITIVE,
+    "batch_size": _POSITIVE,
+    "layernorm_epsilon": ("a number in (0, 0.01]", lambda value: _is_number(value) and 0 < value <= 0.01),
+    "rope_ratio": _FACTOR,
+    "hidden_dropout": _PROBABILITY,
+    "attention_dropout": _PROBABILITY,
+    "param_init_type": _DTYPE,
+    "compute_dtype": _DTYPE,
+    "layernorm_compute_type": _DTYPE,
+    "residual_dtype": _DTYPE,
+    "rotary_dtype": (_DTYPE[0], lambda value: value is None or _is_dtype(value)),
+    "qkv_concat": _FLAG,
+    "mlp_concat": _FLAG,
+    "add_qkv_bias": _FLAG,
+    "add_bias_linear": _FLAG,
+    "post_layer_norm": _FLAG,
+    "post_self_attn_layernorm": _FLAG,
+    "post_mlp_layernorm": _FLAG,
+    "apply_residual_connection_post_layernorm": _FLAG,
+    "use_ring_attention": _FLAG,
+    "enable_high_performance": _FLAG,
+    "use_flash_attention": _FLAG,
+    "loss_chunk_size": _POSITIVE,
+    "mlp_chunk_size": ("null or an integer >= 2", lambda value: value is None or _is_int(value) and value >= 2),
+    "documents_per_row": _POSITIVE,
+    "cells": (f"one of {', '.join(CELLS)}", lambda value: value in CELLS),
+    "pp_interleave_num": _POSITIVE,
+    "fine_grain_interleave": _POSITIVE,
+    "use_past": _FLAG,
+    "is_dynamic": _FLAG,
+    "block_size": _POSITIVE,
+    "num_blocks": _POSITIVE,
+    "repetition_penalty": _FACTOR,
+    # What upstream's glm2 offers but the published model does not use, and this plugin does not build:
+    "rmsnorm": ("true (the published model has no LayerNorm)", lambda value: value is True),
+    "multi_query_attention": (
+        "true (set multi_query_group_num to the number of key-value heads)",
+        lambda value: value is True,
+    ),
+    "pre_seq_len": ("null (prefix tuning is not supported; LoRA is: pet_config)", lambda value: value in (None, 0)),
+    "use_rearrange_rope": ("false (the weights are not permuted)", lambda value: value is False),
+    "mask_generate": ("null (the causal mask is built by the attention)", lambda value: value is None),
+}
+
+
 def _wrong_values(fields):
     """One sentence per field whose value is not allowed."""
     problems = []
+    right = set()
 
     def check(name, allowed, is_right):
-        value = fields[name]
-        if not is_right(value):
-            problems.append(f"{name}={value!r}: allowed is {allowed}")
-        return is_right(value)
+        if is_right(fields[name]):
+            right.add(name)
+        else:
+            problems.append(f"{name}={fields[name]!r}: allowed is {allowed}")
 
-    def is_int(value):
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-    def is_number(value):
-        return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-    positive = [
-        name
-        for name in (
-            "batch_size",
-            "num_layers",
-            "padded_vocab_size",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "seq_length",
-            "multi_query_group_num",
-            "block_size",
-            "num_blocks",
-            "loss_chunk_size",
-            "pp_interleave_num",
-            "fine_grain_interleave",
-            "documents_per_row",
-        )
-        if check(name, "an integer >= 1", lambda value: is_int(value) and value >= 1)
-    ]
-    check("mlp_chunk_size", "null or an integer >= 2", lambda value: value is None or is_int(value) and value >= 2)
-    check(
-        "kv_channels",
-        "a multiple of 4 (half of each head is rotated, in pairs)",
-        lambda value: is_int(value) and value >= 4 and value % 4 == 0,
-    )
-    if {"num_attention_heads", "multi_query_group_num"} <= set(positive):
+    for name, rule in _RULES.items():
+        check(name, *rule)
+    # fields that depend on each other
+    if {"num_attention_heads", "multi_query_group_num"} <= right:
         heads = fields["num_attention_heads"]
         check("multi_query_group_num", f"a divisor of num_attention_heads={heads}", lambda value: heads % value == 0)
-    for name in ("hidden_dropout", "attention_dropout"):
-        check(name, "a number in [0, 1)", lambda value: is_number(value) and 0 <= value < 1)
-    check("layernorm_epsilon", "a number in (0, 0.01]", lambda value: is_number(value) and 0 < value <= 0.01)
-    check("rope_ratio", "a number > 0", lambda value: is_number(value) and value > 0)
-    check("repetition_penalty", "a number > 0", lambda value: is_number(value) and value > 0)
-    for name in ("param_init_type", "compute_dtype", "layernorm_compute_type", "residual_dtype", "rotary_dtype"):
-        if name != "rotary_dtype" or fields[name] is not None:
-            check(name, f"one of {', '.join(DTYPES)}", lambda value: str(value).lower() in DTYPES)
-    for name in (
-        "apply_residual_connection_post_layernorm",
-        "post_layer_norm",
-        "add_bias_linear",
-        "add_qkv_bias",
-        "use_past",
-        "use_flash_attention",
-        "enable_high_performance",
-        "is_dynamic",
-        "mlp_concat",
-        "qkv_concat",
-        "use_ring_attention",
-        "post_self_attn_layernorm",
-        "post_mlp_layernorm",
-    ):
-        check(name, "true or false", lambda value: isinstance(value, bool))
-    check("cells", f"one of {', '.join(CELLS)}", lambda value: value in CELLS)
-    vocabulary = fields["padded_vocab_size"]
-    if "padded_vocab_size" in positive:
+    if "padded_vocab_size" in right:
+        ids = f"an id in [0, padded_vocab_size={fields['padded_vocab_size']})"
 
         def is_id(value):
-            return is_int(value) and 0 <= value < vocabulary
+            return _is_int(value) and 0 <= value < fields["padded_vocab_size"]
 
-        check("pad_token_id", f"an id in [0, padded_vocab_size={vocabulary})", is_id)
+        check("pad_token_id", ids, is_id)
         check(
             "eos_token_id",
-            f"an id in [0, padded_vocab_size={vocabulary}) or a list of them",
+            f"{ids} or a list of them",
             lambda value: is_id(value) or (isinstance(value, (list, tuple)) and value and all(map(is_id, value))),
         )
-    # What upstream's glm2 offers but the published model does not use, and this plugin does not build:
-    check("rmsnorm", "true (the published model has no LayerNorm)", lambda value: value is True)
-    check(
-        "multi_query_attention",
-        "true (set multi_query_group_num to the number of key-value heads)",
-        lambda value: value is True,
-    )
-    check("pre_seq_len", "null (prefix tuning is not supported; LoRA is: pet_config)", lambda value: value in (None, 0))
-    check("use_rearrange_rope", "false (the weights are not permuted)", lambda value: value is False)
-    check("mask_generate", "null (the causal mask is built by the attention)", lambda value: value is None)
     if fields["use_past"] is True:
         check("is_dynamic", "true when use_past is true", lambda value: value is True)
     return problems

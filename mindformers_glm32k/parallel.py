@@ -197,7 +197,7 @@ def _sequence(sizes, _):
         parts, words = parts * sizes.model_parallel, f"{words} x model_parallel (use_seq_parallel)"
     if sizes.length % parts:
         yield f"model_config.seq_length={sizes.length}: not a multiple of {words} = {parts}"
-    if sizes.model.get("use_flash_attention"):
+    if sizes.model.get("use_flash_attention", True):
         if sizes.length % FLASH_ATTENTION_STEP:
             yield (
                 f"model_config.seq_length={sizes.length}: not a multiple of {FLASH_ATTENTION_STEP}, which "
@@ -220,7 +220,7 @@ def _packing(sizes, _):
     if (
         not any((sizes.config.get(section) or {}).get("packing") for section in sections)
         or sizes.predicts
-        or not sizes.model.get("use_flash_attention")
+        or not sizes.model.get("use_flash_attention", True)
         or sizes.model.get("cells") == "portable"
     ):
         return

@@ -1,12 +1,27 @@
 """GLM32KConfig: defaults, the published config.json, validation."""
 
+import inspect
 import json
 
 import mindspore.common.dtype as mstype
 import pytest
+import yaml
+from conftest import ROOT
+from mindformers.models.glm2 import ChatGLM2Config
 
 from mindformers_glm32k import GLM32KConfig
 from mindformers_glm32k.errors import InputError
+
+NOT_READ = {  # by the model; upstream's glm2 does not read them either
+    "bias_dropout_fusion",
+    "apply_query_key_layer_scaling",
+    "attention_softmax_in_fp32",
+    "fp32_residual_connection",
+    "quantization_bit",
+    "prefix_projection",
+    "gmask_token_id",
+    "bos_token_id",
+}
 
 
 def test_defaults_are_those_of_the_published_model(reference):
@@ -28,6 +43,26 @@ def test_defaults_are_those_of_the_published_model(reference):
         assert getattr(default, name) == getattr(published, name), name
     assert (default.seq_length, default.rope_ratio) == (32768, 50)
     assert published.compute_dtype == published.param_init_type == mstype.float16
+
+
+def test_flash_attention_is_the_default(reference):
+    assert GLM32KConfig().use_flash_attention is True
+    assert GLM32KConfig.from_huggingface(reference / "chatglm3-6b-32k_config.json").use_flash_attention is True
+    assert GLM32KConfig(use_flash_attention=False).use_flash_attention is False
+    with pytest.raises(InputError, match="use_flash_attention='yes': allowed is true or false"):
+        GLM32KConfig(use_flash_attention="yes")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "research" / "glm32k").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_yamls_say_which_attention(path):
+    section = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["model_config"]
+    assert section["use_flash_attention"] is True
+
+
+def test_every_field_is_documented():
+    fields = {*inspect.signature(ChatGLM2Config).parameters, *inspect.signature(GLM32KConfig).parameters}
+    fields -= {*NOT_READ, "kwargs", "checkpoint_name_or_path"}
+    assert not [name for name in fields if name not in GLM32KConfig.__doc__]
 
 
 def test_from_huggingface_takes_folder_and_overrides(reference):

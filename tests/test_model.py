@@ -9,7 +9,7 @@ from mindformers.pet import LoraConfig, get_pet_model
 
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.kernels.cpu import blocks
+from mindformers_glm32k.kernels.cpu import blocks, tiled_layers
 from mindformers_glm32k.kernels.cpu import tiled_attention as blockwise_attention
 from mindformers_glm32k.weights.names import name_of, slot_of
 
@@ -219,6 +219,24 @@ def test_no_square_tensor_is_created_at_construction(cells, flash):
                 assert np.prod(value.shape) < length * length, (type(cell).__name__, name, value.shape)
 
 
+def test_cells_of_the_default_config_keep_no_square_tensor():
+    config = GLM32KConfig(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        kv_channels=16,
+        ffn_hidden_size=64,
+        padded_vocab_size=512,
+        seq_length=1024,
+        param_init_type="float32",
+        compute_dtype="float32",
+    )
+    encoder = GLM32KForConditionalGeneration(config).transformer.encoder
+    assert isinstance(encoder, tiled_layers.LoopedTransformer)
+    assert isinstance(encoder.layers[0].self_attention.flash_attention, blockwise_attention.BlockwiseAttention)
+    assert not hasattr(encoder.layers[0].self_attention, "core_attention")
+
+
 def test_ascend_cells_are_upstreams():
     config = GLM32KConfig(
         num_layers=1,
@@ -322,7 +340,7 @@ def test_cells_in_place_of_the_loops_give_the_same_gradients(build, golden, smal
 
 
 def test_logits_at_32768_positions(build, golden):
-    network = build(use_flash_attention=True, seq_length=32768)
+    network = build(seq_length=32768)  # attention in tiles is the default
     hidden = network.transformer(ms.Tensor(golden["long_input_ids"].astype(np.int32)))
     picked = hidden[:, ms.Tensor(golden["long_positions"].astype(np.int32))]
     logits = network.transformer.output_layer(picked).asnumpy()[0]

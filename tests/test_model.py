@@ -234,7 +234,7 @@ def test_cells_of_the_default_config_keep_no_square_tensor():
     encoder = GLM32KForConditionalGeneration(config).transformer.encoder
     assert isinstance(encoder, tiled_layers.LoopedTransformer)
     assert isinstance(encoder.layers[0].self_attention.flash_attention, blockwise_attention.BlockwiseAttention)
-    assert not hasattr(encoder.layers[0].self_attention, "core_attention")
+    assert encoder.layers[0].self_attention.use_flash_attention is True
 
 
 def test_ascend_cells_are_upstreams():

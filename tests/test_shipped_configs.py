@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 from mindformers_glm32k import registry
-from mindformers_glm32k.data.dataset_config import KNOWN_KEYS, row_length
+from mindformers_glm32k.data.dataset import KNOWN_KEYS, row_length
 from mindformers_glm32k.data.loader import GLM32KDataLoader
 from mindformers_glm32k.preflight.run_config import check_config, constructor_keys
 from mindformers_glm32k.run_mindformer import read_config

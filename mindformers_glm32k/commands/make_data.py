@@ -56,7 +56,6 @@ def run(args):
     Raises:
         InputError: an option out of its range; nothing is written then.
     """
-    from mindformers_glm32k.data import small_vocabulary
     from mindformers_glm32k.data import synthetic as retrieval
     from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
@@ -65,7 +64,7 @@ def run(args):
     # The vocabulary is needed to see whether a row fits, and nothing may be written before that is known.
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary_file = Path(scratch) / "tokenizer.model"
-        small_vocabulary.train(retrieval.sentences(args.seed), vocabulary_file)
+        retrieval.train_vocabulary(retrieval.sentences(args.seed), vocabulary_file)
         vocabulary = Vocabulary(vocabulary_file)
     task = _task(args, vocabulary)
 

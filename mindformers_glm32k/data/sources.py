@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_glm32k.data.chats import ChatLayout
-from mindformers_glm32k.data.formats import AdGenLayout, LongBenchLayout, TextLayout, layout_of
+from mindformers_glm32k.data.formats import AdGenLayout, ChatLayout, LongBenchLayout, TextLayout, layout_of
 from mindformers_glm32k.data.jsonl import RAISE, JsonLines, first_record
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError

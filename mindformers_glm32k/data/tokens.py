@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mindformers_glm32k.data.cache_folder import cache_folder
+from mindformers_glm32k.data.line_index import cache_folder
 from mindformers_glm32k.data.token_cache import TokenCache, remove_outdated
 from mindformers_glm32k.errors import InputError
 
@@ -22,8 +22,6 @@ _EDGE = 1 << 16  # bytes at a file's beginning and end that belong to its identi
 _CODE = (
     "tokenizer/chat_format.py",
     "tokenizer/vocabulary.py",
-    "data/chats.py",
-    "data/json_line.py",
     "data/jsonl.py",
     "data/formats.py",
     "data/prompts.py",

@@ -6,7 +6,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindformers_glm32k.data.json_line import raw_lines
+from mindformers_glm32k.data.jsonl import raw_lines
 from mindformers_glm32k.errors import InputError
 
 OUTPUTS = {True: "longbench_e.jsonl", False: "longbench.jsonl"}  # by is_longbench_e; upstream's names, too

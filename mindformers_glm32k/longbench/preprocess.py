@@ -17,8 +17,7 @@ from pathlib import Path
 from mindformers_glm32k.checks import true_or_false
 from mindformers_glm32k.data.formats import LongBenchLayout, text_field
 from mindformers_glm32k.data.holdout import LOUD, Manifest, is_held_out, is_test_set, manifest_path
-from mindformers_glm32k.data.json_line import Problems, parse_line
-from mindformers_glm32k.data.jsonl import ON_ERROR, RAISE
+from mindformers_glm32k.data.jsonl import ON_ERROR, RAISE, Problems, parse_line
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path

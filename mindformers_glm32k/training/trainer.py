@@ -8,8 +8,7 @@ from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore.communication import get_group_size
 
 from mindformers_glm32k import compat
-from mindformers_glm32k.data.dataset import check_vocabulary
-from mindformers_glm32k.data.dataset_config import row_length
+from mindformers_glm32k.data.dataset import check_vocabulary, row_length
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path

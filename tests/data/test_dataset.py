@@ -9,8 +9,7 @@ from mindformers.dataset import build_dataset
 from mindformers.tools.register import MindFormerConfig
 
 from mindformers_glm32k.data import dataset as dataset_module
-from mindformers_glm32k.data.dataset import GLM32KDataset, check_vocabulary
-from mindformers_glm32k.data.dataset_config import row_length
+from mindformers_glm32k.data.dataset import GLM32KDataset, check_vocabulary, row_length
 from mindformers_glm32k.data.loader import GLM32KDataLoader
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.glm32k_tokenizer import GLM32KTokenizer

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
-from mindformers_glm32k.data import json_line, jsonl
+from mindformers_glm32k.data import jsonl
 from mindformers_glm32k.data.jsonl import MAX_PROBLEMS, JsonLines, first_record
 from mindformers_glm32k.errors import InputError
 
@@ -67,7 +67,7 @@ def whole_numbers(record):
 @pytest.mark.parametrize("kind", DAMAGED)
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_each_kind_of_damage_is_named_or_skipped(tmp_path, monkeypatch, kind, at):
-    monkeypatch.setattr(json_line, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 20)
     lines = [b'{"a": %d}\n' % number for number in range(4)]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(lines[:at] + [DAMAGED[kind]] + lines[at:]))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from mindformers_glm32k.data import line_index as index_module
-from mindformers_glm32k.data.line_index import LineIndex
+from mindformers_glm32k.data.line_index import LineIndex, cache_folder, cache_name
 from mindformers_glm32k.errors import InputError
 
 
@@ -127,3 +127,43 @@ def test_a_damaged_index_is_rebuilt(data, damage):
 def test_small_files_leave_no_index(data):
     LineIndex(data)
     assert not (data.parent / ".glm32k_cache").exists()
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    path = tmp_path / "data" / "data.jsonl"
+    path.parent.mkdir()
+    path.write_text("{}\n")
+    return path
+
+
+def test_beside_the_data(data_file):
+    assert cache_folder(data_file) == data_file.parent / ".glm32k_cache" == cache_folder(data_file)
+    assert (data_file.parent / ".glm32k_cache" / ".gitignore").read_text() == "*\n"
+
+
+def test_where_the_user_says(data_file, tmp_path):
+    assert cache_folder(data_file, tmp_path / "my" / "cache") == tmp_path / "my" / "cache"
+    assert (tmp_path / "my" / "cache").is_dir() and not list((tmp_path / "my" / "cache").iterdir())
+    assert not (data_file.parent / ".glm32k_cache").exists()
+
+
+def test_in_the_output_folder_where_the_data_cannot_be_written_to(data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.delenv("LOCAL_DEFAULT_PATH", raising=False)
+    assert cache_folder(data_file).resolve() == tmp_path / "output" / "temporary" / "glm32k_cache"
+    monkeypatch.setenv("LOCAL_DEFAULT_PATH", str(tmp_path / "elsewhere"))
+    assert cache_folder(data_file) == tmp_path / "elsewhere" / "temporary" / "glm32k_cache"
+
+
+def test_names_differ_by_path_and_parts(data_file, tmp_path):
+    other = tmp_path / "data.jsonl"
+    names = {
+        cache_name(data_file),
+        cache_name(other),
+        cache_name(data_file, "a"),
+        cache_name(data_file, "a", "b"),
+        cache_name(data_file, "ab"),
+    }
+    assert len(names) == 5 and all(name.startswith("data.jsonl-") for name in names)
+    assert cache_name(data_file) == cache_name(data_file.parent / ".." / "data" / "data.jsonl")

@@ -5,10 +5,10 @@ import pickle
 import pytest
 from hypothesis import given, settings, strategies
 
-from mindformers_glm32k.data import word_encoder
-from mindformers_glm32k.data.word_encoder import WordEncoder
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.tokenizer import word_encoder
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
+from mindformers_glm32k.tokenizer.word_encoder import WordEncoder
 
 PARTS = strategies.lists(
     strategies.sampled_from(

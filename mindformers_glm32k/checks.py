@@ -1,69 +1,83 @@
-"""Checks of configuration keys and values that the data classes share."""
+"""Checks of keys and values, once for all: whole numbers, True and False, choices, unknown keys, "did you mean"."""
+
+from __future__ import annotations
 
 import argparse
 import difflib
 import multiprocessing
+import numbers
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from mindformers_glm32k.errors import InputError
 
 
-def reject_unknown(given, known, where):
-    """Raises InputError when a configuration has a key that nobody reads.
+def is_int(value: Any, least: int | None = None) -> bool:
+    """Whether a value is an integer (True and False are none), not below `least`."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and (least is None or value >= least)
 
-    Args:
-        given (Iterable[str]): the keys found.
-        known (Iterable[str]): the keys there are.
-        where (str): the section's name, for the message ("data_loader").
-    """
-    problems = []
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            problems.append(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+
+def is_number(value: Any, least: float | None = None) -> bool:
+    """Whether a value is a real number (True and False are none), not below `least`; NaN is below everything."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known word that `word` is most probably a slip of; None when nothing is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: ", did you mean 'x'?", or nothing."""
+    near = nearest(word, known)
+    return f", did you mean {near!r}?" if near else ""
+
+
+def unknown_keys(given: Iterable[str], known: Collection[str]) -> list[str]:
+    """One sentence for each key that nobody reads."""
+    return [f"unknown key {key!r}{did_you_mean(key, known)}" for key in given if key not in known]
+
+
+def reject_unknown(given: Iterable[str], known: Collection[str], where: str) -> None:
+    """Raises InputError when the section `where` of a configuration has a key that nobody reads."""
+    problems = unknown_keys(given, known)
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}; known keys are {', '.join(sorted(known))}")
 
 
-def whole_number(value, name, least):
-    """Returns `value` if it is an integer >= `least` (bool is none); InputError names the key otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def whole_number(value: Any, name: str, least: int) -> int:
+    """Returns `value` if it is an integer >= `least`; InputError names the key otherwise."""
+    if not is_int(value, least):
         raise InputError(f"{name}: {value!r} is not a whole number of at least {least}")
     return value
 
 
-def boolean(value, name):
+def boolean(value: Any, name: str) -> bool:
     """Returns `value` if it is True or False; InputError names the key otherwise."""
     if not isinstance(value, bool):
         raise InputError(f"{name}: {value!r} is neither True nor False")
     return value
 
 
-def true_or_false(text):
-    """The `type` of an argparse option that takes True or False, upper or lower case (1 and 0, yes and no, too).
+def true_or_false(text: str, digits: bool = True) -> bool:
+    """The `type` of an argparse option that takes True or False, as YAML writes them (yes and no, on and off too) and,
+    with `digits`, 1 and 0.
 
     argparse's own `type=bool` takes any text that is not empty for True, "False" included.
     """
-    for value, words in ((True, ("true", "1", "yes")), (False, ("false", "0", "no"))):
-        if text.lower() in words:
+    for value, words, digit in ((True, ("true", "yes", "on"), "1"), (False, ("false", "no", "off"), "0")):
+        if text.lower() in words or (digits and text == digit):
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def choice(value, name, allowed):
+def choice(value: Any, name: str, allowed: Collection[Any]) -> Any:
     """Returns `value` if it is one of `allowed`; InputError names the key and the choices otherwise."""
     if value not in allowed:
         raise InputError(f"{name}: {value!r} is not one of {', '.join(map(str, allowed))}")
     return value
 
 
-def workers(value, name):
-    """Threads or processes to use: `value`, but no more than there are cores, which MindSpore refuses.
-
-    Args:
-        value (int): what the YAML asks for, >= 1.
-        name (str): the key, for the message.
-
-    Returns:
-        int
-    """
+def workers(value: Any, name: str) -> int:
+    """Threads or processes to use: `value` (>= 1), but no more than there are cores, which MindSpore refuses."""
     return min(whole_number(value, name, 1), multiprocessing.cpu_count())

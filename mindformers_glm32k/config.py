@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
-import numbers
 import os
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from mindformers.generation import GenerationConfig
 from mindformers.models.glm2 import ChatGLM2Config
 
 from mindformers_glm32k import compat
+from mindformers_glm32k.checks import is_int, is_number, unknown_keys
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import DOCUMENTS_PER_ROW
 from mindformers_glm32k.registry import MODEL_TYPE
@@ -235,21 +234,9 @@ def _upstream_parameters():
 
 def _unknown_keys(kwargs):
     generation = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    known = {*_upstream_parameters(), *_RULES, *generation, "max_decode_length", *_HOST_KEYS, *_DERIVED}
-    problems = []
-    for key in kwargs:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            problems.append(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-    return problems
-
-
-def _is_int(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return unknown_keys(
+        kwargs, {*_upstream_parameters(), *_RULES, *generation, "max_decode_length", *_HOST_KEYS, *_DERIVED}
+    )
 
 
 def _is_dtype(value):
@@ -257,9 +244,9 @@ def _is_dtype(value):
 
 
 # Each rule: what is allowed, in words, and the test of a value.
-_POSITIVE = ("an integer >= 1", lambda value: _is_int(value) and value >= 1)
-_PROBABILITY = ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
-_FACTOR = ("a number > 0", lambda value: _is_number(value) and value > 0)
+_POSITIVE = ("an integer >= 1", lambda value: is_int(value, 1))
+_PROBABILITY = ("a number in [0, 1)", lambda value: is_number(value) and 0 <= value < 1)
+_FACTOR = ("a number > 0", lambda value: is_number(value) and value > 0)
 _DTYPE = (f"one of {', '.join(DTYPES)}", _is_dtype)
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
 _RULES = {
@@ -270,12 +257,12 @@ _RULES = {
     "multi_query_group_num": _POSITIVE,
     "kv_channels": (
         "a multiple of 4 (half of each head is rotated, in pairs)",
-        lambda value: _is_int(value) and value >= 4 and value % 4 == 0,
+        lambda value: is_int(value, 4) and value % 4 == 0,
     ),
     "padded_vocab_size": _POSITIVE,
     "seq_length": _POSITIVE,
     "batch_size": _POSITIVE,
-    "layernorm_epsilon": ("a number in (0, 0.01]", lambda value: _is_number(value) and 0 < value <= 0.01),
+    "layernorm_epsilon": ("a number in (0, 0.01]", lambda value: is_number(value) and 0 < value <= 0.01),
     "rope_ratio": _FACTOR,
     "hidden_dropout": _PROBABILITY,
     "attention_dropout": _PROBABILITY,
@@ -296,7 +283,7 @@ _RULES = {
     "enable_high_performance": _FLAG,
     "use_flash_attention": _FLAG,
     "loss_chunk_size": _POSITIVE,
-    "mlp_chunk_size": ("null or an integer >= 2", lambda value: value is None or _is_int(value) and value >= 2),
+    "mlp_chunk_size": ("null or an integer >= 2", lambda value: value is None or is_int(value, 2)),
     "documents_per_row": _POSITIVE,
     "cells": (f"one of {', '.join(CELLS)}", lambda value: value in CELLS),
     "pp_interleave_num": _POSITIVE,
@@ -339,7 +326,7 @@ def _wrong_values(fields):
         ids = f"an id in [0, padded_vocab_size={fields['padded_vocab_size']})"
 
         def is_id(value):
-            return _is_int(value) and 0 <= value < fields["padded_vocab_size"]
+            return is_int(value) and 0 <= value < fields["padded_vocab_size"]
 
         check("pad_token_id", ids, is_id)
         check(

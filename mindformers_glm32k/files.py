@@ -1,25 +1,23 @@
 """Writing files so that an interrupted program never leaves half of one under its final name."""
 
+from __future__ import annotations
+
 import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
 
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` on success, removes it on any exception.
 
-    The temporary name keeps the suffix of `path` (writers such as matplotlib choose the format by it).
-    The data is flushed to disk before the rename.
-
-    Args:
-        path (str | os.PathLike): the final name; its folder is created when missing.
-
-    Yields:
-        pathlib.Path: the temporary name to write to.
+    The temporary name keeps the suffix of `path` (writers such as matplotlib choose the format by it). The folder is
+    created when missing, and the data is flushed to disk before the rename.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,13 +37,19 @@ def atomic_path(path):
         raise
 
 
-def require_file(path, what, hint):
-    """Returns `path` as a Path if it is a non-empty file.
+def copy_atomically(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copies a file so that `target` is never half written."""
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def require_file(path: str | os.PathLike | None, what: str, hint: str) -> Path:
+    """Returns `path` as a Path if it is a file with something in it.
 
     Args:
-        path (str | os.PathLike | None): the file as the user gave it.
-        what (str): what the file is, for the message ("vocabulary file").
-        hint (str): what to do when it is not there.
+        path: the file as the user gave it.
+        what: what the file is, for the message ("vocabulary file").
+        hint: what to do when it is not there.
 
     Raises:
         InputError: `path` is empty, missing, a folder, or an empty file.

@@ -1,8 +1,8 @@
 """Overrides of a configuration by dotted keys, as upstream's launcher takes them: --a.b 1 or --a.b=1."""
 
-import difflib
 import logging
 
+from mindformers_glm32k.checks import did_you_mean, nearest
 from mindformers_glm32k.errors import InputError
 
 
@@ -46,9 +46,9 @@ def reject_misspelt(leftovers, config, options):
         InputError: the option that was meant.
     """
     for key, _ in leftovers:
-        near = difflib.get_close_matches(key, options, n=1, cutoff=0.8)
+        near = nearest(key, options, cutoff=0.8)
         if key not in config and near:
-            raise InputError(f"--{key}: no such option; did you mean --{near[0]}?")
+            raise InputError(f"--{key}: no such option; did you mean --{near}?")
 
 
 def set_key(config, dotted, value, option):
@@ -69,8 +69,7 @@ def set_key(config, dotted, value, option):
         where = ".".join(sections[:depth]) or "the configuration"
         child = node[_item(node, section, where, option)] if isinstance(node, list) else node.get(section)
         if not isinstance(child, (dict, list)):
-            near = difflib.get_close_matches(section, list(node), n=1) if isinstance(node, dict) else []
-            hint = f"; did you mean {near[0]!r}?" if near and near[0] != section else ""
+            hint = "" if section in node else did_you_mean(section, node).replace(",", ";")
             raise InputError(f"{option}: {where} has no section {section!r}{hint}")
         node = child
     if isinstance(value, dict):
@@ -79,10 +78,10 @@ def set_key(config, dotted, value, option):
         node[_item(node, leaf, ".".join(sections), option)] = value
         return
     if leaf not in node:
-        near = difflib.get_close_matches(leaf, list(node), n=1, cutoff=0.8)
+        near = nearest(leaf, node, cutoff=0.8)
         if near:
             logging.getLogger("mindformers").warning(
-                "%s sets a new key %r; did you mean %r, which the YAML has?", option, dotted, near[0]
+                "%s sets a new key %r; did you mean %r, which the YAML has?", option, dotted, near
             )
     node[leaf] = value
 

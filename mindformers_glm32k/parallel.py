@@ -3,6 +3,7 @@
 MindSpore finds most of these after a minute of compiling, in words of its own, and some not at all.
 """
 
+from mindformers_glm32k.checks import is_int
 from mindformers_glm32k.errors import InputError
 
 FLASH_ATTENTION_STEP = 16  # the kernel works on blocks of 16 positions
@@ -43,7 +44,7 @@ def problems(config, devices=None):
     found = [
         f"{section + '.' if section else ''}{name}={values[name]!r}: a whole number >= 1 is needed"
         for values, section, name in counts
-        if values.get(name) is not None and not _is_count(values[name])
+        if values.get(name) is not None and not is_int(values[name], 1)
     ]
     if found:
         return found
@@ -131,10 +132,6 @@ class _Sizes:
             if "hybrid" in algorithm
             else 1
         )
-
-
-def _is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _devices(sizes, devices):

@@ -5,11 +5,13 @@ to be right, so that --help answers at once.
 """
 
 import argparse
+import functools
 import os
 import sys
 
 import yaml
 
+from mindformers_glm32k.checks import true_or_false
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
 from mindformers_glm32k.overrides import pairs, reject_misspelt, set_key
@@ -21,15 +23,14 @@ RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
 _LAUNCHERS = ("MS_ROLE", "RANK_TABLE_FILE", "RANK_ID", "OMPI_COMM_WORLD_RANK")
 
 
-def _boolean(text):
-    value = parse_value(text.capitalize())
-    if not isinstance(value, bool):
-        raise argparse.ArgumentTypeError(f"true or false is needed, got {text!r}")
-    return value
+_boolean = functools.partial(true_or_false, digits=False)  # these options are values of the YAML, where 1 is a number
 
 
 def _boolean_or_name(text):
-    return text if not isinstance(parse_value(text.capitalize()), bool) else _boolean(text)
+    try:
+        return _boolean(text)
+    except argparse.ArgumentTypeError:
+        return text
 
 
 def _key_value(text):

@@ -4,7 +4,7 @@ import stat
 import pytest
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.files import atomic_path, require_file
+from mindformers_glm32k.files import atomic_path, copy_atomically, require_file
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -44,6 +44,15 @@ def test_two_writers_do_not_meet(tmp_path):
         second.write_text("second")
     assert target.read_text() == "first"  # the one that ended last
     assert os.listdir(tmp_path) == ["index.json"]
+
+
+def test_a_copy_is_whole_or_not_there(tmp_path):
+    (tmp_path / "source").write_text("all of it")
+    copy_atomically(tmp_path / "source", tmp_path / "new" / "target")
+    assert (tmp_path / "new" / "target").read_text() == "all of it"
+    with pytest.raises(FileNotFoundError):
+        copy_atomically(tmp_path / "none", tmp_path / "other")
+    assert sorted(os.listdir(tmp_path)) == ["new", "source"]
 
 
 def test_permissions_follow_the_umask(tmp_path):

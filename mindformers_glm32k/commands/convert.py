@@ -5,9 +5,9 @@ the original bits. All tensors of an output have one dtype: MindFormers casts on
 (`param_init_type`, and `layernorm_compute_type` for norms), and casting a 16-bit norm up to fp32 is exact.
 """
 
-import argparse
 import sys
 
+from mindformers_glm32k.checks import true_or_false
 from mindformers_glm32k.cli import run_command
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.convert import convert
@@ -17,12 +17,6 @@ from mindformers_glm32k.weights.layout import FORMATS
 from mindformers_glm32k.weights.steps import load_hf_weights
 
 __all__ = ["convert", "convert_reversed", "load_hf_weights"]
-
-
-def _boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: True or False is needed")
-    return text.lower() == "true"
 
 
 def add_arguments(parser):
@@ -40,10 +34,10 @@ def add_arguments(parser):
     option(
         "--qkv_concat",
         "Q, K, V in one tensor; default: as the YAML of --config says, else True",
-        type=_boolean,
+        type=true_or_false,
         metavar="True|False",
     )
-    option("--mlp_concat", "likewise for gate and up of the MLP", type=_boolean, metavar="True|False")
+    option("--mlp_concat", "likewise for gate and up of the MLP", type=true_or_false, metavar="True|False")
     option("--max_shard_size", f"such as 5GB; default: one file, with --reversed {DEFAULT_SHARD}")
     option("--config", "config.json or MindFormers YAML; default: what lies beside the weights")
     option(

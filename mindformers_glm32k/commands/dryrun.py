@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mindformers_glm32k.errors import CommandFailed, InputError
-from mindformers_glm32k.files import atomic_path
+from mindformers_glm32k.files import copy_atomically
 
 TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 
@@ -273,12 +273,6 @@ def compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs
             for log in Path(work).glob("log_rank_*.txt"):
                 copy_atomically(log, output / "log" / log.name)
     return programs
-
-
-def copy_atomically(source, target):
-    """Copies a file so that `target` is never half written."""
-    with atomic_path(target) as path:
-        shutil.copyfile(source, path)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ A sample is one of three: a `Sample` (one question with its answer), a `Chat` (a
 (no roles at all, for continued training).
 """
 
-import difflib
 import json
 from dataclasses import dataclass
 from typing import Optional
 
+from mindformers_glm32k.checks import nearest
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.vocabulary import ROLES
 
@@ -181,11 +181,7 @@ def layout_of(record, layouts):
             return layout
     known = " or ".join(", ".join(layout.fields) for layout in layouts)
     missing = [field for layout in layouts for field in layout.fields if field not in record]
-    near = [
-        f"{field!r} looks like {match!r}"
-        for field in record
-        for match in difflib.get_close_matches(field, missing, n=1)
-    ]
+    near = [f"{field!r} looks like {match!r}" for field in record for match in [nearest(field, missing)] if match]
     raise InputError(
         f"has the fields {_names(record)}; needed are {known}"
         + (f" ({'; '.join(near)})" if near else "")

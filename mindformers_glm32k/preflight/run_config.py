@@ -4,19 +4,18 @@ MindFormers finds such mistakes late, one at a time and in its own words, or pas
 takes any key.
 """
 
-import difflib
 import inspect
-import numbers
 
+from mindformers_glm32k.checks import did_you_mean, is_int, is_number
 from mindformers_glm32k.errors import InputError
 
 
 def _is_int(least):
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return lambda value: is_int(value, least)
 
 
-def _is_number(least):
-    return lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and value >= least
+def _is_number(value):
+    return is_number(value, 0)
 
 
 def _is_bool(value):
@@ -24,7 +23,7 @@ def _is_bool(value):
 
 
 def _is_scale(value):
-    return isinstance(value, dict) or _is_number(0)(value)
+    return isinstance(value, dict) or _is_number(value)
 
 
 def _is_float(value):
@@ -37,7 +36,7 @@ def _is_pair_of_shares(value):
     )
 
 
-_NUMBER = (_is_number(0), "a number of at least 0")
+_NUMBER = (_is_number, "a number of at least 0")
 _COUNT = (_is_int(1), "a whole number of at least 1")
 _FLOAT = (_is_float, "a number of at least 0, written with a decimal point")  # MindSpore's optimizers insist on it
 _BOOL = (_is_bool, "true or false")
@@ -50,7 +49,7 @@ VALUES = {
     "runner_config.batch_size": _COUNT,
     "runner_config.gradient_accumulation_steps": _COUNT,
     "runner_config.sink_mode": _BOOL,
-    "runner_config.sink_size": (lambda value: _is_int(1)(value) or value == -1, "a whole number of at least 1, or -1"),
+    "runner_config.sink_size": (lambda value: is_int(value, 1) or value == -1, "a whole number of at least 1, or -1"),
     "lr_schedule.learning_rate": _NUMBER,
     "lr_schedule.lr_end": _NUMBER,
     "lr_schedule.warmup_ratio": _NUMBER,
@@ -150,22 +149,17 @@ def _class_problems(section, category, key):
     name = section.get("type") if isinstance(section, dict) else None
     classes = MindFormerRegister.registry.get(category, {})
     if name not in classes:
-        return [f"{key}.type: no {category} class is registered as {name!r}{_similar(str(name), classes)}"]
+        return [f"{key}.type: no {category} class is registered as {name!r}{did_you_mean(str(name), classes)}"]
     if category not in ("optimizer", "callback", "wrapper"):
         return []  # these take further keys, or check theirs themselves
     known, closed = constructor_keys(classes[name])
     if not closed and category != "wrapper":
         return []
     return [
-        f"{key}: {name} has no key {unknown!r}{_similar(unknown, known)}"
+        f"{key}: {name} has no key {unknown!r}{did_you_mean(unknown, known)}"
         for unknown in section
         if unknown not in known | {"type"}
     ]
-
-
-def _similar(word, known):
-    near = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def constructor_keys(cls):

@@ -8,13 +8,13 @@ keeps their names in decoded answers, takes one message in apply_chat_template, 
 <sop> and <eop> as added tokens with the ids of <|assistant|> and <|observation|>.
 """
 
-import difflib
 from numbers import Integral
 from pathlib import Path
 
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.models.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
+from mindformers_glm32k.checks import did_you_mean
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer import chat_format as chat
 from mindformers_glm32k.tokenizer.chat_input import ChatInput
@@ -339,8 +339,7 @@ def _check_arguments(kwargs):
                 "padding_side",
                 "clean_up_tokenization_spaces",
             ]
-            near = difflib.get_close_matches(key, known, n=1)
-            problems.append(f"unknown argument {key}" + (f" (did you mean {near[0]}?)" if near else ""))
+            problems.append(f"unknown argument {key!r}{did_you_mean(key, known)}")
     if problems:
         raise InputError("; ".join(problems))
 

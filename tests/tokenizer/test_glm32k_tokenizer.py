@@ -91,7 +91,7 @@ def test_names_from_yamls_do_not_move_ids(small, small_vocab_file):
     "arguments, found",
     [
         ({"eos_token": "<|user|>"}, "eos_token '<|user|>'"),
-        ({"encode_special_token": True}, "did you mean encode_special_tokens?"),
+        ({"encode_special_token": True}, "did you mean 'encode_special_tokens'?"),
         ({"sep_token": "[SEP]"}, "sep_token"),
     ],
 )

@@ -1,5 +1,6 @@
 """Figures of a deep program from two shallow ones: everything that a layer adds is added again for each layer more."""
 
+from mindformers_glm32k.checks import is_number
 from mindformers_glm32k.errors import InputError
 
 LAYERS = (2, 4)  # layers of each stage in the programs that are compiled
@@ -78,7 +79,7 @@ def extrapolate(shallow, deeper, layers):
     def merge(first, second):
         if isinstance(second, dict):
             return {key: merge(first.get(key, type(value)()), value) for key, value in second.items()}
-        if isinstance(second, (int, float)) and not isinstance(second, bool):
+        if is_number(second):
             return number(first, second)
         return second
 

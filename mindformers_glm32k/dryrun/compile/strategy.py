@@ -5,8 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mindformers_glm32k.commands.dryrun import copy_atomically
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import copy_atomically
 
 TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 FILE_NAME = "ckpt_strategy_rank_{}.ckpt"  # the run's own name, which transform_ckpt looks for

@@ -11,7 +11,7 @@ import numpy as np
 
 from mindformers_glm32k.dryrun.analysis.mindir import read_program
 from mindformers_glm32k.dryrun.compile.pool import read_layout, run_workers
-from mindformers_glm32k.dryrun.compile.strategy import copy_atomically, strategy_file
+from mindformers_glm32k.dryrun.compile.strategy import strategy_file
 from mindformers_glm32k.dryrun.compile.worker import STATE_FILE
 from mindformers_glm32k.dryrun.simulator import checkpoints, operators, states
 from mindformers_glm32k.dryrun.simulator import scale_down as shrink
@@ -21,6 +21,7 @@ from mindformers_glm32k.dryrun.simulator.network import Network
 from mindformers_glm32k.dryrun.simulator.report import write_reports
 from mindformers_glm32k.dryrun.simulator.rows import input_arrays, make_rows
 from mindformers_glm32k.dryrun.simulator.world import run_world
+from mindformers_glm32k.files import copy_atomically
 from mindformers_glm32k.weights.parameters import plain_name
 from mindformers_glm32k.weights.strategy import ParameterLayout, read_strategy
 

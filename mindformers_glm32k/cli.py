@@ -1,13 +1,15 @@
 """`glm32k COMMAND`: finds the command's module, parses its options, calls it."""
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 
-from mindformers_glm32k.errors import CommandFailed, InputError
+from mindformers_glm32k.commands import parse_and_run
 
-# name -> (module, one line of help). A module has add_arguments(parser) and run(args) -> exit status, and
-# imports nothing heavy before run: `glm32k --help` and `glm32k COMMAND --help` answer at once.
+# name -> (module, one line of help); what such a module has to hold: see commands/__init__.py
 COMMANDS = {
     "make-data": (
         "mindformers_glm32k.commands.make_data",
@@ -51,46 +53,13 @@ def _build_parser(chosen):
     return parser
 
 
-def run_command(module, prog, argv=None):
-    """Runs one command module as a program of its own (`python -m MODULE`).
-
-    Args:
-        module: a module with add_arguments(parser) and run(args).
-        prog (str): the name shown in the usage line.
-        argv (list[str] | None): the arguments; those of the process by default.
-
-    Returns:
-        int: the exit status.
-    """
-    parser = argparse.ArgumentParser(prog=prog, description=module.__doc__.strip().splitlines()[0])
-    module.add_arguments(parser)
-    return _call(module.run, _parse(parser, module, argv))
-
-
-def _parse(parser, module, argv):
-    """A module with TAKES_OVERRIDES gets the options it does not know as `args.overrides`; to others they are errors."""
-    if not getattr(module, "TAKES_OVERRIDES", False):
-        return parser.parse_args(argv)
-    args, args.overrides = parser.parse_known_args(argv)
-    return args
-
-
-def _call(run, args):
-    try:
-        return run(args) or 0
-    except (InputError, CommandFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command `glm32k`; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = _build_parser(chosen)
     module = importlib.import_module(COMMANDS[chosen][0]) if chosen in COMMANDS else None
-    args = _parse(parser, module, argv)
-    return _call(module.run, args)
+    return parse_and_run(parser, module, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ the original bits. All tensors of an output have one dtype: MindFormers casts on
 import sys
 
 from mindformers_glm32k.checks import true_or_false
-from mindformers_glm32k.cli import run_command
+from mindformers_glm32k.commands import run_command
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.convert import convert
 from mindformers_glm32k.weights.convert_reversed import DEFAULT_SHARD, convert_reversed

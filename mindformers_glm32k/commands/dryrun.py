@@ -276,6 +276,6 @@ def compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs
 
 
 if __name__ == "__main__":
-    from mindformers_glm32k.cli import run_command
+    from mindformers_glm32k.commands import run_command
 
     sys.exit(run_command(sys.modules[__name__], "glm32k dryrun"))

@@ -114,6 +114,6 @@ def _scale_of_run(folder):
 
 
 if __name__ == "__main__":
-    from mindformers_glm32k.cli import run_command
+    from mindformers_glm32k.commands import run_command
 
     sys.exit(run_command(sys.modules[__name__], "glm32k merge"))

@@ -231,6 +231,6 @@ def _report(args, paths, lengths, problems, manifest):
 
 
 if __name__ == "__main__":
-    from mindformers_glm32k.cli import run_command
+    from mindformers_glm32k.commands import run_command
 
     sys.exit(run_command(sys.modules[__name__], "python -m mindformers_glm32k.longbench.preprocess"))

@@ -206,6 +206,6 @@ def _report(checkpoint, plan):
 
 
 if __name__ == "__main__":
-    from mindformers_glm32k.cli import run_command
+    from mindformers_glm32k.commands import run_command
 
     sys.exit(run_command(sys.modules[__name__], "glm32k split"))

@@ -6,8 +6,7 @@ python research/glm32k/convert_weight.py --model glm-n --reversed --input_path I
 
 import sys
 
-from mindformers_glm32k.cli import run_command
-from mindformers_glm32k.commands import convert
+from mindformers_glm32k.commands import convert, run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(convert, "convert_weight.py"))

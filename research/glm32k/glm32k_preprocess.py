@@ -6,7 +6,7 @@
 
 import sys
 
-from mindformers_glm32k.cli import run_command
+from mindformers_glm32k.commands import run_command
 from mindformers_glm32k.longbench import preprocess
 
 if __name__ == "__main__":

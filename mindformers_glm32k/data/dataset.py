@@ -25,7 +25,7 @@ from mindformers_glm32k.data.encode import IGNORED, ON_LONG_ANSWER, RAISE, RowBu
 from mindformers_glm32k.data.loader import EpochSampler, StreamSampler, samples_of
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.data.packing import PlannedRows, StreamedRows, plan_rows
-from mindformers_glm32k.data.tokens import TokenizedSamples, token_cache
+from mindformers_glm32k.data.tokens import TokenizedSamples, all_lengths, kept_lengths
 from mindformers_glm32k.data.truncation import TRUNCATIONS
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.word_encoder import WordEncoder
@@ -63,9 +63,9 @@ class GLM32KDataset(BaseDataset):
             - sort_by_length (bool): samples of about the same length come into one batch. Default False.
             - pad_to_multiple_of (int | None): a batch is padded to its longest row, rounded up to a multiple of this
               and at most the row length, instead of to the row length: its shape varies, and each shape is compiled.
-            - cache_tokens (bool | None): tokens are kept on disk for the next epoch and run; by default from 8 MB of
-              data on.
-            - cache_dir (str | None): where that is, and the index of big files' lines. By default `.glm32k_cache`
+            - cache_tokens (bool | None): the samples' numbers of tokens, which packing without rows_per_epoch needs
+              before the first step, are kept on disk for the next run; by default from 8 MB of data on.
+            - cache_dir (str | None): where they are, and the index of big files' lines. By default `.glm32k_cache`
               beside the data, or in the output folder where that cannot be written.
             - input_columns (list[str]): ["input_ids", "labels"], or those of packed rows.
             - batch_size (int), repeat (int), prefetch_size (int): >= 1.
@@ -139,14 +139,19 @@ def _tokens(config, samples, tokenizer):
     builder = RowBuilder(
         encoder, config.max_source_length, config.max_target_length, length, config.truncation, config.on_long_answer
     )
-    settings = {
-        name: config[name] for name in ("max_source_length", "max_target_length", "truncation", "on_long_answer")
-    }
+    return TokenizedSamples(samples, builder, tokenizer)
+
+
+def _lengths(config, tokens, order):
+    """Tokens of each sample; those of data that has been seen before are on disk."""
+    names = ("max_source_length", "max_target_length", "truncation", "on_long_answer")
+    settings = {**{name: config[name] for name in names}, "row_length": row_length(config)}
     section = dict(config.data_loader) if isinstance(config.data_loader, dict) else None
-    cache = token_cache(
-        samples, tokenizer, {**settings, "row_length": length}, section, config.cache_tokens, config.cache_dir, logger
+    kept = kept_lengths(
+        tokens.samples, tokens.tokenizer, settings, section, config.cache_tokens, config.cache_dir, logger
     )
-    return TokenizedSamples(samples, builder, tokenizer, cache)
+    start = len(tokens) * order["shard_id"] // order["num_shards"]
+    return all_lengths(tokens, config.num_parallel_workers, start, kept)
 
 
 def _sampler(config, loader, tokens):
@@ -200,9 +205,8 @@ def _packed(config, loader, tokens, pad_id):
             equal,
             *counters,
         ), StreamSampler(rows)
-    plan, lengths = plan_rows(
-        tokens, length, config.packing_window, order, batch, config.num_parallel_workers, config.documents_per_row
-    )
+    lengths = _lengths(config, tokens, order)
+    plan = plan_rows(lengths, length, config.packing_window, order, batch, config.documents_per_row)
     documents, total, left_out = int((lengths > 0).sum()), int(lengths.sum()), int((lengths == 0).sum())
     logger.info(
         "packing: %d samples in %d rows of %d tokens, %.1f %% of them padding; %d samples left out",
@@ -218,7 +222,7 @@ def _packed(config, loader, tokens, pad_id):
             "ranks; give more samples, a smaller batch_size, or set packing: False"
         )
     counters = _counters(config, tokens.samples, documents // shards, len(plan) // shards)
-    return PlannedRows(plan, tokens, length, pad_id, equal, *counters), EpochSampler(len(plan), **order)
+    return PlannedRows(plan, lengths, tokens, length, pad_id, equal, *counters), EpochSampler(len(plan), **order)
 
 
 def _counters(config, samples, samples_per_epoch, rows_per_epoch):

@@ -1,17 +1,16 @@
 """Where the lines of a big file begin, kept on disk: random access without reading the file.
 
-An index file is a header and the starts of all lines that are not empty, as int64, with the end of the last one
-behind them; it is memory-mapped, so the offsets of a 10 GB file cost no more memory than the pages that are looked at.
-
-    bytes 0-7    magic and version        24-31  lines that are not empty, n
-    bytes 8-15   size of the data file    32-39  CRC-32 of all that follows
-    bytes 16-23  its mtime, nanoseconds   40-47  empty lines that stand before a line, m
-    then         n + 1 starts; m numbers of empty lines (from 1, ascending), int64 all of them
+The index is one int64 array in NumPy's own format, memory-mapped, so that of a 10 GB file costs no more memory than the
+pages that are looked at: n, the number of lines that are not empty; their n starts, and the end of the last one behind
+them; numbers (from 1, ascending) of the empty lines that stand before a line; CRC-32 of all that. The file's name has
+size and time of the data file.
 """
 
+from __future__ import annotations
+
+import glob
 import hashlib
 import os
-import struct
 import zlib
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from tqdm import tqdm
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
 
-_MAGIC = b"GLM32KX1"
-_HEADER = struct.Struct("<8sqqqqq")
+CACHE_FOLDER = ".glm32k_cache"
 _BLOCK = 1 << 20  # bytes read at a time, into memory that stays in the processor's cache
 _STORED_FROM = 64 << 20  # bytes of data; a smaller file is indexed anew in a few hundredths of a second
 _PROGRESS_FROM = 1 << 30
@@ -38,54 +36,51 @@ class LineIndex:
     does a byte order mark. Lines of white space alone are empty.
 
     Args:
-        path (str | os.PathLike): the data file.
-        cache_dir (str | os.PathLike | None): see `cache_folder`.
-        stored_from (int): files from this size (bytes) on have their index on disk; smaller ones in memory.
+        path: the data file.
+        cache_dir: see `cache_folder`.
+        stored_from: files from this size (bytes) on have their index on disk; smaller ones in memory.
 
     Attributes:
-        blank (np.ndarray): int64, numbers (from 1) of the empty lines that stand before the last line with text.
+        path: the data file.
+        stored: the index's file, or None.
+        blank: int64, numbers (from 1) of the empty lines that stand before the last line with text.
 
     Raises:
         InputError: no such file, an empty one, or one with empty lines only.
     """
 
-    def __init__(self, path, cache_dir=None, stored_from=_STORED_FROM):
+    def __init__(
+        self, path: str | os.PathLike, cache_dir: str | os.PathLike | None = None, stored_from: int = _STORED_FROM
+    ):
         self.path = Path(require_file(path, "data file", "Give a file with one JSON object per line."))
         state = os.stat(self.path)
-        self._identity = (state.st_size, state.st_mtime_ns)
+        self.stored = None
         if state.st_size < stored_from:
-            starts, blank = [], []
-            for some_starts, some_blank in _scan(self.path, state.st_size):
-                starts.append(some_starts)
-                blank.append(some_blank)
-            self._starts, self.blank = np.concatenate(starts), np.concatenate(blank)
+            numbers = _index(self.path, state.st_size)
         else:
-            self.stored = cache_folder(self.path, cache_dir) / (cache_name(self.path) + ".lines")
-            if self._load() is not None:
-                self._store()
-                problem = self._load()
-                if problem:
-                    raise InputError(
-                        f"{self.stored}: {problem}, although it has just been written; is the disk full "
-                        "or is the data file being changed?"
-                    )
-        self.blank = self.blank[self.blank < (self.line(len(self) - 1) if len(self) else 0)]
+            folder, name = cache_folder(self.path, cache_dir), cache_name(self.path)
+            self.stored = folder / f"{name}-{state.st_size}-{state.st_mtime_ns}.lines.npy"
+            numbers = _load(self.stored)
+            if numbers is None:
+                numbers = self._store(folder.glob(f"{glob.escape(name)}-*.lines.npy"), state.st_size)
+        self._starts, self.blank = _starts(numbers), np.array(numbers[numbers[0] + 2 : -1])
         if not len(self):
             raise InputError(
                 f"data file {self.path}: there are only empty lines in it; give a file with one JSON object per line"
             )
+        self.blank = self.blank[self.blank < self.line(len(self) - 1)]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, index):
-        """tuple[int, int]: where line `index` (0 <= index < len(self)) starts and where the next one does, in bytes."""
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """Where line `index` (0 <= index < len(self)) starts and where the next one does, in bytes."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
         return int(self._starts[index]), int(self._starts[index + 1])
 
-    def line(self, index):
-        """int: the number, from 1, that line `index` has in the file, empty lines counted."""
+    def line(self, index: int) -> int:
+        """The number, from 1, that line `index` has in the file, empty lines counted."""
         number = index + 1
         for blank in self.blank:  # ascending, and few
             if blank > number:
@@ -93,71 +88,69 @@ class LineIndex:
             number += 1
         return int(number)
 
-    def sizes(self, indices):
-        """np.ndarray: int64 bytes of the lines `indices` (int array)."""
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Bytes (int64) of the lines `indices`."""
         indices = np.asarray(indices)
         return self._starts[indices + 1] - self._starts[indices]
 
+    def _store(self, outdated, size):
+        """Writes the index and maps it."""
+        for old in outdated:  # of another state of the data file
+            old.unlink(missing_ok=True)
+        with atomic_path(self.stored) as temporary:
+            np.save(temporary, _index(self.path, size))
+        numbers = _load(self.stored)
+        if numbers is None:
+            raise InputError(
+                f"{self.stored}: is damaged, although it has just been written; is the disk full "
+                "or is the data file being changed?"
+            )
+        return numbers
+
     def __getstate__(self):
-        # memory maps are opened again in another process, not sent to it
-        state = dict(vars(self))
-        if isinstance(self._starts, np.memmap):
-            del state["_starts"]
-        return state
+        # a memory map is opened again in another process, not sent to it
+        return {name: value for name, value in vars(self).items() if not (self.stored and name == "_starts")}
 
     def __setstate__(self, state):
         vars(self).update(state)
-        if "_starts" not in state:
-            blank = self.blank
-            problem = self._load()
-            if problem:
-                raise InputError(f"{self.stored}: {problem}; start again")
-            self.blank = blank
+        if self.stored:
+            numbers = _load(self.stored)
+            if numbers is None:
+                raise InputError(f"{self.stored}: is gone or damaged; start again")
+            self._starts = _starts(numbers)
 
-    def _load(self):
-        """Maps the stored index; str, what is wrong with it, or None."""
-        try:
-            with open(self.stored, "rb") as file:
-                header = file.read(_HEADER.size)
-                if len(header) < _HEADER.size:
-                    return "is cut off"
-                magic, size, mtime, lines, crc, blank = _HEADER.unpack(header)
-                if magic != _MAGIC or (size, mtime) != self._identity:
-                    return "belongs to another state of the data file"
-                if lines < 0 or blank < 0 or os.fstat(file.fileno()).st_size != _HEADER.size + 8 * (lines + 1 + blank):
-                    return "is cut off"
-                if _crc(file) != crc:
-                    return "is damaged"
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        numbers = np.memmap(self.stored, np.int64, "r", _HEADER.size, (lines + 1 + blank,))
-        self._starts, self.blank = numbers[: lines + 1], np.array(numbers[lines + 1 :])
+
+def _index(path, size):
+    """The array; the module's docstring says what is in it."""
+    starts, blank = [], []
+    with tqdm(
+        total=size, unit="B", unit_scale=True, desc=f"index of {path.name}", disable=size < _PROGRESS_FROM
+    ) as progress:
+        for some_starts, some_blank in _scan(path, size, progress):
+            starts.append(some_starts)
+            blank.append(some_blank)
+    numbers = np.concatenate([[sum(map(len, starts)) - 1], *starts, *blank, [0]]).astype(np.int64, copy=False)
+    numbers[-1] = zlib.crc32(numbers[:-1])
+    return numbers
+
+
+def _starts(numbers):
+    return numbers[1 : numbers[0] + 2]
+
+
+def _load(path):
+    """The kept array, mapped; None where there is none or a damaged one."""
+    try:
+        numbers = np.load(path, mmap_mode="r")
+        whole = path.stat().st_size == numbers.offset + numbers.nbytes
+    except (OSError, ValueError, EOFError, SyntaxError):  # the last: a header that is no Python
         return None
-
-    def _store(self):
-        size = self._identity[0]
-        with (
-            atomic_path(self.stored) as temporary,
-            open(temporary, "wb+") as file,
-            tqdm(
-                total=size, unit="B", unit_scale=True, desc=f"index of {self.path.name}", disable=size < _PROGRESS_FROM
-            ) as progress,
-        ):
-            file.write(bytes(_HEADER.size))
-            lines, blank = -1, []
-            for starts, some_blank in _scan(self.path, size, progress):
-                lines += len(starts)
-                file.write(starts.tobytes())
-                blank.append(some_blank)
-            blank = np.concatenate(blank)
-            file.write(blank.tobytes())
-            file.seek(_HEADER.size)
-            crc = _crc(file)
-            file.seek(0)
-            file.write(_HEADER.pack(_MAGIC, *self._identity, lines, crc, len(blank)))
+    if not whole or numbers.ndim != 1 or numbers.dtype != np.int64 or len(numbers) < 3:
+        return None
+    return numbers if zlib.crc32(numbers[:-1]) == numbers[-1] else None
 
 
-def _scan(path, size, progress=None):
+def _scan(path, size, progress):
     """Yields (starts, numbers of empty lines), int64 both, block by block; at last the end of the last line."""
     with open(path, "rb", buffering=0) as file:
         buffer = bytearray(min(_BLOCK, size))
@@ -187,8 +180,7 @@ def _scan(path, size, progress=None):
                 end = position + int(last[done][~blank][-1]) + 1
             line, start, open_blank = line + len(newlines), int(begins[-1]), bool(empty[-1])
             position += len(block)
-            if progress is not None:
-                progress.update(len(block))
+            progress.update(len(block))
         if start < position and not open_blank:
             yield np.array([start], np.int64), np.zeros(0, np.int64)
             end = position
@@ -207,53 +199,28 @@ def _newlines(buffer, size):
     return np.array(found, np.int64)
 
 
-def _crc(file):
-    crc = 0
-    while True:
-        block = file.read(1 << 20)
-        if not block:
-            return crc
-        crc = zlib.crc32(block, crc)
-
-
-NAME = ".glm32k_cache"
-
-
-def cache_folder(data_file, configured=None):
+def cache_folder(data_file: str | os.PathLike, configured: str | os.PathLike | None = None) -> Path:
     """The folder for what is derived from a data file; it is made when it is not there.
 
-    Args:
-        data_file (str | os.PathLike): the data file.
-        configured (str | os.PathLike | None): the user's choice. By default `.glm32k_cache` beside the file where
-            that can be written, else `temporary/glm32k_cache` in MindFormers' output folder (LOCAL_DEFAULT_PATH,
-            ./output when unset).
-
-    Returns:
-        pathlib.Path: the folder. Files of data files with the same name do not collide in it: see `cache_name`.
+    By default `.glm32k_cache` beside the file where that can be written, else `temporary/glm32k_cache` in MindFormers'
+    output folder (LOCAL_DEFAULT_PATH, ./output when unset). Data files with the same name do not collide in it: see
+    `cache_name`.
     """
     beside = Path(data_file).resolve().parent
     if configured:
         folder = Path(configured)
-    elif os.access(beside / NAME if (beside / NAME).is_dir() else beside, os.W_OK):
-        folder = beside / NAME
+    elif os.access(beside / CACHE_FOLDER if (beside / CACHE_FOLDER).is_dir() else beside, os.W_OK):
+        folder = beside / CACHE_FOLDER
     else:
         folder = Path(os.environ.get("LOCAL_DEFAULT_PATH") or "output") / "temporary" / "glm32k_cache"
     folder.mkdir(parents=True, exist_ok=True)
-    if folder.name == NAME and not (folder / ".gitignore").exists():
+    if folder.name == CACHE_FOLDER and not (folder / ".gitignore").exists():
         (folder / ".gitignore").write_text("*\n", encoding="utf-8")  # nothing to commit beside the user's data
     return folder
 
 
-def cache_name(data_file, *parts):
-    """A name that stands for a data file and whatever else its content depends on.
-
-    Args:
-        data_file (str | os.PathLike): the data file.
-        *parts (str): what else.
-
-    Returns:
-        str: the file's name and ten hex digits of a digest of its path and the parts.
-    """
+def cache_name(data_file: str | os.PathLike, *parts: str) -> str:
+    """The file's name and ten hex digits that stand for its path and whatever else the content depends on."""
     path = Path(data_file).resolve()
     digest = hashlib.sha256("\0".join((str(path), *parts)).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{path.name}-{digest[:10]}"

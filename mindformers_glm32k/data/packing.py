@@ -32,6 +32,8 @@ from mindformers_glm32k.errors import InputError
 COLUMNS = ["input_ids", "labels", "input_mask", "position_ids", "document_ids"]  # the model's own order of inputs
 FIRST_WINDOW = 2  # rows; the first ones are there soon
 _HELD_BACK = 8  # the emptiest of so many rows of a window waits for the next one's short documents
+_TOGETHER = 4  # documents of a stream that one call tokenizes
+_AHEAD = 2  # calls that are begun before their documents are asked for
 
 
 def first_fit(lengths, capacity, most=None):
@@ -168,10 +170,6 @@ def packed_row(documents, capacity, pad_id, equal_samples=True):
     return input_ids, labels, input_mask, position_ids, document_ids
 
 
-_TOGETHER = 4  # documents of a stream that one call tokenizes
-_AHEAD = 2  # calls that are begun before their documents are asked for
-
-
 class PackedRows:
     """Rows of several documents by number, or without an end; what `GeneratorDataset` draws from.
 
@@ -208,13 +206,15 @@ class PlannedRows(PackedRows):
 
     Args:
         plan (list[list[int]]): samples of each row.
+        lengths (np.ndarray): tokens of each sample, as they were planned.
         others: as PackedRows.
     """
 
-    def __init__(self, plan, *others):
+    def __init__(self, plan, lengths, *others):
         super().__init__(*others)
         self._samples = np.fromiter(itertools.chain.from_iterable(plan), np.int64)
         self._ends = np.cumsum([len(row) for row in plan])
+        self._lengths = lengths
 
     def __len__(self):
         return len(self._ends)
@@ -222,7 +222,15 @@ class PlannedRows(PackedRows):
     def documents(self, place):
         start = int(self._ends[place - 1]) if place else 0
         samples = self._samples[start : int(self._ends[place])].tolist()
-        return samples, [self.tokens[sample] for sample in samples]
+        rows = [self.tokens[sample] for sample in samples]
+        for sample, row in zip(samples, rows):
+            if len(row.input_ids) != self._lengths[sample]:
+                raise InputError(
+                    f"{self.tokens.samples.place(sample)}: {len(row.input_ids)} tokens, and {self._lengths[sample]} "
+                    "when rows were planned; has the file changed? Start again, with the lengths in .glm32k_cache "
+                    "removed if they are damaged"
+                )
+        return samples, rows
 
 
 class StreamedRows(PackedRows):
@@ -230,7 +238,7 @@ class StreamedRows(PackedRows):
 
     In pass p rank r of n has the places r, r + n, r + 2n, … of the order that seed and p make: each document is in one
     row of one rank, once in each pass. Rows are asked for by place, from 0 on; going back begins anew. When a resumed
-    run skips rows, the documents in them are looked up in the token cache or, without one, tokenized again.
+    run skips rows, the documents in them are tokenized again.
 
     Args:
         window (int): the documents of so many full rows are packed together.
@@ -259,8 +267,7 @@ class StreamedRows(PackedRows):
                 next(self._rows)
                 self._next += 1
             self._next += 1
-            samples, rows = next(self._rows)
-        return samples, [self.tokens[sample] if row is None else row for sample, row in zip(samples, rows)]
+            return next(self._rows)
 
     def _stream(self):
         for number in itertools.count():
@@ -274,55 +281,37 @@ class StreamedRows(PackedRows):
                 raise InputError("packing: every sample was left out by the truncation; see the log")
 
     def _documents(self, order, held):
-        """(sample, tokens) in order. Rows that a cache has are not kept in memory meanwhile."""
-        cache = self.tokens.cache
-
-        def look_up(samples):
-            lengths = cache.lengths_of(samples) if cache else np.full(len(samples), -1)
-            found = []
-            for sample, length in zip(samples.tolist(), lengths.tolist()):
-                row = self.tokens[sample] if length < 0 else None
-                found.append((sample, length if row is None else len(row.input_ids), None if cache else row))
-            return found
-
+        """(sample, tokens) in order, for `pack`; what it waits with lies in `held`."""
         mine = order[self._shard_id :: self._num_shards]
-        parts = (mine[at : at + _TOGETHER] for at in range(0, len(mine), _TOGETHER))
-        for found in in_order(look_up, parts, self._threads, ahead=_AHEAD):
-            for sample, length, row in found:
-                if length:
+        parts = (mine[at : at + _TOGETHER].tolist() for at in range(0, len(mine), _TOGETHER))
+        for found in in_order(
+            lambda samples: [(sample, self.tokens[sample]) for sample in samples], parts, self._threads, ahead=_AHEAD
+        ):
+            for sample, row in found:
+                if len(row.input_ids):
                     held[sample] = row
                 else:
-                    self._cuts.add(sample, self.tokens[sample].tokens_before, 0)
-                yield sample, length
+                    self._cuts.add(sample, row.tokens_before, 0)
+                yield sample, len(row.input_ids)
 
 
-def plan_rows(tokens, capacity, window, order, batch, threads, most=None):
-    """Packs all documents, for which all lengths are needed.
+def plan_rows(lengths, capacity, window, order, batch, most=None):
+    """Packs all documents of an epoch.
 
     Args:
-        tokens (TokenizedSamples): the documents.
+        lengths (np.ndarray): tokens of each sample, 0 where it is left out.
         capacity (int): tokens of a row.
         window (int): the documents of so many full rows are packed together.
         order (dict): shuffle, seed, num_shards, shard_id.
         batch (int): rows of a batch of one rank; the number of rows is made a multiple of those of all ranks.
-        threads (int): that tokenize.
         most (int | None): documents of a row; None: as many as it has room for.
 
     Returns:
-        tuple[list[list[int]], np.ndarray]: samples of each row; tokens of each sample, 0 where it is left out.
+        list[list[int]]: samples of each row.
     """
-    shards = order["num_shards"]
-    lengths = tokens.all_lengths(threads, start=len(tokens) * order["shard_id"] // shards)
-    samples = sample_order(len(tokens), order["shuffle"], order["seed"], 0)
-    rows = list(
-        pack(
-            zip(samples.tolist(), lengths[samples].tolist()),
-            capacity,
-            window,
-            order["seed"] if order["shuffle"] else None,
-            most,
-        )
-    )
+    samples = sample_order(len(lengths), order["shuffle"], order["seed"], 0)
+    documents = zip(samples.tolist(), lengths[samples].tolist())
+    rows = list(pack(documents, capacity, window, order["seed"] if order["shuffle"] else None, most))
     if not rows:
         raise InputError("packing: every sample was left out by the truncation; see the log")
-    return split_to_multiple(rows, batch * shards), lengths
+    return split_to_multiple(rows, batch * order["num_shards"])

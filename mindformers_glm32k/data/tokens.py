@@ -1,24 +1,28 @@
-"""Samples as rows of tokens: from the token cache where they are in it, else tokenized, in several threads."""
+"""Samples as tokens, by number; and how many each has, which is kept on disk from run to run."""
 
+from __future__ import annotations
+
+import glob
 import hashlib
 import json
 import os
 import threading
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from mindformers_glm32k.data.line_index import cache_folder
-from mindformers_glm32k.data.token_cache import TokenCache, remove_outdated
+from mindformers_glm32k.data.encode import Row, RowBuilder
+from mindformers_glm32k.data.line_index import cache_folder, cache_name
+from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
 
-CACHED_FROM = 8 << 20  # bytes of data; less is tokenized in a few seconds
+KEPT_FROM = 8 << 20  # bytes of data; the lengths of less are counted in a few seconds
 _CHUNK = 64  # samples between two looks at what other ranks have done
-_EDGE = 1 << 16  # bytes at a file's beginning and end that belong to its identity
-# What decides, beside data and options, which tokens a sample has: another version of it has another cache.
+# What decides, beside data and options, how many tokens a sample has: with another version all are counted again.
 _CODE = (
     "tokenizer/chat_format.py",
     "tokenizer/vocabulary.py",
@@ -29,79 +33,165 @@ _CODE = (
     "data/sources.py",
     "data/truncation.py",
 )
+# Keys of the data_loader section on which tokens do not depend.
+_WITHOUT_EFFECT = frozenset(
+    "dataset_dir shuffle seed num_shards shard_id column_names phase version num_parallel_workers "
+    "python_multiprocessing cache_dir prompt_config_file".split()
+)
 
 
 class TokenizedSamples:
-    """Unpadded rows by the sample's number.
+    """Unpadded rows by the sample's number; InputError, with file and line, where none can be made.
 
-    Args:
-        samples (SampleSource): the samples.
-        builder (RowBuilder): makes rows of them.
-        tokenizer (GLM32KTokenizer): the builder's.
-        cache (TokenCache | None): where rows are kept.
+    Attributes:
+        samples: the samples.
+        tokenizer: the builder's GLM32KTokenizer.
     """
 
-    def __init__(self, samples, builder, tokenizer, cache=None):
-        self.samples, self._builder, self.tokenizer, self.cache = samples, builder, tokenizer, cache
+    def __init__(self, samples: SampleSource, builder: RowBuilder, tokenizer):
+        self.samples, self._builder, self.tokenizer = samples, builder, tokenizer
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, sample):
-        """Row of a sample, without padding; InputError, with the place, where none can be made."""
-        row = self.cache.get(sample) if self.cache else None
-        if row is None:
-            try:
-                row = self._builder.tokens(self.samples[sample])
-            except InputError as error:
-                place = self.samples.place(sample)
-                raise (
-                    error if str(error).startswith(place.partition(",")[0]) else InputError(f"{place}: {error}")
-                ) from error
-            if self.cache:
-                self.cache.put(sample, row)
-        return row
-
-    def all_lengths(self, threads, start=0):
-        """Tokens of every sample's row; what is not in the cache is tokenized, with a progress bar.
-
-        Args:
-            threads (int): that tokenize at once.
-            start (int): the sample to begin with. Ranks that begin at different ones share the work through the cache.
-
-        Returns:
-            np.ndarray: int32 (len(self),).
-        """
-        lengths = self.cache.lengths() if self.cache else np.full(len(self), -1, np.int32)
-        missing = np.flatnonzero(lengths < 0)
-        missing = np.roll(missing, -int(np.searchsorted(missing, start)))
-        with (
-            ThreadPoolExecutor(threads) as pool,
-            tqdm(
-                total=len(missing),
-                unit="row",
-                desc="lengths for packing",
-                disable=None if len(missing) > 1000 else True,
-            ) as progress,
-        ):
-            for chunk in (missing[at : at + _CHUNK * threads] for at in range(0, len(missing), _CHUNK * threads)):
-                known = self.cache.lengths_of(chunk) if self.cache else np.full(len(chunk), -1, np.int32)
-                lengths[chunk] = known
-                rest = chunk[known < 0]
-                lengths[rest] = list(pool.map(lambda sample: len(self[int(sample)].input_ids), rest))
-                progress.update(len(chunk))
-        return lengths
+    def __getitem__(self, sample: int) -> Row:
+        try:
+            return self._builder.tokens(self.samples[sample])
+        except InputError as error:
+            place = self.samples.place(sample)
+            if str(error).startswith(place.partition(",")[0]):
+                raise
+            raise InputError(f"{place}: {error}") from error
 
 
-def in_order(function, items, threads, ahead):
-    """Yields function(item) of each item, in order; some that come next are computed meanwhile.
+def all_lengths(tokens: TokenizedSamples, threads: int, start: int = 0, kept: np.ndarray | None = None) -> np.ndarray:
+    """Tokens of every sample's row, int32 (samples,); 0 where the truncation leaves it out.
 
     Args:
-        function (Callable): called in a thread.
-        items (Iterable): what it is called with.
-        threads (int): threads.
-        ahead (int): calls that are begun before they are asked for, at most.
+        tokens: the samples; those that `kept` does not have are tokenized, with a progress bar.
+        threads: that tokenize at once.
+        start: the sample to begin with. Ranks that begin at different ones share the work through `kept`.
+        kept: what `kept_lengths` returns.
     """
+    if kept is None:
+        kept = np.zeros(len(tokens), np.int32)
+    missing = np.flatnonzero(kept == 0)
+    missing = np.roll(missing, -int(np.searchsorted(missing, start)))
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(
+            total=len(missing), unit="sample", desc="lengths for packing", disable=None if len(missing) > 1000 else True
+        ) as progress,
+    ):
+        for chunk in (missing[at : at + _CHUNK * threads] for at in range(0, len(missing), _CHUNK * threads)):
+            rest = chunk[kept[chunk] == 0]  # another rank may have been here
+            kept[rest] = [1 + length for length in pool.map(lambda sample: len(tokens[int(sample)].input_ids), rest)]
+            progress.update(len(chunk))
+    return np.array(kept) - 1
+
+
+def kept_lengths(
+    samples: SampleSource,
+    tokenizer,
+    settings: dict,
+    section: dict | None,
+    configured: bool | None,
+    cache_dir: str | os.PathLike | None,
+    log,
+) -> np.ndarray | None:
+    """The file of a data set's lengths, mapped for reading and writing; None where none is kept.
+
+    It is an array in NumPy's format, int32 (samples,): 0, or the sample's tokens + 1. Each entry is right or 0 at any
+    time, so any number of processes may read and write it, and one that is interrupted leaves what it has counted.
+    Its name depends on all that the lengths do; that of another state of the same data is removed.
+
+    Args:
+        samples: the samples.
+        tokenizer: the GLM32KTokenizer that makes tokens of them.
+        settings: JSON-able; how rows are made of the samples, with `row_length`.
+        section: the data_loader section, for the options that decide what a sample is; None where there is only a
+            finished loader, whose options are not known: then nothing is kept.
+        configured: whether to keep lengths; None: from KEPT_FROM bytes of data on.
+        cache_dir: see `cache_folder`.
+        log: has info and warning(format, …).
+    """
+    paths = [Path(path).resolve() for path, _, _ in samples.files()]
+    states = [os.stat(path) for path in paths]
+    if configured is False or section is None:
+        return None
+    if configured is None and sum(state.st_size for state in states) < KEPT_FROM:
+        return None
+    prompts = section.get("prompt_config_file")
+    key = {
+        "files": [str(path) for path in paths],
+        "samples": len(samples),
+        "settings": settings,
+        "data_loader": {name: section[name] for name in sorted(section) if name not in _WITHOUT_EFFECT},
+        "prompts": _digest(Path(prompts).read_bytes()) if prompts else None,
+        "vocabulary": _digest(tokenizer.vocabulary.model.serialized_model_proto()),
+        "code": _code(),
+    }
+    state = json.dumps([(found.st_size, found.st_mtime_ns) for found in states])
+    prefix = cache_name(paths[0], json.dumps(key, sort_keys=True, default=str))
+    try:
+        path = cache_folder(paths[0], cache_dir) / f"{prefix}-{_digest(state.encode())[:10]}.lengths.npy"
+        for old in set(path.parent.glob(f"{glob.escape(prefix)}-*.lengths.npy")) - {path}:
+            old.unlink(missing_ok=True)
+            log.info("removed %s: its data has changed", old)
+        kept = _mapped(path, len(samples), settings["row_length"])
+        if kept is None:
+            _make(path, len(samples))
+            kept = _mapped(path, len(samples), settings["row_length"])
+    except OSError as error:
+        log.warning("lengths of the samples are not kept: %s", error)
+        return None
+    if kept is not None:
+        log.info("lengths of the samples are kept in %s; set cache_tokens: False to keep none", path)
+    return kept
+
+
+def _mapped(path, size, longest):
+    """The array; None where there is none or a damaged one, which is removed."""
+    try:
+        kept = np.load(path, mmap_mode="r+")
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError):
+        kept = None
+    if (
+        kept is None
+        or kept.shape != (size,)
+        or kept.dtype != np.int32
+        or not 0 <= kept.min() <= kept.max() <= longest + 1
+    ):
+        path.unlink(missing_ok=True)
+        return None
+    return kept
+
+
+def _make(path, size):
+    """Writes zeros, whole: then a full disk is noticed here and not in the mapped memory."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.npy")
+    try:
+        np.save(draft, np.zeros(size, np.int32))
+        os.link(draft, path)  # unlike a rename, it leaves alone what another process has made meanwhile
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _code():
+    package = Path(__file__).resolve().parents[1]
+    return _digest(b"\0".join((package / name).read_bytes() for name in _CODE))
+
+
+def _digest(content):
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def in_order(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
+    """Yields function(item) of each item, in order; at most `ahead` that come next are computed meanwhile, in threads."""
 
     def call(item):
         if not threading.main_thread().is_alive():
@@ -120,83 +210,3 @@ def in_order(function, items, threads, ahead):
         # The threads are not waited for. A generator that is left behind is closed by the garbage collector, which may
         # run in any thread, also where that holds threading's own locks: waiting there is for ever.
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def token_cache(samples, tokenizer, settings, section, configured, cache_dir, log):
-    """The token cache of a data set.
-
-    Args:
-        samples (SampleSource): the samples.
-        tokenizer (GLM32KTokenizer): makes tokens of them.
-        settings (dict): JSON-able; how rows are made of the samples.
-        section (dict | None): the data_loader section, for the options that decide what a sample is; None where
-            there is only a finished loader, whose options are not known: then nothing is cached.
-        configured (bool | None): whether to cache; None: from CACHED_FROM bytes of data on.
-        cache_dir (str | os.PathLike | None): see `cache_folder`.
-        log: has info and warning(format, …).
-
-    Returns:
-        TokenCache | None
-    """
-    paths = [Path(path).resolve() for path, _, _ in samples.files()]
-    states = [os.stat(path) for path in paths]
-    if configured is False or section is None:
-        return None
-    if configured is None and sum(state.st_size for state in states) < CACHED_FROM:
-        return None
-    options = {name: section[name] for name in sorted(section) if name not in _WITHOUT_EFFECT}
-    files = [[str(path), state.st_size, state.st_mtime_ns] for path, state in zip(paths, states)]
-    prompts = section.get("prompt_config_file")
-    key = {
-        "files": files,
-        "edges": [_edges(path) for path in paths],
-        "settings": settings,
-        "data_loader": json.loads(json.dumps(options, default=str)),
-        "prompts": _digest(Path(prompts).read_bytes()) if prompts else None,
-        "vocabulary": _digest(tokenizer.vocabulary.model.serialized_model_proto()),
-        "code": _code(),
-    }
-    try:
-        folder = cache_folder(paths[0], cache_dir)
-        for name in remove_outdated(folder):
-            log.info("removed %s/%s: its data has changed", folder, name)
-        cache = TokenCache(folder, paths[0].name, key, len(samples), tokenizer.vocab_size, log)
-    except OSError as error:
-        log.warning("tokens are not cached: %s", error)
-        return None
-    log.info("tokens are kept in %s; set cache_tokens: False to keep none", cache.folder)
-    return cache
-
-
-# keys of the data_loader section on which tokens do not depend
-_WITHOUT_EFFECT = (
-    "dataset_dir",
-    "shuffle",
-    "seed",
-    "num_shards",
-    "shard_id",
-    "column_names",
-    "phase",
-    "version",
-    "num_parallel_workers",
-    "python_multiprocessing",
-    "cache_dir",
-    "prompt_config_file",
-)
-
-
-def _edges(path):
-    """str: digest of a file's first and last bytes; its size and time are in the key, too."""
-    with open(path, "rb") as file:
-        head = file.read(_EDGE)
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _EDGE))
-        return _digest(head + file.read(_EDGE))
-
-
-def _code():
-    package = Path(__file__).resolve().parents[1]
-    return _digest(b"\0".join((package / name).read_bytes() for name in _CODE))
-
-
-def _digest(content):
-    return hashlib.sha256(content).hexdigest()[:32]

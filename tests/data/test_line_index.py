@@ -110,10 +110,12 @@ def test_a_changed_file_is_indexed_anew(data):
         lambda raw: raw[:20],
         lambda raw: b"",
         lambda raw: raw[:100] + bytes([raw[100] ^ 1]) + raw[101:],
+        lambda raw: raw[:300] + bytes([raw[300] ^ 1]) + raw[301:],
+        lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
         lambda raw: b"X" + raw[1:],
         lambda raw: raw + b"\0" * 8,
     ],
-    ids=["shorter", "half a header", "empty", "one bit", "no index", "longer"],
+    ids=["shorter", "half a header", "empty", "one bit of the header", "one bit", "the last bit", "no index", "longer"],
 )
 def test_a_damaged_index_is_rebuilt(data, damage):
     good = LineIndex(data, stored_from=0)

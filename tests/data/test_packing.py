@@ -159,8 +159,6 @@ TOKENS_A_ROW = 40
 class Tokens:
     """Samples whose first token is their number."""
 
-    cache = None
-
     def __init__(self, lengths):
         self._lengths = lengths
         self.asked = []
@@ -172,10 +170,6 @@ class Tokens:
         self.asked.append(sample)
         ids = np.full(self._lengths[sample], sample, np.int32)
         return SimpleNamespace(input_ids=ids, labels=ids, tokens_before=len(ids) or 99, tokens_after=len(ids))
-
-    def all_lengths(self, threads, start=0):
-        assert threads and 0 <= start < len(self)
-        return np.array(self._lengths)
 
 
 class Counter:
@@ -217,11 +211,11 @@ def samples_in(rows, places):
 
 def test_a_plan_has_every_sample_once_and_a_multiple_of_rows(lengths):
     order = {"shuffle": True, "seed": 1, "num_shards": 2, "shard_id": 1}
-    plan, found = plan_rows(Tokens(lengths), TOKENS_A_ROW, 4, order, 4, 2)
-    assert found.tolist() == lengths and len(plan) % 8 == 0
+    plan = plan_rows(np.array(lengths), TOKENS_A_ROW, 4, order, 4)
+    assert len(plan) % 8 == 0
     assert sorted(sample for row in plan for sample in row) == list(range(100))
     cuts, padding = Counter(), Counter()
-    rows = PlannedRows(plan, Tokens(lengths), TOKENS_A_ROW, 0, True, cuts, padding)
+    rows = PlannedRows(plan, np.array(lengths), Tokens(lengths), TOKENS_A_ROW, 0, True, cuts, padding)
     assert len(rows) == len(plan) and samples_in(rows, range(len(plan))) == plan
     ids, _, _, _, document_ids = rows[3]
     assert [int(ids[document_ids == place][0]) for place in range(len(plan[3]))] == plan[3]
@@ -229,10 +223,21 @@ def test_a_plan_has_every_sample_once_and_a_multiple_of_rows(lengths):
     assert padding.calls == [(1, sum(lengths[sample] for sample in plan[3]), TOKENS_A_ROW)]
 
 
+def test_other_lengths_than_were_planned_are_an_error(lengths):
+    tokens = Tokens(lengths)
+    tokens.samples = SimpleNamespace(place=lambda sample: f"data.jsonl, line {sample + 1}")
+    planned = np.array(lengths)
+    planned[7] -= 1
+    rows = PlannedRows([[3, 5], [6, 7]], planned, tokens, TOKENS_A_ROW, 0, True, Counter(), Counter())
+    assert rows.documents(0)[0] == [3, 5]
+    with pytest.raises(InputError, match=f"data.jsonl, line 8: {lengths[7]} tokens, and {lengths[7] - 1} when"):
+        rows.documents(1)
+
+
 def test_nothing_to_pack_is_said():
     order = {"shuffle": False, "seed": 0, "num_shards": 1, "shard_id": 0}
     with pytest.raises(InputError, match="every sample was left out"):
-        plan_rows(Tokens([0, 0]), TOKENS_A_ROW, 4, order, 1, 1)
+        plan_rows(np.array([0, 0]), TOKENS_A_ROW, 4, order, 1)
     with pytest.raises(InputError, match="every sample was left out"):
         stream(Tokens([0, 0])).documents(0)
 
@@ -301,5 +306,5 @@ def test_a_limit_of_documents_holds_in_both_ways(lengths):
     rows = stream(tokens, most=2)
     assert max(len(rows.documents(place)[0]) for place in range(60)) == 2
     order = {"shuffle": True, "seed": 0, "shard_id": 0, "num_shards": 1}
-    plan, _ = plan_rows(tokens, TOKENS_A_ROW, 3, order, 1, 1, most=2)
+    plan = plan_rows(np.array(lengths), TOKENS_A_ROW, 3, order, 1, most=2)
     assert max(map(len, plan)) == 2 and sorted(sample for row in plan for sample in row) == list(range(100))

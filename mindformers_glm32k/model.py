@@ -27,6 +27,7 @@ from mindformers_glm32k.kernels.cpu.tiled_layers import LoopedTransformer, can_l
 from mindformers_glm32k.kernels.loss import ChunkedLoss
 from mindformers_glm32k.kernels.mask import MASKED, differs, hides
 from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
+from mindformers_glm32k.parallel import data_parallel_devices
 
 
 class GLM32KModel(GLM2PreTrainedModel):
@@ -264,7 +265,7 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         self.transformer.output_layer.recompute()  # see ChunkedLoss: keeps the chunks' weight gradients apart
         self.per_token = getattr(config, "calculate_per_token_loss", False)
         self.weights_are_shares = False  # set by a train-step cell that has divided them by the step's total
-        self.devices = compat.data_parallel_devices()
+        self.devices = data_parallel_devices()
         if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
 

@@ -1,308 +1,405 @@
-"""Refuses layouts that cannot work before anything is compiled, naming the YAML's keys.
+"""How a run is cut over NPUs: the layout that a configuration asks for, and what cannot work about it.
 
-MindSpore finds most of these after a minute of compiling, in words of its own, and some not at all.
+MindSpore finds most of such mistakes after a minute of compiling, in words of its own, and some not at all.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mindformers_glm32k.checks import is_int
 from mindformers_glm32k.errors import InputError
 
 FLASH_ATTENTION_STEP = 16  # the kernel works on blocks of 16 positions
 MOST_SEQUENCES = 1024  # that one call of its variable-length form takes (mindspore.ops.flash_attention_score, "TND")
-DOCUMENTS_PER_ROW = 127  # default of model_config.documents_per_row; with padding 128 places, eight rows a device
-_SEMI_AUTO = (1, 2, "semi_auto_parallel", "auto_parallel")  # of parallel.parallel_mode: one program is cut
-_AXES = ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage")
+DOCUMENTS_PER_ROW = 127  # default of model_config.documents_per_row; with padding 128, eight sequences a device
+AXES = ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage")
+_ONE_PROGRAM = (1, 2, "semi_auto_parallel", "auto_parallel")  # of parallel.parallel_mode
+_SHORTEST_RUN = 1024  # positions
 
 
-def check_layout(config, devices=None):
+def one_program(config: Mapping | None = None) -> bool:
+    """Whether the compiler cuts one program, which has the whole batch, over all devices (semi-automatic and automatic
+    parallel); in data parallel each process has a program and a batch of its own.
+
+    Args:
+        config: a run's configuration; by default it is MindSpore's context of this process that answers.
+    """
+    if config is not None:
+        return (config.get("parallel") or {}).get("parallel_mode") in _ONE_PROGRAM
+    from mindspore import get_auto_parallel_context
+
+    return get_auto_parallel_context("parallel_mode") in _ONE_PROGRAM
+
+
+def data_parallel_devices() -> int:
+    """Devices that average their gradients after the step; 1 where one program has the whole batch."""
+    from mindspore.communication import get_group_size
+    from mindspore.context import ParallelMode, get_auto_parallel_context
+
+    return get_group_size() if get_auto_parallel_context("parallel_mode") == ParallelMode.DATA_PARALLEL else 1
+
+
+def pipeline_stages() -> int:
+    """Pipeline stages of this process's context; 1 without a pipeline."""
+    from mindspore import get_auto_parallel_context
+
+    return get_auto_parallel_context("pipeline_stages") or 1
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes along each axis; data_parallel x context_parallel x model_parallel x stages NPUs.
+
+    Attributes:
+        micro_batches: per step, of a pipeline; 1 without one.
+        global_batch_size: sequences of seq_length tokens that a step reads over all devices.
+        widths: sizes of the model's other axes: hidden, MLP, vocabulary, on a device too.
+    """
+
+    data_parallel: int
+    model_parallel: int
+    context_parallel: int
+    stages: int
+    micro_batches: int
+    global_batch_size: int
+    seq_length: int
+    layers: int
+    widths: tuple[int, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> ParallelLayout:
+        """The layout that a merged configuration asks for; one device where `use_parallel` is off."""
+        parallel = config.get("parallel_config") or {}
+        model = config["model"]["model_config"]
+        runner = config.get("runner_config") or {}
+        dp, mp, cp, pp = (_count(parallel, name) if config.get("use_parallel") else 1 for name in AXES)
+        micro_batches = _count(parallel, "micro_batch_num") if pp > 1 else 1
+        batch = _count(runner, "batch_size") * dp * micro_batches * _count(runner, "gradient_accumulation_steps")
+        batch *= _count(config, "micro_batch_interleave_num")
+        widths = [int(model[name]) for name in ("hidden_size", "ffn_hidden_size", "padded_vocab_size")]
+        heads = int(model["num_attention_heads"]) + 2 * int(model["multi_query_group_num"])
+        widths += [2 * widths[1], heads * int(model["kv_channels"])]
+        widths += [width // mp for width in widths]
+        seq_length, layers = int(model["seq_length"]), int(model["num_layers"])
+        return cls(dp, mp, cp, pp, micro_batches, batch, seq_length, layers, tuple(widths))
+
+    @property
+    def world(self) -> int:
+        """Number of NPUs."""
+        return self.data_parallel * self.model_parallel * self.context_parallel * self.stages
+
+    def stage_of(self, rank: int) -> int:
+        """Ranks are dealt to stages in blocks."""
+        return rank // (self.world // self.stages)
+
+    def ranks_of(self, stage: int) -> range:
+        """The ranks of a stage."""
+        size = self.world // self.stages
+        return range(stage * size, (stage + 1) * size)
+
+    def on_one_device(self) -> ParallelLayout:
+        """The same batch and model, cut over nothing."""
+        return replace(self, data_parallel=1, model_parallel=1, context_parallel=1, stages=1, micro_batches=1)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Sizes that an axis of positions has on a device; short runs of context parallel ranks are left out, for other
+        axes have such sizes too and no memory problem hides there."""
+        run = self.seq_length // self.context_parallel
+        return (self.seq_length, run) if run >= _SHORTEST_RUN else (self.seq_length,)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all devices."""
+        return self.global_batch_size * self.seq_length
+
+    def describe(self) -> str:
+        """ "dp 2 x pp 4, 16 micro batches", …"""
+        sizes = {"dp": self.data_parallel, "mp": self.model_parallel, "cp": self.context_parallel, "pp": self.stages}
+        text = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
+        return text + (f", {self.micro_batches} micro batches" if self.stages > 1 else "")
+
+
+def layers_per_stage(config: Mapping) -> list[list[int]]:
+    """How upstream deals layers to stages: as many to each, plus `model_config.offset`.
+
+    Returns:
+        for each part of an interleaved pipeline (usually one), the layers of each stage.
+
+    Raises:
+        InputError: the offset has another shape than the stages.
+    """
+    run = _Run(config)
+    each = run.layers // (run.pipeline_stage * run.interleave)
+    offset = run.model.get("offset") or 0
+    nested = isinstance(offset, (list, tuple)) and offset and isinstance(offset[0], (list, tuple))
+    parts = [
+        list(part) if isinstance(part, (list, tuple)) else [part] * run.pipeline_stage
+        for part in (offset if nested else [offset])
+    ]
+    if len(parts) == 1:
+        parts *= run.interleave
+    if len(parts) != run.interleave or any(len(part) != run.pipeline_stage for part in parts):
+        raise InputError(
+            f"model_config.offset={offset}: one number per stage is needed, "
+            f"parallel_config.pipeline_stage is {run.pipeline_stage}"
+        )
+    return [[each + int(more) for more in part] for part in parts]
+
+
+def check_layout(config: Mapping, devices: int | None = None) -> None:
     """Checks sizes against the layout that they are cut into.
 
     Args:
-        config (dict): merged configuration, a MindFormerConfig too.
-        devices (int | None): NPUs of the run, where known.
+        config: merged configuration.
+        devices: NPUs of the run, where known.
 
     Raises:
         InputError: one message with all that does not fit, each with its key.
     """
-    found = problems(config, devices)
+    found = layout_problems(config, devices)
     if found:
         raise InputError("this layout cannot work:\n- " + "\n- ".join(found))
 
 
-def problems(config, devices=None):
-    """What does not fit; arguments of `check_layout`.
-
-    Returns:
-        list[str]: one sentence each, the key first.
-    """
+def layout_problems(config: Mapping, devices: int | None = None) -> list[str]:
+    """What `check_layout` refuses, one sentence each, the key first."""
     parallel = (config.get("parallel_config") or {}) if config.get("use_parallel") else {}
-    counts = [(parallel, "parallel_config", name) for name in (*_AXES, "micro_batch_num")]
-    counts += [
-        (config.get("runner_config") or {}, "runner_config", name)
-        for name in ("batch_size", "gradient_accumulation_steps")
-    ]
+    runner = config.get("runner_config") or {}
+    counts = [(parallel, "parallel_config.", name) for name in (*AXES, "micro_batch_num")]
+    counts += [(runner, "runner_config.", name) for name in ("batch_size", "gradient_accumulation_steps")]
     counts.append((config, "", "micro_batch_interleave_num"))
     found = [
-        f"{section + '.' if section else ''}{name}={values[name]!r}: a whole number >= 1 is needed"
+        f"{section}{name}={values[name]!r}: a whole number >= 1 is needed"
         for values, section, name in counts
         if values.get(name) is not None and not is_int(values[name], 1)
     ]
     if found:
         return found
-    sizes = _Sizes(config, parallel)
-    for check in (_devices, _mode, _heads, _widths, _sequence, _chunks, _batch, _packing):
-        found += check(sizes, devices)
-    return found + list(_prediction(sizes) if sizes.predicts else _pipeline(sizes))
+    run = _Run(config, devices)
+    checks = [_devices, _mode, _heads, _widths, _sequence, _chunks, _batch, _packing]
+    checks.append(_prediction if run.predicts else _pipeline)
+    return [sentence for check in checks for sentence in check(run)]
 
 
-def packing_problems(config):
-    """What keeps an NPU's flash attention from packed rows.
+def packing_problems(config: Mapping) -> list[str]:
+    """What keeps an NPU's flash attention from packed sequences, one sentence each, the key first.
 
     Args:
-        config (dict): merged configuration, with packed training or evaluation data.
-
-    Returns:
-        list[str]: one sentence each, the key first.
+        config: merged configuration, with packed training or evaluation data.
     """
     model, found = config["model"]["model_config"], []
     if model.get("attention_dropout"):
         found.append(
             f"model_config.attention_dropout={model['attention_dropout']!r}: must be 0 with packing: True, flash "
-            "attention drops nothing in rows of several documents"
+            "attention drops nothing in sequences of several documents"
         )
-    rows = int((config.get("runner_config") or {}).get("batch_size") or 1)
+    sequences = _count(config.get("runner_config") or {}, "batch_size")
     documents = int(model.get("documents_per_row") or DOCUMENTS_PER_ROW)
-    if rows * (documents + 1) > MOST_SEQUENCES:
+    if sequences * (documents + 1) > MOST_SEQUENCES:
         found.append(
-            f"model_config.documents_per_row={documents}: runner_config.batch_size={rows} rows of a device with "
-            f"so many documents each and padding are more than the {MOST_SEQUENCES} sequences that flash "
-            f"attention takes at once; {MOST_SEQUENCES // rows - 1} is the most"
+            f"model_config.documents_per_row={documents}: runner_config.batch_size={sequences} sequences of a device, "
+            f"each with so many documents and padding, are more than the {MOST_SEQUENCES} that flash attention takes "
+            f"at once; {MOST_SEQUENCES // sequences - 1} is the most"
         )
     return found
 
 
-def layers_per_stage(config):
-    """How upstream deals layers to stages: as many to each, plus `model_config.offset`.
+def _count(section: Mapping, name: str) -> int:
+    return int(section.get(name) or 1)
 
-    Args:
-        config (dict): merged configuration.
 
-    Returns:
-        list[list[int]]: per part of an interleaved pipeline (usually one), layers of each stage.
+class _Run:
+    """The sizes that the checks compare, with upstream's defaults."""
 
-    Raises:
-        InputError: the offset has another shape than the stages.
-    """
-    parallel = (config.get("parallel_config") or {}) if config.get("use_parallel") else {}
-    sizes = _Sizes(config, parallel)
-    each = sizes.layers // (sizes.pipeline_stage * sizes.interleave)
-    offset = sizes.model.get("offset") or 0
-    rows = offset if isinstance(offset, (list, tuple)) and offset and isinstance(offset[0], (list, tuple)) else [offset]
-    rows = [list(row) if isinstance(row, (list, tuple)) else [row] * sizes.pipeline_stage for row in rows]
-    if len(rows) == 1:
-        rows = rows * sizes.interleave
-    if len(rows) != sizes.interleave or any(len(row) != sizes.pipeline_stage for row in rows):
-        raise InputError(
-            f"model_config.offset={offset}: one number per stage is needed, "
-            f"parallel_config.pipeline_stage is {sizes.pipeline_stage}"
+    def __init__(self, config: Mapping, devices: int | None = None):
+        self.config, self.devices = config, devices
+        self.parallel: Mapping[str, Any] = (config.get("parallel_config") or {}) if config.get("use_parallel") else {}
+        self.model: Mapping[str, Any] = config["model"]["model_config"]
+        self.data_parallel, self.model_parallel, self.context_parallel, self.pipeline_stage = (
+            _count(self.parallel, name) for name in AXES
         )
-    return [[each + int(more) for more in row] for row in rows]
-
-
-class _Sizes:
-    """The numbers that matter, with upstream's defaults."""
-
-    def __init__(self, config, parallel):
-        self.config, self.parallel = config, parallel
-        self.model = model = config["model"]["model_config"]
-        for name in _AXES:
-            setattr(self, name, int(parallel.get(name) or 1))
-        self.micro_batches = int(parallel.get("micro_batch_num") or 1)
+        self.micro_batches = _count(self.parallel, "micro_batch_num")
         self.predicts = str(config.get("run_mode", "")).startswith("predict")
-        self.layers = int(model["num_layers"])
-        self.interleave = int(model.get("pp_interleave_num") or 1) if self.pipeline_stage > 1 else 1
-        self.length = int(model["seq_length"])
-        self.heads = int(model["num_attention_heads"])
-        self.groups = int(model["multi_query_group_num"])
-        algorithm = str(parallel.get("context_parallel_algo") or "colossalai_cp")
-        # how many ranks exchange heads for positions
-        self.ulysses = (
-            self.context_parallel
-            if "ulysses" in algorithm
-            else int(parallel.get("ulysses_degree_in_cp") or 1)
-            if "hybrid" in algorithm
-            else 1
-        )
+        self.layers = int(self.model["num_layers"])
+        self.interleave = _count(self.model, "pp_interleave_num") if self.pipeline_stage > 1 else 1
+        self.length = int(self.model["seq_length"])
+        self.heads = int(self.model["num_attention_heads"])
+        self.groups = int(self.model["multi_query_group_num"])
+        algorithm = str(self.parallel.get("context_parallel_algo") or "colossalai_cp")
+        self.ulysses = 1  # ranks that exchange heads for positions
+        if "ulysses" in algorithm:
+            self.ulysses = self.context_parallel
+        elif "hybrid" in algorithm:
+            self.ulysses = _count(self.parallel, "ulysses_degree_in_cp")
 
 
-def _devices(sizes, devices):
-    product = sizes.data_parallel * sizes.model_parallel * sizes.context_parallel * sizes.pipeline_stage
-    if devices is not None and sizes.parallel and product != devices:
+def _devices(run: _Run) -> Iterator[str]:
+    product = run.data_parallel * run.model_parallel * run.context_parallel * run.pipeline_stage
+    if run.devices is None:
+        return
+    if run.parallel and product != run.devices:
+        sizes = " x ".join(f"{name} {getattr(run, name)}" for name in AXES)
+        yield f"parallel_config: {sizes} = {product} NPUs, the run has {run.devices}"
+    if not run.parallel and run.devices > 1:
+        yield f"use_parallel: false is for one NPU, the run has {run.devices}"
+
+
+def _mode(run: _Run) -> Iterator[str]:
+    mode = (run.config.get("parallel") or {}).get("parallel_mode")
+    axes = [name for name in AXES[1:] if getattr(run, name) > 1]
+    if axes and not one_program(run.config):
         yield (
-            "parallel_config: "
-            + " x ".join(f"{name} {getattr(sizes, name)}" for name in _AXES)
-            + f" = {product} NPUs, the run has {devices}"
-        )
-    if devices is not None and not sizes.parallel and devices > 1:
-        yield f"use_parallel: false is for one NPU, the run has {devices}"
-
-
-def _mode(sizes, _):
-    mode = (sizes.config.get("parallel") or {}).get("parallel_mode")
-    axes = [name for name in _AXES[1:] if getattr(sizes, name) > 1]
-    if axes and mode not in _SEMI_AUTO:
-        yield (
-            f"parallel.parallel_mode={mode!r}: parallel_config.{axes[0]}={getattr(sizes, axes[0])} needs 1 "
+            f"parallel.parallel_mode={mode!r}: parallel_config.{axes[0]}={getattr(run, axes[0])} needs 1 "
             "(semi-automatic parallel)"
         )
 
 
-def _heads(sizes, _):
-    parts, words = sizes.model_parallel, "parallel_config.model_parallel"
-    if sizes.ulysses > 1:
-        parts, words = parts * sizes.ulysses, f"{words} x context_parallel (Ulysses)"
-    if sizes.heads % parts:
-        yield f"model_config.num_attention_heads={sizes.heads}: not a multiple of {words} = {parts}"
-    small, large = sorted((sizes.groups, sizes.model_parallel))
+def _heads(run: _Run) -> Iterator[str]:
+    parts, words = run.model_parallel, "parallel_config.model_parallel"
+    if run.ulysses > 1:
+        parts, words = parts * run.ulysses, f"{words} x context_parallel (Ulysses)"
+    if run.heads % parts:
+        yield f"model_config.num_attention_heads={run.heads}: not a multiple of {words} = {parts}"
+    small, large = sorted((run.groups, run.model_parallel))
     if large % small:
         yield (
-            f"model_config.multi_query_group_num={sizes.groups}: neither a multiple nor a divisor of "
-            f"parallel_config.model_parallel={sizes.model_parallel}"
+            f"model_config.multi_query_group_num={run.groups}: neither a multiple nor a divisor of "
+            f"parallel_config.model_parallel={run.model_parallel}"
         )
-    if sizes.context_parallel % sizes.ulysses:
+    if run.context_parallel % run.ulysses:
         yield (
-            f"parallel_config.ulysses_degree_in_cp={sizes.ulysses}: does not divide "
-            f"context_parallel={sizes.context_parallel}"
+            f"parallel_config.ulysses_degree_in_cp={run.ulysses}: does not divide "
+            f"context_parallel={run.context_parallel}"
         )
 
 
-def _widths(sizes, _):
-    for name, split_by in (
-        ("padded_vocab_size", "the output layer is split over the vocabulary"),
-        ("ffn_hidden_size", "the MLP is split"),
-        ("hidden_size", "rows of weights are split"),
+def _widths(run: _Run) -> Iterator[str]:
+    for name, split in (
+        ("padded_vocab_size", "the vocabulary of the output layer"),
+        ("ffn_hidden_size", "the MLP"),
+        ("hidden_size", "the input of the projections"),
     ):
-        if sizes.model[name] % sizes.model_parallel:
+        if run.model[name] % run.model_parallel:
             yield (
-                f"model_config.{name}={sizes.model[name]}: not a multiple of parallel_config.model_parallel="
-                f"{sizes.model_parallel}, over which {split_by}"
+                f"model_config.{name}={run.model[name]}: not a multiple of parallel_config.model_parallel="
+                f"{run.model_parallel}, over which {split} is split"
             )
 
 
-def _sequence(sizes, _):
-    parts, words = sizes.context_parallel, "parallel_config.context_parallel"
-    if sizes.parallel.get("use_seq_parallel"):
-        parts, words = parts * sizes.model_parallel, f"{words} x model_parallel (use_seq_parallel)"
-    if sizes.length % parts:
-        yield f"model_config.seq_length={sizes.length}: not a multiple of {words} = {parts}"
-    if sizes.model.get("use_flash_attention", True):
-        if sizes.length % FLASH_ATTENTION_STEP:
+def _sequence(run: _Run) -> Iterator[str]:
+    parts, words = run.context_parallel, "parallel_config.context_parallel"
+    if run.parallel.get("use_seq_parallel"):
+        parts, words = parts * run.model_parallel, f"{words} x model_parallel (use_seq_parallel)"
+    if run.length % parts:
+        yield f"model_config.seq_length={run.length}: not a multiple of {words} = {parts}"
+    if run.model.get("use_flash_attention"):
+        if run.length % FLASH_ATTENTION_STEP:
             yield (
-                f"model_config.seq_length={sizes.length}: not a multiple of {FLASH_ATTENTION_STEP}, which "
+                f"model_config.seq_length={run.length}: not a multiple of {FLASH_ATTENTION_STEP}, which "
                 "use_flash_attention needs"
             )
-    elif sizes.context_parallel > 1:
-        yield f"model_config.use_flash_attention: must be true for context_parallel={sizes.context_parallel}"
+    elif run.context_parallel > 1:
+        yield f"model_config.use_flash_attention: must be true for context_parallel={run.context_parallel}"
 
 
-def _chunks(sizes, _):
-    if sizes.model.get("mlp_chunk_size") and sizes.model_parallel * sizes.context_parallel > 1:
+def _chunks(run: _Run) -> Iterator[str]:
+    if run.model.get("mlp_chunk_size") and run.model_parallel * run.context_parallel > 1:
         yield (
-            f"model_config.mlp_chunk_size={sizes.model['mlp_chunk_size']!r}: for layouts with model_parallel 1 and "
-            "context_parallel 1; the others cut these tensors already, set it to null"
+            f"model_config.mlp_chunk_size={run.model['mlp_chunk_size']!r}: for layouts with model_parallel 1 and "
+            "context_parallel 1; the others shard these tensors already, set it to null"
         )
 
 
-def _packing(sizes, _):
-    sections = ("eval_dataset",) if str(sizes.config.get("run_mode")) == "eval" else ("train_dataset",)
-    if (
-        not any((sizes.config.get(section) or {}).get("packing") for section in sections)
-        or sizes.predicts
-        or not sizes.model.get("use_flash_attention", True)
-        or sizes.model.get("cells") == "portable"
-    ):
+def _packing(run: _Run) -> Iterator[str]:
+    section = "eval_dataset" if str(run.config.get("run_mode")) == "eval" else "train_dataset"
+    flash = run.model.get("use_flash_attention") and run.model.get("cells") != "portable"
+    if run.predicts or not flash or not (run.config.get(section) or {}).get("packing"):
         return
-    yield from packing_problems(sizes.config)
-    if sizes.context_parallel > sizes.ulysses:
+    yield from packing_problems(run.config)
+    if run.context_parallel > run.ulysses:
         yield (
-            f"parallel_config.context_parallel={sizes.context_parallel} with context_parallel_algo="
-            f"{sizes.parallel.get('context_parallel_algo') or 'colossalai_cp'!r}: with packing: True each device needs "
+            f"parallel_config.context_parallel={run.context_parallel} with context_parallel_algo="
+            f"{run.parallel.get('context_parallel_algo') or 'colossalai_cp'!r}: with packing: True each device needs "
             "all positions of its heads; set context_parallel_algo: ulysses_cp with "
-            f"ulysses_degree_in_cp: {sizes.context_parallel}"
+            f"ulysses_degree_in_cp: {run.context_parallel}"
         )
 
 
-def _batch(sizes, _):
-    rows = int((sizes.config.get("runner_config") or {}).get("batch_size") or 1)
-    interleave = int(sizes.config.get("micro_batch_interleave_num") or 1)
-    if sizes.predicts:
-        rows, name = int(sizes.model.get("batch_size") or 1), "model_config.batch_size"
-        if rows % sizes.data_parallel:
-            yield f"{name}={rows}: not a multiple of parallel_config.data_parallel={sizes.data_parallel}"
+def _batch(run: _Run) -> Iterator[str]:
+    if run.predicts:
+        batch = _count(run.model, "batch_size")
+        if batch % run.data_parallel:
+            yield (
+                f"model_config.batch_size={batch}: not a multiple of parallel_config.data_parallel={run.data_parallel}"
+            )
         return
-    if interleave > 1 and sizes.context_parallel > 1:
+    interleave = _count(run.config, "micro_batch_interleave_num")
+    if interleave > 1 and run.context_parallel > 1:
         yield (
             f"micro_batch_interleave_num={interleave}: cannot go with "
-            f"parallel_config.context_parallel={sizes.context_parallel}"
+            f"parallel_config.context_parallel={run.context_parallel}"
         )
-    strategy = (sizes.config.get("parallel") or {}).get("dataset_strategy")
+    strategy = (run.config.get("parallel") or {}).get("dataset_strategy")
     if isinstance(strategy, (list, tuple)) and strategy and isinstance(strategy[0], (list, tuple)):
         parts = strategy[0][0]
-        total = rows * sizes.data_parallel * (sizes.micro_batches if sizes.pipeline_stage > 1 else 1) * interleave
-        if isinstance(parts, int) and parts != sizes.data_parallel:
+        batch = _count(run.config.get("runner_config") or {}, "batch_size") * run.data_parallel * interleave
+        batch *= run.micro_batches if run.pipeline_stage > 1 else 1
+        if is_int(parts) and parts != run.data_parallel:
             yield (
-                f"parallel.dataset_strategy={strategy}: cuts the {total} rows of a step into {parts}, "
-                f"parallel_config.data_parallel={sizes.data_parallel} asks for {sizes.data_parallel}"
+                f"parallel.dataset_strategy={strategy}: splits the {batch} sequences of a step into {parts}, "
+                f"parallel_config.data_parallel={run.data_parallel} asks for {run.data_parallel}"
             )
 
 
-def _pipeline(sizes):
-    stages = sizes.pipeline_stage
+def _pipeline(run: _Run) -> Iterator[str]:
+    stages = run.pipeline_stage
     if stages == 1:
-        return []
-    found = []
+        return
     try:
-        dealt = layers_per_stage(sizes.config)
+        dealt = layers_per_stage(run.config)
     except InputError as error:
-        found.append(str(error))
+        yield str(error)
     else:
         total = sum(map(sum, dealt))
-        if total != sizes.layers:
-            found.append(
-                f"model_config.num_layers={sizes.layers}: parallel_config.pipeline_stage={stages} stages with "
-                f"model_config.offset={sizes.model.get('offset') or 0} hold {dealt} = {total} layers; the "
-                f"offsets must add up to {sizes.layers % (stages * sizes.interleave)}"
+        if total != run.layers:
+            yield (
+                f"model_config.num_layers={run.layers}: parallel_config.pipeline_stage={stages} stages with "
+                f"model_config.offset={run.model.get('offset') or 0} hold {dealt} = {total} layers; the "
+                f"offsets must add up to {run.layers % (stages * run.interleave)}"
             )
         elif min(map(min, dealt)) < 1:
-            found.append(
-                f"model_config.num_layers={sizes.layers}: a stage of {dealt} has no layer "
+            yield (
+                f"model_config.num_layers={run.layers}: a stage of {dealt} has no layer "
                 f"(parallel_config.pipeline_stage={stages}, model_config.offset)"
             )
-    if sizes.micro_batches < stages:
-        found.append(
-            f"parallel_config.micro_batch_num={sizes.micro_batches}: fewer than pipeline_stage={stages}, "
+    if run.micro_batches < stages:
+        yield (
+            f"parallel_config.micro_batch_num={run.micro_batches}: fewer than pipeline_stage={stages}, "
             "stages would wait for ever"
         )
-    accumulate = (sizes.config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1
+    accumulate = _count(run.config.get("runner_config") or {}, "gradient_accumulation_steps")
     if accumulate > 1:
-        found.append(
+        yield (
             f"runner_config.gradient_accumulation_steps={accumulate}: without effect in a pipeline; raise "
             "parallel_config.micro_batch_num instead"
         )
-    return found
 
 
-def _prediction(sizes):
+def _prediction(run: _Run) -> Iterator[str]:
     for name in ("pipeline_stage", "context_parallel"):
-        if getattr(sizes, name) > 1 and sizes.config["run_mode"] == "predict":
-            yield f"parallel_config.{name}={getattr(sizes, name)}: must be 1 in run_mode predict"
-    mode = (sizes.config.get("parallel") or {}).get("parallel_mode")
-    if sizes.model.get("use_past") and sizes.data_parallel > 1 and mode in _SEMI_AUTO:
+        if getattr(run, name) > 1 and run.config["run_mode"] == "predict":
+            yield f"parallel_config.{name}={getattr(run, name)}: must be 1 in run_mode predict"
+    if run.model.get("use_past") and run.data_parallel > 1 and one_program(run.config):
         yield (
-            f"parallel_config.data_parallel={sizes.data_parallel}: must be 1 in run_mode predict with use_past, where all "
-            "prompts of a batch are read as one row; start a run for each part of the prompts instead"
+            f"parallel_config.data_parallel={run.data_parallel}: must be 1 in run_mode predict with use_past, where "
+            "all prompts of a batch are read as one sequence; start a run for each part of the prompts instead"
         )
-    if sizes.model.get("use_past") and sizes.groups % sizes.model_parallel:
+    if run.model.get("use_past") and run.groups % run.model_parallel:
         yield (
-            f"model_config.multi_query_group_num={sizes.groups}: not a multiple of parallel_config.model_parallel="
-            f"{sizes.model_parallel}, over which the cache (use_past) is split"
+            f"model_config.multi_query_group_num={run.groups}: not a multiple of parallel_config.model_parallel="
+            f"{run.model_parallel}, over which the cache (use_past) is split"
         )

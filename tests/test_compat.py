@@ -4,15 +4,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 from conftest import ROOT
-from mindspore import nn
 
 from mindformers_glm32k import compat
-
-
-class Wrapper(nn.Cell):
-    def __init__(self, network, name="network"):
-        super().__init__()
-        setattr(self, name, network)
 
 
 @pytest.mark.parametrize("target, ascend", [("CPU", False), ("Ascend", True), ("GPU", False)])
@@ -38,21 +31,6 @@ def test_portable_argmax():
         found = compat.portable_argmax(given)
         assert isinstance(found, ms.Tensor) and found.asnumpy().tolist() == values.argmax(-1).tolist()
     assert compat.portable_argmax(values, axis=0).asnumpy().tolist() == values.argmax(0).tolist()
-
-
-def test_innermost_network():
-    model = nn.Dense(2, 2)
-    assert compat.innermost_network(model) is model
-    assert compat.innermost_network(Wrapper(Wrapper(model, "_backbone"))) is model
-
-
-def test_micro_batches():
-    model = nn.Dense(2, 2)
-    pipeline = Wrapper(model)
-    assert compat.micro_batches(Wrapper(pipeline)) == 1
-    pipeline.micro_size = 16
-    assert compat.micro_batches(Wrapper(pipeline)) == 16
-    assert compat.micro_batches(pipeline) == 16
 
 
 def test_set_output_path(tmp_path, monkeypatch):

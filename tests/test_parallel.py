@@ -7,7 +7,7 @@ import yaml
 from dryrun.tiny import CONFIG, run_command
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.parallel import check_layout, layers_per_stage, problems
+from mindformers_glm32k.parallel import check_layout, layers_per_stage, layout_problems
 
 SHIPPED = sorted(CONFIG.parent.glob("*.yaml"))
 PREDICT = {"run_mode": "predict", "parallel_config.pipeline_stage": 1, "parallel_config.micro_batch_num": 1}
@@ -29,7 +29,7 @@ def changed(**dotted):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_layouts_pass(path):
     config = yaml.safe_load(path.read_text())
-    assert problems(copy.deepcopy(config)) == []
+    assert layout_problems(copy.deepcopy(config)) == []
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,16 @@ def test_what_does_not_fit_is_named(values, names):
 
 
 def test_the_number_of_npus_must_be_the_layouts():
-    assert problems(changed(), devices=8) == []
-    (found,) = problems(changed(), devices=16)
+    assert layout_problems(changed(), devices=8) == []
+    (found,) = layout_problems(changed(), devices=16)
     assert "data_parallel 2 x model_parallel 1 x context_parallel 1 x pipeline_stage 4 = 8 NPUs" in found
     assert "the run has 16" in found
-    (found,) = problems(changed(use_parallel=False), devices=8)
+    (found,) = layout_problems(changed(use_parallel=False), devices=8)
     assert "use_parallel" in found
 
 
 def test_without_use_parallel_the_layout_is_not_looked_at():
-    assert problems(changed(**{"use_parallel": False, "parallel_config.model_parallel": 3})) == []
+    assert layout_problems(changed(**{"use_parallel": False, "parallel_config.model_parallel": 3})) == []
 
 
 def test_layers_are_dealt_as_upstream_deals_them():
@@ -119,7 +119,9 @@ def test_layers_are_dealt_as_upstream_deals_them():
             **{"model.model_config.pp_interleave_num": 2, "model.model_config.offset": [[0, 1, 1, 1], [1, 0, 0, 0]]}
         )
     ) == [[3, 4, 4, 4], [4, 3, 3, 3]]
-    assert problems(changed(**{"parallel_config.pipeline_stage": 3, "model.model_config.offset": [1, 0, 0]})) == []
+    assert (
+        layout_problems(changed(**{"parallel_config.pipeline_stage": 3, "model.model_config.offset": [1, 0, 0]})) == []
+    )
 
 
 @pytest.mark.parametrize("command, folder", [("dryrun", "--output_dir"), ("strategy", "--output")])
@@ -145,15 +147,18 @@ def test_packed_rows_need_all_positions_of_a_row(algorithm, degree, words):
         "parallel_config.context_parallel_algo": algorithm,
         "parallel_config.ulysses_degree_in_cp": degree,
     }
-    assert problems(changed(**values)) == []
-    found = problems(changed(**values, **{"train_dataset.packing": True}))
+    assert layout_problems(changed(**values)) == []
+    found = layout_problems(changed(**values, **{"train_dataset.packing": True}))
     assert len(found) == (words is not None)
     assert all("context_parallel_algo='colossalai_cp'" in sentence and sentence.endswith(words) for sentence in found)
-    assert problems(changed(**values, **{"train_dataset.packing": True, "model.model_config.cells": "portable"})) == []
+    assert (
+        layout_problems(changed(**values, **{"train_dataset.packing": True, "model.model_config.cells": "portable"}))
+        == []
+    )
 
 
 def test_packed_rows_of_a_device_fit_into_one_call():
-    found = problems(
+    found = layout_problems(
         changed(
             **{
                 "train_dataset.packing": True,

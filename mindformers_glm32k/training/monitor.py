@@ -12,9 +12,10 @@ from mindformers.tools.utils import get_output_root_path
 from mindspore.communication import GlobalComm, get_group_size, get_rank
 from mindspore.train.callback import Callback
 
-from mindformers_glm32k import compat
 from mindformers_glm32k.checks import whole_number
 from mindformers_glm32k.files import atomic_path
+from mindformers_glm32k.parallel import one_program, pipeline_stages
+from mindformers_glm32k.training import wrappers
 
 COLUMNS = ("step", "loss", "learning_rate", "global_norm", "loss_scale", "overflow", "tokens_per_second_per_device")
 ROWS_BETWEEN_SAVES = 100
@@ -43,9 +44,9 @@ class GLM32KMonitor(Callback):
         arguments = run_context.original_args()
         devices = get_group_size() if GlobalComm.INITED else 1
         rank = get_rank() if GlobalComm.INITED else 0
-        stages = ms.get_auto_parallel_context("pipeline_stages")
+        stages = pipeline_stages()
         self.writes = rank == (devices - devices // stages if stages > 1 else 0)
-        self.micro_batches = compat.micro_batches(arguments.train_network)
+        self.micro_batches = wrappers.micro_batches(arguments.train_network)
         self.tokens_per_step = int(np.prod(arguments.train_dataset.output_shapes()[0])) / _sharers(devices)
         self.step_before = arguments.cur_step_num
         self.rows = self._rows_before(self._global_step(arguments))
@@ -138,7 +139,7 @@ class GLM32KMonitor(Callback):
 def _sharers(devices):
     """How many devices read the same rows. In data parallel each reads its own; in the semi-automatic modes all read
     the whole batch, or as the first dimension of dataset_strategy says."""
-    if not compat.one_program():
+    if not one_program():
         return 1
     strategy = ms.get_auto_parallel_context("dataset_strategy")
     if ms.get_auto_parallel_context("full_batch") or strategy == "full_batch":

@@ -13,6 +13,8 @@ from mindspore.ops import composite as C
 from mindspore.ops import operations as P
 
 from mindformers_glm32k import compat
+from mindformers_glm32k.parallel import data_parallel_devices
+from mindformers_glm32k.training import wrappers
 from mindformers_glm32k.training.cpu_step import LossAndGradients, PortableClipGradNorm, sum_of, update_in_place
 
 _count_non_finite = C.MultitypeFuncGraph("glm32k_count_non_finite")
@@ -44,9 +46,9 @@ class TokenShares(nn.Cell):
 
     def __init__(self, network, divisor):
         super().__init__(auto_prefix=False)
-        model = compat.innermost_network(network)
+        model = wrappers.innermost_network(network)
         model.weights_are_shares = True
-        self.place = compat.place_of_input(network, "input_mask", 2)
+        self.place = wrappers.index_of_input(network, "input_mask", 2)
         self.divisor = Tensor(divisor, mstype.float32)
         whole = ((1, 1), ())
         self.differs = P.NotEqual().shard(whole)
@@ -54,7 +56,7 @@ class TokenShares(nn.Cell):
         self.sum = P.ReduceSum().shard(((1, 1),))
         self.scale = P.Mul().shard(whole)
         self.smallest = Tensor(1e-6, mstype.float32)
-        self.devices = compat.data_parallel_devices()
+        self.devices = data_parallel_devices()
         self.sum_over_devices = P.AllReduce() if self.devices > 1 else None
 
     def construct(self, *inputs):
@@ -89,10 +91,10 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
 
     def __init__(self, network, optimizer, *args, **kwargs):
         super().__init__(network, optimizer, *args, **kwargs)
-        config = getattr(compat.innermost_network(network), "config", None)
+        config = getattr(wrappers.innermost_network(network), "config", None)
         self.portable = getattr(config, "use_portable_cells", not compat.on_ascend())
         self.check_each = C.HyperMap()
-        self.devices = compat.data_parallel_devices()
+        self.devices = data_parallel_devices()
         if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
         self.one = Tensor(1.0, mstype.float32)
@@ -101,7 +103,7 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
             if self.use_clip_grad:
                 self.clip_grad_norm = PortableClipGradNorm(max_norm=self.clip_grad_norm.clip_norm.asnumpy().item())
             update_in_place(self.optimizer)
-        self.copies = compat.interleaved_copies(network)
+        self.copies = wrappers.interleave_num(network)
         if self.copies > 1:
             self.token_shares = TokenShares(network, 1)
 
@@ -153,7 +155,7 @@ class GLM32KPipelineTrainOneStepCell(MFPipelineWithLossScaleCell):
 
     def __init__(self, network, optimizer, *args, **kwargs):
         super().__init__(network, optimizer, *args, **kwargs)
-        self.copies = compat.interleaved_copies(network)
+        self.copies = wrappers.interleave_num(network)
         self.shares = not self.calculate_per_token_loss  # else upstream adds up sums and counts itself
         if self.shares:
             self.token_shares = TokenShares(network, self.micro_size)

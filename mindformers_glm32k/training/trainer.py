@@ -13,10 +13,11 @@ from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.generation.prompts import ChatPromptTokenizer, read_prompts
-from mindformers_glm32k.parallel import check_layout
+from mindformers_glm32k.parallel import check_layout, one_program, pipeline_stages
 from mindformers_glm32k.preflight.checkpoint import check_checkpoint
 from mindformers_glm32k.preflight.packing import check_packing
 from mindformers_glm32k.preflight.run_config import check_config
+from mindformers_glm32k.training.wrappers import innermost_network
 from mindformers_glm32k.weights.checkpoint_to_load import checkpoint_to_load
 from mindformers_glm32k.yaml_values import normalize_values
 
@@ -133,12 +134,12 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
             step.type = "GLM32KPipelineTrainOneStepCell"
 
     def create_network(self, default_args=None):
-        if compat.pipeline_stages() == 1 and self.config.runner_config.gradient_accumulation_steps in (None, 1):
+        if pipeline_stages() == 1 and self.config.runner_config.gradient_accumulation_steps in (None, 1):
             # Behind an inlined cell the compiler no longer finds the parameters of which several devices hold copies,
             # and counts each copy in the gradient's norm. MindFormers 1.8 and 1.9 switch it off themselves.
             self.config.model.model_config.disable_lazy_inline = True
         network = super().create_network(default_args)
-        model = compat.innermost_network(network)
+        model = innermost_network(network)
         if model.config.use_past:
             # Upstream's LoRA wrapper declares its inputs' shapes as dynamic in another model's order, and so answers
             # every prompt with the graph of the first. The model inside has the adapters, too.
@@ -153,8 +154,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
 
 def _check_layout(config):
     """Sizes against the layout, where one program is cut over the devices; data parallel processes hold all of it."""
-    mode = (config.get("parallel") or {}).get("parallel_mode")
-    if not config.use_parallel or mode not in (1, 2, "semi_auto_parallel", "auto_parallel"):
+    if not config.use_parallel or not one_program(config):
         return
     parallel = config.parallel_config
     if not isinstance(parallel, dict):  # upstream's Trainer has made an object of it

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.parallel import one_program
 from mindformers_glm32k.weights.hf_config import PUBLISHED
 from mindformers_glm32k.weights.model_dims import sizes_from_config
 
@@ -41,8 +42,7 @@ def sizes_of_run(config, path):
 
 def cuts_parameters(config, layout):
     """bool: whether a run cuts its parameters; with one NPU or plain data parallelism every rank has them whole."""
-    mode = (config.get("parallel") or {}).get("parallel_mode")
-    return layout.world > 1 and mode in (1, 2, "semi_auto_parallel", "auto_parallel")
+    return layout.world > 1 and one_program(config)
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def compile_strategy(config_file, config, layout, launcher_arguments):
     Args:
         config_file (str): the YAML, for messages.
         config (dict): merged.
-        layout (dryrun.layout.Layout): of the configuration.
+        layout (ParallelLayout): of the configuration.
         launcher_arguments (list[str]): run_mindformer's.
 
     Yields:

@@ -16,9 +16,8 @@ import numpy as np
 
 from mindformers_glm32k.dryrun.compile import frontend
 from mindformers_glm32k.dryrun.compile.worker import CONFIG_FILE, NOTE, RECORD_FILE, ROWS_FILE
-from mindformers_glm32k.dryrun.layout import layout_of
 from mindformers_glm32k.errors import CommandFailed, InputError
-from mindformers_glm32k.parallel import check_layout
+from mindformers_glm32k.parallel import ParallelLayout, check_layout
 
 _ERROR = "error: "
 _WORKER = (sys.executable, "-m", "mindformers_glm32k.dryrun.compile.worker")
@@ -115,7 +114,7 @@ def read_layout(launcher_arguments, devices=None):
     with tempfile.TemporaryDirectory(prefix="glm32k_config_") as folder:
         config = read_config(launcher_arguments, Path(folder).resolve())
     check_layout(config, devices)
-    return layout_of(config), config
+    return ParallelLayout.from_config(config), config
 
 
 def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, on_done=None, jobs=1, to_execute=False):

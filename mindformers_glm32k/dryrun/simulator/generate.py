@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_glm32k.dryrun.compile.pool import read_layout
-from mindformers_glm32k.dryrun.layout import layout_of
 from mindformers_glm32k.dryrun.simulator import checkpoints, states
 from mindformers_glm32k.dryrun.simulator import scale_down as shrink
 from mindformers_glm32k.dryrun.simulator.generation import generate, is_cache
@@ -18,7 +17,7 @@ from mindformers_glm32k.dryrun.simulator.prompts import check_prompts, make_prom
 from mindformers_glm32k.dryrun.simulator.train import compile_beside_one_device, make_watch
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.overrides import set_key
-from mindformers_glm32k.parallel import check_layout
+from mindformers_glm32k.parallel import ParallelLayout, check_layout
 
 _KERNELS = "float16"  # what the kernels of prediction are compiled for where everything is computed in float32
 
@@ -145,7 +144,7 @@ def prepare(
     kernels = _KERNELS if precision == "float32" and config["model"]["model_config"].get("use_past") else None
     if precision != "config":
         arguments += shrink.precision_overrides(precision, kernels)
-    layout = layout_of(config)
+    layout = ParallelLayout.from_config(config)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as folder:
         work = Path(folder).resolve()

@@ -107,7 +107,7 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
     if precision != "config":
         arguments += shrink.precision_overrides(precision)
     layout, config = read_layout(arguments)
-    one_arguments = [*arguments, *shrink.one_device_overrides(layout.rows)]
+    one_arguments = [*arguments, *shrink.one_device_overrides(layout.global_batch_size)]
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as folder:
         work = Path(folder).resolve()
@@ -131,7 +131,7 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
         "shrunk": small.changes,
         "precision": precision,
         "rows": source,
-        "rows_per_step": layout.rows,
+        "rows_per_step": layout.global_batch_size,
         "weights": str(load_checkpoint or "random, seed 0"),
         "compile_seconds": round(compiled, 1),
         "execution_seconds": round(result.seconds, 1),

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
 
-from mindformers_glm32k import compat
+from mindformers_glm32k.parallel import one_program
 
 
 @ops.constexpr
@@ -53,7 +53,7 @@ class DocumentEnds(nn.Cell):
     def __init__(self, places, data):
         super().__init__()
         self.places = places
-        self.parts = data if compat.one_program() else 1
+        self.parts = data if one_program() else 1
         self.numbers = Tensor(np.arange(places, dtype=np.int32).reshape(1, 1, places))
         self.expand = P.ExpandDims().shard(((data, 1),))
         self.not_after = P.LessEqual().shard(((data, 1, 1), (1, 1, 1)))

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from mindformers_glm32k.dryrun.analysis.mindir import Spec
-from mindformers_glm32k.dryrun.layout import Layout
 from mindformers_glm32k.dryrun.simulator.rows import input_arrays, random_rows
+from mindformers_glm32k.parallel import ParallelLayout
 
 COLUMNS = ["input_ids", "labels", "position_ids", "document_ids", "input_mask"]
 
@@ -28,7 +28,7 @@ def rehearsed(rows):
 
 
 def test_the_whole_batch_or_a_data_parallel_part():
-    layout = Layout(2, 2, 1, 2, 4, 8, 64, 4)
+    layout = ParallelLayout(2, 2, 1, 2, 4, 8, 64, 4)
     rows = random_rows(["input_ids"], (8, 64), 1, 1024)
     np.testing.assert_array_equal(input_arrays(rehearsed(8), rows, 0, 3, layout)[0], rows["input_ids"][0])
     for rank, part in ((0, 0), (1, 0), (2, 1), (3, 1), (4, 0), (7, 1)):

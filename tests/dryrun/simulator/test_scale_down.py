@@ -5,7 +5,7 @@ import yaml
 
 from dryrun.tiny import CONFIG
 from mindformers_glm32k.dryrun.simulator import scale_down as shrink
-from mindformers_glm32k.parallel import problems
+from mindformers_glm32k.parallel import layout_problems
 
 PREDICTION = sorted(path.stem for path in CONFIG.parent.glob("predict_*.yaml") if "tiny" not in path.stem)
 TRAINING = sorted(path.stem for path in CONFIG.parent.glob("finetune_*.yaml") if "tiny" not in path.stem)
@@ -32,7 +32,7 @@ def test_every_shipped_layout_still_fits_its_small_model(name):
     config = config_of(name)
     plan = shrink.plan(config)
     small = applied(config, plan)
-    assert problems(small) == []
+    assert layout_problems(small) == []
     model = small["model"]["model_config"]
     assert shrink.weights_of(model) < 5e6 and model["seq_length"] <= 256
     assert model["hidden_size"] == model["num_attention_heads"] * model["kv_channels"]
@@ -99,7 +99,7 @@ def test_weights_are_counted():
 def test_prediction_keeps_a_cache_of_several_blocks_a_prompt(name):
     config = config_of(name, batch_size=2)
     small = applied(config, shrink.plan(config))
-    assert problems(small) == [] and shrink.predicts(small)
+    assert layout_problems(small) == [] and shrink.predicts(small)
     model = small["model"]["model_config"]
     assert shrink.weights_of(model) < 5e6
     assert 1 < model["max_new_tokens"] < model["seq_length"] <= 256

@@ -1,0 +1,54 @@
+"""What a trainer wraps round a model: micro batches, interleaved copies, LoRA, columns chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mindspore import nn
+
+
+def innermost_network(network: nn.Cell) -> nn.Cell:
+    """The model inside the cells that a trainer wraps round it: a chain of `network` and `_backbone` attributes."""
+    return list(_wrapped_cells(network))[-1]
+
+
+def micro_batches(network: nn.Cell) -> int:
+    """Micro batches whose losses a train-step cell adds up: of a pipeline, gradient accumulation, interleaved copies.
+
+    1 where the loss is that of a whole batch, or a mean over all tokens (calculate_per_token_loss).
+    """
+    cells = list(_wrapped_cells(network))
+    if any(getattr(cell, "calculate_per_token_loss", False) for cell in cells):
+        return 1
+    sizes = [cell.micro_size for cell in cells if hasattr(cell, "micro_size")]
+    return (sizes[-1] if sizes else 1) * interleave_num(network)
+
+
+def interleave_num(network: nn.Cell) -> int:
+    """Parts into which `micro_batch_interleave_num` splits each (micro) batch of a wrapped network."""
+    return next((cell.interleave_num for cell in _wrapped_cells(network) if hasattr(cell, "interleave_num")), 1)
+
+
+def index_of_input(network: nn.Cell, name: str, default: int) -> int:
+    """Which of a wrapped network's inputs goes to the model's argument `name`.
+
+    Args:
+        network: the network with whatever wraps it. Where the data set chose the order of the inputs
+            (`construct_args_key`) and has no such column, the name is added at the end.
+        name: of an argument of the model's construct.
+        default: its index where inputs go to the model's arguments in their order.
+    """
+    for cell in _wrapped_cells(network):
+        keys = getattr(cell, "construct_args_key", None)
+        if keys:
+            if name not in keys:
+                cell.construct_args_key = [*keys, name]
+            return cell.construct_args_key.index(name)
+    return default
+
+
+def _wrapped_cells(network: nn.Cell) -> Iterator[nn.Cell]:
+    """The cell, the cell that it wraps, and so on."""
+    while network is not None:
+        yield network
+        network = next((getattr(network, name) for name in ("network", "_backbone") if hasattr(network, name)), None)

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from weights import synthetic  # noqa: E402  (tests/weights)
 
-from mindformers_glm32k.commands.convert import convert_reversed  # noqa: E402
+from mindformers_glm32k.weights import convert_reversed  # noqa: E402
 
 REAL = {
     "hidden_size": 4096,
@@ -133,7 +133,7 @@ def main():
     )
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=args.work))
-    convert = [sys.executable, "-m", "mindformers_glm32k.commands.convert", "--input_path"]
+    convert = [sys.executable, "-m", "mindformers_glm32k.weights.convert", "--input_path"]
     try:
         source, output = work / "source", work / "out.ckpt"
         in_own_process(make_source, source, args.layers)

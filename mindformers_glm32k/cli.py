@@ -33,8 +33,8 @@ COMMANDS = {
         "write the parallel strategy files of all NPUs, without an NPU",
     ),
     "split": (
-        "mindformers_glm32k.weights.split",
-        "cut a whole checkpoint for every NPU of a layout and check the parts",
+        "mindformers_glm32k.commands.split",
+        "shard a whole checkpoint for every NPU of a layout and check the shards",
     ),
     "merge": (
         "mindformers_glm32k.commands.merge",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -64,3 +66,87 @@ def require_file(path: str | os.PathLike | None, what: str, hint: str) -> Path:
     if path.stat().st_size == 0:
         raise InputError(f"{what} {path}: the file is empty. {hint}")
     return path
+
+
+class Busy(InputError):
+    """Another process works on the same output."""
+
+
+def lock_file(path):
+    """Creates and locks a file; whoever ends unlinks it and closes it. Raises Busy when another holds it."""
+    while True:
+        handle = open(path, "w", encoding="utf-8")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
+                return handle
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                handle.close()
+                raise Busy(f"{path}: another process is writing this output") from error
+            if not isinstance(error, FileNotFoundError):
+                raise
+        handle.close()  # its last holder removed it in between: lock the new one
+
+
+@contextlib.contextmanager
+def work_folder(output, parent=None):
+    """A hidden folder for an output: everything is made there, and moved to its final name when it is verified.
+
+    It is empty at first: what a killed program left there is gone, and so is the folder afterwards.
+
+    Args:
+        output (pathlib.Path): the final name.
+        parent (pathlib.Path | None): where the folder lies, on the disk of the output; beside it by default.
+
+    Yields:
+        pathlib.Path: the folder.
+
+    Raises:
+        Busy: another process works on the same output.
+        InputError: the disk is full, or the folder cannot be written.
+    """
+    folder = (parent or output.parent) / f".{output.name}.work"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(folder.with_name(folder.name + ".lock"))
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.unlink(lock.name)
+            lock.close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{output}: the disk is full; free some space or choose another folder") from error
+        raise InputError(f"{error.filename or output}: cannot be written ({error.strerror})") from error
+
+
+_SPARE_BYTES = 16 << 20  # of disk: reports, logs, file system
+
+
+def require_space(output, nbytes, folder=None):
+    """Raises InputError when there is less than `nbytes` and a little free on a disk.
+
+    Args:
+        output (str | os.PathLike): what is to be written, for the message.
+        nbytes (int): that are needed.
+        folder (pathlib.Path | None): on that disk, or to be made there; by default the one that `output` lies in.
+    """
+    existing = folder or Path(output).absolute().parent
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if nbytes + _SPARE_BYTES > free:
+        raise InputError(
+            f"{output}: {nbytes + _SPARE_BYTES:,} bytes are needed, {free:,} are free on that disk; free "
+            "some space or choose another folder"
+        )
+
+
+def flush(path):
+    """Writes a file's data to the disk."""
+    with open(path, "rb+") as handle:
+        os.fsync(handle.fileno())

@@ -24,7 +24,7 @@ def golden(reference):
 @pytest.fixture(scope="module")
 def weights(reference):
     """Hugging Face tensors by name, float32."""
-    from mindformers_glm32k.commands.convert import load_hf_weights
+    from mindformers_glm32k.weights import load_hf_weights
 
     return {
         name: np.asarray(values, np.float32)

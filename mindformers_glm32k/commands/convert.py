@@ -5,22 +5,19 @@ the original bits. All tensors of an output have one dtype: MindFormers casts on
 (`param_init_type`, and `layernorm_compute_type` for norms), and casting a 16-bit norm up to fp32 is exact.
 """
 
+from __future__ import annotations
+
+import argparse
 import sys
 
 from mindformers_glm32k.checks import true_or_false
-from mindformers_glm32k.commands import run_command
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.convert import convert
-from mindformers_glm32k.weights.convert_reversed import DEFAULT_SHARD, convert_reversed
+from mindformers_glm32k.weights.conversion import DEFAULT_SHARD, convert, convert_reversed
 from mindformers_glm32k.weights.dtypes import DTYPES
 from mindformers_glm32k.weights.layout import FORMATS
-from mindformers_glm32k.weights.steps import load_hf_weights
-
-__all__ = ["convert", "convert_reversed", "load_hf_weights"]
 
 
-def add_arguments(parser):
-    """Adds the command's options."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def option(name, text, **settings):
         parser.add_argument(name, help=text, **settings)
@@ -51,8 +48,7 @@ def add_arguments(parser):
     option("--no_crc", "do not compare the checksums that .bin files carry", action="store_true")
 
 
-def run(args):
-    """Runs the command; returns its exit status."""
+def run(args: argparse.Namespace) -> int:
     common = dict(dtype=args.dtype, config=args.config, workers=args.workers, progress=True)
     try:
         if args.reversed:
@@ -81,7 +77,7 @@ def run(args):
                 **common,
             )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted; nothing was written", file=sys.stderr)
         return 130
     written = report["output"]
     print(
@@ -92,4 +88,6 @@ def run(args):
 
 
 if __name__ == "__main__":
+    from mindformers_glm32k.commands import run_command
+
     sys.exit(run_command(sys.modules[__name__], "python -m mindformers_glm32k.commands.convert"))

@@ -1,12 +1,10 @@
 """Join the checkpoints of all ranks into one file, LoRA adapters too, and check that nothing was lost."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.merge import merge
 
 TAKES_OVERRIDES = True  # with --config, options that are not listed here are run_mindformer's
 
@@ -37,6 +35,8 @@ def add_arguments(parser):
 
 
 def run(args):
+    from mindformers_glm32k.weights import merge
+
     try:
         with _strategy(args) as (strategy, sizes, scaling):
             report = merge(
@@ -76,9 +76,12 @@ def _strategy(args):
         if args.overrides:
             raise InputError(f"{args.overrides[0]}: no such option (run_mindformer's options go with --config)")
         if args.lora and scaling is None:
-            scaling = _scale_of_run(Path(args.src_ckpt_dir))
+            from mindformers_glm32k.weights.lora import scale_of_run
+
+            scaling = scale_of_run(Path(args.src_ckpt_dir))
         yield args.src_ckpt_strategy, None, scaling
         return
+    from mindformers_glm32k.commands.split import compiled_strategy
     from mindformers_glm32k.dryrun.compile.pool import read_layout
     from mindformers_glm32k.weights import run_config
 
@@ -87,30 +90,11 @@ def _strategy(args):
     sizes = run_config.sizes_of_run(config, args.config)
     if args.lora and scaling is None:
         scaling = run_config.lora_scale(config, args.config)
-    if args.src_ckpt_strategy or not run_config.cuts_parameters(config, layout):
+    if args.src_ckpt_strategy or not run_config.shards_parameters(config, layout):
         yield args.src_ckpt_strategy, sizes, scaling
         return
-    with run_config.compile_strategy(args.config, config, layout, arguments) as folder:
+    with compiled_strategy(args.config, config, layout, arguments) as folder:
         yield folder, sizes, scaling
-
-
-def _scale_of_run(folder):
-    """alpha / rank from the adapter_config.json that MindFormers leaves in the run's output folder; None without."""
-    path = next(
-        (
-            parent / "adapter_config.json"
-            for parent in folder.resolve().parents[:2]
-            if (parent / "adapter_config.json").is_file()
-        ),
-        None,
-    )
-    if path is None:
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return float(found["lora_alpha"]) / int(found["r"])
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: no readable lora_alpha and r ({error}); give --lora_scaling") from error
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from mindformers_glm32k.preflight.checkpoint import check_checkpoint
 from mindformers_glm32k.preflight.packing import check_packing
 from mindformers_glm32k.preflight.run_config import check_config
 from mindformers_glm32k.training.wrappers import innermost_network
-from mindformers_glm32k.weights.checkpoint_to_load import checkpoint_to_load
+from mindformers_glm32k.weights import checkpoint_to_load
 from mindformers_glm32k.yaml_values import normalize_values
 
 _LAYOUT_KEYS = (

@@ -20,11 +20,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import lock_file, require_space
 from mindformers_glm32k.weights.checkpoint import read_file
 from mindformers_glm32k.weights.dtypes import ITEM_SIZE, cast, count_overflow
-from mindformers_glm32k.weights.lock import lock_file
 from mindformers_glm32k.weights.tensors import StoredTensor
-from mindformers_glm32k.weights.workspace import require_space
 
 _CHUNK_BYTES = 2 << 20  # of source values; with what is made of it, it fits a core's cache
 _FLUSH_SECONDS = 0.25

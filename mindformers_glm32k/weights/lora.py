@@ -3,6 +3,8 @@
 MindFormers computes W x + (alpha / rank) B (A x) with A (rank, in) and B (out, rank); merged, W + (alpha / rank) B A.
 """
 
+import json
+
 import numpy as np
 
 from mindformers_glm32k.errors import InputError
@@ -63,3 +65,22 @@ def add_product(weight, a, b, scale, name):
     if lost > 0:
         raise InputError(f"{name}: {lost} merged values are too large for {dtype}; {_NARROW_HINT}")
     return result.reshape(values.shape)
+
+
+def scale_of_run(folder):
+    """alpha / rank from the adapter_config.json that MindFormers leaves in the run's output folder; None without."""
+    path = next(
+        (
+            parent / "adapter_config.json"
+            for parent in folder.resolve().parents[:2]
+            if (parent / "adapter_config.json").is_file()
+        ),
+        None,
+    )
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return float(found["lora_alpha"]) / int(found["r"])
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: no readable lora_alpha and r ({error}); give --lora_scaling") from error

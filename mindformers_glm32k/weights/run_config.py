@@ -1,8 +1,4 @@
-"""What the commands on parallel checkpoints take from a run's YAML: its strategy, the model's sizes, LoRA's scale."""
-
-import contextlib
-import tempfile
-from pathlib import Path
+"""What the commands on parallel checkpoints take from a run's YAML: the model's sizes, LoRA's scale."""
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import one_program
@@ -40,42 +36,9 @@ def sizes_of_run(config, path):
     return sizes_from_config({**PUBLISHED, **fields}, path)
 
 
-def cuts_parameters(config, layout):
-    """bool: whether a run cuts its parameters; with one NPU or plain data parallelism every rank has them whole."""
+def shards_parameters(config, layout):
+    """bool: whether a run shards its parameters; with one NPU or plain data parallelism every rank has them whole."""
     return layout.world > 1 and one_program(config)
-
-
-@contextlib.contextmanager
-def compile_strategy(config_file, config, layout, launcher_arguments):
-    """Compiles the strategy of a run into a temporary folder.
-
-    Args:
-        config_file (str): the YAML, for messages.
-        config (dict): merged.
-        layout (ParallelLayout): of the configuration.
-        launcher_arguments (list[str]): run_mindformer's.
-
-    Yields:
-        pathlib.Path: folder of the strategy files.
-
-    Raises:
-        InputError: the run does not cut its parameters.
-        dryrun.workers.WorkerFailed: a compile failed.
-    """
-    from mindformers_glm32k.dryrun.compile.strategy import has_adapters, write_strategies
-
-    if not cuts_parameters(config, layout):
-        why = (
-            "one NPU (use_parallel is false, or all of parallel_config is 1)"
-            if layout.world == 1
-            else "data parallel (parallel.parallel_mode)"
-        )
-        raise InputError(
-            f"{config_file}: {why}: every rank has the whole model, there is nothing to cut; load the whole checkpoint"
-        )
-    with tempfile.TemporaryDirectory(prefix="glm32k_strategy_") as folder:
-        write_strategies(layout, Path(folder), launcher_arguments, has_adapters(config))
-        yield Path(folder)
 
 
 def lora_scale(config, path):

@@ -6,11 +6,11 @@ import zlib
 import numpy as np
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import flush
 from mindformers_glm32k.weights.checkpoint import read_file
 from mindformers_glm32k.weights.dtypes import mindspore_name
 from mindformers_glm32k.weights.formats.ckpt import frame
 from mindformers_glm32k.weights.formats.safetensors import build_header
-from mindformers_glm32k.weights.workspace import flush
 
 _CHUNK_BYTES = 2 << 20
 

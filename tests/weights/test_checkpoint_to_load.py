@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mindformers_glm32k.commands.convert import convert, convert_reversed
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.checkpoint_to_load import FOLDER, checkpoint_to_load, is_huggingface
+from mindformers_glm32k.weights import convert, convert_reversed
+from mindformers_glm32k.weights.loading import FOLDER, checkpoint_to_load, is_huggingface
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder
 
@@ -61,12 +61,11 @@ def test_what_is_not_hugging_face_stays_as_it_is(folders):
 
 
 def test_many_processes_convert_once(folders, monkeypatch):
-    from mindformers_glm32k.weights import checkpoint_to_load as direct_loading
-    from mindformers_glm32k.weights import job
+    from mindformers_glm32k.weights import job, loading
 
     runs, run = [], job.Job.run
     monkeypatch.setattr(job.Job, "run", lambda self: (runs.append(1), run(self))[1])
-    monkeypatch.setattr(direct_loading, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(loading, "_WAIT_SECONDS", 0.01)
     with ThreadPoolExecutor(8) as pool:  # the lock is on an open file: threads exclude each other as processes do
         chosen = list(pool.map(lambda _: checkpoint_to_load(str(folders / "bin"), str(folders / "out")), range(8)))
     assert len(set(chosen)) == 1 and len(runs) == 1

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k import cli
-from mindformers_glm32k.commands import convert as command
-from mindformers_glm32k.commands.convert import convert, convert_reversed, load_hf_weights
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights import names
+from mindformers_glm32k.weights import convert, convert_reversed, load_hf_weights, names
 from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.formats.ckpt import read_index
 
@@ -168,7 +166,7 @@ def test_the_safetensors_library_reads_what_is_written(tiny, tmp_path):
     with safe_open(tmp_path / "hf" / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(expected)
-        for name in file.keys():  # noqa: SIM118 (safe_open is no iterable)
+        for name in expected:
             assert np.array_equal(file.get_tensor(name), expected[name])
 
 
@@ -268,7 +266,7 @@ def test_module_and_upstream_style_script_run(tiny, tmp_path):
     from conftest import ROOT
 
     script = str(ROOT / "research" / "glm32k" / "convert_weight.py")
-    for number, program in enumerate((["-m", command.__name__], [script])):
+    for number, program in enumerate((["-m", "mindformers_glm32k.weights.convert"], [script])):
         result = subprocess.run(
             [
                 sys.executable,

@@ -7,8 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from mindformers_glm32k.commands.convert import convert, convert_reversed
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights import convert, convert_reversed
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder, write_safetensors, write_torch
 

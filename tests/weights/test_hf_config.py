@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mindformers_glm32k.commands.convert import convert_reversed, load_hf_weights
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights import convert_reversed, load_hf_weights
 from mindformers_glm32k.weights.hf_config import PUBLISHED, read_config, to_chatglm, to_glm
 from mindformers_glm32k.weights.model_dims import sizes_from_config
 

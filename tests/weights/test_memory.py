@@ -23,7 +23,7 @@ SCALED = {
 MEASURE = """
 import sys
 sys.path.insert(0, {root!r})
-from mindformers_glm32k.commands.convert import convert
+from mindformers_glm32k.weights import convert
 
 def peak():  # of this program; getrusage would count what the process was before it
     return next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -9,10 +9,9 @@ import pytest
 
 from mindformers_glm32k import cli
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights import merge, split
 from mindformers_glm32k.weights.formats.ckpt import read_ckpt
 from mindformers_glm32k.weights.formats.safetensors import read_header
-from mindformers_glm32k.weights.merge import merge
-from mindformers_glm32k.weights.split import split
 from mindformers_glm32k.weights.transform import Transformer
 from weights.parallel import TINY_SIZES, read_all, read_weights, whole_tensors, write_checkpoint, write_layout
 

@@ -9,10 +9,9 @@ import time
 
 import pytest
 
-from mindformers_glm32k.commands.convert import convert
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights import job
-from mindformers_glm32k.weights.lock import Busy, lock_file
+from mindformers_glm32k.files import Busy, lock_file
+from mindformers_glm32k.weights import convert, job
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder
 
@@ -21,8 +20,8 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 from mindformers_glm32k.weights import job
-from mindformers_glm32k.commands.convert import convert
-from mindformers_glm32k.weights.lock import Busy, lock_file
+from mindformers_glm32k.weights import convert
+from mindformers_glm32k.files import Busy, lock_file
 write, verify = job.Job._write_group, job.Job._verify
 job.Job._write_group = lambda *args: (time.sleep(0.01), write(*args))[1]
 job.Job._verify = lambda *args: (time.sleep(0.1), verify(*args))[1]
@@ -147,7 +146,7 @@ def test_a_partial_that_lost_data_is_found_out(source, tmp_path, monkeypatch):
 def test_two_at_once_are_refused(source, tmp_path):
     lock = tmp_path / ".out.ckpt.partial.lock"
     with lock_file(lock):
-        with pytest.raises(Busy, match="another conversion to this output is running"):
+        with pytest.raises(Busy, match="another process is writing this output"):
             convert(source, tmp_path / "out.ckpt")
         assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == [lock.name]
     convert(source, tmp_path / "out.ckpt")  # the file is there, nobody holds it

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from dryrun.tiny import ROOT, run_command
 
+from mindformers_glm32k import files
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights import merge, split
 from mindformers_glm32k.weights import reshard as pieces
-from mindformers_glm32k.weights import workspace
-from mindformers_glm32k.weights.merge import merge
-from mindformers_glm32k.weights.split import split
 from mindformers_glm32k.weights.strategy import read_stages, slice_of
 from weights.parallel import CASES, TINY_SIZES, read_weights, whole_tensors, write_checkpoint, write_layout
 from weights.synthetic import chatglm_shapes, random_values, write_folder
@@ -184,7 +183,7 @@ def test_strategy_of_another_model(strategy, tmp_path):
 
 def test_full_disk(strategy, tmp_path, monkeypatch):
     whole = write_checkpoint(tmp_path / "whole.ckpt", whole_tensors())
-    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     refused(tmp_path, ["are needed", "1,000 are free"], whole, strategy)
 
 
@@ -214,7 +213,7 @@ def test_one_npu_has_nothing_to_cut(tmp_path):
     result = run_command(
         "split", "--load_checkpoint", str(whole), "--output", str(tmp_path / "parts"), use_parallel=False
     )
-    assert result.returncode == 2 and "nothing to cut" in result.stderr and "use_parallel" in result.stderr
+    assert result.returncode == 2 and "nothing to shard" in result.stderr and "use_parallel" in result.stderr
     assert not (tmp_path / "parts").exists()
 
 
@@ -222,8 +221,8 @@ KILLED = """
 import sys
 sys.path[:0] = [{root!r}]
 import time
-from mindformers_glm32k.weights import split
 from mindformers_glm32k.weights import reshard as pieces
+from mindformers_glm32k.weights import split
 pieces.PIECE_BYTES = 1
 cut = pieces.cut
 def slow(*arguments):
@@ -231,7 +230,7 @@ def slow(*arguments):
     time.sleep(0.2)
     return cut(*arguments)
 pieces.cut = slow
-split.split({whole!r}, {output!r}, {strategy!r})
+split({whole!r}, {output!r}, {strategy!r})
 """
 
 

@@ -6,9 +6,8 @@ import numpy as np
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
+from mindformers_glm32k.weights import convert, is_huggingface
 from mindformers_glm32k.weights.checkpoint import open_source
-from mindformers_glm32k.weights.checkpoint_to_load import is_huggingface
-from mindformers_glm32k.weights.convert import convert
 from mindformers_glm32k.weights.dtypes import cast
 from mindformers_glm32k.weights.model_dims import sizes_from_tensors
 from mindformers_glm32k.weights.parameters import COUNTER, SCRATCH_PREFIX, kind_of

@@ -2,67 +2,24 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import flush, require_space, work_folder
 from mindformers_glm32k.weights import reshard as pieces
 from mindformers_glm32k.weights.checkpoint import open_source
-from mindformers_glm32k.weights.checkpoint_to_load import is_huggingface
-from mindformers_glm32k.weights.convert import convert
+from mindformers_glm32k.weights.conversion import convert
 from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt
+from mindformers_glm32k.weights.loading import is_huggingface
 from mindformers_glm32k.weights.parameters import raw_bytes
 from mindformers_glm32k.weights.split_plan import make_plan
 from mindformers_glm32k.weights.strategy import read_stages, slice_of, write_stage
 from mindformers_glm32k.weights.tensors import same_bits
 from mindformers_glm32k.weights.transform import Transformer
-from mindformers_glm32k.weights.workspace import flush, require_space, workspace
 
-TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 REPORT = "split.report.json"
-
-
-def add_arguments(parser):
-    parser.add_argument("--config", required=True, help="YAML of the run that will load the parts")
-    parser.add_argument(
-        "--load_checkpoint",
-        required=True,
-        help="the whole checkpoint: .ckpt, .safetensors, an index, or a Hugging Face folder",
-    )
-    parser.add_argument("--output", required=True, help="folder to make: rank_N/checkpoint_N.ckpt and strategy/")
-    parser.add_argument("--devices", type=int, help="NPUs of the run; a layout of another size is refused")
-    parser.epilog = (
-        "Any other option is run_mindformer's. The run then takes --load_checkpoint OUTPUT --auto_trans_ckpt False."
-    )
-
-
-def run(args):
-    from mindformers_glm32k.dryrun.compile.pool import read_layout
-    from mindformers_glm32k.weights.run_config import compile_strategy, sizes_of_run
-
-    try:
-        launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
-        layout, config = read_layout(launcher_arguments, args.devices)
-        refuse_existing(Path(args.output))
-        open_source(args.load_checkpoint)  # broken or missing: no need to compile for it
-        with compile_strategy(args.config, config, layout, launcher_arguments) as strategy:
-            report = split(args.load_checkpoint, args.output, strategy, sizes_of_run(config, args.config), True)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(
-        f"{report['parameters']} parameters{' with optimizer states' if report['optimizer_states'] else ''} cut for "
-        f"{report['ranks']} ranks ({layout.describe()}) and compared with the whole, all equal: {args.output}"
-    )
-    if report["left_out"]:
-        print(
-            f"left out: {len(report['left_out'])} entries that the strategy does not know, such as "
-            f"{report['left_out'][0]}"
-        )
-    print(f"load it with: load_checkpoint: {args.output}, auto_trans_ckpt: False")
-    return 0
 
 
 def split(checkpoint, output, strategy, sizes=None, progress=False):
@@ -85,7 +42,7 @@ def split(checkpoint, output, strategy, sizes=None, progress=False):
     """
     output, stages = Path(output), read_stages(strategy)
     refuse_existing(output)
-    with workspace(output) as work:
+    with work_folder(output) as work:
         whole = checkpoint
         if is_huggingface(checkpoint):
             fused = [
@@ -203,9 +160,3 @@ def _report(checkpoint, plan):
             for layouts in plan.stages
         ],
     }
-
-
-if __name__ == "__main__":
-    from mindformers_glm32k.commands import run_command
-
-    sys.exit(run_command(sys.modules[__name__], "glm32k split"))

@@ -8,7 +8,7 @@ from typing import Optional
 from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.files import atomic_path
+from mindformers_glm32k.files import atomic_path, require_space, work_folder
 from mindformers_glm32k.weights import reshard as pieces
 from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.lora import add_product, pairs_of
@@ -20,7 +20,6 @@ from mindformers_glm32k.weights.report import write_report
 from mindformers_glm32k.weights.split_plan import stage_devices
 from mindformers_glm32k.weights.strategy import read_stages
 from mindformers_glm32k.weights.transform import Transformer
-from mindformers_glm32k.weights.workspace import require_space, workspace
 from mindformers_glm32k.weights.writer import CheckpointWriter
 
 
@@ -167,7 +166,7 @@ class _Job:
     def write(self, dst, adapters_only, report, progress):
         """Makes the outputs in a hidden folder, verifies them, and moves them to their names."""
         first = dst or adapters_only
-        with workspace(first) as work:
+        with work_folder(first) as work:
             order = in_model_order(self.adapters)
             weights = in_model_order(self.weights) if dst else []
             states = in_model_order(self.state_names) if self.states and dst else []

@@ -10,10 +10,10 @@ by the same checked conversion as `glm32k convert`.
 import time
 from pathlib import Path
 
+from mindformers_glm32k.files import Busy
 from mindformers_glm32k.weights.checkpoint import open_source
-from mindformers_glm32k.weights.convert import convert
+from mindformers_glm32k.weights.conversion import convert
 from mindformers_glm32k.weights.layout import FORMATS
-from mindformers_glm32k.weights.lock import Busy
 from mindformers_glm32k.weights.names import name_of, slot_of
 
 FOLDER = "converted_from_huggingface"

@@ -208,6 +208,41 @@ def test_the_tiny_ones_have_the_keys_of_the_large_ones(name):
     assert keys(name) == keys(name.replace("_tiny_cpu", ""))
 
 
+# --- anchors ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_takes_the_keys_of_training(name):
+    """eval_dataset is written as a merge of train_dataset; every section stands in the file as it is read here."""
+    values = raw(name)
+    train, evaluation = values["train_dataset"], values["eval_dataset"]
+    assert (train["data_loader"]["phase"], train["data_loader"]["shuffle"]) == ("train", True)
+    assert evaluation == {**train, "data_loader": {**train["data_loader"], "phase": "eval", "shuffle": False}}
+    assert len(evaluation) == 16 and len(evaluation["data_loader"]) == 6
+
+
+@pytest.mark.parametrize("run_mode", ["finetune", "eval"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_override_changes_its_own_section_alone(name, run_mode):
+    """Anchors make one object of a section in YAML; MindFormers gives each place one of its own."""
+    other = {"finetune": "eval", "eval": "train"}[run_mode]
+    used = "train" if run_mode == "finetune" else "eval"
+    unchanged = raw(name)
+    config = read_config(
+        [
+            *("--config", str(FOLDER / name), "--run_mode", run_mode),
+            *(f"--{used}_dataset.packing", "True", f"--{used}_dataset.data_loader.dataset_dir", "a.jsonl"),
+            *(f"--{used}_dataset.data_loader.origin_columns.0", "question"),
+        ]
+    )
+    changed = config[f"{used}_dataset"]
+    assert changed.packing is True and changed.data_loader.dataset_dir == "a.jsonl"
+    assert changed.data_loader.origin_columns == ["question", "summary"]
+    assert config[f"{other}_dataset"] == unchanged[f"{other}_dataset"]
+    for kind in ("train", "eval"):
+        assert config[f"{kind}_dataset_task"].dataset_config == unchanged[f"{kind}_dataset"]
+
+
 # --- keys ---
 
 

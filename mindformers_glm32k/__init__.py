@@ -5,7 +5,7 @@ Importing this package is enough for MindFormers' YAMLs, Auto classes and Traine
 
 from mindformers_glm32k import registry
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [name for _, name, _ in registry.ENTRIES]
 
 registry.register_when_imported()

@@ -12,60 +12,66 @@ changed on disk; what is bound to another name is bound back.
 | check_buildable | sequence pipelines are not built; MindSpore has no bfloat16 kernels on CPU | all | with kernels |
 | kernels/substitution.py | names bound while a model is constructed: S x S masks, NPU-only kernels, unsharded
   operators of upstream's glm2 | all | with cells that take their parts as arguments |
-| kernels/compressed_attention.py | upstream's glm2 offers FlashAttention's sparse modes 0 and 3 only, and a layout
+| kernels/ascend/flash_attention.py | upstream's glm2 offers FlashAttention's sparse modes 0 and 3 only, and a layout
   of the mask with four axes | all | with sparse_mode 2 upstream |
-| kernels/blocks.py | scatter kernels write into tensors that are no Parameters, for which their Python classes refuse them
-  | all | with operators that write in place in graph mode |
-| portable_step.py | AdamW of twenty operators a parameter, a forward pass for the loss and one for the gradient; 1.6
-  cannot be told otherwise of the latter | all | when loops are joined, and with a fused AdamW on CPU |
-| train_step.py | the overflow check reads NPU status registers (NPUGetFloatStatusV2) | all | with a check that runs
-  everywhere |
+| kernels/cpu/blocks.py | scatter kernels write into tensors that are no Parameters, for which their Python classes
+  refuse them | all | with operators that write in place in graph mode |
+| training/cpu_step.py | AdamW of twenty operators a parameter, a forward pass for the loss and one for the gradient;
+  1.6 cannot be told otherwise of the latter | all | when loops are joined, and with a fused AdamW on CPU |
+| training/step.py | the overflow check reads NPU status registers (NPUGetFloatStatusV2) | all | with a check that
+  runs everywhere |
 | finetune_glm32k_cp8.yaml | check_rules warns that glm2 repeats KV heads for ulysses_cp, then raises all the same;
   hybrid_cp of full degree is the same layout | all | when it no longer raises |
 """
 
+from __future__ import annotations
+
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mindformers_glm32k.errors import InputError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from mindformers import PretrainedConfig
+    from mindformers.tools.register import MindFormerConfig
+    from mindspore import Tensor
 
-def on_ascend():
-    """bool: whether MindSpore's device target is Ascend."""
+
+def on_ascend() -> bool:
+    """Whether MindSpore's device target is Ascend."""
     import mindspore
 
     return mindspore.get_context("device_target") == "Ascend"
 
 
-def config_folder():
-    """pathlib.Path: the shipped YAMLs and the register hook, in research/glm32k of a checkout or, for an installed
-    wheel, in the environment's share folder."""
+def mindspore_version() -> str:
+    """For messages: what a version can and cannot is asked of its modules, not of its number."""
+    import mindspore
+
+    return mindspore.__version__
+
+
+def config_folder() -> Path:
+    """The folder of the shipped YAMLs and the register hook: research/glm32k of a checkout or, for an installed wheel,
+    in the environment's share folder."""
     checkout = Path(__file__).resolve().parents[1] / "research" / "glm32k"
     return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "mindformers_glm32k"
 
 
-def portable_argmax(values, axis=-1):
-    """argmax of logits for upstream's generator, whose mint.argmax has no CPU kernel in any version.
-
-    Args:
-        values (Tensor | numpy.ndarray): (B, V).
-        axis (int): the axis.
-
-    Returns:
-        Tensor: (B,) int.
-    """
+def portable_argmax(values: Tensor | np.ndarray, axis: int = -1) -> Tensor:
+    """argmax (B,) of logits (B, V) for upstream's generator, whose mint.argmax has no CPU kernel in any version."""
     from mindspore import Tensor
 
     array = values.asnumpy() if isinstance(values, Tensor) else values
     return Tensor(array.argmax(axis))
 
 
-def check_buildable(config):
-    """Refuses what the plugin or the device cannot run.
-
-    Args:
-        config (GLM32KConfig): with its parallel_config.
+def check_buildable(config: PretrainedConfig) -> None:
+    """Refuses a GLM32KConfig, with its parallel_config, that the plugin or the device cannot run.
 
     Raises:
         InputError: the key and what to set instead.
@@ -74,7 +80,7 @@ def check_buildable(config):
     if getattr(parallel, "seq_split_num", 1) > 1:
         raise InputError(
             f"parallel_config.seq_split_num={parallel.seq_split_num}: sequence pipelines are not "
-            "supported; set it to 1 and use context_parallel for long rows"
+            "supported; set it to 1 and use context_parallel for long sequences"
         )
     from mindspore import dtype
 
@@ -87,12 +93,8 @@ def check_buildable(config):
                 )
 
 
-def set_output_path(path):
-    """Tells MindFormers where outputs go. Its function is in mindformers.tools in 1.6, in utils.file_utils from 1.8.
-
-    Args:
-        path (str): the folder.
-    """
+def set_output_path(path: str) -> None:
+    """Tells MindFormers where outputs go. Its function is in mindformers.tools in 1.6, in utils.file_utils from 1.8."""
     try:
         from mindformers.utils.file_utils import set_output_path as upstream
     except ImportError:
@@ -100,33 +102,21 @@ def set_output_path(path):
     upstream(path)
 
 
-def checkpoint_path(config):
-    """The checkpoint that a run loads: `load_checkpoint`, which 1.9 moves to `checkpoint.load_path`.
-
-    Args:
-        config (MindFormerConfig): the run's configuration.
-
-    Returns:
-        str | None
-    """
+def checkpoint_path(config: MindFormerConfig) -> str | None:
+    """The checkpoint that a run loads: `load_checkpoint`, which 1.9 moves to `checkpoint.load_path`."""
     section = config.get("checkpoint")
     return (section.get("load_path") if section else None) or config.get("load_checkpoint") or None
 
 
-def set_checkpoint_path(config, path):
-    """Sets what checkpoint_path gives, in every place that the host may read it from.
-
-    Args:
-        config (MindFormerConfig): the run's configuration, changed.
-        path (str): the checkpoint.
-    """
+def set_checkpoint_path(config: MindFormerConfig, path: str) -> None:
+    """Sets what checkpoint_path gives, in every place that the host may read it from."""
     config.load_checkpoint = path
     if config.get("checkpoint"):
         config.checkpoint.load_path = path
 
 
 @contextlib.contextmanager
-def barrier_on_cpu():
+def barrier_on_cpu() -> Iterator[None]:
     """While open, MindFormers' barriers are all-reduces on CPU, where the operator Barrier has no kernel.
 
     MindFormers waits at barriers while processes load or save checkpoints. All hosts (1.6 to 1.9); can go when

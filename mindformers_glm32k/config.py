@@ -13,9 +13,9 @@ from mindformers.models.glm2 import ChatGLM2Config
 from mindformers_glm32k import compat
 from mindformers_glm32k.checks import is_int, is_number, unknown_keys
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.overrides import normalize_values
 from mindformers_glm32k.parallel import DOCUMENTS_PER_ROW
 from mindformers_glm32k.registry import MODEL_TYPE
-from mindformers_glm32k.yaml_values import normalize_values
 
 CELLS = ("auto", "ascend", "portable")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -1,19 +1,73 @@
-"""Overrides of a configuration by dotted keys, as upstream's launcher takes them: --a.b 1 or --a.b=1."""
+"""Values of YAML files and command lines as people write them, and overrides of a configuration by dotted keys, as
+upstream's launcher takes them: --a.b 1 or --a.b=1.
+
+YAML 1.1 reads `1e-5` (no dot) and `None` as strings. MindFormers' configurations are full of both, and a string where
+a number was meant fails late or not at all.
+"""
+
+from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable
+from typing import Any
 
-from mindformers_glm32k.checks import did_you_mean, nearest
+import yaml
+
+from mindformers_glm32k.checks import nearest
 from mindformers_glm32k.errors import InputError
 
+_NULLS = ("", "~", "null", "Null", "NULL")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
-def pairs(words):
-    """[--a.b, 1, --c=2] -> [(a.b, 1), (c, 2)]
+
+def normalize_values(node: Any) -> Any:
+    """Replaces, in place and at any depth, strings that look like a number in scientific notation or like None.
 
     Args:
-        words (list[str]): what the parser did not know.
+        node: a dict, a list, or a leaf.
 
     Returns:
-        list[tuple[str, str]]: dotted key and text of the value.
+        the node itself, or the leaf's value.
+    """
+    if isinstance(node, dict):
+        for key in list(node):
+            dict.__setitem__(node, key, normalize_values(node[key]))
+    elif isinstance(node, list):
+        node[:] = [normalize_values(item) for item in node]
+    elif isinstance(node, str):
+        if node == "None":
+            return None
+        if _NUMBER.fullmatch(node):
+            return float(node)
+    return node
+
+
+def parse_value(text: str) -> Any:
+    """The value of a command-line override ("3", "1e-5", "True", "None", "[1, 2]", "a/path"), read as YAML.
+
+    Returns:
+        a number, bool or None; a list or dict where the text starts with [ or {; else the text itself, or what its
+        quotes enclose.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    starts_as = {list: "[", dict: "{", str: "'\""}.get(type(value), "")
+    if starts_as and not (text and text[0] in starts_as):
+        # YAML would take comments, anchors and block signs out of a path or a sentence
+        value = text
+    if value is None and text not in _NULLS or not isinstance(value, (int, float, list, dict, str, type(None))):
+        return text
+    return normalize_values(value)
+
+
+def pairs(words: Iterable[str]) -> list[tuple[str, str]]:
+    """[--a.b, 1, --c=2] -> [(a.b, 1), (c, 2)]: dotted keys and the texts of their values.
+
+    Args:
+        words: what the parser did not know.
 
     Raises:
         InputError: a word that is no option, an option without a value.
@@ -34,13 +88,13 @@ def pairs(words):
     return found
 
 
-def reject_misspelt(leftovers, config, options):
+def reject_misspelt(leftovers: Iterable[tuple[str, str]], config: dict, options: Iterable[str]) -> None:
     """Refuses new keys of the configuration's top level that look like one of the launcher's options.
 
     Args:
-        leftovers (list[tuple[str, str]]): from `pairs`.
-        config (dict): the configuration.
-        options (list[str]): names of the launcher's options.
+        leftovers: from `pairs`.
+        config: the configuration.
+        options: names of the launcher's options.
 
     Raises:
         InputError: the option that was meant.
@@ -51,14 +105,14 @@ def reject_misspelt(leftovers, config, options):
             raise InputError(f"--{key}: no such option; did you mean --{near}?")
 
 
-def set_key(config, dotted, value, option):
+def set_key(config: dict, dotted: str, value: Any, option: str) -> None:
     """Sets one key of a nested configuration.
 
     Args:
-        config (dict): the configuration.
-        dotted (str): e.g. "train_dataset.tokenizer.vocab_file", or "callbacks.2.prefix" for an item of a list.
+        config: the configuration, changed.
+        dotted: e.g. "train_dataset.tokenizer.vocab_file", or "callbacks.2.prefix" for an item of a list.
         value: the new value; a dict becomes a section of the configuration's own type.
-        option (str): the option that the user typed, for messages.
+        option: the option that the user typed, for messages.
 
     Raises:
         InputError: a section or an item on the way does not exist.
@@ -69,7 +123,8 @@ def set_key(config, dotted, value, option):
         where = ".".join(sections[:depth]) or "the configuration"
         child = node[_item(node, section, where, option)] if isinstance(node, list) else node.get(section)
         if not isinstance(child, (dict, list)):
-            hint = "" if section in node else did_you_mean(section, node).replace(",", ";")
+            near = nearest(section, node) if isinstance(node, dict) and section not in node else None
+            hint = f"; did you mean {near!r}?" if near else ""
             raise InputError(f"{option}: {where} has no section {section!r}{hint}")
         node = child
     if isinstance(value, dict):
@@ -86,8 +141,8 @@ def set_key(config, dotted, value, option):
     node[leaf] = value
 
 
-def _item(items, text, where, option):
-    """int: `text` as an index of `items`."""
+def _item(items: list, text: str, where: str, option: str) -> int:
+    """`text` as an index of `items`."""
     if not text.isdecimal() or int(text) >= len(items):
         raise InputError(f"{option}: {where} has {len(items)} items, numbered from 0; there is no {text}")
     return int(text)

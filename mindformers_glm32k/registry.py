@@ -4,10 +4,13 @@ MindFormers has no entry points: its YAMLs name classes that must have been put 
 before. Importing `mindformers_glm32k` arranges that; see `register_when_imported`.
 """
 
+from __future__ import annotations
+
 import importlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import wrapt
 
@@ -29,13 +32,13 @@ ENTRIES = (
 )
 
 
-def load(name):
+def load(name: str) -> type:
     """Imports and returns the registered class `name`; KeyError when the list does not have it."""
     modules = {entry_name: module for _, entry_name, module in ENTRIES}
     return getattr(importlib.import_module(modules[name]), name)
 
 
-def register_all():
+def register_all() -> None:
     """Puts every entry into MindFormerRegister and the Auto classes. Calling it again changes nothing."""
     from mindformers.tools.register import MindFormerRegister
 
@@ -70,7 +73,7 @@ def _register_auto_classes():
     upstream_trainer.SUPPORT_MODEL_NAMES.add(MODEL_TYPE)
 
 
-def register_when_imported():
+def register_when_imported() -> None:
     """Registers now if mindformers is loaded, else as soon as somebody imports it.
 
     Importing mindformers takes five seconds; a program that only prints its help must not pay for it.
@@ -80,18 +83,18 @@ def register_when_imported():
         wrapt.register_post_import_hook(_register_unless_loading, module)
 
 
-def _module_name(path, package):
+def _module_name(path: Path, package: Path) -> str:
     return ".".join((package.name, *path.relative_to(package).with_suffix("").parts))
 
 
-def _register_unless_loading(loaded):
+def _register_unless_loading(loaded: ModuleType) -> None:
     """Registers, except while other modules of the package are half loaded; the hook on those follows.
 
-    That is so when the program's first import is `mindformers_glm32k.tokenizer.glm32k_tokenizer`, say (a worker that unpickles a
-    tokenizer does just that): mindformers is then imported from within it.
+    That is so when the program's first import is `mindformers_glm32k.tokenizer.glm32k_tokenizer`, say (a worker that
+    unpickles a tokenizer does just that): mindformers is then imported from within it.
 
     Args:
-        loaded (module): the one that has just been loaded; Python still counts it among those being loaded.
+        loaded: the one that has just been loaded; Python still counts it among those being loaded.
     """
     half_loaded = [
         name

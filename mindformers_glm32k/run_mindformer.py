@@ -4,18 +4,24 @@ Upstream keeps run_mindformer.py in its source repository only. Nothing heavy is
 to be right, so that --help answers at once.
 """
 
+from __future__ import annotations
+
 import argparse
 import functools
 import os
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import yaml
 
 from mindformers_glm32k.checks import true_or_false
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
-from mindformers_glm32k.overrides import pairs, reject_misspelt, set_key
-from mindformers_glm32k.yaml_values import normalize_values, parse_value
+from mindformers_glm32k.overrides import normalize_values, pairs, parse_value, reject_misspelt, set_key
+
+if TYPE_CHECKING:
+    from mindformers.tools.register import MindFormerConfig
 
 RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
 
@@ -61,7 +67,7 @@ OVERRIDES = (
     ("eval_dataset_dir", str, "eval_dataset.data_loader.dataset_dir", "evaluation data: file or folder"),
     ("do_sample", _boolean, "model.model_config.do_sample", "sample instead of greedy decoding"),
     ("epochs", int, "runner_config.epochs", "training epochs"),
-    ("batch_size", int, "runner_config.batch_size", "rows per device and step"),
+    ("batch_size", int, "runner_config.batch_size", "sequences per device and step"),
     ("gradient_accumulation_steps", int, "runner_config.gradient_accumulation_steps", "micro steps per update"),
     ("sink_mode", _boolean, "runner_config.sink_mode", "sink several steps to the device"),
     ("output_dir", str, "output_dir", "folder of all outputs"),
@@ -69,12 +75,8 @@ OVERRIDES = (
 )
 
 
-def build_parser():
-    """The options of upstream's run_mindformer.py.
-
-    Returns:
-        argparse.ArgumentParser
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """The options of upstream's run_mindformer.py."""
     parser = argparse.ArgumentParser(
         prog="run_mindformer",
         allow_abbrev=False,
@@ -97,14 +99,8 @@ def build_parser():
     return parser
 
 
-def read_config(argv=None):
-    """Reads the YAML and applies all overrides of a command line.
-
-    Args:
-        argv (list[str] | None): the command line; that of the process by default.
-
-    Returns:
-        MindFormerConfig
+def read_config(argv: Sequence[str] | None = None) -> MindFormerConfig:
+    """Reads the YAML and applies all overrides of a command line, by default of this process's.
 
     Raises:
         InputError: a missing or broken YAML, a key whose section does not exist, a misspelt option, a leftover option
@@ -179,14 +175,11 @@ def _prompts(predict_data):
     return texts if len(texts) > 1 else texts[0]
 
 
-def run(config):
+def run(config: MindFormerConfig) -> list[dict] | None:
     """Runs what the configuration asks for through MindFormers' Trainer, as upstream's launcher does.
 
-    Args:
-        config (MindFormerConfig): from `read_config`.
-
     Returns:
-        list[dict] | None: the answers of a prediction, as GLM32KTrainer.predict returns them.
+        the answers of a prediction, as GLM32KTrainer.predict returns them.
     """
     from mindformers import Trainer, build_context
 
@@ -223,7 +216,7 @@ def run(config):
     return None
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit status."""
     try:
         run(read_config(argv))

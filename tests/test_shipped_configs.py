@@ -14,9 +14,9 @@ from conftest import ROOT
 from mindformers_glm32k import registry
 from mindformers_glm32k.data.dataset import KNOWN_KEYS, row_length
 from mindformers_glm32k.data.loader import GLM32KDataLoader
+from mindformers_glm32k.overrides import normalize_values
 from mindformers_glm32k.preflight.run_config import check_config, constructor_keys
 from mindformers_glm32k.run_mindformer import read_config
-from mindformers_glm32k.yaml_values import normalize_values
 
 FOLDER = ROOT / "research" / "glm32k"
 NAMES = sorted(path.name for path in FOLDER.glob("*.yaml"))

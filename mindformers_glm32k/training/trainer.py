@@ -13,13 +13,13 @@ from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.generation.prompts import ChatPromptTokenizer, read_prompts
+from mindformers_glm32k.overrides import normalize_values
 from mindformers_glm32k.parallel import check_layout, one_program, pipeline_stages
 from mindformers_glm32k.preflight.checkpoint import check_checkpoint
 from mindformers_glm32k.preflight.packing import check_packing
 from mindformers_glm32k.preflight.run_config import check_config
 from mindformers_glm32k.training.wrappers import innermost_network
 from mindformers_glm32k.weights import checkpoint_to_load
-from mindformers_glm32k.yaml_values import normalize_values
 
 _LAYOUT_KEYS = (
     "data_parallel",

@@ -30,6 +30,8 @@ import time
 import types
 from pathlib import Path
 
+from mindformers_glm32k.compat import mindspore_version
+
 WORLD_GROUP = "hccl_world_group"
 _SETTER = "_ZN9mindspore9MsContext6seter_E"
 _SETTER_BYTES = 32  # sizeof(std::function) in libstdc++
@@ -121,7 +123,7 @@ def _forget_device_check(mindspore):
         setter = (ctypes.c_char * _SETTER_BYTES).in_dll(ctypes.CDLL(str(library)), _SETTER)
     except (OSError, ValueError) as error:
         raise FrontendUnavailable(
-            f"MindSpore {mindspore.__version__} on {sys.platform} does not let its frontend compile for Ascend without "
+            f"MindSpore {mindspore_version()} on {sys.platform} does not let its frontend compile for Ascend without "
             "an Ascend plugin (known to work: 2.7.0 to 2.9.0 for Linux x86-64)."
         ) from error
     ctypes.memset(ctypes.addressof(setter), 0, _SETTER_BYTES)

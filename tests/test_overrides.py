@@ -1,7 +1,9 @@
+"""Values as people write them; overrides by dotted keys are tested with the launcher, in test_run_mindformer."""
+
 import pytest
 import yaml
 
-from mindformers_glm32k.yaml_values import normalize_values, parse_value
+from mindformers_glm32k.overrides import normalize_values, parse_value
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def disagreements(steps, parameters, unequal, unread, tolerance):
     Args:
         steps (list[dict]): of execution.json.
         parameters (list[ParameterDifference]): see `compare_parameters`.
-        unequal (dict): copies that differ, see `states.join`.
+        unequal (dict): copies that differ, see `state.join`.
         unread (list[str]): messages that nobody received.
         tolerance (Tolerance): what is allowed.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_glm32k.dryrun.compile.pool import read_layout
-from mindformers_glm32k.dryrun.simulator import checkpoints, states
+from mindformers_glm32k.dryrun.simulator import checkpoints, state
 from mindformers_glm32k.dryrun.simulator import scale_down as shrink
 from mindformers_glm32k.dryrun.simulator.generation import generate, is_cache
 from mindformers_glm32k.dryrun.simulator.generation_comparison import TOLERANCES, compare
@@ -175,12 +175,12 @@ def prepare(
 
 def whole_weights(one, kernels, load_checkpoint, config, work):
     """dict[str, numpy.ndarray]: weights of one device, the caches left out: a checkpoint's or random ones."""
-    state = {name: value for name, value in one.state.items() if not is_cache(name)}
+    values = {name: value for name, value in one.state.items() if not is_cache(name)}
     if kernels:
-        state = widen_values(state)
+        values = widen_values(values)
     if load_checkpoint:
-        return checkpoints.load_weights(load_checkpoint, state, config, work)
-    return states.random_weights(state)
+        return checkpoints.load_weights(load_checkpoint, values, config, work)
+    return state.random_weights(values)
 
 
 def precision_text(precision, kernels):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator import states
+from mindformers_glm32k.dryrun.simulator import state
 from mindformers_glm32k.dryrun.simulator.interpreter import ExecutionError, Machine
 from mindformers_glm32k.dryrun.simulator.network import Network
-from mindformers_glm32k.dryrun.simulator.values import NUMPY
+from mindformers_glm32k.dryrun.simulator.operators.values import NUMPY
 from mindformers_glm32k.dryrun.simulator.world import run_world
 
 PREFILL, INCREMENT, PREDICT = "prefill", "increment", "predict"
@@ -216,7 +216,7 @@ def generate(programs, whole, prompts, count, make_watch=lambda: None):
         values = {}
         for program in rehearsed.phases.values():
             weights = _without_caches(program)
-            values.update(states.cut(weights, rank, rehearsed.layouts, whole, rehearsed.state))
+            values.update(state.cut(weights, rank, rehearsed.layouts, whole, rehearsed.state))
         make = CachedGenerator if PREFILL in rehearsed.phases else UncachedGenerator
         generators.append(make(rehearsed.phases, rank, network, values, make_watch()))
     results = run_world(generators, network, [[(prompts, count)] * len(programs)])[0]

@@ -12,7 +12,14 @@ import numpy as np
 from mindformers_glm32k.dryrun.analysis.mindir import Spec
 from mindformers_glm32k.dryrun.simulator import operators
 from mindformers_glm32k.dryrun.simulator.network import NetworkError, PeerFailed
-from mindformers_glm32k.dryrun.simulator.values import NUMPY, Closure, Parameter, constant, plain, round_bfloat16
+from mindformers_glm32k.dryrun.simulator.operators.values import (
+    NUMPY,
+    Closure,
+    Parameter,
+    constant,
+    plain,
+    round_bfloat16,
+)
 
 
 class ExecutionError(RuntimeError):

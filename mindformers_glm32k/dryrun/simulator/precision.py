@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Program, Spec
-from mindformers_glm32k.dryrun.simulator.values import from_bytes
+from mindformers_glm32k.dryrun.simulator.operators.values import from_bytes
 
 _NARROW = ("float16", "bfloat16")
 

@@ -13,7 +13,7 @@ from mindformers_glm32k.dryrun.analysis.mindir import read_program
 from mindformers_glm32k.dryrun.compile.pool import read_layout, run_workers
 from mindformers_glm32k.dryrun.compile.strategy import strategy_file
 from mindformers_glm32k.dryrun.compile.worker import STATE_FILE
-from mindformers_glm32k.dryrun.simulator import checkpoints, operators, states
+from mindformers_glm32k.dryrun.simulator import checkpoints, operators, state
 from mindformers_glm32k.dryrun.simulator import scale_down as shrink
 from mindformers_glm32k.dryrun.simulator.comparison import TOLERANCES, NoiseWatch, compare_parameters, disagreements
 from mindformers_glm32k.dryrun.simulator.interpreter import Machine
@@ -117,7 +117,7 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
         whole = (
             checkpoints.load_weights(load_checkpoint, one[0].state, config, work)
             if load_checkpoint
-            else states.random_weights(one[0].state)
+            else state.random_weights(one[0].state)
         )
         for file in (work / "strategy").glob("ckpt_strategy_rank_*.ckpt"):
             copy_atomically(file, output / "strategy" / file.name)
@@ -242,7 +242,7 @@ def run(programs, layout, whole, rows, traces=(), announce=False, beta=0.9):
     machines = []
     for rank, rehearsed in enumerate(programs):
         in_stage = rank - layout.ranks_of(layout.stage_of(rank))[0]
-        values = states.cut(rehearsed.program, in_stage, rehearsed.layouts, whole, rehearsed.state)
+        values = state.cut(rehearsed.program, in_stage, rehearsed.layouts, whole, rehearsed.state)
         machines.append(Machine(rehearsed.program, rank, network, values, make_watch(traces)))
     count = len(next(iter(rows.values())))
     batches = [
@@ -322,7 +322,7 @@ def compare(result, reference, programs, layout, config):
     one_device = {name: parameter.value for name, parameter in reference.machines[0].parameters.items()}
     stages = range(layout.stages)
     layouts = [programs[layout.ranks_of(stage)[0]].layouts for stage in stages]
-    whole, unequal = states.join(result.machines, [layout.ranks_of(stage) for stage in stages], layouts, shapes)
+    whole, unequal = state.join(result.machines, [layout.ranks_of(stage) for stage in stages], layouts, shapes)
     differences = compare_parameters(whole, one_device, reference.noise)
     dtype = config["model"]["model_config"]["compute_dtype"]
     problems = disagreements(steps, differences, unequal, result.unread, TOLERANCES[dtype])

@@ -6,7 +6,7 @@ import pytest
 
 from dryrun.tiny import CONFIG, OVERRIDES
 from mindformers_glm32k.dryrun.compile.pool import read_layout
-from mindformers_glm32k.dryrun.simulator import checkpoints, states
+from mindformers_glm32k.dryrun.simulator import checkpoints, state
 from mindformers_glm32k.dryrun.simulator import scale_down as shrink
 from mindformers_glm32k.dryrun.simulator import train as execute
 
@@ -104,4 +104,4 @@ def published(one_device, reference, tmp_path_factory):
 @pytest.fixture(scope="session")
 def weights(one_device):
     """One device's state with random weights."""
-    return states.random_weights(one_device.programs[0].state)
+    return state.random_weights(one_device.programs[0].state)

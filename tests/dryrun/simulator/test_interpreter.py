@@ -6,7 +6,7 @@ import pytest
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec
 from mindformers_glm32k.dryrun.simulator.interpreter import ExecutionError, Machine
 from mindformers_glm32k.dryrun.simulator.network import Network
-from mindformers_glm32k.dryrun.simulator.values import round_bfloat16
+from mindformers_glm32k.dryrun.simulator.operators.values import round_bfloat16
 from mindformers_glm32k.dryrun.simulator.world import run_world
 
 FLOAT = Spec((2,), "float32", 4)

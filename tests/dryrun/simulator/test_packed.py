@@ -13,7 +13,7 @@ from mindformers_glm32k.data.encode import IGNORED, Row
 from mindformers_glm32k.data.packing import COLUMNS, packed_row
 from mindformers_glm32k.dryrun.analysis.analyze import is_square
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
-from mindformers_glm32k.dryrun.simulator import states
+from mindformers_glm32k.dryrun.simulator import state
 from mindformers_glm32k.dryrun.simulator import train as execute
 
 ROWS, LENGTH, PLACES = 4, 80, 8  # no other size of the model is LENGTH
@@ -52,7 +52,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(one):
-    return states.random_weights(one.programs[0].state)
+    return state.random_weights(one.programs[0].state)
 
 
 def documents(lengths, seed):

@@ -30,7 +30,7 @@ _MODULES = (
     "inference",
     "matrix",
     "norm",
-    "reduction",
+    "reductions",
     "shaping",
     "training",
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from mindformers_glm32k.dryrun.simulator.operators import operator
 from mindformers_glm32k.dryrun.simulator.operators.numeric import as_output, refuse, rounded, wide
-from mindformers_glm32k.dryrun.simulator.values import plain
+from mindformers_glm32k.dryrun.simulator.operators.values import plain
 
 
 @operator("ApplyRotaryPosEmb")

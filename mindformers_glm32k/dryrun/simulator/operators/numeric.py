@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.values import NUMPY, round_bfloat16
+from mindformers_glm32k.dryrun.simulator.operators.values import NUMPY, round_bfloat16
 
 
 def as_output(array, spec):

@@ -4,7 +4,7 @@ import numpy as np
 
 from mindformers_glm32k.dryrun.simulator.operators import operator
 from mindformers_glm32k.dryrun.simulator.operators.numeric import as_output, attribute, rounded, wide
-from mindformers_glm32k.dryrun.simulator.values import plain
+from mindformers_glm32k.dryrun.simulator.operators.values import plain
 
 
 def _assign(call, parameter, value):

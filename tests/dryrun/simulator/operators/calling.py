@@ -7,7 +7,7 @@ import numpy as np
 
 from mindformers_glm32k.dryrun.analysis.mindir import Spec
 from mindformers_glm32k.dryrun.simulator.operators import Call, table
-from mindformers_glm32k.dryrun.simulator.values import NUMPY, plain, round_bfloat16
+from mindformers_glm32k.dryrun.simulator.operators.values import NUMPY, plain, round_bfloat16
 
 TESTED = set()  # names that a test claims with `covers`
 _called = set()

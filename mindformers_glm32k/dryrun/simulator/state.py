@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.values import round_bfloat16
+from mindformers_glm32k.dryrun.simulator.operators.values import round_bfloat16
 from mindformers_glm32k.weights.parameters import SCRATCH_PREFIX, STATE_PREFIXES
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.dryrun.analysis.mindir import Spec
-from mindformers_glm32k.dryrun.simulator import states
-from mindformers_glm32k.dryrun.simulator.values import Parameter
+from mindformers_glm32k.dryrun.simulator import state
+from mindformers_glm32k.dryrun.simulator.operators.values import Parameter
 from mindformers_glm32k.weights.strategy import ParameterLayout
 
 NAME = "layers.0.dense.weight"
@@ -25,7 +25,7 @@ def ranks_of(whole):
                 "d": ("micro_step", Spec((1,), "int32", 4)),
             }
         )
-        values = states.cut(program, rank, LAYOUT, whole, {"micro_step": np.array([rank], np.int32)})
+        values = state.cut(program, rank, LAYOUT, whole, {"micro_step": np.array([rank], np.int32)})
         machines.append(
             SimpleNamespace(
                 rank=rank, parameters={name: Parameter(name, value, str(value.dtype)) for name, value in values.items()}
@@ -49,7 +49,7 @@ def test_parts_and_back(whole):
     assert len({part.tobytes() for part in parts}) == 4
     assert not machines[0].parameters[f"accu_grads.{NAME}"].value.any()
     assert machines[3].parameters["micro_step"].value[0] == 3
-    joined, unequal = states.join(machines, [range(4)], [LAYOUT], shapes(whole))
+    joined, unequal = state.join(machines, [range(4)], [LAYOUT], shapes(whole))
     assert unequal == {}
     for name, value in whole.items():
         np.testing.assert_array_equal(joined[name], value)
@@ -58,13 +58,13 @@ def test_parts_and_back(whole):
 def test_copies_that_differ_are_named_with_rank_and_size(whole):
     machines = ranks_of(whole)
     machines[2].parameters["norm.weight"].value = np.array([1, 1.5, 1], np.float32)
-    _, unequal = states.join(machines, [range(4)], [LAYOUT], shapes(whole))
+    _, unequal = state.join(machines, [range(4)], [LAYOUT], shapes(whole))
     assert unequal == {"norm.weight": ([0, 2], 0.5)}
 
 
 def test_bfloat16_parameters_hold_values_of_bfloat16():
     program = SimpleNamespace(parameters={"a": ("norm.weight", Spec((2,), "bfloat16", 2))})
-    values = states.cut(program, 0, {}, {"norm.weight": np.array([0.1, 1.0], np.float32)}, {})
+    values = state.cut(program, 0, {}, {"norm.weight": np.array([0.1, 1.0], np.float32)}, {})
     assert values["norm.weight"].tolist() == [0.10009765625, 1.0]
 
 
@@ -81,9 +81,9 @@ def test_random_weights_spare_counters_and_states():
         "scale_sense": np.array(65536, np.float32),
         "global_step": np.zeros(1, np.int32),
     }
-    after = states.random_weights(before)
+    after = state.random_weights(before)
     assert 0.1 < after[NAME].std() < 0.15 and after[NAME].dtype == np.float16
     assert 0.9 < after["input_layernorm.weight"].mean() < 1.1
     for name in ("adam_m.x.weight", "scale_sense", "global_step"):
         np.testing.assert_array_equal(after[name], before[name])
-    np.testing.assert_array_equal(after[NAME], states.random_weights(before)[NAME])  # the same every time
+    np.testing.assert_array_equal(after[NAME], state.random_weights(before)[NAME])  # the same every time

@@ -105,17 +105,13 @@ def _refuse_contradictions(args):
 
 
 def _execute(args, output):
-    """The rehearsal; returns the exit status."""
-    from mindformers_glm32k.dryrun.simulator import generation_report
-    from mindformers_glm32k.dryrun.simulator import report as training_report
-    from mindformers_glm32k.dryrun.simulator.interpreter import ExecutionError
-    from mindformers_glm32k.dryrun.simulator.network import NetworkError
-    from mindformers_glm32k.dryrun.simulator.train import execute
+    """The simulation; returns the exit status."""
+    from mindformers_glm32k.dryrun.simulator import NetworkError, SimulationError, simulate, summary
 
     if args.execute < 1:
         raise InputError(f"--execute {args.execute}: at least one step is needed")
     try:
-        report = execute(
+        report = simulate(
             args.config,
             args.overrides,
             output,
@@ -125,9 +121,9 @@ def _execute(args, output):
             args.precision,
             args.trace,
         )
-    except (ExecutionError, NetworkError) as error:
-        raise CommandFailed(f"the programs cannot be executed: {error}") from error
-    print((generation_report if "tokens" in report else training_report).table(report))
+    except (SimulationError, NetworkError) as error:
+        raise CommandFailed(f"the programs cannot be simulated: {error}") from error
+    print(summary(report))
     print(f"report: {output / 'execution.md'} (figures: execution.json)")
     return 0 if report["agrees"] else 1
 

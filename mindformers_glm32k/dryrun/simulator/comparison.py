@@ -1,25 +1,31 @@
-"""Compares what all ranks computed with what one device computed."""
+"""Compares what all ranks computed with what one device computed.
 
-from dataclasses import dataclass
+Letters: B prompts, N generated tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from mindformers_glm32k.dryrun.simulator import operators, state
+from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter
+from mindformers_glm32k.dryrun.simulator.operators.values import Parameter
+from mindformers_glm32k.parallel import ParallelLayout
 from mindformers_glm32k.weights.parameters import plain_name
+from mindformers_glm32k.weights.strategy import ParameterLayout
 
-# An element whose gradient in some step is this small beside the parameter's largest has rounding noise for a gradient (the
-# bias of the keys, which softmax does not see; a few of any weight). AdamW makes steps of full size out of noise: such
-# elements of weights are left out, their moments are compared.
+# An element whose gradient in some step is this small beside the parameter's largest has rounding noise for a gradient
+# (the bias of the keys, which softmax does not see; a few of any weight). AdamW makes steps of full size out of noise:
+# such elements of weights are left out, their moments are compared.
 NOISE = 1e-4
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Relative differences that are allowed.
-
-    Args:
-        loss (float), norm (float): of the value itself.
-        weights (float), moments (float): of the parameter's largest element.
-    """
+    """Relative differences that are allowed: of a loss or norm itself, of a parameter's largest element."""
 
     loss: float
     norm: float
@@ -27,49 +33,58 @@ class Tolerance:
     moments: float
 
 
-# float32: the order of additions. 16 bits: every operator rounds, and the two programs cut their sums at other places.
+# float32: the order of additions. 16 bits: every operator rounds, and the two programs split their sums elsewhere.
 TOLERANCES = {
     "float32": Tolerance(1e-5, 1e-5, 1e-5, 1e-5),
     "float16": Tolerance(2e-3, 2e-2, 2e-3, 0.1),
     "bfloat16": Tolerance(1e-2, 0.1, 2e-2, 0.5),
 }
+LOGIT_TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}  # of the largest logit, for the same reasons
+
+
+@dataclass
+class TrainingRun:
+    """What the run of a training layout gave."""
+
+    interpreters: list[RankInterpreter]  # by rank
+    outputs: list[list]  # per step and rank
+    unread: list[str] = field(default_factory=list)  # messages that nobody received
+    seconds: float = 0.0
+    noise: dict[str, np.ndarray] = field(default_factory=dict)  # see `NoiseWatch`, of one device
+
+
+@dataclass
+class GenerationRun:
+    """What greedy decoding by all ranks of a layout gave."""
+
+    interpreters: list[dict[str, RankInterpreter]]  # by rank and phase
+    tokens: list[np.ndarray]  # by rank, (B, N)
+    logits: list[np.ndarray]  # by rank, (N, B, V)
+    unread: list[str]  # messages that nobody received
+    seconds: float = 0.0
 
 
 @dataclass
 class ParameterDifference:
-    """How far a parameter is from one device's.
-
-    Args:
-        name (str): its name.
-        largest (float): absolute difference, noise left out.
-        relative (float): that, beside the parameter's largest element.
-        noise (int): elements left out.
-    """
+    """How far a parameter is from one device's."""
 
     name: str
-    largest: float
-    relative: float
-    noise: int
+    largest: float  # absolute difference, noise left out
+    relative: float  # that, beside the parameter's largest element
+    noise: int  # elements left out
 
 
 class NoiseWatch:
-    """Finds the elements of weights whose gradient is rounding noise in some step, from the first moments of AdamW.
+    """Finds the elements of weights whose gradient is rounding noise in some step, from the first moments of AdamW:
+    m = beta * m + (1 - beta) * gradient. `masks` says which, by weight."""
 
-    Args:
-        beta (float): of the first moment: m = beta * m + (1 - beta) * gradient.
-    """
-
-    def __init__(self, beta):
+    def __init__(self, beta: float):
         self.beta = beta
         self.before = {}
         self.masks = {}
 
-    def after_step(self, parameters):
-        """To be called after every step.
-
-        Args:
-            parameters (dict[str, Parameter]): of one device.
-        """
+    def after_step(self, parameters: Mapping[str, Parameter]) -> None:
+        """To be called after every step with the parameters of one device."""
         for name, parameter in parameters.items():
             if name.startswith("adam_m."):
                 moment = parameter.value.astype(np.float64)
@@ -80,17 +95,99 @@ class NoiseWatch:
                 self.masks[weight] = self.masks.get(weight, False) | noisy
 
 
-def compare_parameters(whole, one_device, noise=None):
-    """Compares joined parameters with one device's.
+def compare_training(
+    result: TrainingRun,
+    reference: TrainingRun,
+    layouts: Sequence[Mapping[str, ParameterLayout]],
+    layout: ParallelLayout,
+    config: dict,
+) -> dict:
+    """The part of execution.json that holds results: a layout's run beside one device's (`reference`).
 
-    Args:
-        whole (dict[str, numpy.ndarray]): of the layout, put together.
-        one_device (dict[str, numpy.ndarray]): values of the same names.
-        noise (dict[str, numpy.ndarray] | None): elements to leave out, by weight; see `NoiseWatch`.
-
-    Returns:
-        list[ParameterDifference]: of weights, moments and counters, the largest relative difference first.
+    `layouts` are those of the parameters, by stage; `config` is the merged configuration.
     """
+    factor = layout.micro_batches * int(config.get("micro_batch_interleave_num") or 1)
+    accumulate = int((config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1)
+    factor *= accumulate if layout.stages == 1 else 1
+    steps = [_step(ranks, one[0], layout, factor) for ranks, one in zip(result.outputs, reference.outputs)]
+    one_device = {name: parameter.value for name, parameter in reference.interpreters[0].parameters.items()}
+    shapes = {name: value.shape for name, value in one_device.items()}
+    ranks_of_stages = [layout.ranks_of(stage) for stage in range(layout.stages)]
+    whole, unequal = state.gather(result.interpreters, ranks_of_stages, layouts, shapes)
+    differences = compare_parameters(whole, one_device, reference.noise)
+    dtype = config["model"]["model_config"]["compute_dtype"]
+    problems = disagreements(steps, differences, unequal, result.unread, TOLERANCES[dtype])
+    problems += [f"{name} is held by no rank" for name in sorted(set(shapes) - set(whole))]
+    weights = [item for item in differences if plain_name(item.name) == item.name]
+    moments = [item for item in differences if plain_name(item.name) != item.name]
+    counted = {
+        (kind, interpreter.rank): count
+        for interpreter in result.interpreters
+        for kind, count in operators.collectives_of(interpreter.op_counts).items()
+    }
+    return {
+        "agrees": not problems,
+        "problems": problems,
+        "tolerance": vars(TOLERANCES[dtype]),
+        "steps": steps,
+        "largest_weight_difference": max((item.largest for item in weights), default=0.0),
+        "largest_weight_difference_relative": max((item.relative for item in weights), default=0.0),
+        "largest_moment_difference_relative": max((item.relative for item in moments), default=0.0),
+        "largest_differences": [vars(item) for item in differences[:10]],
+        "elements_left_out_as_noise": sum(item.noise for item in weights),
+        "unequal_copies": {name: {"ranks": ranks, "largest": largest} for name, (ranks, largest) in unequal.items()},
+        "non_finite": _first_of_steps(result.interpreters),
+        "non_finite_one_device": _first_of_steps(reference.interpreters),
+        "collectives": [
+            {"kind": kind, "rank": rank, "count": count} for (kind, rank), count in sorted(counted.items())
+        ],
+    }
+
+
+def _first_of_steps(interpreters):
+    """Of each step the operator that was the first on any rank to make something not finite."""
+    events = sorted((item for one in interpreters for item in one.non_finite), key=lambda item: item.when)
+    first = {}
+    for item in events:
+        first.setdefault(
+            item.step, {"step": item.step + 1, "rank": item.rank, "place": item.place, "output": item.output}
+        )
+    return [first[step] for step in sorted(first)]
+
+
+def _step(ranks, one, layout, factor):
+    """One step of execution.json from the programs' results: loss, overflow, loss scale, learning rate, norm."""
+    last = layout.ranks_of(layout.stages - 1)
+    losses = [_scalar(ranks[rank][0]) / factor for rank in last]
+    norms = [_scalar(output[4]) if len(output) > 4 else None for output in ranks]
+    step = {
+        "loss": losses[0],
+        "loss_one_device": _scalar(one[0]),
+        "grad_norm": norms[0],
+        "grad_norm_one_device": _scalar(one[4]) if len(one) > 4 else None,
+        "learning_rate": _scalar(ranks[0][3]),
+        "learning_rate_one_device": _scalar(one[3]),
+        "loss_scale": _scalar(ranks[0][2]),
+        "loss_scale_one_device": _scalar(one[2]),
+        "overflow": any(bool(np.all(output[1])) for output in ranks),
+        "overflow_one_device": bool(np.all(one[1])),
+    }
+    if any(loss != losses[0] and not (np.isnan(loss) and np.isnan(losses[0])) for loss in losses):
+        step["loss_differs"] = losses
+    if any(norm != norms[0] for norm in norms) and np.isfinite(norms[0]):
+        step["grad_norm_differs"] = norms
+    return step
+
+
+def _scalar(value):
+    return None if value is None else float(np.asarray(value).reshape(-1)[0])
+
+
+def compare_parameters(
+    whole: Mapping[str, np.ndarray], one_device: Mapping[str, np.ndarray], noise: Mapping[str, np.ndarray] | None = None
+) -> list[ParameterDifference]:
+    """Gathered parameters of a layout beside one device's: weights, moments and counters, the largest relative
+    difference first; `noise` masks the elements to leave out, by weight, see `NoiseWatch`."""
     found = []
     for name, value in whole.items():
         reference = np.asarray(one_device[name], np.float64)
@@ -106,36 +203,34 @@ def compare_parameters(whole, one_device, noise=None):
     return sorted(found, key=lambda item: -item.relative)
 
 
-def disagreements(steps, parameters, unequal, unread, tolerance):
+def disagreements(
+    steps: Iterable[dict],
+    parameters: Iterable[ParameterDifference],
+    unequal: Mapping[str, tuple[list[int], float]],
+    unread: list[str],
+    tolerance: Tolerance,
+) -> list[str]:
     """What does not agree, in words.
 
-    Args:
-        steps (list[dict]): of execution.json.
-        parameters (list[ParameterDifference]): see `compare_parameters`.
-        unequal (dict): copies that differ, see `state.join`.
-        unread (list[str]): messages that nobody received.
-        tolerance (Tolerance): what is allowed.
-
-    Returns:
-        list[str]
+    `steps` are those of execution.json, `unequal` and `unread` copies that differ and messages that nobody received.
     """
     found = []
-    for number, step in enumerate(steps, 1):
+    for index, step in enumerate(steps, 1):
         for name, allowed in (("loss", tolerance.loss), ("grad_norm", tolerance.norm)):
             ours, reference = step[name], step[f"{name}_one_device"]
             if ours is None or reference is None:
                 continue
             if not close(ours, reference, allowed):
                 found.append(
-                    f"step {number}: {name} is {ours:.9g}, on one device {reference:.9g} "
+                    f"step {index}: {name} is {ours:.9g}, on one device {reference:.9g} "
                     f"(ratio {ours / reference if reference else float('inf'):.6f})"
                 )
         for name in ("overflow", "loss_scale", "learning_rate"):
             if step[name] != step[f"{name}_one_device"]:
-                found.append(f"step {number}: {name} is {step[name]}, on one device {step[f'{name}_one_device']}")
+                found.append(f"step {index}: {name} is {step[name]}, on one device {step[f'{name}_one_device']}")
         for name in ("loss", "grad_norm"):
             if step.get(f"{name}_differs"):
-                found.append(f"step {number}: ranks report different values of {name}: {step[f'{name}_differs']}")
+                found.append(f"step {index}: ranks report different values of {name}: {step[f'{name}_differs']}")
     for item in parameters:
         allowed = tolerance.weights if plain_name(item.name) == item.name else tolerance.moments
         if item.relative > allowed:
@@ -148,8 +243,93 @@ def disagreements(steps, parameters, unequal, unread, tolerance):
     return found + [f"a message that nobody receives: {what}" for what in unread]
 
 
-def close(value, reference, allowed):
-    """bool: equal within a relative tolerance; two values that are not finite are equal."""
+def close(value: float, reference: float, allowed: float) -> bool:
+    """Equal within a relative tolerance; two values that are not finite are equal."""
     if not np.isfinite(reference) or not np.isfinite(value):
-        return np.isfinite(reference) == np.isfinite(value)
-    return abs(value - reference) <= allowed * max(abs(reference), 1e-12)
+        return bool(np.isfinite(reference) == np.isfinite(value))
+    return bool(abs(value - reference) <= allowed * max(abs(reference), 1e-12))
+
+
+def compare_generation(result: GenerationRun, reference: GenerationRun, allowed: float) -> dict:
+    """The part of execution.json that holds results: the tokens and logits of a layout beside one device's.
+
+    A prompt's logits are compared up to its first token that differs: behind it the two read different texts. `allowed`
+    is a difference of logits, beside the largest logit.
+    """
+    ours, theirs = result.tokens[0], reference.tokens[0]  # (B, N)
+    ours_logits, their_logits = result.logits[0], reference.logits[0]  # (N, B, V)
+    scale = float(np.abs(their_logits[np.isfinite(their_logits)]).max(initial=0.0)) or 1.0
+    ranked = np.sort(their_logits, -1)
+    margins = ranked[..., -1] - ranked[..., -2]  # (N, B)
+    problems, ties, steps = unequal_ranks(result), [], []
+    for index in range(ours.shape[1]):
+        same = (ours[:, :index] == theirs[:, :index]).all(1)
+        difference = _largest(ours_logits[index, same], their_logits[index, same])
+        steps.append(
+            {
+                "tokens": ours[:, index].tolist(),
+                "tokens_one_device": theirs[:, index].tolist(),
+                "logit_difference": difference,
+                "smallest_margin": float(margins[index].min()),
+            }
+        )
+        if difference > allowed * scale:
+            problems.append(
+                f"token {index + 1}: logits differ from one device's by {difference:.3g}, "
+                f"{difference / scale:.3g} of the largest logit (allowed: {allowed:g})"
+            )
+        for prompt in np.flatnonzero(same & (ours[:, index] != theirs[:, index])):
+            text = (
+                f"token {index + 1} of prompt {prompt} is {ours[prompt, index]}, on one device {theirs[prompt, index]} "
+                f"(margin there {margins[index, prompt]:.3g})"
+            )
+            (ties if margins[index, prompt] <= 2 * allowed * scale else problems).append(text)
+    problems += [f"a message that nobody receives: {what}" for what in result.unread]
+    largest = max((step["logit_difference"] for step in steps), default=0.0)
+    interpreters = [(phase, one) for phases in result.interpreters for phase, one in phases.items()]
+    counted = {
+        (kind, one.rank, phase): count
+        for phase, one in interpreters
+        for kind, count in operators.collectives_of(one.op_counts).items()
+    }
+    return {
+        "agrees": not problems,
+        "problems": problems,
+        "near_ties": ties,
+        "tolerance": allowed,
+        "tokens": ours.tolist(),
+        "tokens_one_device": theirs.tolist(),
+        "largest_logit": scale,
+        "largest_logit_difference": largest,
+        "largest_logit_difference_relative": largest / scale,
+        "steps": steps,
+        "non_finite": [vars(event) for _, one in interpreters for event in one.non_finite],
+        "collectives": [
+            {"kind": kind, "rank": rank, "phase": phase, "count": count}
+            for (kind, rank, phase), count in sorted(counted.items())
+        ],
+    }
+
+
+def unequal_ranks(result: GenerationRun) -> list[str]:
+    """Ranks that choose other tokens than rank 0, or whose copies of the logits are not equal to its."""
+    found = []
+    for rank, (tokens, logits) in enumerate(zip(result.tokens, result.logits)):
+        if not np.array_equal(tokens, result.tokens[0]):
+            prompt, index = np.argwhere(tokens != result.tokens[0])[0]
+            found.append(
+                f"rank {rank} chooses {tokens[prompt, index]} as token {index + 1} of prompt {prompt}, rank 0 "
+                f"{result.tokens[0][prompt, index]}"
+            )
+        elif not np.array_equal(logits, result.logits[0], equal_nan=True):
+            found.append(
+                f"ranks 0 and {rank} should hold equal logits, they differ by {_largest(logits, result.logits[0]):.3g}"
+            )
+    return found
+
+
+def _largest(ours, theirs):
+    """The largest difference; infinite where one side is not finite."""
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(ours.astype(np.float64) - theirs)
+    return float(np.where(np.isfinite(difference), difference, np.inf).max(initial=0.0))

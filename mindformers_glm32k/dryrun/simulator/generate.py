@@ -1,201 +1,318 @@
-"""Rehearsal of prediction: greedy decoding by the programs of all ranks, beside those of one device."""
+"""Prediction simulated: greedy decoding by the compiled programs of all ranks, beside those of one device.
+
+"prefill" reads all prompts, "increment" one more token of each; or, without a cache, "predict" reads all prompts and
+what they have got so far. Around the programs this does what upstream's generator does: it deals blocks of the cache
+to prompts, says where each token's keys and values go, and takes the token with the largest logit.
+
+Letters: B prompts, N tokens to generate, S tokens of a sequence, V vocabulary.
+"""
+
+from __future__ import annotations
 
 import copy
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindformers_glm32k.dryrun.compile.pool import read_layout
-from mindformers_glm32k.dryrun.simulator import checkpoints, state
-from mindformers_glm32k.dryrun.simulator import scale_down as shrink
-from mindformers_glm32k.dryrun.simulator.generation import generate, is_cache
-from mindformers_glm32k.dryrun.simulator.generation_comparison import TOLERANCES, compare
-from mindformers_glm32k.dryrun.simulator.generation_report import write_reports
-from mindformers_glm32k.dryrun.simulator.precision import widen, widen_values
-from mindformers_glm32k.dryrun.simulator.prompts import check_prompts, make_prompts
-from mindformers_glm32k.dryrun.simulator.train import compile_beside_one_device, make_watch
+import numpy as np
+
+from mindformers_glm32k.dryrun.analysis.mindir import Program
+from mindformers_glm32k.dryrun.simulator import scale_down, state
+from mindformers_glm32k.dryrun.simulator.comparison import LOGIT_TOLERANCES, GenerationRun, compare_generation
+from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter, SimulationError, widen
+from mindformers_glm32k.dryrun.simulator.network import Network, run_ranks
+from mindformers_glm32k.dryrun.simulator.operators.values import NUMPY, wide
+from mindformers_glm32k.dryrun.simulator.report import write_reports
+from mindformers_glm32k.dryrun.simulator.scale_down import Request
+from mindformers_glm32k.dryrun.simulator.train import CompiledRank, compile_with_reference, make_watch
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.overrides import set_key
 from mindformers_glm32k.parallel import ParallelLayout, check_layout
 
+PREFILL, INCREMENT, PREDICT = "prefill", "increment", "predict"
+_PAD = 0  # behind the text of a sequence; no token sees what stands behind it
+_CACHES = ("key_cache", "value_cache")
 _KERNELS = "float16"  # what the kernels of prediction are compiled for where everything is computed in float32
 
 
 @dataclass
-class Rehearsal:
-    """Compiled programs, weights and prompts.
+class Decoding:
+    """Compiled programs, weights and prompts of a layout."""
 
-    Args:
-        layout (Layout): of `programs`.
-        programs (list[Rehearsed]): by rank.
-        one (Rehearsed): of one device.
-        whole (dict[str, numpy.ndarray]): whole weights, the caches left out.
-        prompts (list[numpy.ndarray]): int32.
-        count (int): tokens to generate.
-        dtype (str): of what is computed.
-    """
+    layout: ParallelLayout
+    programs: list[CompiledRank]  # by rank
+    one: CompiledRank  # of one device
+    whole: dict[str, np.ndarray]  # whole weights, the caches left out
+    prompts: list[np.ndarray]  # int32
+    count: int  # tokens to generate
+    dtype: str  # of what is computed
 
-    layout: object
-    programs: list
-    one: object
-    whole: dict
-    prompts: list
-    count: int
-    dtype: str
+    def run(self, traces: Sequence[str] = ()) -> dict:
+        """Decodes with the programs of all ranks and with one device's; results and seconds, for execution.json.
 
-    def run(self, traces=()):
-        """Decodes with the programs of all ranks and with one device's.
-
-        Args:
-            traces (sequence of str): operators or parameters whose values are printed.
-
-        Returns:
-            dict: results and seconds, for execution.json.
+        `traces` are operators or parameters whose values are printed.
         """
         alone = self.layout.world == 1
-        reference, one_seconds = self._generate([self.one], traces if alone else ())
-        result, seconds = (reference, one_seconds) if alone else self._generate(self.programs, traces)
+        reference = generate([self.one], self.whole, self.prompts, self.count, traces if alone else ())
+        result = reference if alone else generate(self.programs, self.whole, self.prompts, self.count, traces)
         return {
-            "execution_seconds": round(seconds, 1),
-            "execution_seconds_one_device": round(one_seconds, 1),
-            **compare(result, reference, TOLERANCES[self.dtype]),
+            "execution_seconds": round(result.seconds, 1),
+            "execution_seconds_one_device": round(reference.seconds, 1),
+            **compare_generation(result, reference, LOGIT_TOLERANCES[self.dtype]),
         }
 
-    def _generate(self, programs, traces):
-        started = time.monotonic()
-        result = generate(programs, self.whole, self.prompts, self.count, lambda: make_watch(traces))
-        return result, time.monotonic() - started
 
-
-def execute(
-    config_file,
-    overrides,
-    output,
-    count,
-    load_checkpoint=None,
-    shrunk=None,
-    precision="float32",
-    traces=(),
-    prompts=None,
-    config=None,
-):
-    """Compiles the programs (prefill and increment, or predict) of all ranks and of one device, decodes the same prompts
-    greedily with both, compares, and writes execution.json and execution.md.
-
-    Args:
-        config_file (str): YAML for prediction.
-        overrides (list[str]): run_mindformer's other options.
-        output (pathlib.Path): folder of the results.
-        count (int): tokens to generate, at most max_new_tokens.
-        load_checkpoint (str | None): whole checkpoint; by default random weights.
-        shrunk (bool | None): whether the model is made small; by default where it is large.
-        precision (str): dtype of everything, or "config": as the YAML has it.
-        traces (sequence of str): operators or parameters whose values are printed.
-        prompts (list | None): see `check_prompts`; by default random ones.
-        config (dict | None): merged configuration, where it has been read already.
-
-    Returns:
-        dict: execution.json, see `execution.generation_report`.
-
-    Raises:
-        InputError: the configuration cannot be rehearsed, or prompts do not fit it.
-        ExecutionError, NetworkError: the programs cannot be executed to the end.
-        WorkerFailed: a program was not compiled.
-    """
-    rehearsal, header = prepare(
-        config_file, overrides, output, count, load_checkpoint, shrunk, precision, prompts, config
-    )
-    report = {**header, **rehearsal.run(traces)}
-    write_reports(report, output)
+def simulate(request: Request, config: dict) -> dict:
+    """`simulator.simulate` of prediction whose merged configuration is `config`; at most max_new_tokens."""
+    decoding, header = prepare(request, config)
+    report = {**header, **decoding.run(request.traces)}
+    write_reports(report, request.output)
     return report
 
 
-def prepare(
-    config_file,
-    overrides,
-    output,
-    count,
-    load_checkpoint=None,
-    shrunk=None,
-    precision="float32",
-    prompts=None,
-    config=None,
-):
-    """Compiles the programs; arguments and errors of `execute`.
+def prepare(request: Request, config: dict, prompts: Sequence[Sequence[int]] | None = None) -> tuple[Decoding, dict]:
+    """Compiles the programs (prefill and increment, or predict) of all ranks and of one device.
+
+    `prompts` see `scale_down.check_prompts`; random ones by default. Errors are those of `simulator.simulate`.
 
     Returns:
-        tuple[Rehearsal, dict]: what can be executed; and what execution.json says of it.
+        What can be run; and what execution.json says of it.
     """
     started = time.monotonic()
-    arguments = ["--config", str(Path(config_file).resolve()), *overrides]
-    if config is None:
-        _, config = read_layout(arguments)
+    count, load_checkpoint, precision = request.steps, request.load_checkpoint, request.precision
     if config["run_mode"] != "predict":
-        raise InputError(f"--execute: run_mode {config['run_mode']} cannot be executed; predict and finetune can")
-    small = shrink.plan(config, shrunk, load_checkpoint)
-    config = _changed(config, small.changes)
+        raise InputError(f"--execute: run_mode {config['run_mode']} cannot be simulated; predict and finetune can")
+    small = scale_down.plan(config, request.scaled_down, load_checkpoint)
+    config = copy.deepcopy(config)
+    for key, (_, value) in small.changes.items():
+        set_key(config, key, value, f"--{key}")
     check_layout(config)
     if prompts is None:
-        prompts, source = make_prompts(config, count), "random tokens"
+        prompts, source = scale_down.make_prompts(config, count), "random tokens"
     else:
-        prompts, source = check_prompts(prompts, config, count), "given"
-    arguments += small.overrides
+        prompts, source = scale_down.check_prompts(prompts, config, count), "given"
+    arguments = [*request.arguments, *small.overrides]
     kernels = _KERNELS if precision == "float32" and config["model"]["model_config"].get("use_past") else None
     if precision != "config":
-        arguments += shrink.precision_overrides(precision, kernels)
+        arguments += scale_down.precision_overrides(precision, kernels)
     layout = ParallelLayout.from_config(config)
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as folder:
+    request.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".work_", dir=request.output) as folder:
         work = Path(folder).resolve()
-        one, programs = compile_beside_one_device(
-            arguments, [*arguments, *shrink.one_device_overrides(1)], layout, work, output
-        )
+        one_arguments = [*arguments, *scale_down.one_device_overrides(1)]
+        (one,), programs = compile_with_reference(arguments, one_arguments, layout, work, request.output)
         seconds = round(time.monotonic() - started, 1)
-        whole = whole_weights(one[0], kernels, load_checkpoint, config, work)
+        weights = {name: value for name, value in one.state.items() if not _is_cache(name)}
+        if kernels:
+            weights = {name: wide(value) for name, value in weights.items()}
+        whole = (
+            state.load_weights(load_checkpoint, weights, config, work)
+            if load_checkpoint
+            else state.random_weights(weights)
+        )
+    precision_text = precision
     if kernels:
-        for rehearsed in {id(item): item for item in [*one, *programs]}.values():
-            rehearsed.phases = {name: widen(program) for name, program in rehearsed.phases.items()}
+        precision_text += (
+            f" (kernels of prediction take 16 bits only: compiled in {kernels}, run with {precision} in its place, "
+            "which leaves shards and collectives as they are)"
+        )
+        for compiled in {id(item): item for item in [one, *programs]}.values():
+            compiled.phases = {name: widen(program) for name, program in compiled.phases.items()}
     dtype = precision if precision != "config" else config["model"]["model_config"].get("compute_dtype", "float16")
     header = {
         "world_size": layout.world,
         "layout": layout.describe(),
-        "config": str(config_file),
+        "config": str(request.config_file),
         "shrunk": small.changes,
         "precision": precision,
-        "precision_text": precision_text(precision, kernels),
+        "precision_text": precision_text,
         "prompts": [ids.tolist() for ids in prompts],
         "prompt_lengths": [len(ids) for ids in prompts],
         "prompts_text": source,
         "weights": str(load_checkpoint or "random, seed 0"),
         "compile_seconds": seconds,
     }
-    return Rehearsal(layout, programs, one[0], whole, prompts, count, dtype), header
+    return Decoding(layout, programs, one, whole, prompts, count, dtype), header
 
 
-def whole_weights(one, kernels, load_checkpoint, config, work):
-    """dict[str, numpy.ndarray]: weights of one device, the caches left out: a checkpoint's or random ones."""
-    values = {name: value for name, value in one.state.items() if not is_cache(name)}
-    if kernels:
-        values = widen_values(values)
-    if load_checkpoint:
-        return checkpoints.load_weights(load_checkpoint, values, config, work)
-    return state.random_weights(values)
+def generate(
+    programs: Sequence[CompiledRank],
+    whole: state.State,
+    prompts: list[np.ndarray],
+    count: int,
+    traces: Sequence[str] = (),
+) -> GenerationRun:
+    """Decodes greedily with the programs of all ranks.
+
+    Args:
+        programs: by rank, of one pipeline stage.
+        whole: whole parameters, the caches left out.
+        prompts: B arrays of int32.
+        count: tokens to generate.
+        traces: see `make_watch`.
+    """
+    started = time.monotonic()
+    network = Network(len(programs))
+    generators = []
+    for rank, compiled in enumerate(programs):
+        values = {}
+        for program in compiled.phases.values():
+            weights = _without_caches(program)
+            values.update(state.shard(weights, rank, compiled.layouts, whole, compiled.state))
+        generator = CachedGenerator if PREFILL in compiled.phases else UncachedGenerator
+        generators.append(generator(compiled.phases, rank, network, values, make_watch(traces)))
+    results = run_ranks(generators, network, [[(prompts, count)] * len(programs)])[0]
+    interpreters = [generator.interpreters for generator in generators]
+    seconds = time.monotonic() - started
+    return GenerationRun(interpreters, *map(list, zip(*results)), network.unread(), seconds)
 
 
-def precision_text(precision, kernels):
-    """str: what was computed in which dtype."""
-    if not kernels:
-        return precision
-    return (
-        f"{precision} (kernels of prediction take 16 bits only: compiled in {kernels}, executed with {precision} in its "
-        "place, which leaves cuts and collectives as they are)"
-    )
+class Blocks:
+    """Which blocks of the cache belong to which prompt: the next free one, whenever a prompt's last block is full.
+
+    Args:
+        prompts: B.
+        width: blocks that a prompt can have.
+        size: tokens of a block.
+        blocks: there are.
+    """
+
+    def __init__(self, prompts: int, width: int, size: int, blocks: int):
+        self.width, self.size, self.blocks = width, size, blocks
+        self.dealt = 0
+        self.tables = [[] for _ in range(prompts)]
+        self.lengths = [0] * prompts
+
+    def extend(self, counts: Sequence[int]) -> np.ndarray:
+        """Makes room for so many new tokens of each prompt: (sum of counts) int32, the slot of each, counted over all
+        blocks. SimulationError when the cache, or a prompt's table, is full."""
+        slots = []
+        for prompt, count in enumerate(counts):
+            table, start = self.tables[prompt], self.lengths[prompt]
+            end = start + count
+            while len(table) * self.size < end:
+                if self.dealt == self.blocks or len(table) == self.width:
+                    raise SimulationError(
+                        f"prompt {prompt} of {end} tokens does not fit: the cache has {self.blocks} "
+                        f"blocks of {self.size} tokens, {self.width} at most of a prompt"
+                    )
+                table.append(self.dealt)
+                self.dealt += 1
+            self.lengths[prompt] = end
+            slots += [table[index // self.size] * self.size + index % self.size for index in range(start, end)]
+        return np.array(slots, np.int32)
+
+    def table(self) -> np.ndarray:
+        """(B, width) int32, the blocks of each prompt in order, -1 behind them."""
+        return np.array([table + [-1] * (self.width - len(table)) for table in self.tables], np.int32)
 
 
-def _changed(config, changes):
-    """The configuration with a plan's changes, by dotted keys."""
-    config = copy.deepcopy(config)
-    for key, (_, value) in changes.items():
-        set_key(config, key, value, f"--{key}")
-    return config
+class CachedGenerator:
+    """One rank: "prefill" and "increment" over the same weights (`values`, the caches left out) and caches."""
+
+    def __init__(
+        self, phases: Mapping[str, Program], rank: int, network: Network, values: state.State, watch: Callable | None
+    ):
+        caches = {
+            name: np.zeros(spec.shape, NUMPY[spec.dtype])
+            for program in phases.values()
+            for name, spec in program.parameters.values()
+            if _is_cache(name)
+        }
+        prefill = RankInterpreter(phases[PREFILL], rank, network, {**values, **caches}, watch)
+        shared = {**values, **caches, **prefill.parameters}
+        self.interpreters = {
+            PREFILL: prefill,
+            INCREMENT: RankInterpreter(phases[INCREMENT], rank, network, shared, watch),
+        }
+        self.blocks, self.block_size = next(
+            parameter.value.shape[:2] for name, parameter in prefill.parameters.items() if _is_cache(name)
+        )
+
+    def run(self, task: tuple[list[np.ndarray], int]) -> tuple[np.ndarray, np.ndarray]:
+        """Decodes greedily.
+
+        Args:
+            task: prompts, B arrays of int32, as long together as the program was compiled for; N.
+
+        Returns:
+            Tokens (B, N) int32, logits (N, B, V).
+        """
+        prompts, count = task
+        interpreter = self.interpreters[PREFILL]
+        width = _input(interpreter.program, "block_tables").shape[1]
+        blocks = Blocks(len(prompts), width, self.block_size, self.blocks)
+        ids, tokens, logits = np.concatenate(prompts)[None], [], []
+        counts = [len(prompt) for prompt in prompts]
+        for index in range(count):
+            interpreter.step = index  # tokens are counted, whichever program makes them
+            slots = blocks.extend(counts)
+            logits.append(
+                _logits(
+                    interpreter,
+                    len(prompts),
+                    input_ids=ids.astype(np.int32),
+                    slot_mapping=slots,
+                    block_tables=blocks.table(),
+                    batch_valid_length=np.array([blocks.lengths], np.int32),
+                )
+            )
+            tokens.append(logits[-1].argmax(-1).astype(np.int32))
+            interpreter, ids, counts = self.interpreters[INCREMENT], tokens[-1][:, None], [1] * len(prompts)
+        return np.stack(tokens, 1), np.stack(logits)
+
+
+class UncachedGenerator:
+    """One rank: "predict" reads whole sequences for each token."""
+
+    def __init__(
+        self, phases: Mapping[str, Program], rank: int, network: Network, values: state.State, watch: Callable | None
+    ):
+        self.interpreters = {PREDICT: RankInterpreter(phases[PREDICT], rank, network, values, watch)}
+
+    def run(self, task: tuple[list[np.ndarray], int]) -> tuple[np.ndarray, np.ndarray]:
+        """Decodes greedily; see `CachedGenerator.run`."""
+        prompts, count = task
+        interpreter = self.interpreters[PREDICT]
+        sequences = np.full(_input(interpreter.program, "input_ids").shape, _PAD, np.int32)  # (B, S)
+        ends = np.array([len(prompt) for prompt in prompts])
+        for sequence, prompt in zip(sequences, prompts):
+            sequence[: len(prompt)] = prompt
+        each, tokens, logits = np.arange(len(prompts)), [], []
+        for _ in range(count):
+            result = _logits(interpreter, sequences.size, input_ids=sequences)
+            logits.append(result.reshape(*sequences.shape, -1)[each, ends - 1])  # (B * S, V) -> (B, V)
+            tokens.append(logits[-1].argmax(-1).astype(np.int32))
+            inside = ends < sequences.shape[1]  # the last token needs no room
+            sequences[each[inside], ends[inside]] = tokens[-1][inside]
+            ends += 1
+        return np.stack(tokens, 1), np.stack(logits)
+
+
+def _logits(interpreter, count, **inputs):
+    """The logits of a program: (count, V)."""
+    names = [name.rsplit(":", 1)[-1] for name in interpreter.program.main.inputs]
+    if set(names) != set(inputs):
+        raise SimulationError(f"rank {interpreter.rank}: the program's inputs are {names}, known are {sorted(inputs)}")
+    result = interpreter.run([inputs[name] for name in names])
+    result = result[0] if isinstance(result, tuple) else result
+    if result.ndim != 2 or len(result) != count:
+        raise SimulationError(f"rank {interpreter.rank}: logits of {list(result.shape)}, for {count} tokens")
+    return result
+
+
+def _is_cache(name):
+    """Whether a parameter is a cache of keys or values."""
+    return name.endswith(_CACHES)
+
+
+def _without_caches(program):
+    """The program, without the parameters that every rank begins with zeros in."""
+    parameters = {node: entry for node, entry in program.parameters.items() if not _is_cache(entry[0])}
+    return Program(program.main, program.graphs, parameters, program.inputs)
+
+
+def _input(program, name):
+    return next(spec for node, spec in program.inputs.items() if node.endswith(f":{name}"))

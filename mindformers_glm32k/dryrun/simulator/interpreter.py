@@ -3,27 +3,33 @@
 What a primitive computes stands in `operators`; here is what moves values: calls, closures, tuples, parameters.
 """
 
+from __future__ import annotations
+
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.analysis.mindir import Spec
+from mindformers_glm32k.dryrun.analysis.mindir import Graph, Program, Spec
 from mindformers_glm32k.dryrun.simulator import operators
-from mindformers_glm32k.dryrun.simulator.network import NetworkError, PeerFailed
+from mindformers_glm32k.dryrun.simulator.network import Network, NetworkError, PeerFailed
 from mindformers_glm32k.dryrun.simulator.operators.values import (
     NUMPY,
-    Closure,
+    Array,
     Parameter,
-    constant,
+    from_bytes,
     plain,
     round_bfloat16,
 )
 
+_NARROW = ("float16", "bfloat16")
 
-class ExecutionError(RuntimeError):
-    """A program cannot be executed. The message names rank, operator, place and shapes."""
+
+class SimulationError(RuntimeError):
+    """A program cannot be simulated. The message names rank, operator, location and shapes."""
 
 
 @dataclass
@@ -35,8 +41,8 @@ class Status:
 
 @dataclass
 class NonFinite:
-    """Where a value first was NaN or infinite in a step of a rank: the operator (with its place), what it made, and when (in
-    seconds, to tell which rank came first)."""
+    """Where a value first was NaN or infinite in a step of a rank: the operator and its location (`place`, as in
+    execution.json), what it made, and when (in seconds, to tell which rank came first)."""
 
     rank: int
     step: int
@@ -45,75 +51,73 @@ class NonFinite:
     when: float
 
 
-@dataclass
-class _Instructions:
-    """A graph, prepared: constants by name, nodes with the names that are not needed after them."""
+@dataclass(frozen=True)
+class _Closure:
+    """A graph with some of its inputs, the first ones."""
 
-    constants: dict
-    code: list = field(default_factory=list)
+    graph: Graph
+    arguments: tuple = ()
 
 
-class Machine:
-    """One rank: its program, its parameters, its place in the network.
+class RankInterpreter:
+    """Runs the program of one rank.
 
     Args:
-        program (Program): what is executed.
-        rank (int): who.
-        network (Network): where the other ranks are.
-        parameters (dict[str, numpy.ndarray | Parameter]): values by parameter name; each parameter of the program must be
-            there. A Parameter is shared: with another machine of this rank, whose program uses the same memory.
-        watch (callable | None): gets (rank, step, node, value) after every operator, for tracing.
+        parameters: arrays by parameter name; each parameter of the program must be there. A Parameter in the place of
+            an array is shared: with another interpreter of this rank, whose program uses the same memory.
+        watch: gets (rank, step, node, value) after every operator, for tracing.
 
     Raises:
-        ExecutionError: a parameter is missing or has another shape.
+        SimulationError: a parameter is missing or has another shape.
     """
 
-    def __init__(self, program, rank, network, parameters, watch=None):
+    def __init__(
+        self,
+        program: Program,
+        rank: int,
+        network: Network,
+        parameters: Mapping[str, Any],
+        watch: Callable | None = None,
+    ):
         self.program, self.rank, self.network, self.watch = program, rank, network, watch
         self.table = operators.table()
         self.status = Status()
         self.step = 0
         self.non_finite = []  # at most one a step
-        self.executed = Counter()  # how often each operator ran
+        self.op_counts = Counter()  # how often each operator ran
         self.parameters = {}
         for name, spec in program.parameters.values():
             if name not in parameters:
-                raise ExecutionError(f"rank {rank}: no value for parameter {name} {list(spec.shape)}")
+                raise SimulationError(f"rank {rank}: no value for parameter {name} {list(spec.shape)}")
             given = parameters[name]
             value = np.asarray(plain(given), NUMPY[spec.dtype])
             if value.shape != spec.shape:
-                raise ExecutionError(
+                raise SimulationError(
                     f"rank {rank}: parameter {name} is {list(value.shape)}, the program holds {list(spec.shape)}"
                 )
             self.parameters[name] = given if isinstance(given, Parameter) else Parameter(name, value, spec.dtype)
-        self.instructions = {}
+        self.instructions = {}  # graph -> (constants by name, [(node, names that are not needed after it)])
         self.constants = {
-            node.name: Closure(program.graphs[node.callee]) if node.callee else constant(node)
+            node.name: _Closure(program.graphs[node.callee]) if node.callee else _constant(node)
             for graph in (program.main, *program.graphs.values())
             for node in graph.nodes
             if node.op == "Constant"
         }
 
-    def run(self, inputs):
-        """Executes one step.
-
-        Args:
-            inputs (list[numpy.ndarray]): in the order of the program's inputs.
-
-        Returns:
-            The program's result: an array, or a (nested) tuple.
+    def run(self, inputs: list[Array]) -> Any:
+        """Runs one step on inputs in the order of the program's; the result is an array, or a (nested) tuple.
 
         Raises:
-            ExecutionError: an operator is not in the table, fails, or gives another shape or dtype than compiled.
+            SimulationError: an operator is not in the table, fails, or gives another shape or dtype than compiled.
             NetworkError, PeerFailed: see `Network`.
         """
         main = self.program.main
         if len(inputs) != len(main.inputs):
-            raise ExecutionError(f"rank {self.rank}: {len(inputs)} inputs for a program that has {len(main.inputs)}")
+            raise SimulationError(f"rank {self.rank}: {len(inputs)} inputs for a program that has {len(main.inputs)}")
         for name, value in zip(main.inputs, inputs):
             spec = self.program.inputs[name]
             if value.shape != spec.shape or value.dtype != NUMPY[spec.dtype]:
-                raise ExecutionError(
+                raise SimulationError(
                     f"rank {self.rank}: input {name.rsplit(':', 1)[-1]} is {value.dtype} "
                     f"{list(value.shape)}, the program was compiled for {spec.dtype} {list(spec.shape)}"
                 )
@@ -123,11 +127,11 @@ class Machine:
         return result
 
     def _call(self, graph, arguments, environment=None):
-        instructions = self.instructions.get(graph.name) or self._prepare(graph)
+        constants, code = self.instructions.get(graph.name) or self._prepare(graph)
         values = dict(environment or ())
         values.update(zip(graph.inputs, arguments))
-        values.update(instructions.constants)
-        for node, unneeded in instructions.code:
+        values.update(constants)
+        for node, unneeded in code:
             values[node.name] = self._node(node, values)
             for name in unneeded:
                 del values[name]
@@ -136,29 +140,25 @@ class Machine:
 
     def _prepare(self, graph):
         nodes = [node for node in graph.nodes if node.op != "Constant"]
-        instructions = _Instructions(
-            {node.name: self.constants[node.name] for node in graph.nodes if node.op == "Constant"}
-        )
-        own = {node.name for node in nodes}
-        kept = set(graph.outputs)
+        constants = {node.name: self.constants[node.name] for node in graph.nodes if node.op == "Constant"}
+        own, kept, code = {node.name for node in nodes}, set(graph.outputs), []
         for node in reversed(nodes):
             used = {name for name in (*node.inputs, node.callee) if name in own and name not in kept}
             kept |= used
             unneeded = tuple(used) + (() if node.name in kept else (node.name,))
-            instructions.code.append((node, unneeded))
-        instructions.code.reverse()
-        self.instructions[graph.name] = instructions
-        return instructions
+            code.append((node, unneeded))
+        self.instructions[graph.name] = constants, code[::-1]
+        return self.instructions[graph.name]
 
     def _value(self, name, values):
         if name in values:
             return values[name]
         name = name[5:] if name.startswith("REF::") else name
         if name in self.program.graphs:
-            return Closure(self.program.graphs[name])
+            return _Closure(self.program.graphs[name])
         if name in self.constants:
             return self.constants[name]
-        raise ExecutionError(f"rank {self.rank}: {name} is used before it is computed")
+        raise SimulationError(f"rank {self.rank}: {name} is used before it is computed")
 
     def _node(self, node, values):
         inputs = [self._value(name, values) for name in node.inputs]
@@ -171,31 +171,24 @@ class Machine:
     def _operator(self, node, inputs):
         entry = self.table.get(node.op)
         if entry is None:
-            raise ExecutionError(
-                f"rank {self.rank}: operator {node.op} is not known ({self._place(node)}; inputs "
+            raise SimulationError(
+                f"rank {self.rank}: operator {node.op} is not known ({self._location(node)}; inputs "
                 f"{_shapes(plain(tuple(inputs)))}, attributes {node.attributes})"
             )
         arguments = inputs if entry.in_place else [plain(value) for value in inputs]
-        self.executed[node.op] += 1
-        call = operators.Call(
-            node.op,
-            node.attributes,
-            node.output,
-            rank=self.rank,
-            network=self.network,
-            place=self._place(node),
-            status=self.status,
-        )
+        self.op_counts[node.op] += 1
+        location = self._location(node)
+        call = operators.Call(node.op, node.attributes, node.output, self.rank, self.network, location, self.status)
         try:
             with np.errstate(all="ignore"):  # what is not finite is looked for below
                 result = entry.function(call, *arguments)
         except PeerFailed:
             raise
         except NetworkError as error:
-            raise NetworkError(f"{error} (rank {self.rank} at {call.place})") from error
+            raise NetworkError(f"{error} (rank {self.rank} at {location})") from error
         except Exception as error:
-            raise ExecutionError(
-                f"rank {self.rank}: {node.op} failed: {type(error).__name__}: {error} ({call.place}; "
+            raise SimulationError(
+                f"rank {self.rank}: {node.op} failed: {type(error).__name__}: {error} ({location}; "
                 f"inputs {_shapes(plain(tuple(inputs)))}, attributes {node.attributes})"
             ) from error
         result = self._conform(node, result, node.output)
@@ -208,9 +201,9 @@ class Machine:
         """The result as compiled: rounded where it is bfloat16, an error where shape or dtype differ."""
         if isinstance(spec, tuple) and isinstance(result, tuple):
             if len(result) != len(spec):
-                raise ExecutionError(
+                raise SimulationError(
                     f"rank {self.rank}: {node.op} gives {len(result)} results, compiled were {len(spec)} "
-                    f"({self._place(node)})"
+                    f"({self._location(node)})"
                 )
             return tuple(self._conform(node, *pair) for pair in zip(result, spec))
         if not isinstance(spec, Spec) or not isinstance(result, (np.ndarray, np.generic)):
@@ -218,9 +211,9 @@ class Machine:
         result = np.asarray(result)
         known = all(size >= 0 for size in spec.shape)
         if result.dtype != NUMPY.get(spec.dtype) or (known and result.shape != spec.shape):
-            raise ExecutionError(
+            raise SimulationError(
                 f"rank {self.rank}: {node.op} gives {result.dtype} {list(result.shape)}, compiled was "
-                f"{spec.dtype} {list(spec.shape)} ({self._place(node)})"
+                f"{spec.dtype} {list(spec.shape)} ({self._location(node)})"
             )
         return round_bfloat16(result) if spec.dtype == "bfloat16" else result
 
@@ -231,19 +224,50 @@ class Machine:
             return
         self.status.overflow = True
         if not self.non_finite or self.non_finite[-1].step != self.step:
-            self.non_finite.append(
-                NonFinite(
-                    self.rank, self.step, f"{node.op} ({self._place(node)})", _shapes(plain(result)), time.monotonic()
-                )
-            )
+            place, now = f"{node.op} ({self._location(node)})", time.monotonic()
+            self.non_finite.append(NonFinite(self.rank, self.step, place, _shapes(plain(result)), now))
 
     @staticmethod
-    def _place(node):
+    def _location(node):
         micro = node.marks.get("micro")
         return (
             f"{node.scope or node.name}{f' {node.instance}' if node.instance else ''}"
             f"{'' if micro is None else f', micro batch {micro}'}"
         )
+
+
+def widen(program: Program) -> Program:
+    """The program with float32 wherever it has float16 or bfloat16, constants and parameters included.
+
+    The kernels of prediction (ApplyRotaryPosEmb, PagedAttention) take 16 bits only, and the compiler insists on it.
+    Rounding hides small mistakes and makes greedy decoding choose another token now and then; widened, the same program
+    with the same shards and collectives computes what it states to seven digits.
+    """
+
+    def graph(old):
+        return Graph(old.name, old.inputs, [_widen_node(node) for node in old.nodes], old.outputs)
+
+    return Program(
+        graph(program.main),
+        {name: graph(old) for name, old in program.graphs.items()},
+        {node: (name, _widen_spec(spec)) for node, (name, spec) in program.parameters.items()},
+        {name: _widen_spec(spec) for name, spec in program.inputs.items()},
+    )
+
+
+def _widen_node(node):
+    data = node.data
+    if isinstance(node.value, Spec) and node.value.dtype in _NARROW:
+        data = from_bytes(data, node.value).astype(np.float32).tobytes()
+    return replace(node, output=_widen_spec(node.output), value=_widen_spec(node.value), data=data)
+
+
+def _widen_spec(value):
+    if isinstance(value, tuple):
+        return tuple(_widen_spec(item) for item in value)
+    if isinstance(value, Spec) and value.dtype in _NARROW:
+        return replace(value, dtype="float32", itemsize=4)
+    return value
 
 
 # bring what another rank made
@@ -256,9 +280,14 @@ _MOVERS = {
     "TupleGetItem": lambda inputs: inputs[0][int(inputs[1])],
     "RealTupleGetItem": lambda inputs: inputs[0][int(inputs[1])],
     "StopGradient": lambda inputs: inputs[0],
-    "Partial": lambda inputs: Closure(inputs[0].graph, (*inputs[0].arguments, *inputs[1:])),
+    "Partial": lambda inputs: _Closure(inputs[0].graph, (*inputs[0].arguments, *inputs[1:])),
     "Switch": lambda inputs: inputs[1] if bool(np.all(plain(inputs[0]))) else inputs[2],
 }
+
+
+def _constant(node):
+    """An array for tensors, else what the file says."""
+    return from_bytes(node.data, node.value) if isinstance(node.value, Spec) else node.value
 
 
 def _finite(value):

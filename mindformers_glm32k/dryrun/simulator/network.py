@@ -1,14 +1,23 @@
-"""The network of ranks: collectives, sends and receives as meetings of threads.
+"""All ranks of a layout at work, a thread each, and the network between them: collectives, sends and receives.
 
-It finds what a real network leaves hanging: ranks of a group that do different things, and ranks that wait for each other.
+It finds what a real network leaves hanging: ranks of a group that do different things, and ranks that wait for each
+other.
 """
+
+from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mindformers_glm32k.dryrun.analysis.mindir import Spec
 
 
 class NetworkError(RuntimeError):
-    """Ranks do not fit together. The message names group, ranks, operators and places."""
+    """Ranks do not fit together. The message names group, ranks, operators and where they stand."""
 
 
 class PeerFailed(RuntimeError):
@@ -16,90 +25,68 @@ class PeerFailed(RuntimeError):
 
 
 class Network:
-    """Messages between ranks, one thread each.
+    """Messages between `world_size` ranks, one thread each.
 
-    Args:
-        world (int): number of ranks.
+    All methods that wait raise NetworkError on a deadlock and PeerFailed when another rank failed.
     """
 
-    def __init__(self, world):
-        self.world = world
+    def __init__(self, world_size: int):
+        self.world_size = world_size
         self.changed = threading.Condition()
-        self.meetings = {}  # (group, ranks, number of the meeting) -> {rank: (what it brings, array)}
-        self.counts = defaultdict(int)  # (group, rank) -> meetings so far
+        self.collectives = {}  # (group, index of the collective) -> {rank: (what it brings, array)}
+        self.counts = defaultdict(int)  # (group, rank) -> collectives so far
         self.boxes = defaultdict(deque)  # (source, destination, tag) -> arrays
         self.waiting = {}  # rank -> (condition, what it waits for)
         self.ended = set()
         self.failure = None
 
-    def meet(self, rank, kind, group, ranks, array, details=""):
+    def collective(
+        self, rank: int, kind: str, group: str, ranks: Sequence[int], array: np.ndarray, details: Any = ""
+    ) -> list[np.ndarray]:
         """Brings an array to a collective and waits for the other ranks of the group.
 
         Args:
-            rank (int): who comes.
-            kind (str): "AllReduce", ….
-            group (str): the group's name.
-            ranks (sequence of int): its members.
-            array (numpy.ndarray): what this rank brings.
+            kind: "AllReduce", ….
+            ranks: the members of `group`.
             details: whatever must be equal on all ranks: dtype, reduction, axes.
 
         Returns:
-            list[numpy.ndarray]: what each member brought, in the order of `ranks`.
+            What each member brought, in the order of `ranks`.
 
         Raises:
-            NetworkError: members bring different kinds, shapes, dtypes or details; not a member; deadlock.
-            PeerFailed: another rank failed.
+            NetworkError: members bring different kinds, shapes, dtypes or details; not a member.
         """
         ranks = tuple(ranks)
         if rank not in ranks:
             raise NetworkError(f"{kind} of rank {rank} in group {group!r}, whose ranks are {list(ranks)}")
         with self.changed:
-            number = self.counts[group, rank]
+            index = self.counts[group, rank]
             self.counts[group, rank] += 1
-            meeting = self.meetings.setdefault((group, number), {})
+            members = self.collectives.setdefault((group, index), {})
             brought = (kind, array.shape, str(array.dtype), str(details), ranks)
-            meeting[rank] = (brought, array)
+            members[rank] = (brought, array)
             self.changed.notify_all()
-            self._check(group, number, meeting)
-            what = f"{kind} number {number + 1} of group {group!r} (ranks {list(ranks)})"
+            self._check(group, index, members)
+            what = f"{kind} number {index + 1} of group {group!r} (ranks {list(ranks)})"
             self._wait(
                 rank,
-                lambda: len(meeting) == len(ranks),
-                lambda: f"{what}, for ranks {sorted(set(ranks) - set(meeting))}",
+                lambda: len(members) == len(ranks),
+                lambda: f"{what}, for ranks {sorted(set(ranks) - set(members))}",
             )
-            self._check(group, number, meeting)  # the last to come may be the one who differs
-            result = [meeting[member][1] for member in ranks]
-            if all(self.counts[group, member] > number for member in ranks):
-                self.meetings.pop((group, number), None)
+            self._check(group, index, members)  # the last to come may be the one who differs
+            result = [members[member][1] for member in ranks]
+            if all(self.counts[group, member] > index for member in ranks):
+                self.collectives.pop((group, index), None)
             return result
 
-    def send(self, rank, destination, tag, array):
-        """Leaves an array for another rank; does not wait.
-
-        Args:
-            rank (int), destination (int): from whom, to whom.
-            tag: tells several messages between the two apart.
-            array (numpy.ndarray): what is sent.
-        """
+    def send(self, rank: int, destination: int, tag: Any, array: np.ndarray) -> None:
+        """Leaves an array for another rank and does not wait; `tag` tells messages between the two apart."""
         with self.changed:
             self.boxes[rank, destination, tag].append(array)
             self.changed.notify_all()
 
-    def receive(self, rank, source, tag, spec=None):
-        """Waits for an array of another rank.
-
-        Args:
-            rank (int), source (int): to whom, from whom.
-            tag: as the sender's.
-            spec (Spec): what the receiver's program expects.
-
-        Returns:
-            numpy.ndarray
-
-        Raises:
-            NetworkError: the array has another shape than expected; deadlock.
-            PeerFailed: another rank failed.
-        """
+    def receive(self, rank: int, source: int, tag: Any, spec: Spec | None = None) -> np.ndarray:
+        """Waits for an array of another rank; NetworkError where its shape is not that of `spec`."""
         with self.changed:
             box = self.boxes[source, rank, tag]
             self._wait(rank, lambda: box, lambda: f"a message from rank {source} (tag {tag})")
@@ -111,13 +98,8 @@ class Network:
             )
         return array
 
-    def end(self, rank, error=None):
-        """A rank's thread is over.
-
-        Args:
-            rank (int): which.
-            error (Exception | None): why, if not because its program ended.
-        """
+    def end(self, rank: int, error: Exception | None = None) -> None:
+        """A rank's thread is over, by an error if its program has not ended."""
         with self.changed:
             self.ended.add(rank)
             if error is not None and self.failure is None:
@@ -125,8 +107,8 @@ class Network:
             self._find_deadlock()
             self.changed.notify_all()
 
-    def unread(self):
-        """list[str]: messages that nobody received."""
+    def unread(self) -> list[str]:
+        """Messages that nobody received."""
         return [
             f"rank {source} to rank {destination} (tag {tag}): {len(box)}"
             for (source, destination, tag), box in sorted(self.boxes.items(), key=str)
@@ -150,7 +132,7 @@ class Network:
         if (
             self.failure is None
             and self.waiting
-            and len(self.waiting) + len(self.ended) == self.world
+            and len(self.waiting) + len(self.ended) == self.world_size
             and not any(condition() for condition, _ in self.waiting.values())
         ):
             waits = [f"rank {rank} waits for {what()}" for rank, (_, what) in sorted(self.waiting.items())]
@@ -159,13 +141,57 @@ class Network:
             self.changed.notify_all()
 
     @staticmethod
-    def _check(group, number, meeting):
-        if len({brought for brought, _ in meeting.values()}) == 1:
+    def _check(group, index, members):
+        if len({brought for brought, _ in members.values()}) == 1:
             return
         brings = "; ".join(
             f"rank {rank} brings {kind} of {dtype} {list(shape)} {details} in ranks {list(ranks)}"
-            for rank, ((kind, shape, dtype, details, ranks), _) in sorted(meeting.items())
+            for rank, ((kind, shape, dtype, details, ranks), _) in sorted(members.items())
         )
-        raise NetworkError(
-            f"the ranks of group {group!r} do not meet in their collective number {number + 1}: {brings}"
-        )
+        raise NetworkError(f"the ranks of group {group!r} differ in their collective number {index + 1}: {brings}")
+
+
+def run_ranks(
+    ranks: Sequence[Any],
+    network: Network,
+    batches: Sequence[Sequence[Any]],
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[list[Any]]:
+    """Runs steps on all ranks.
+
+    Args:
+        ranks: by rank what runs a step: its `run` takes the rank's inputs.
+        network: that they were given.
+        batches: per step and rank the inputs.
+        on_step: gets (rank, step) after each step of each rank.
+
+    Returns:
+        Per step and rank the result.
+
+    Raises:
+        SimulationError, NetworkError: the first failure of any rank.
+    """
+    results = [[None] * len(ranks) for _ in batches]
+    errors = []
+
+    def work(rank):
+        error = None
+        try:
+            for step, inputs in enumerate(batches):
+                results[step][rank] = ranks[rank].run(inputs[rank])
+                if on_step:
+                    on_step(rank, step)
+        except Exception as caught:  # whatever it is, the other ranks must not wait for this one
+            error = caught
+            errors.append(caught)
+        network.end(rank, error)
+
+    threads = [threading.Thread(target=work, args=(rank,), name=f"rank {rank}") for rank in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    own = [error for error in errors if not isinstance(error, PeerFailed)]
+    if own or errors:
+        raise (own or errors)[0]
+    return results

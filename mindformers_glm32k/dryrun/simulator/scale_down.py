@@ -1,110 +1,116 @@
-"""A small model in the same layout: fewer layers, heads, words and positions, all switches and all cuts as they are.
+"""A small model in the same layout (fewer layers, heads, positions, a smaller vocabulary; all switches and shardings as
+they are), and prompts that fit it.
 
-A rehearsal executes programs in NumPy; what it is to show (that the layout computes what one device computes) does not
-depend on the sizes, as long as everything that the layout cuts stays divisible.
+A simulation runs programs in NumPy; what it is to show (that the layout computes what one device computes) does not
+depend on the sizes, as long as everything that the layout shards stays divisible.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from mindformers_glm32k.dryrun.simulator.state import sizes_of
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import FLASH_ATTENTION_STEP, layers_per_stage
 
-LARGE = 100_000_000  # weights; models above are shrunk unless asked otherwise
-LARGEST_LENGTH = 2048  # tokens of a row; attention is executed with all its scores
+LARGE = 100_000_000  # weights; models above are scaled down unless asked otherwise
+LARGEST_LENGTH = 2048  # tokens of a sequence; attention is computed with all its scores
 _HEAD, _VOCABULARY, _LENGTH = 16, 1024, 64
 _DROPOUTS = tuple(
     f"model.model_config.{key}" for key in ("hidden_dropout", "attention_dropout", "pet_config.lora_dropout")
 )
 _ANSWER, _BLOCK = 16, 16  # tokens that prediction generates, at most; tokens of a block of its cache
 _TOTAL_STEPS = 1000  # of the learning rate schedule, where it follows the data
+_LOWEST_TOKEN = 3  # of random prompts: behind padding and the end of a text
 
 
-def weights_of(model):
-    """int: the model's number of weights, norms left out.
-
-    Args:
-        model (dict): model_config.
-    """
+def num_weights(model: dict[str, Any]) -> int:
+    """The number of weights by model_config, norms left out."""
     hidden, size = int(model["hidden_size"]), int(model["kv_channels"])
     heads, groups = int(model["num_attention_heads"]), int(model["multi_query_group_num"])
     layer = hidden * size * (2 * heads + 2 * groups) + 3 * hidden * int(model["ffn_hidden_size"])
     return int(model["num_layers"]) * layer + 2 * hidden * int(model["padded_vocab_size"])
 
 
-def predicts(config):
-    """bool: whether a configuration is for prediction.
-
-    Args:
-        config (dict): merged configuration.
-    """
+def predicts(config: dict) -> bool:
+    """Whether a merged configuration is for prediction."""
     return str(config.get("run_mode") or "").startswith("predict")
 
 
-def prompts_of(config):
-    """int: prompts that are answered together, as the trainer has it: without a cache one by one, unless asked for.
-
-    Args:
-        config (dict): merged configuration.
-    """
+def prompts_of(config: dict) -> int:
+    """Prompts that are answered together, as the trainer has it: without a cache one by one, unless asked for."""
     model = config["model"]["model_config"]
     return int(config.get("predict_batch_size") or (model.get("batch_size") if model.get("use_past") else None) or 1)
 
 
 @dataclass(frozen=True)
+class Request:
+    """What is to be simulated."""
+
+    config_file: str  # YAML of a training run or of prediction
+    overrides: list[str]  # run_mindformer's other options
+    output: Path  # folder of the results
+    steps: int  # optimizer steps, or tokens to generate
+    load_checkpoint: str | None = None  # whole checkpoint to start from; by default random weights
+    scaled_down: bool | None = None  # whether the model is made small; by default where it is large
+    precision: str = "float32"  # dtype of everything, or "config": as the YAML has it
+    traces: Sequence[str] = ()  # operators or parameters whose values are printed, see `train.make_watch`
+
+    @property
+    def arguments(self) -> list[str]:
+        """run_mindformer's."""
+        return ["--config", str(Path(self.config_file).resolve()), *self.overrides]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """How a configuration is made small.
+    """How a configuration is scaled down; dropout is always off."""
 
-    Args:
-        overrides (list[str]): run_mindformer's options.
-        changes (dict[str, list]): by dotted key the old and the new value; dropout is always off.
-    """
-
-    overrides: list
-    changes: dict
+    overrides: list[str]  # run_mindformer's options
+    changes: dict[str, list]  # by dotted key the old and the new value
 
 
-def plan(config, wanted=None, checkpoint=None):
-    """Decides what is made small.
+def plan(config: dict, wanted: bool | None = None, checkpoint: str | PathLike | None = None) -> Plan:
+    """Decides what is scaled down.
 
-    Args:
-        config (dict): merged configuration.
-        wanted (bool | None): shrink, or do not; by default models above LARGE weights and rows above LARGEST_LENGTH
-            tokens are shrunk.
-        checkpoint (str | None): whose sizes the model must have.
-
-    Returns:
-        Plan
-
-    Raises:
-        InputError: the checkpoint's model is large, or shrinking was asked for although its sizes are given.
+    `wanted`: scale down, or do not; by default models above LARGE weights, sequences above LARGEST_LENGTH tokens.
+    `checkpoint`: whose sizes the model must have; InputError where they are large and it is not `wanted`.
     """
     model = config["model"]["model_config"]
     values = {}
     if checkpoint:
-        from mindformers_glm32k.dryrun.simulator.checkpoints import sizes_of
-
         given = sizes_of(checkpoint, config)
-        if weights_of({**model, **given}) > LARGE and not wanted:
+        if num_weights({**model, **given}) > LARGE and not wanted:
             raise InputError(
-                f"load_checkpoint {checkpoint}: a model of {weights_of({**model, **given}):,} weights is too "
-                "large to be executed here; leave out load_checkpoint (random weights of a small model in "
+                f"load_checkpoint {checkpoint}: a model of {num_weights({**model, **given}):,} weights is too "
+                "large to be simulated here; leave out load_checkpoint (random weights of a small model in "
                 "the same layout show as much), or give a small checkpoint"
             )
         values.update({f"model.model_config.{key}": value for key, value in given.items()})
-    elif wanted or (wanted is None and weights_of(model) > LARGE):
+    elif wanted or (wanted is None and num_weights(model) > LARGE):
         values.update(_model_sizes(config))
     if wanted or (wanted is None and int(model["seq_length"]) > LARGEST_LENGTH):
         values.update(_prediction_lengths(config) if predicts(config) else _lengths(config))
     values.update({key: 0.0 for key in _DROPOUTS if _value(config, key)})  # two programs would drop different elements
     changes = {key: [_value(config, key), value] for key, value in values.items() if _value(config, key) != value}
-    overrides = [word for key, (_, value) in changes.items() for word in (f"--{key}", str(value))]
+    overrides = _options({key: value for key, (_, value) in changes.items()})
     parallel = config.get("parallel") or {}
     if config.get("use_parallel") and parallel.get("enable_parallel_optimizer"):
         # small parameters are sharded as large ones are
         threshold = {**(parallel.get("parallel_optimizer_config") or {}), "parallel_optimizer_threshold": 0}
         overrides += ["--parallel.parallel_optimizer_config", str(threshold)]
     return Plan(overrides, changes)
+
+
+def _options(values):
+    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
 
 
 def _value(config, key):
@@ -114,16 +120,16 @@ def _value(config, key):
     return config
 
 
-def _cut(config):
-    """How often model, context and layers are cut."""
+def _shards(config):
+    """Over how many devices the model and the context are sharded."""
     parallel = (config.get("parallel_config") or {}) if config.get("use_parallel") else {}
     return (int(parallel.get(name) or 1) for name in ("model_parallel", "context_parallel"))
 
 
 def _model_sizes(config):
-    """Sizes of a small model that the layout cuts as it cuts the large one."""
+    """Sizes of a small model that the layout shards as it shards the large one."""
     model = config["model"]["model_config"]
-    model_parallel, context_parallel = _cut(config)
+    model_parallel, context_parallel = _shards(config)
     heads = lcm(int(model["multi_query_group_num"]), model_parallel * context_parallel)
     heads *= -(-4 // heads)
     hidden = heads * _HEAD
@@ -140,8 +146,8 @@ def _model_sizes(config):
 
 
 def _lengths(config):
-    """Lengths of short rows, with a loss (and MLP) that is still computed in several chunks."""
-    _, context_parallel = _cut(config)
+    """Lengths of short sequences, with a loss (and MLP) that is still computed in several chunks."""
+    _, context_parallel = _shards(config)
     unit = FLASH_ATTENTION_STEP * context_parallel
     length = -(-_LENGTH // unit) * unit
     source, run = length * 5 // 8, length // context_parallel
@@ -170,28 +176,21 @@ def _prediction_lengths(config):
 
 def _layers(config):
     """As few layers as keep what the offset adds to each stage."""
-    flat = [count for row in layers_per_stage(config) for count in row]
+    flat = [count for chunk in layers_per_stage(config) for count in chunk]
     fewer = min(flat) - 1
     return sum(flat) - fewer * len(flat) if len(flat) > 1 else min(2, flat[0])
 
 
-def schedule_overrides(config):
-    """list[str]: options that keep the learning rate from ending with the few rows that are read."""
+def schedule_overrides(config: dict) -> list[str]:
+    """Options that keep the learning rate from ending with the few sequences that are read."""
     schedule = config.get("lr_schedule") or {}
     if int(schedule.get("total_steps") or -1) > 0:
         return []
     return ["--lr_schedule.total_steps", str(_TOTAL_STEPS)]
 
 
-def one_device_overrides(rows):
-    """The same step on one device.
-
-    Args:
-        rows (int): of the global batch.
-
-    Returns:
-        list[str]
-    """
+def one_device_overrides(batch_size: int) -> list[str]:
+    """Options of the same step, of `batch_size` sequences in all, on one device."""
     values = {
         "use_parallel": False,
         "parallel_config.data_parallel": 1,
@@ -206,24 +205,74 @@ def one_device_overrides(rows):
         "model.model_config.pp_interleave_num": 1,
         "runner_config.gradient_accumulation_steps": 1,
         "micro_batch_interleave_num": 1,
-        "runner_config.batch_size": rows,
-        "train_dataset.batch_size": rows,
+        "runner_config.batch_size": batch_size,
+        "train_dataset.batch_size": batch_size,
     }
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    return _options(values)
 
 
-def precision_overrides(dtype, kernels=None):
+def precision_overrides(dtype: str, kernels: str | None = None) -> list[str]:
     """Options that compute everything in one dtype.
 
-    Args:
-        dtype (str): "float32", "float16", "bfloat16".
-        kernels (str | None): what the program is compiled for where kernels do not take that dtype; angles of the rotary
-            embedding then stay in it.
-
-    Returns:
-        list[str]
+    `kernels` is what the program is compiled for where kernels do not take that dtype; angles of the rotary embedding
+    then stay in it.
     """
     values = {"param_init_type": dtype, "compute_dtype": kernels or dtype, "residual_dtype": dtype}
     if kernels:
         values["rotary_dtype"] = dtype
-    return [word for key, value in values.items() for word in (f"--model.model_config.{key}", value)]
+    return _options({f"model.model_config.{key}": value for key, value in values.items()})
+
+
+def make_prompts(config: dict, count: int, seed: int = 7) -> list[np.ndarray]:
+    """Prompts of random tokens (int32), to generate `count` tokens; with several, every other one is longer and its
+    neighbour shorter. InputError for more tokens than max_new_tokens."""
+    prompts, length, answer = _prompt_sizes(config, count)
+    more = min(answer - count, length // 2)
+    lengths = [length] * prompts
+    for index in range(0, prompts - 1, 2):
+        lengths[index], lengths[index + 1] = length - more, length + more
+    rng = np.random.default_rng(seed)
+    vocab_size = int(config["model"]["model_config"]["padded_vocab_size"])
+    return [rng.integers(_LOWEST_TOKEN, vocab_size, size).astype(np.int32) for size in lengths]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], config: dict, count: int) -> list[np.ndarray]:
+    """Prompts as int32 arrays, to generate `count` tokens each; InputError where they do not fit the programs.
+
+    They must be as many as are answered together, on average seq_length - max_new_tokens tokens long: the program holds
+    all of them in one sequence.
+    """
+    expected, length, answer = _prompt_sizes(config, count)
+    vocab_size = int(config["model"]["model_config"]["padded_vocab_size"])
+    prompts = [np.asarray(ids, np.int32).reshape(-1) for ids in prompts]
+    lengths = [len(ids) for ids in prompts]
+    if len(prompts) != expected:
+        raise InputError(
+            f"{len(prompts)} prompts: {expected} are answered together (predict_batch_size, with use_past "
+            "model_config.batch_size)"
+        )
+    if sum(lengths) != expected * length or max(lengths) + count > length + answer or min(lengths) < 1:
+        raise InputError(
+            f"prompts of {lengths} tokens: seq_length - max_new_tokens is {length}, they must be as long on "
+            f"average and leave room for {count} tokens"
+        )
+    if any(((ids < 0) | (ids >= vocab_size)).any() for ids in prompts):
+        raise InputError(f"prompts hold tokens outside of the vocabulary: model_config.padded_vocab_size={vocab_size}")
+    return prompts
+
+
+def _prompt_sizes(config, count):
+    """(prompts, average tokens of a prompt, max_new_tokens)."""
+    model = config["model"]["model_config"]
+    answer = int(model.get("max_new_tokens") or 1)
+    length = int(model["seq_length"]) - answer
+    if count > answer:
+        raise InputError(
+            f"--execute {count}: model_config.max_new_tokens is {answer}; ask for fewer tokens or raise it"
+        )
+    if length < 1:
+        raise InputError(
+            f"model_config.max_new_tokens={answer}: no room for a prompt in seq_length={model['seq_length']}; "
+            "lower the one or raise the other"
+        )
+    return prompts_of(config), length, answer

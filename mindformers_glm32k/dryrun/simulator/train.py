@@ -1,135 +1,84 @@
-"""Rehearsal: the programs of all ranks compiled and executed on this machine, beside that of one device."""
+"""Training simulated: the programs of all ranks compiled and run on this machine, beside that of one device."""
+
+from __future__ import annotations
 
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.analysis.mindir import read_program
-from mindformers_glm32k.dryrun.compile.pool import read_layout, run_workers
+from mindformers_glm32k.data.encode import IGNORED
+from mindformers_glm32k.dryrun.analysis.mindir import Program, read_program
+from mindformers_glm32k.dryrun.compile.pool import read_layout, read_rows, run_workers
 from mindformers_glm32k.dryrun.compile.strategy import strategy_file
 from mindformers_glm32k.dryrun.compile.worker import STATE_FILE
-from mindformers_glm32k.dryrun.simulator import checkpoints, operators, state
-from mindformers_glm32k.dryrun.simulator import scale_down as shrink
-from mindformers_glm32k.dryrun.simulator.comparison import TOLERANCES, NoiseWatch, compare_parameters, disagreements
-from mindformers_glm32k.dryrun.simulator.interpreter import Machine
-from mindformers_glm32k.dryrun.simulator.network import Network
+from mindformers_glm32k.dryrun.simulator import scale_down, state
+from mindformers_glm32k.dryrun.simulator.comparison import NoiseWatch, TrainingRun, compare_training
+from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter
+from mindformers_glm32k.dryrun.simulator.network import Network, run_ranks
 from mindformers_glm32k.dryrun.simulator.report import write_reports
-from mindformers_glm32k.dryrun.simulator.rows import input_arrays, make_rows
-from mindformers_glm32k.dryrun.simulator.world import run_world
+from mindformers_glm32k.dryrun.simulator.scale_down import Request
 from mindformers_glm32k.files import copy_atomically
-from mindformers_glm32k.weights.parameters import plain_name
+from mindformers_glm32k.parallel import ParallelLayout
 from mindformers_glm32k.weights.strategy import ParameterLayout, read_strategy
 
 _JOBS = 2  # programs compiled at the same time
+Sequences = Mapping[str, np.ndarray]  # by column (steps, sequences, tokens)
 
 
 @dataclass
-class Rehearsed:
-    """Programs of a rank that are ready to be executed.
+class CompiledRank:
+    """Programs of a rank that are ready to be run."""
 
-    Args:
-        state (dict[str, numpy.ndarray]): initial values that its process left.
-        layouts (dict[str, ParameterLayout]): of its stage; {} for one device.
-        inputs (list[list[int]]): shapes of the inputs that it was compiled for.
-        columns (list[str]): names of these inputs.
-        phases (dict[str, Program]): all that were compiled: "train", or of prediction "prefill" and "increment".
-    """
-
-    state: dict
-    layouts: dict
-    inputs: list
-    columns: list
-    phases: dict
+    state: dict[str, np.ndarray]  # initial values that its process left
+    layouts: dict[str, ParameterLayout]  # of its stage; {} for one device
+    inputs: list[list[int]]  # shapes that it was compiled for
+    columns: list[str]  # names of these inputs
+    phases: dict[str, Program]  # "train", or of prediction "prefill" and "increment", or "predict"
 
     @property
-    def program(self):
-        """Program: of training, or the last one of prediction."""
+    def program(self) -> Program:
+        """Of training, or the last one of prediction."""
         return list(self.phases.values())[-1]
 
 
-@dataclass
-class Result:
-    """What an execution gave.
-
-    Args:
-        machines (list[Machine]): by rank.
-        outputs (list[list]): per step and rank.
-        unread (list[str]): messages that nobody received.
-        seconds (float): it took.
-        noise (dict[str, numpy.ndarray]): elements of weights whose gradients are rounding noise, of one device.
-    """
-
-    machines: list
-    outputs: list
-    unread: list = field(default_factory=list)
-    seconds: float = 0.0
-    noise: dict = field(default_factory=dict)
-
-
-def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=None, precision="float32", traces=()):
-    """Compiles the programs of all ranks and of one device, executes them on the same rows, compares, and writes
-    execution.json, execution.md, the strategy files and each rank's checkpoint.
-
-    Args:
-        config_file (str): YAML of a training run, or of prediction: see `execute_prediction`.
-        overrides (list[str]): run_mindformer's other options.
-        output (pathlib.Path): folder of the results.
-        steps (int): optimizer steps, or tokens to generate.
-        load_checkpoint (str | None): whole checkpoint to start from; by default random weights.
-        shrunk (bool | None): whether the model is made small; by default where it is large.
-        precision (str): dtype of everything, or "config": as the YAML has it.
-        traces (sequence of str): operators or parameters whose values are printed.
-
-    Returns:
-        dict: execution.json, see `execution.report`.
-
-    Raises:
-        InputError: the configuration cannot be rehearsed.
-        ExecutionError, NetworkError: the programs cannot be executed to the end.
-        WorkerFailed: a program was not compiled.
-    """
+def simulate(request: Request, config: dict) -> dict:
+    """`simulator.simulate` of a training run whose merged configuration is `config`."""
     started = time.monotonic()
-    arguments = ["--config", str(Path(config_file).resolve()), *overrides]
-    _, config = read_layout(arguments)
-    if shrink.predicts(config):
-        from mindformers_glm32k.dryrun.simulator import generate as execute_prediction
-
-        return execute_prediction.execute(
-            config_file, overrides, output, steps, load_checkpoint, shrunk, precision, traces, config=config
-        )
-    small = shrink.plan(config, shrunk, load_checkpoint)
-    arguments += [*small.overrides, *shrink.schedule_overrides(config)]
-    if precision != "config":
-        arguments += shrink.precision_overrides(precision)
+    output, steps, load_checkpoint = request.output, request.steps, request.load_checkpoint
+    small = scale_down.plan(config, request.scaled_down, load_checkpoint)
+    arguments = [*request.arguments, *small.overrides, *scale_down.schedule_overrides(config)]
+    if request.precision != "config":
+        arguments += scale_down.precision_overrides(request.precision)
     layout, config = read_layout(arguments)
-    one_arguments = [*arguments, *shrink.one_device_overrides(layout.global_batch_size)]
+    one_arguments = [*arguments, *scale_down.one_device_overrides(layout.global_batch_size)]
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as folder:
         work = Path(folder).resolve()
-        one, programs = compile_beside_one_device(arguments, one_arguments, layout, work, output)
+        one, programs = compile_with_reference(arguments, one_arguments, layout, work, output)
         compiled = time.monotonic() - started
-        rows, source = make_rows(one_arguments, one[0], steps, config, work)
+        sequences, source = read_sequences(one_arguments, one[0], steps, config, work)
         whole = (
-            checkpoints.load_weights(load_checkpoint, one[0].state, config, work)
+            state.load_weights(load_checkpoint, one[0].state, config, work)
             if load_checkpoint
             else state.random_weights(one[0].state)
         )
         for file in (work / "strategy").glob("ckpt_strategy_rank_*.ckpt"):
             copy_atomically(file, output / "strategy" / file.name)
     beta = float((config["optimizer"].get("betas") or (0.9,))[0])
-    reference = run(one, layout.on_one_device(), whole, rows, beta=beta)
-    result = run(programs, layout, whole, rows, traces, announce=True) if layout.world > 1 else reference
+    reference = run(one, layout.on_one_device(), whole, sequences, beta=beta)
+    result = run(programs, layout, whole, sequences, request.traces, announce=True) if layout.world > 1 else reference
     report = {
         "world_size": layout.world,
         "layout": layout.describe(),
-        "config": config_file,
+        "config": request.config_file,
         "shrunk": small.changes,
-        "precision": precision,
+        "precision": request.precision,
         "rows": source,
         "rows_per_step": layout.global_batch_size,
         "weights": str(load_checkpoint or "random, seed 0"),
@@ -138,146 +87,126 @@ def execute(config_file, overrides, output, steps, load_checkpoint=None, shrunk=
         "execution_seconds_one_device": round(reference.seconds, 1),
     }
     report.update(compare(result, reference, programs, layout, config))
-    for machine in result.machines:
-        checkpoints.save(machine, output / "checkpoint", steps)
+    for interpreter in result.interpreters:
+        state.save(interpreter, output / "checkpoint", steps)
     write_reports(report, output)
     return report
 
 
-def compile_beside_one_device(arguments, one_arguments, layout, work, output):
-    """Compiles the programs of a layout and of one device; logs go to `log/` below the output, whatever happens.
-
-    Args:
-        arguments (list[str]), one_arguments (list[str]): run_mindformer's, of the two.
-        layout (Layout): of the configuration.
-        work (pathlib.Path): folder for intermediate files.
-        output (pathlib.Path): folder of the results.
-
-    Returns:
-        tuple[list[Rehearsed], list[Rehearsed]]: of one device (one item), and by rank.
-    """
+def compile_with_reference(
+    arguments: list[str], one_arguments: list[str], layout: ParallelLayout, work: Path, output: Path
+) -> tuple[list[CompiledRank], list[CompiledRank]]:
+    """Compiles the programs of one device (`one_arguments`; a list of one) and of a layout (by rank), in the folder
+    `work`; logs go to `log/` below the output, whatever happens."""
     try:
-        one = compile_all(one_arguments, layout.on_one_device(), work / "one")
-        return one, compile_all(arguments, layout, work) if layout.world > 1 else one
+        one = compile_ranks(one_arguments, layout.on_one_device(), work / "one")
+        return one, compile_ranks(arguments, layout, work) if layout.world > 1 else one
     finally:
         for log in (*work.glob("log_rank_*.txt"), *work.glob("one/log_rank_*.txt")):
             copy_atomically(log, output / "log" / (log.name if log.parent == work else "log_one_device.txt"))
 
 
-def compile_all(arguments, layout, work):
-    """Compiles the programs of all ranks and reads what their processes left.
-
-    Args:
-        arguments (list[str]): run_mindformer's.
-        layout (Layout): of the configuration.
-        work (pathlib.Path): folder for logs and intermediate files.
-
-    Returns:
-        list[Rehearsed]: by rank.
-    """
+def compile_ranks(arguments: list[str], layout: ParallelLayout, work: Path) -> list[CompiledRank]:
+    """Compiles the programs of all ranks in the folder `work` and reads what their processes left, by rank."""
     found = {}
     (work / "strategy").mkdir(parents=True, exist_ok=True)
 
-    def gather(compiled):
+    def read(compiled):
         record, folder = compiled.record, compiled.folder
         strategy = strategy_file(folder, compiled.rank)
-        rehearsed = found[compiled.rank] = Rehearsed(
+        ready = found[compiled.rank] = CompiledRank(
             dict(np.load(folder / STATE_FILE)),
             {},
             record.get("inputs"),
             record.get("columns"),
             {entry["phase"]: read_program(folder / entry["file"]) for entry in record["programs"]},
         )
-        rehearsed.layouts = _layouts(rehearsed.program, strategy, record.get("layouts") or {})
+        ready.layouts = _layouts(ready.program, strategy, record.get("layouts") or {})
         if strategy.exists():
             shutil.copyfile(strategy, work / "strategy" / strategy.name)
         shutil.rmtree(folder)
 
-    run_workers(range(layout.world), layout, work, arguments, on_done=gather, jobs=_JOBS, to_execute=True)
+    run_workers(range(layout.world), layout, work, arguments, on_done=read, jobs=_JOBS, to_execute=True)
     return [found[rank] for rank in range(layout.world)]
 
 
 def _layouts(program, strategy, compiled):
-    """The layouts of a stage: of its strategy file, and of frozen weights, which MindSpore cuts and does not put there.
+    """The layouts of a stage: of its strategy file, and of frozen weights, which MindSpore shards but leaves out.
 
-    Args:
-        program (Program): a rank's.
-        strategy (pathlib.Path): the file; may be missing.
-        compiled (dict[str, dict]): how the compiler cuts each parameter, before the optimizer cuts it again, and its whole
-            shape.
-
-    Returns:
-        dict[str, ParameterLayout]
+    `compiled` says how the compiler shards each parameter, before the optimizer shards it again, and its whole shape.
     """
     layouts = read_strategy(strategy) if strategy.exists() else {}
     for name, spec in program.parameters.values():
         if name in layouts or name not in compiled or not spec.shape:
             continue
         matrix = tuple(compiled[name]["dev_matrix"])
-        cut = tuple(
+        tensor_map = tuple(
             tuple(axis for axis in (axes if isinstance(axes, list) else [axes]) if axis != -1)
             for axes in compiled[name]["tensor_map"]
         )
-        left = ParameterLayout(matrix, cut).slice_shape(compiled[name]["shape"])
-        layouts[name] = ParameterLayout(matrix, cut, left[0] // spec.shape[0])
+        left = ParameterLayout(matrix, tensor_map).slice_shape(compiled[name]["shape"])
+        layouts[name] = ParameterLayout(matrix, tensor_map, left[0] // spec.shape[0])
     return layouts
 
 
-def run(programs, layout, whole, rows, traces=(), announce=False, beta=0.9):
-    """Executes the programs of a layout.
+def run(
+    programs: Sequence[CompiledRank],
+    layout: ParallelLayout,
+    whole: state.State,
+    sequences: Sequences,
+    traces: Sequence[str] = (),
+    announce: bool = False,
+    beta: float = 0.9,
+) -> TrainingRun:
+    """Runs the programs of a layout.
 
     Args:
-        programs (list[Rehearsed]): by rank.
-        layout (Layout): their layout.
-        whole (dict[str, numpy.ndarray]): whole parameters before the first step.
-        rows (dict[str, numpy.ndarray]): by column (steps, rows, …).
-        traces (sequence of str): what is printed, see `make_watch`.
-        announce (bool): whether steps are reported on standard error.
-        beta (float): of the optimizer's first moment.
-
-    Returns:
-        Result
+        programs: by rank.
+        whole: whole parameters before the first step.
+        traces: what is printed, see `make_watch`.
+        announce: whether steps are reported on standard error.
+        beta: of the optimizer's first moment.
     """
     network = Network(layout.world)
-    machines = []
-    for rank, rehearsed in enumerate(programs):
-        in_stage = rank - layout.ranks_of(layout.stage_of(rank))[0]
-        values = state.cut(rehearsed.program, in_stage, rehearsed.layouts, whole, rehearsed.state)
-        machines.append(Machine(rehearsed.program, rank, network, values, make_watch(traces)))
-    count = len(next(iter(rows.values())))
+    interpreters = []
+    for rank, compiled in enumerate(programs):
+        rank_in_stage = rank - layout.ranks_of(layout.stage_of(rank))[0]
+        values = state.shard(compiled.program, rank_in_stage, compiled.layouts, whole, compiled.state)
+        interpreters.append(RankInterpreter(compiled.program, rank, network, values, make_watch(traces)))
+    count = len(next(iter(sequences.values())))
     batches = [
-        [input_arrays(rehearsed, rows, step, rank, layout) for rank, rehearsed in enumerate(programs)]
+        [rank_inputs(compiled, sequences, step, rank, layout) for rank, compiled in enumerate(programs)]
         for step in range(count)
     ]
     started = time.monotonic()
-
     noise = NoiseWatch(beta)
 
-    def say(rank, step):
+    def after_step(rank, step):
         if layout.world == 1:
-            noise.after_step(machines[0].parameters)
+            noise.after_step(interpreters[0].parameters)
         if announce and rank == layout.world - 1:
             took = time.monotonic() - started
-            print(
-                f"step {step + 1} of {count} executed, {took:.0f} s; about {took / (step + 1) * (count - step - 1):.0f} s "
-                "left",
-                file=sys.stderr,
-                flush=True,
-            )
+            left = took / (step + 1) * (count - step - 1)
+            text = f"step {step + 1} of {count} simulated, {took:.0f} s; about {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
 
-    outputs = run_world(machines, network, batches, say)
-    return Result(machines, outputs, network.unread(), time.monotonic() - started, noise.masks)
+    outputs = run_ranks(interpreters, network, batches, after_step)
+    return TrainingRun(interpreters, outputs, network.unread(), time.monotonic() - started, noise.masks)
 
 
-def make_watch(traces):
-    """A watch for `Machine` that prints values.
+def compare(
+    result: TrainingRun, reference: TrainingRun, programs: Sequence[CompiledRank], layout: ParallelLayout, config: dict
+) -> dict:
+    """`compare_training` of the run of a layout's `programs` (by rank)."""
+    layouts = [programs[layout.ranks_of(stage)[0]].layouts for stage in range(layout.stages)]
+    return compare_training(result, reference, layouts, layout, config)
 
-    Args:
-        traces (sequence of str): names of operators ("MatMul", or a part of the scope, "layers.0/self_attention"), or of
-            parameters ("query_key_value.weight": what is assigned to it).
 
-    Returns:
-        callable | None
+def make_watch(traces: Sequence[str]) -> Callable | None:
+    """A watch for `RankInterpreter` that prints values.
+
+    `traces` are names of operators ("MatMul", or a part of the scope, "layers.0/self_attention"), or of parameters
+    ("query_key_value.weight": what is assigned to it).
     """
     if not traces:
         return None
@@ -287,14 +216,13 @@ def make_watch(traces):
         names = (node.op, node.instance, getattr(spec, "parameter", None) or "")
         if not any(trace in names or trace in node.scope or (names[2] and trace in names[2]) for trace in traces):
             return
-        for number, array in enumerate(value if isinstance(value, tuple) else (value,)):
+        for index, array in enumerate(value if isinstance(value, tuple) else (value,)):
             if isinstance(array, np.ndarray) and array.size:
-                flat = array.reshape(-1)
-                text = np.array2string(flat[:4], precision=6, separator=", ")
+                first = np.array2string(array.reshape(-1)[:4], precision=6, separator=", ")
                 floats = array.astype(np.float64)
                 print(
                     f"trace: step {step + 1} rank {rank} {node.op} {node.scope or names[2]} "
-                    f"output {number} {array.dtype}{list(array.shape)} first {text} mean {floats.mean():.6g} "
+                    f"output {index} {array.dtype}{list(array.shape)} first {first} mean {floats.mean():.6g} "
                     f"largest {np.abs(floats).max():.6g}",
                     flush=True,
                 )
@@ -302,92 +230,73 @@ def make_watch(traces):
     return watch
 
 
-def compare(result, reference, programs, layout, config):
-    """Compares a layout's execution with one device's.
+def read_sequences(
+    arguments: list[str], one: CompiledRank, steps: int, config: dict, work: Path
+) -> tuple[dict[str, np.ndarray], str]:
+    """Sequences of the configuration's data set, or random ones where its files are not there.
 
     Args:
-        result (Result), reference (Result): of the layout, of one device.
-        programs (list[Rehearsed]): of the layout.
-        layout (Layout): it.
-        config (dict): merged configuration.
+        arguments: run_mindformer's, of one device.
+        one: its program.
+        config: merged configuration.
+        work: folder for the log.
 
     Returns:
-        dict: the part of execution.json that holds results.
+        By column (steps, sequences, …); and in words where they come from.
     """
-    factor = layout.micro_batches * int(config.get("micro_batch_interleave_num") or 1)
-    accumulate = int((config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1)
-    factor *= accumulate if layout.stages == 1 else 1
-    steps = [_step(ranks, one[0], layout, factor) for ranks, one in zip(result.outputs, reference.outputs)]
-    shapes = {name: parameter.value.shape for name, parameter in reference.machines[0].parameters.items()}
-    one_device = {name: parameter.value for name, parameter in reference.machines[0].parameters.items()}
-    stages = range(layout.stages)
-    layouts = [programs[layout.ranks_of(stage)[0]].layouts for stage in stages]
-    whole, unequal = state.join(result.machines, [layout.ranks_of(stage) for stage in stages], layouts, shapes)
-    differences = compare_parameters(whole, one_device, reference.noise)
-    dtype = config["model"]["model_config"]["compute_dtype"]
-    problems = disagreements(steps, differences, unequal, result.unread, TOLERANCES[dtype])
-    missing = sorted(set(shapes) - set(whole))
-    problems += [f"{name} is held by no rank" for name in missing]
-    weights = [item for item in differences if plain_name(item.name) == item.name]
-    moments = [item for item in differences if plain_name(item.name) != item.name]
-    counted = {
-        (kind, machine.rank): count
-        for machine in result.machines
-        for kind, count in operators.collectives_of(machine.executed).items()
+    vocab_size = int(config["model"]["model_config"]["padded_vocab_size"])
+    found = read_rows(arguments, steps, work)
+    if found is None:
+        note = "random tokens, sequences with different numbers of labels (the YAML's data or vocabulary are not there)"
+        return random_sequences(one.columns, one.inputs[0], steps, vocab_size), note
+    note = "the YAML's data set"
+    if any(found[name].max() >= vocab_size for name in ("input_ids", "labels")):
+        note += f", tokens folded into the small model's vocabulary of {vocab_size}"
+        found["input_ids"] = found["input_ids"] % vocab_size
+        found["labels"] = np.where(found["labels"] == IGNORED, IGNORED, found["labels"] % vocab_size).astype(np.int32)
+    return found, note
+
+
+def random_sequences(
+    columns: Sequence[str], shape: Sequence[int], steps: int, vocab_size: int, seed: int = 7
+) -> dict[str, np.ndarray]:
+    """Sequences of random tokens, each with a prompt of another length.
+
+    Args:
+        columns: wanted: input_ids, labels, input_mask, position_ids, document_ids.
+        shape: sequences of a step, tokens of a sequence.
+
+    Returns:
+        By column (steps, sequences, tokens).
+    """
+    rng = np.random.default_rng(seed)
+    batch, length = shape
+    ids = rng.integers(3, vocab_size, (steps, batch, length)).astype(np.int32)
+    labels = np.roll(ids, -1, axis=2)
+    prompts = rng.integers(0, length - 4, (steps, batch, 1))
+    position = np.broadcast_to(np.arange(length), ids.shape)
+    labels = np.where((position < prompts) | (position == length - 1), IGNORED, labels).astype(np.int32)
+    half = length // 2
+    values = {
+        "input_ids": ids,
+        "labels": labels,
+        "input_mask": (labels != IGNORED).astype(np.float32),
+        "position_ids": (position % half).astype(np.int32),
+        "document_ids": (position // half).astype(np.int32),
     }
-    return {
-        "agrees": not problems,
-        "problems": problems,
-        "tolerance": vars(TOLERANCES[dtype]),
-        "steps": steps,
-        "largest_weight_difference": max((item.largest for item in weights), default=0.0),
-        "largest_weight_difference_relative": max((item.relative for item in weights), default=0.0),
-        "largest_moment_difference_relative": max((item.relative for item in moments), default=0.0),
-        "largest_differences": [vars(item) for item in differences[:10]],
-        "elements_left_out_as_noise": sum(item.noise for item in weights),
-        "unequal_copies": {name: {"ranks": ranks, "largest": largest} for name, (ranks, largest) in unequal.items()},
-        "non_finite": _first_of_steps(result.machines),
-        "non_finite_one_device": _first_of_steps(reference.machines),
-        "collectives": [
-            {"kind": kind, "rank": rank, "count": count} for (kind, rank), count in sorted(counted.items())
-        ],
-    }
+    return {name: values[name] for name in columns}
 
 
-def _first_of_steps(machines):
-    """Of each step the operator that was the first on any rank to make something not finite."""
-    events = sorted((item for machine in machines for item in machine.non_finite), key=lambda item: item.when)
-    first = {}
-    for item in events:
-        first.setdefault(
-            item.step, {"step": item.step + 1, "rank": item.rank, "place": item.place, "output": item.output}
-        )
-    return [first[step] for step in sorted(first)]
-
-
-def _step(ranks, one, layout, factor):
-    """One step of execution.json from the programs' results: loss, overflow, loss scale, learning rate, norm."""
-    last = layout.ranks_of(layout.stages - 1)
-    losses = [_number(ranks[rank][0]) / factor for rank in last]
-    norms = [_number(output[4]) if len(output) > 4 else None for output in ranks]
-    step = {
-        "loss": losses[0],
-        "loss_one_device": _number(one[0]),
-        "grad_norm": norms[0],
-        "grad_norm_one_device": _number(one[4]) if len(one) > 4 else None,
-        "learning_rate": _number(ranks[0][3]),
-        "learning_rate_one_device": _number(one[3]),
-        "loss_scale": _number(ranks[0][2]),
-        "loss_scale_one_device": _number(one[2]),
-        "overflow": any(bool(np.all(output[1])) for output in ranks),
-        "overflow_one_device": bool(np.all(one[1])),
-    }
-    if any(loss != losses[0] and not (np.isnan(loss) and np.isnan(losses[0])) for loss in losses):
-        step["loss_differs"] = losses
-    if any(norm != norms[0] for norm in norms) and np.isfinite(norms[0]):
-        step["grad_norm_differs"] = norms
-    return step
-
-
-def _number(value):
-    return None if value is None else float(np.asarray(value).reshape(-1)[0])
+def rank_inputs(
+    compiled: CompiledRank, sequences: Sequences, step: int, rank: int, layout: ParallelLayout
+) -> list[np.ndarray]:
+    """A rank's inputs of one step: the whole batch, or its data parallel shard where it was compiled for that."""
+    arrays = []
+    for name, spec in zip(compiled.columns, compiled.program.inputs.values()):
+        value = sequences[name][step]
+        if len(value) // spec.shape[0] > 1:
+            ranks_of_stage = layout.world // layout.stages
+            index = rank % ranks_of_stage // (ranks_of_stage // layout.data_parallel)
+            value = value[index * spec.shape[0] : (index + 1) * spec.shape[0]]
+        arrays.append(np.ascontiguousarray(value))
+    return arrays

@@ -6,9 +6,7 @@ import pytest
 
 from dryrun.tiny import CONFIG, OVERRIDES
 from mindformers_glm32k.dryrun.compile.pool import read_layout
-from mindformers_glm32k.dryrun.simulator import checkpoints, state
-from mindformers_glm32k.dryrun.simulator import scale_down as shrink
-from mindformers_glm32k.dryrun.simulator import train as execute
+from mindformers_glm32k.dryrun.simulator import scale_down, state, train
 
 ROWS, LENGTH = 2, 64
 SIZES = {
@@ -25,8 +23,8 @@ class Case:
     """Compiled programs and how to run them.
 
     Args:
-        layout (Layout), config (dict): of the programs.
-        programs (list[Rehearsed]): by rank.
+        layout (ParallelLayout), config (dict): of the programs.
+        programs (list[CompiledRank]): by rank.
         strategy (pathlib.Path): folder of the strategy files.
     """
 
@@ -36,15 +34,15 @@ class Case:
             "--config",
             str(CONFIG),
             *(word for key, value in values.items() for word in (f"--{key}", str(value))),
-            *shrink.precision_overrides("float32"),
+            *scale_down.precision_overrides("float32"),
         ]
         self.layout, self.config = read_layout(arguments)
-        self.programs = execute.compile_all(arguments, self.layout, work)
+        self.programs = train.compile_ranks(arguments, self.layout, work)
         self.strategy = work / "strategy"
 
     def run(self, whole, rows, programs=None):
-        """execute.run on these programs, or on changed ones."""
-        return execute.run(programs or self.programs, self.layout, whole, rows)
+        """train.run on these programs, or on changed ones."""
+        return train.run(programs or self.programs, self.layout, whole, rows)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +91,7 @@ def golden(reference):
 @pytest.fixture(scope="session")
 def published(one_device, reference, tmp_path_factory):
     """One device's state with the published tiny weights."""
-    return checkpoints.load_weights(
+    return state.load_weights(
         reference / "tiny_hf" / "hf_safetensors_fp32",
         one_device.programs[0].state,
         one_device.config,

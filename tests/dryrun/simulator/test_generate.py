@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from dryrun.tiny import CONFIG, run_command
-from mindformers_glm32k.dryrun.simulator import generate as execute_prediction
-from mindformers_glm32k.dryrun.simulator import generation
-from mindformers_glm32k.dryrun.simulator.generation import Blocks
-from mindformers_glm32k.dryrun.simulator.interpreter import ExecutionError
+from mindformers_glm32k.dryrun.compile.pool import read_layout
+from mindformers_glm32k.dryrun.simulator import generate
+from mindformers_glm32k.dryrun.simulator.generate import Blocks
+from mindformers_glm32k.dryrun.simulator.interpreter import SimulationError
 from mindformers_glm32k.dryrun.simulator.network import NetworkError
+from mindformers_glm32k.dryrun.simulator.scale_down import Request
 from mindformers_glm32k.errors import InputError
 
 ANSWER, LENGTH = 48, 64
@@ -49,20 +50,21 @@ def test_blocks_and_slots_are_those_of_upstreams_generator(lengths, size):
 def test_a_full_cache_or_table_is_an_error(width, blocks):
     ours = Blocks(2, width, 4, blocks)
     assert ours.extend([8, 1]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    with pytest.raises(ExecutionError, match="prompt 0 of 9 tokens does not fit"):
+    with pytest.raises(SimulationError, match="prompt 0 of 9 tokens does not fit"):
         ours.extend([1, 1])
 
 
 def prepare(output, name, golden, reference, *more):
     overrides = [*OVERRIDES, "--model.model_config.batch_size", str(len(golden["greedy_prompt"])), *more]
-    return execute_prediction.prepare(
+    request = Request(
         str(CONFIG.with_name(f"{name}.yaml")),
         overrides,
         output,
         ANSWER,
         load_checkpoint=str(reference / "tiny_hf" / "hf_safetensors_fp32"),
-        prompts=list(golden["greedy_prompt"]),
-    )[0]
+    )
+    _, config = read_layout(request.arguments)
+    return generate.prepare(request, config, list(golden["greedy_prompt"]))[0]
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +120,10 @@ def test_traces_count_tokens(one_card, capsys):
 
 def test_caches_begin_empty_each_time(one_card):
     assert one_card.run()["tokens"] == one_card.run()["tokens"]
-    (generator,) = generation.generate([one_card.one], one_card.whole, one_card.prompts, 1).generators
+    (interpreters,) = generate.generate([one_card.one], one_card.whole, one_card.prompts, 1).interpreters
     cache = next(
         parameter.value
-        for name, parameter in generator.machines["prefill"].parameters.items()
+        for name, parameter in interpreters["prefill"].parameters.items()
         if name.endswith("layers.0.self_attention.infer_attention.paged_attention_mgr.key_cache")
     )
     used = cache.reshape(-1, cache.shape[-1]).any(1).reshape(cache.shape[:-1]).any(-1)  # (blocks, block)
@@ -160,15 +162,15 @@ def test_without_a_cache_the_text_is_the_same(tmp_path, golden, reference):
 @pytest.mark.slow
 def test_a_wrong_shard_is_caught(two_cards, monkeypatch):
     """Both ranks swap their parts of one weight."""
-    generate = generation.generate
+    right = generate.generate
 
     def wrong(programs, whole, *rest):
         if len(programs) > 1:
             name = "transformer.encoder.layers.1.self_attention.wq.weight"
             whole = {**whole, name: np.concatenate(np.split(whole[name], 2)[::-1])}
-        return generate(programs, whole, *rest)
+        return right(programs, whole, *rest)
 
-    monkeypatch.setattr(execute_prediction, "generate", wrong)
+    monkeypatch.setattr(generate, "generate", wrong)
     report = two_cards.run()
     assert not report["agrees"]
     assert "token 1: logits differ from one device's" in report["problems"][0]
@@ -176,10 +178,10 @@ def test_a_wrong_shard_is_caught(two_cards, monkeypatch):
 
 def drop_allreduce(monkeypatch, programs, phase):
     """The sum behind the first layer's MLP is gone."""
-    for rehearsed in programs:
+    for compiled in programs:
         (node,) = [
             node
-            for node in rehearsed.phases[phase].main.nodes
+            for node in compiled.phases[phase].main.nodes
             if node.op == "AllReduce" and "layers-CellList/0" in node.scope and "/mlp-" in node.scope
         ]
         monkeypatch.setattr(node, "op", "StopGradient")  # passes its input on
@@ -204,7 +206,7 @@ def test_an_allreduce_that_one_rank_leaves_out_is_named(two_cards, monkeypatch, 
 
 @pytest.mark.rehearsal
 @pytest.mark.parametrize("options", [(), ("--precision", "config")])
-def test_the_shipped_layout_shrunk(tmp_path, options):
+def test_the_shipped_layout_scaled_down(tmp_path, options):
     """Two prompts of different lengths."""
     result = run_command(
         "dryrun",
@@ -229,13 +231,13 @@ def test_the_shipped_layout_shrunk(tmp_path, options):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"run_mode": "eval"}, "run_mode eval cannot be executed"),
+        ({"run_mode": "eval"}, "run_mode eval cannot be simulated"),
         ({}, "--execute 513: model_config.max_new_tokens is 512"),
     ],
 )
-def test_what_cannot_be_executed_is_refused_before_anything_is_compiled(tmp_path, changes, words):
+def test_what_cannot_be_simulated_is_refused_before_anything_is_compiled(tmp_path, changes, words):
     path = CONFIG.with_name("predict_glm32k.yaml")
     config = {**yaml.safe_load(path.read_text()), **changes}
     with pytest.raises(InputError, match=words):
-        execute_prediction.execute(str(path), [], tmp_path / "output", 513, shrunk=False, config=config)
+        generate.simulate(Request(str(path), [], tmp_path / "output", 513, scaled_down=False), config)
     assert not (tmp_path / "output").exists()

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec
-from mindformers_glm32k.dryrun.simulator.interpreter import ExecutionError, Machine
-from mindformers_glm32k.dryrun.simulator.network import Network
+from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter, SimulationError
+from mindformers_glm32k.dryrun.simulator.network import Network, run_ranks
 from mindformers_glm32k.dryrun.simulator.operators.values import round_bfloat16
-from mindformers_glm32k.dryrun.simulator.world import run_world
 
 FLOAT = Spec((2,), "float32", 4)
 SCALAR = Spec((), "float32", 4)
@@ -29,8 +28,8 @@ def program(nodes, outputs, graphs=(), parameters=(), inputs=("x",), spec=FLOAT)
     )
 
 
-def machine(compiled, parameters=(), **options):
-    return Machine(
+def interpreter(compiled, parameters=(), **options):
+    return RankInterpreter(
         compiled, 0, Network(1), {name: np.asarray(value, np.float32) for name, value in parameters}, **options
     )
 
@@ -53,7 +52,7 @@ def test_nodes_calls_and_tuples():
         Node("second", "TupleGetItem", ["both", "one"], FLOAT),
         Node("sum", "Add", ["second", "x"], FLOAT),
     ]
-    np.testing.assert_array_equal(machine(program(nodes, ["sum"], [double])).run(x(1, 2)), [3, 6])
+    np.testing.assert_array_equal(interpreter(program(nodes, ["sum"], [double])).run(x(1, 2)), [3, 6])
 
 
 def test_closures_keep_their_arguments():
@@ -64,7 +63,7 @@ def test_closures_keep_their_arguments():
         number("ten", [10, 20]),
         Node("result", "call", ["ten"], FLOAT, callee="closure"),
     ]
-    np.testing.assert_array_equal(machine(program(nodes, ["result"], [add])).run(x(1, 2)), [11, 22])
+    np.testing.assert_array_equal(interpreter(program(nodes, ["result"], [add])).run(x(1, 2)), [11, 22])
 
 
 @pytest.mark.parametrize("values, expected", [((3, 0), 1.0), ((-3, 0), -1.0)])
@@ -84,7 +83,7 @@ def test_switch_chooses_a_closure(values, expected):
         Node("chosen", "Switch", ["positive", "a", "b"]),
         Node("result", "call", [], FLOAT, callee="chosen"),
     ]
-    assert machine(program(nodes, ["result"], [yes, no])).run(x(*values))[0] == expected
+    assert interpreter(program(nodes, ["result"], [yes, no])).run(x(*values))[0] == expected
 
 
 def test_parameters_are_updated_in_the_order_of_the_program():
@@ -95,38 +94,38 @@ def test_parameters_are_updated_in_the_order_of_the_program():
         Node("after", "Load", ["main:w", "u"], FLOAT),
         Node("both", "MakeTuple", ["before", "after"], (FLOAT, FLOAT)),
     ]
-    executed = machine(program(nodes, ["both"], parameters=[("w", [1, 1])]), [("w", [1, 1])])
-    before, after = executed.run(x(1, 2))
+    ran = interpreter(program(nodes, ["both"], parameters=[("w", [1, 1])]), [("w", [1, 1])])
+    before, after = ran.run(x(1, 2))
     np.testing.assert_array_equal(before, [1, 1])
     np.testing.assert_array_equal(after, [2, 3])
-    np.testing.assert_array_equal(executed.run(x(1, 2))[1], [3, 5])  # it stays for the next step
-    np.testing.assert_array_equal(executed.parameters["w"].value, [3, 5])
+    np.testing.assert_array_equal(ran.run(x(1, 2))[1], [3, 5])  # it stays for the next step
+    np.testing.assert_array_equal(ran.parameters["w"].value, [3, 5])
 
 
 def test_an_operator_that_is_not_known_is_named_with_place_and_shapes():
     node = Node("n", "Frobnicate", ["x"], FLOAT, {"axis": 3}, scope="Default/layer", instance="frob-op7")
     with pytest.raises(
-        ExecutionError, match=r"Frobnicate is not known \(Default/layer frob-op7; inputs \(float32 \[2\]\).*axis"
+        SimulationError, match=r"Frobnicate is not known \(Default/layer frob-op7; inputs \(float32 \[2\]\).*axis"
     ):
-        machine(program([node], ["n"])).run(x(1, 2))
+        interpreter(program([node], ["n"])).run(x(1, 2))
 
 
 def test_a_result_of_another_shape_than_compiled_is_an_error():
     node = Node("n", "Add", ["x", "x"], Spec((3,), "float32", 4), scope="Default")
-    with pytest.raises(ExecutionError, match=r"Add gives float32 \[2\], compiled was float32 \[3\]"):
-        machine(program([node], ["n"])).run(x(1, 2))
+    with pytest.raises(SimulationError, match=r"Add gives float32 \[2\], compiled was float32 \[3\]"):
+        interpreter(program([node], ["n"])).run(x(1, 2))
 
 
 def test_inputs_of_another_shape_than_compiled_are_an_error():
-    with pytest.raises(ExecutionError, match=r"input x is float32 \[3\], the program was compiled for float32 \[2\]"):
-        machine(program([Node("n", "Add", ["x", "x"], FLOAT)], ["n"])).run(x(1, 2, 3))
+    with pytest.raises(SimulationError, match=r"input x is float32 \[3\], the program was compiled for float32 \[2\]"):
+        interpreter(program([Node("n", "Add", ["x", "x"], FLOAT)], ["n"])).run(x(1, 2, 3))
 
 
 @pytest.mark.parametrize("given, words", [([], "no value for parameter w"), ([("w", [1, 2, 3])], r"w is \[3\]")])
 def test_parameters_that_are_missing_or_misshapen(given, words):
     compiled = program([Node("n", "Add", ["x", "main:w"], FLOAT)], ["n"], parameters=[("w", [1, 1])])
-    with pytest.raises(ExecutionError, match=words):
-        machine(compiled, given)
+    with pytest.raises(SimulationError, match=words):
+        interpreter(compiled, given)
 
 
 def test_the_first_value_that_is_not_finite_is_told_once_a_step():
@@ -135,26 +134,23 @@ def test_the_first_value_that_is_not_finite_is_told_once_a_step():
         Node("quotient", "Div", ["x", "zero"], FLOAT, scope="Default/a"),
         Node("more", "Add", ["quotient", "x"], FLOAT, scope="Default/b"),
     ]
-    executed = machine(program(nodes, ["more"]))
-    executed.run(x(1, 1))
-    executed.run(x(1, 1))
-    assert [(event.step, event.place) for event in executed.non_finite] == [
-        (0, "Div (Default/a)"),
-        (1, "Div (Default/a)"),
-    ]
-    assert executed.status.overflow
+    ran = interpreter(program(nodes, ["more"]))
+    ran.run(x(1, 1))
+    ran.run(x(1, 1))
+    assert [(event.step, event.place) for event in ran.non_finite] == [(0, "Div (Default/a)"), (1, "Div (Default/a)")]
+    assert ran.status.overflow
 
 
 def test_values_that_come_in_not_finite_are_nobodys_fault():
-    executed = machine(program([Node("n", "Add", ["x", "x"], FLOAT)], ["n"]))
-    executed.run(x(np.inf, 1))
-    assert not executed.non_finite
+    ran = interpreter(program([Node("n", "Add", ["x", "x"], FLOAT)], ["n"]))
+    ran.run(x(np.inf, 1))
+    assert not ran.non_finite
 
 
 def test_bfloat16_results_are_rounded():
     spec = Spec((2,), "bfloat16", 2)
     node = Node("n", "Add", ["x", "x"], spec)
-    result = machine(program([node], ["n"], spec=spec)).run(x(1.001, 257.3))
+    result = interpreter(program([node], ["n"], spec=spec)).run(x(1.001, 257.3))
     np.testing.assert_array_equal(result, round_bfloat16(np.array([2.002, 514.6], np.float32)))
 
 
@@ -173,7 +169,7 @@ def test_nan_stays_nan_in_bfloat16():
 def test_a_watch_sees_every_operator():
     seen = []
     nodes = [Node("n", "Add", ["x", "x"], FLOAT), Node("m", "Mul", ["n", "x"], FLOAT)]
-    machine(program(nodes, ["m"]), watch=lambda rank, step, node, value: seen.append((rank, step, node.op))).run(
+    interpreter(program(nodes, ["m"]), watch=lambda rank, step, node, value: seen.append((rank, step, node.op))).run(
         x(1, 2)
     )
     assert seen == [(0, 0, "Add"), (0, 0, "Mul")]
@@ -183,6 +179,6 @@ def test_the_error_of_the_rank_that_failed_is_raised_not_that_of_those_who_waite
     good = program([Node("n", "AllReduce", ["x"], FLOAT, {"group": "g", "group_rank_ids": (0, 1), "op": "sum"})], ["n"])
     bad = program([Node("n", "Frobnicate", ["x"], FLOAT)], ["n"])
     network = Network(2)
-    machines = [Machine(good, 0, network, {}), Machine(bad, 1, network, {})]
-    with pytest.raises(ExecutionError, match="Frobnicate"):
-        run_world(machines, network, [[x(1, 2), x(1, 2)]])
+    interpreters = [RankInterpreter(good, 0, network, {}), RankInterpreter(bad, 1, network, {})]
+    with pytest.raises(SimulationError, match="Frobnicate"):
+        run_ranks(interpreters, network, [[x(1, 2), x(1, 2)]])

@@ -1,5 +1,5 @@
-"""Every shipped training layout, and others, rehearsed: all ranks' programs beside one device's on the same rows. Minutes each:
-`python -m pytest -m rehearsal`."""
+"""Every shipped training layout, and others, simulated: all ranks' programs beside one device's on the same sequences.
+Minutes each: `python -m pytest -m rehearsal`."""
 
 import json
 
@@ -75,7 +75,7 @@ LAYOUTS = {
 }
 
 
-def rehearse(output, name, *options, **overrides):
+def simulate(output, name, *options, **overrides):
     yaml, layout = LAYOUTS[name]
     return run_command(
         "dryrun",
@@ -92,7 +92,7 @@ def rehearse(output, name, *options, **overrides):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_device(tmp_path, name):
-    result = rehearse(tmp_path, name)
+    result = simulate(tmp_path, name)
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "execution.json").read_text())
     assert report["agrees"] and len(report["steps"]) == 5
@@ -107,7 +107,7 @@ def test_layout_equals_one_device(tmp_path, name):
 
 
 def test_the_same_steps_are_skipped_in_half_precision(tmp_path):
-    result = rehearse(
+    result = simulate(
         tmp_path, "uneven pipeline", "--precision", "float16", runner_wrapper__scale_sense__loss_scale_value=2**20
     )
     report = json.loads((tmp_path / "execution.json").read_text())

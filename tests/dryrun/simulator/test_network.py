@@ -1,4 +1,4 @@
-"""The network of ranks: what meets, what does not, and who waits for whom."""
+"""The network of ranks: collectives that fit together or do not, and who waits for whom."""
 
 import threading
 
@@ -31,18 +31,18 @@ def on_all_ranks(world, work):
 
 def test_everybody_gets_what_the_members_brought_in_their_order():
     network, results, errors = on_all_ranks(
-        3, lambda net, rank: net.meet(rank, "AllGather", "all", (2, 0, 1), np.array([rank]))
+        3, lambda net, rank: net.collective(rank, "AllGather", "all", (2, 0, 1), np.array([rank]))
     )
     assert not errors
     assert [int(array[0]) for array in results[1]] == [2, 0, 1]
     assert results[0][0] is results[2][0]
-    assert not network.unread() and not network.meetings
+    assert not network.unread() and not network.collectives
 
 
-def test_meetings_of_one_group_are_told_apart_by_their_number():
+def test_collectives_of_one_group_are_told_apart_by_their_index():
     def work(network, rank):
         return [
-            int(sum(network.meet(rank, "AllReduce", "g", (0, 1), np.array(value))))
+            int(sum(network.collective(rank, "AllReduce", "g", (0, 1), np.array(value))))
             for value in (rank, 10 * rank, 100 * rank)
         ]
 
@@ -62,7 +62,7 @@ def test_meetings_of_one_group_are_told_apart_by_their_number():
 def test_members_that_bring_different_things_are_told_what_and_where(theirs, words):
     def work(network, rank):
         kind, array, details = ("AllReduce", np.zeros(4, np.float16), "sum") if rank == 0 else theirs
-        network.meet(rank, kind, "grads", (0, 1), array, details)
+        network.collective(rank, kind, "grads", (0, 1), array, details)
 
     _, _, errors = on_all_ranks(2, work)
     text = " ".join(map(str, errors.values()))
@@ -74,15 +74,15 @@ def test_a_swapped_pair_of_collectives_is_found():
 
     def work(network, rank):
         for shape in shapes if rank == 0 else shapes[::-1]:
-            network.meet(rank, "AllReduce", "g", (0, 1), np.zeros(shape))
+            network.collective(rank, "AllReduce", "g", (0, 1), np.zeros(shape))
 
     _, _, errors = on_all_ranks(2, work)
-    assert "do not meet in their collective number 1" in " ".join(map(str, errors.values()))
+    assert "differ in their collective number 1" in " ".join(map(str, errors.values()))
 
 
 def test_a_rank_outside_the_group_is_refused():
     with pytest.raises(NetworkError, match="rank 5 in group 'g', whose ranks are"):
-        Network(6).meet(5, "AllReduce", "g", (0, 1), np.zeros(1))
+        Network(6).collective(5, "AllReduce", "g", (0, 1), np.zeros(1))
 
 
 def test_messages_wait_for_their_receiver_in_order():
@@ -115,7 +115,7 @@ def test_ranks_that_wait_for_each_other_are_named():
 def test_waiting_for_a_program_that_has_ended_is_a_deadlock():
     def work(network, rank):
         if rank == 0:
-            network.meet(0, "AllReduce", "g", (0, 1), np.zeros(1))
+            network.collective(0, "AllReduce", "g", (0, 1), np.zeros(1))
 
     _, _, errors = on_all_ranks(2, work)
     assert "AllReduce number 1 of group 'g'" in str(errors[0]) and "program of rank 1 has ended" in str(errors[0])

@@ -1,4 +1,4 @@
-"""Packed rows in the programs for NPUs: flash attention's variable-length form, executed."""
+"""Packed sequences in the programs for NPUs: flash attention's variable-length form, simulated."""
 
 import json
 
@@ -13,8 +13,7 @@ from mindformers_glm32k.data.encode import IGNORED, Row
 from mindformers_glm32k.data.packing import COLUMNS, packed_row
 from mindformers_glm32k.dryrun.analysis.analyze import is_square
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
-from mindformers_glm32k.dryrun.simulator import state
-from mindformers_glm32k.dryrun.simulator import train as execute
+from mindformers_glm32k.dryrun.simulator import state, train
 
 ROWS, LENGTH, PLACES = 4, 80, 8  # no other size of the model is LENGTH
 PACKED = {
@@ -94,15 +93,15 @@ def loss_of(result):
 def kernels_of(case):
     return [
         node
-        for rehearsed in case.programs
-        for graph in (rehearsed.program.main, *rehearsed.program.graphs.values())
+        for compiled in case.programs
+        for graph in (compiled.program.main, *compiled.program.graphs.values())
         for node in graph.nodes
         if node.op.startswith("FlashAttentionScore")
     ]
 
 
 def test_a_layout_equals_one_device(ranks, weights, rows, whole):
-    report = execute.compare(ranks.run(weights, rows), whole, ranks.programs, ranks.layout, ranks.config)
+    report = train.compare(ranks.run(weights, rows), whole, ranks.programs, ranks.layout, ranks.config)
     assert report["agrees"], report["problems"]
     assert report["largest_moment_difference_relative"] < 1e-5
 
@@ -112,7 +111,7 @@ def test_documents_that_end_elsewhere_are_found(ranks, weights, rows, whole):
         **rows,
         "document_ids": np.concatenate([rows["document_ids"][..., :1], rows["document_ids"][..., :-1]], -1),
     }
-    report = execute.compare(ranks.run(weights, shifted), whole, ranks.programs, ranks.layout, ranks.config)
+    report = train.compare(ranks.run(weights, shifted), whole, ranks.programs, ranks.layout, ranks.config)
     assert not report["agrees"] and report["problems"][0].startswith("step 1: loss is")
 
 
@@ -142,8 +141,8 @@ def test_the_cpu_computes_the_same_loss(one, weights, rows, whole):
 
 
 def test_no_tensor_grows_with_the_square_of_the_length(one, ranks):
-    for rehearsed in (*one.programs, *ranks.programs):
-        trace = trace_program(rehearsed.program)
+    for compiled in (*one.programs, *ranks.programs):
+        trace = trace_program(compiled.program)
         buffers = trace.activations + trace.constants + trace.inputs
         assert any(LENGTH in buffer.spec.shape for buffer in buffers)
         assert not [buffer for buffer in buffers if is_square(buffer.spec.shape, {LENGTH})]

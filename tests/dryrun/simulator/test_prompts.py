@@ -1,9 +1,9 @@
-"""Prompts of a rehearsal: lengths that the compiled programs take."""
+"""Prompts of a simulation: lengths that the compiled programs take."""
 
 import numpy as np
 import pytest
 
-from mindformers_glm32k.dryrun.simulator.prompts import check_prompts, make_prompts
+from mindformers_glm32k.dryrun.simulator.scale_down import check_prompts, make_prompts
 from mindformers_glm32k.errors import InputError
 
 
@@ -51,8 +51,8 @@ def test_prompts_that_do_not_fit_are_refused(lengths, count, words):
         check_prompts([[1] * length for length in lengths], config(), count)
 
 
-def test_unknown_words_and_no_room_are_refused():
-    with pytest.raises(InputError, match="outside of the 100 words"):
+def test_unknown_tokens_and_no_room_are_refused():
+    with pytest.raises(InputError, match="outside of the vocabulary: model_config.padded_vocab_size=100"):
         check_prompts([[1] * 48, [1] * 48, [100] * 48], config(), 8)
     with pytest.raises(InputError, match="no room for a prompt"):
         make_prompts(config(max_new_tokens=64), 8)

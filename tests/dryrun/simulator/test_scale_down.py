@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from dryrun.tiny import CONFIG
-from mindformers_glm32k.dryrun.simulator import scale_down as shrink
+from mindformers_glm32k.dryrun.simulator import scale_down
 from mindformers_glm32k.parallel import layout_problems
 
 PREDICTION = sorted(path.stem for path in CONFIG.parent.glob("predict_*.yaml") if "tiny" not in path.stem)
@@ -30,11 +30,11 @@ def applied(config, plan):
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_shipped_layout_still_fits_its_small_model(name):
     config = config_of(name)
-    plan = shrink.plan(config)
+    plan = scale_down.plan(config)
     small = applied(config, plan)
     assert layout_problems(small) == []
     model = small["model"]["model_config"]
-    assert shrink.weights_of(model) < 5e6 and model["seq_length"] <= 256
+    assert scale_down.num_weights(model) < 5e6 and model["seq_length"] <= 256
     assert model["hidden_size"] == model["num_attention_heads"] * model["kv_channels"]
     rows = small["train_dataset"]
     assert rows["max_source_length"] + rows["max_target_length"] + 1 == model["seq_length"]
@@ -45,7 +45,7 @@ def test_every_shipped_layout_still_fits_its_small_model(name):
 
 def test_the_offset_of_the_stages_stays():
     config = config_of("finetune_glm32k", offset=[1, 1, 0, -2])
-    assert shrink.plan(config).changes["model.model_config.num_layers"] == [28, 12]  # 4 + 4 + 3 + 1
+    assert scale_down.plan(config).changes["model.model_config.num_layers"] == [28, 12]  # 4 + 4 + 3 + 1
 
 
 def test_small_models_are_left_as_they_are():
@@ -57,10 +57,10 @@ def test_small_models_are_left_as_they_are():
         "ffn_hidden_size": 160,
         "padded_vocab_size": 1024,
     }
-    plan = shrink.plan(config_of("finetune_glm32k", seq_length=64, **tiny))
+    plan = scale_down.plan(config_of("finetune_glm32k", seq_length=64, **tiny))
     assert plan.changes == {}
     assert plan.overrides == ["--parallel.parallel_optimizer_config", "{'parallel_optimizer_threshold': 0}"]
-    assert set(shrink.plan(config_of("finetune_glm32k", **tiny)).changes) == {
+    assert set(scale_down.plan(config_of("finetune_glm32k", **tiny)).changes) == {
         "model.model_config.seq_length",
         "model.model_config.loss_chunk_size",
         "train_dataset.max_source_length",
@@ -68,12 +68,12 @@ def test_small_models_are_left_as_they_are():
     }
 
 
-def test_shrinking_can_be_refused():
-    assert shrink.plan(config_of("finetune_glm32k"), wanted=False).changes == {}
+def test_scaling_down_can_be_refused():
+    assert scale_down.plan(config_of("finetune_glm32k"), wanted=False).changes == {}
 
 
 def test_sizes_of_a_checkpoint_are_taken_over(reference):
-    plan = shrink.plan(config_of("finetune_glm32k"), checkpoint=reference / "tiny_hf" / "hf_safetensors_fp32")
+    plan = scale_down.plan(config_of("finetune_glm32k"), checkpoint=reference / "tiny_hf" / "hf_safetensors_fp32")
     new = {key.rsplit(".", 1)[-1]: value for key, (_, value) in plan.changes.items()}
     assert (
         new["num_layers"],
@@ -86,29 +86,29 @@ def test_sizes_of_a_checkpoint_are_taken_over(reference):
 
 
 def test_dropout_is_off():
-    assert shrink.plan(config_of("finetune_glm32k_lora"), wanted=False).changes == {
+    assert scale_down.plan(config_of("finetune_glm32k_lora"), wanted=False).changes == {
         "model.model_config.pet_config.lora_dropout": [0.1, 0.0]
     }
 
 
 def test_weights_are_counted():
-    assert 6.2e9 < shrink.weights_of(config_of("finetune_glm32k")["model"]["model_config"]) < 6.3e9
+    assert 6.2e9 < scale_down.num_weights(config_of("finetune_glm32k")["model"]["model_config"]) < 6.3e9
 
 
 @pytest.mark.parametrize("name", PREDICTION)
 def test_prediction_keeps_a_cache_of_several_blocks_a_prompt(name):
     config = config_of(name, batch_size=2)
-    small = applied(config, shrink.plan(config))
-    assert layout_problems(small) == [] and shrink.predicts(small)
+    small = applied(config, scale_down.plan(config))
+    assert layout_problems(small) == [] and scale_down.predicts(small)
     model = small["model"]["model_config"]
-    assert shrink.weights_of(model) < 5e6
+    assert scale_down.num_weights(model) < 5e6
     assert 1 < model["max_new_tokens"] < model["seq_length"] <= 256
     assert model["seq_length"] % model["block_size"] == 0 and model["seq_length"] // model["block_size"] > 2
     assert 2 * model["seq_length"] <= model["num_blocks"] * model["block_size"] <= 1024
 
 
 def test_kernels_of_16_bits_leave_everything_else_in_float32():
-    options = shrink.precision_overrides("float32", "float16")
+    options = scale_down.precision_overrides("float32", "float16")
     values = dict(zip(options[::2], options[1::2]))
     assert values.pop("--model.model_config.compute_dtype") == "float16"
     assert set(values.values()) == {"float32"} and "--model.model_config.rotary_dtype" in values

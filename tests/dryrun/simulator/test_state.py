@@ -15,7 +15,7 @@ LAYOUT = {NAME: ParameterLayout((2, 2), ((0,), ()), 2)}  # dp 2 x mp 2: rows ove
 
 
 def ranks_of(whole):
-    machines = []
+    interpreters = []
     for rank in range(4):
         program = SimpleNamespace(
             parameters={
@@ -25,13 +25,13 @@ def ranks_of(whole):
                 "d": ("micro_step", Spec((1,), "int32", 4)),
             }
         )
-        values = state.cut(program, rank, LAYOUT, whole, {"micro_step": np.array([rank], np.int32)})
-        machines.append(
+        values = state.shard(program, rank, LAYOUT, whole, {"micro_step": np.array([rank], np.int32)})
+        interpreters.append(
             SimpleNamespace(
                 rank=rank, parameters={name: Parameter(name, value, str(value.dtype)) for name, value in values.items()}
             )
         )
-    return machines
+    return interpreters
 
 
 @pytest.fixture
@@ -44,27 +44,27 @@ def shapes(whole):
 
 
 def test_parts_and_back(whole):
-    machines = ranks_of(whole)
-    parts = [machine.parameters[NAME].value for machine in machines]
+    interpreters = ranks_of(whole)
+    parts = [interpreter.parameters[NAME].value for interpreter in interpreters]
     assert len({part.tobytes() for part in parts}) == 4
-    assert not machines[0].parameters[f"accu_grads.{NAME}"].value.any()
-    assert machines[3].parameters["micro_step"].value[0] == 3
-    joined, unequal = state.join(machines, [range(4)], [LAYOUT], shapes(whole))
+    assert not interpreters[0].parameters[f"accu_grads.{NAME}"].value.any()
+    assert interpreters[3].parameters["micro_step"].value[0] == 3
+    joined, unequal = state.gather(interpreters, [range(4)], [LAYOUT], shapes(whole))
     assert unequal == {}
     for name, value in whole.items():
         np.testing.assert_array_equal(joined[name], value)
 
 
 def test_copies_that_differ_are_named_with_rank_and_size(whole):
-    machines = ranks_of(whole)
-    machines[2].parameters["norm.weight"].value = np.array([1, 1.5, 1], np.float32)
-    _, unequal = state.join(machines, [range(4)], [LAYOUT], shapes(whole))
+    interpreters = ranks_of(whole)
+    interpreters[2].parameters["norm.weight"].value = np.array([1, 1.5, 1], np.float32)
+    _, unequal = state.gather(interpreters, [range(4)], [LAYOUT], shapes(whole))
     assert unequal == {"norm.weight": ([0, 2], 0.5)}
 
 
 def test_bfloat16_parameters_hold_values_of_bfloat16():
     program = SimpleNamespace(parameters={"a": ("norm.weight", Spec((2,), "bfloat16", 2))})
-    values = state.cut(program, 0, {}, {"norm.weight": np.array([0.1, 1.0], np.float32)}, {})
+    values = state.shard(program, 0, {}, {"norm.weight": np.array([0.1, 1.0], np.float32)}, {})
     assert values["norm.weight"].tolist() == [0.10009765625, 1.0]
 
 

@@ -1,5 +1,5 @@
-"""Compiled programs executed: one device against the published model, four ranks against one device, and mistakes that are
-found."""
+"""Compiled programs simulated: one device against the published model, four ranks against one device, and mistakes
+that are found."""
 
 import copy
 import subprocess
@@ -10,11 +10,10 @@ import pytest
 
 from mindformers_glm32k.cli import main
 from mindformers_glm32k.dryrun.analysis.mindir import Node
-from mindformers_glm32k.dryrun.simulator import checkpoints
-from mindformers_glm32k.dryrun.simulator import train as execute
+from mindformers_glm32k.dryrun.simulator import state, train
 from mindformers_glm32k.dryrun.simulator.comparison import compare_parameters
 from mindformers_glm32k.dryrun.simulator.network import NetworkError
-from mindformers_glm32k.dryrun.simulator.rows import random_rows
+from mindformers_glm32k.dryrun.simulator.train import random_sequences
 from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.strategy import ParameterLayout
 
@@ -26,7 +25,7 @@ MASK = {"FlashAttentionScore": 6, "FlashAttentionScoreGrad": 7}
 
 @pytest.fixture(scope="module")
 def rows():
-    return random_rows(["input_ids", "labels"], (2, 64), 2, 1024)
+    return random_sequences(["input_ids", "labels"], (2, 64), 2, 1024)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def reference_run(one_device, weights, rows):
 
 
 def compared(result, reference_run, case, programs=None):
-    return execute.compare(result, reference_run, programs or case.programs, case.layout, case.config)
+    return train.compare(result, reference_run, programs or case.programs, case.layout, case.config)
 
 
 def changed(case, change, ranks=range(4)):
@@ -60,10 +59,10 @@ def test_one_device_computes_the_published_loss_and_gradients(one_device, publis
     norms = {name[9:]: float(value) for name, value in golden.items() if name.startswith("gradnorm:")}
     total = np.sqrt(sum(value**2 for value in norms.values()))
     np.testing.assert_allclose(norm, total, rtol=1e-5)
-    machine = result.machines[0]
+    interpreter = result.interpreters[0]
     checked = 0
     for name, expected in norms.items():
-        moment = machine.parameters.get(f"adam_m.{name_here(name)}")
+        moment = interpreter.parameters.get(f"adam_m.{name_here(name)}")
         if moment is None:
             continue
         # the first moment after one step is (1 - beta) x the clipped gradient
@@ -90,8 +89,8 @@ def test_four_ranks_equal_one_device(four_ranks, weights, rows, reference_run):
 
 
 def test_upstreams_transform_ckpt_merges_what_the_ranks_leave(four_ranks, weights, rows, reference_run, tmp_path):
-    for machine in four_ranks.run(weights, rows).machines:
-        checkpoints.save(machine, tmp_path / "checkpoint", 2)
+    for interpreter in four_ranks.run(weights, rows).interpreters:
+        state.save(interpreter, tmp_path / "checkpoint", 2)
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("checkpoint/*/*"))
     assert names == [f"checkpoint/rank_{rank}/glm32k_rank_{rank}-1_2.ckpt" for rank in range(4)]
     result = subprocess.run(
@@ -114,7 +113,7 @@ def test_upstreams_transform_ckpt_merges_what_the_ranks_leave(four_ranks, weight
     )
     assert result.returncode == 0, result.stdout + result.stderr
     merged = open_source(tmp_path / "merged" / "rank_0" / "whole_0.ckpt").tensors
-    one = reference_run.machines[0].parameters
+    one = reference_run.interpreters[0].parameters
     compared_names = [name for name in one if "transformer." in name]
     assert len(compared_names) > 60  # weights and both moments
     whole = {name: merged[name].load() for name in compared_names}
@@ -139,9 +138,9 @@ def test_a_shard_on_the_wrong_axis_is_found(four_ranks, weights, rows, reference
     right = four_ranks.programs[0].layouts[name]
     assert right.slice_shape((64, 64)) == (32, 32)  # columns over mp, rows over dp by the optimizer
     wrong = ParameterLayout((2, 2), ((0,), (1,)))  # rows over mp, columns over dp
-    programs = [copy.copy(rehearsed) for rehearsed in four_ranks.programs]
-    for rehearsed in programs:
-        rehearsed.layouts = {**rehearsed.layouts, name: wrong}
+    programs = [copy.copy(compiled) for compiled in four_ranks.programs]
+    for compiled in programs:
+        compiled.layouts = {**compiled.layouts, name: wrong}
     report = compared(four_ranks.run(weights, rows, programs), reference_run, four_ranks, programs)
     assert not report["agrees"] and report["problems"][0].startswith("step 1: loss is")
 
@@ -149,10 +148,10 @@ def test_a_shard_on_the_wrong_axis_is_found(four_ranks, weights, rows, reference
 def test_a_missing_collective_on_all_ranks_is_found(four_ranks, weights, rows, reference_run):
     dropped = []
     programs = changed(four_ranks, lambda node: None)
-    for rehearsed in programs:
+    for compiled in programs:
         node = next(
             node
-            for graph in (rehearsed.program.main, *rehearsed.program.graphs.values())
+            for graph in (compiled.program.main, *compiled.program.graphs.values())
             for node in graph.nodes
             if node.op == "AllReduce" and "encoder" in node.scope and "Gradients" not in node.scope
         )
@@ -172,7 +171,7 @@ def test_a_collective_that_one_rank_leaves_out_is_found(four_ranks, weights, row
             dropped.append(node)
             node.op, node.inputs = "Depend", [node.inputs[0], node.inputs[0]]
 
-    with pytest.raises(NetworkError, match="deadlock|do not meet"):
+    with pytest.raises(NetworkError, match="deadlock|differ in their collective"):
         four_ranks.run(weights, rows, changed(four_ranks, drop, ranks=[1]))
 
 
@@ -187,12 +186,12 @@ def test_another_reduction_on_one_rank_is_found_with_its_place(four_ranks, weigh
 
 def test_a_mask_that_leaks_is_found(four_ranks, weights, rows, reference_run):
     programs = changed(four_ranks, lambda node: None)
-    for rehearsed in programs:
-        for graph in (rehearsed.program.main, *rehearsed.program.graphs.values()):
+    for compiled in programs:
+        for graph in (compiled.program.main, *compiled.program.graphs.values()):
             for node in graph.nodes:
                 if node.op.startswith("FlashAttentionScore"):
                     node.inputs[MODE[node.op]], node.inputs[MASK[node.op]] = "mode_0", "no_mask"
-        rehearsed.program.main.nodes[:0] = [Node("mode_0", "Constant", [], value=0), Node("no_mask", "Constant", [])]
+        compiled.program.main.nodes[:0] = [Node("mode_0", "Constant", [], value=0), Node("no_mask", "Constant", [])]
     report = compared(four_ranks.run(weights, rows, programs), reference_run, four_ranks, programs)
     assert not report["agrees"] and report["problems"][0].startswith("step 1: loss is")
 

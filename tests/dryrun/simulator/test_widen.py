@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec
-from mindformers_glm32k.dryrun.simulator.interpreter import Machine
+from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter, widen
 from mindformers_glm32k.dryrun.simulator.network import Network
-from mindformers_glm32k.dryrun.simulator.precision import widen, widen_values
+from mindformers_glm32k.dryrun.simulator.operators.values import wide
 
 X = np.array([1.0, 1000.0], np.float32)
 STEP = np.array([0.1, 0.1])
@@ -36,7 +36,7 @@ def program(dtype):
 
 
 def run(compiled, weight):
-    return Machine(compiled, 0, Network(1), {"w": weight}).run([X])
+    return RankInterpreter(compiled, 0, Network(1), {"w": weight}).run([X])
 
 
 @pytest.mark.parametrize("dtype, step", [("float16", np.float16(0.1)), ("bfloat16", 0.099609375)])
@@ -55,5 +55,4 @@ def test_the_compiled_program_stays_as_it_is():
 
 
 def test_values_of_16_bits_only_are_widened():
-    values = widen_values({"a": np.ones(2, np.float16), "b": np.ones(2, np.int32)})
-    assert values["a"].dtype == np.float32 and values["b"].dtype == np.int32
+    assert wide(np.ones(2, np.float16)).dtype == np.float32 and wide(np.ones(2, np.int32)).dtype == np.int32

@@ -1,4 +1,4 @@
-"""Sizes of the chunks; what the chunks compute is rehearsed in tests/dryrun/execution/test_execute.py."""
+"""Sizes of the chunks; what the chunks compute is simulated in tests/dryrun/simulator/test_train.py."""
 
 import pytest
 

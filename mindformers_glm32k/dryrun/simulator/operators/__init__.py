@@ -6,83 +6,73 @@ An operator's function is called with a Call and the primitive's inputs:
     def matmul(call, x, y, transpose_a=False, transpose_b=False):
         \"\"\"x (m, k) @ y (k, n) -> (m, n).\"\"\"
 
-Tensors come as numpy arrays, other inputs as Python values (int, float, str, None, tuples; the file holds a bool as 0
+Tensors come as NumPy arrays, other inputs as Python values (int, float, str, None, tuples; the file holds a bool as 0
 or 1, and an empty tuple as None). bfloat16, which NumPy lacks, is held in float32 arrays whose values are bfloat16's:
 the interpreter rounds every result whose `call.output` says so. Results are an array or a tuple of arrays, of the
 shape and dtype of `call.output`; the interpreter checks both. Inputs must not be changed: they may be parameters or
 other operators' results.
 
-An operator that updates parameters is registered with in_place=True; it gets Parameter objects (`values.Parameter`)
-where the program passes parameters, assigns their `.value`, and returns what the program sees.
+An operator that updates parameters is registered with in_place=True; it gets `values.Parameter` objects where the
+program passes parameters, assigns their `.value`, and returns what the program sees.
 
 What an operator does not implement it refuses (NotImplementedError), and an attribute that is not there raises: no
 default is guessed. Overflow and NaN are values like any other; operators run under `numpy.errstate(all="ignore")`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-_MODULES = (
-    "arithmetic",
-    "attention",
-    "collectives",
-    "indexing",
-    "inference",
-    "matrix",
-    "norm",
-    "reductions",
-    "shaping",
-    "training",
-)
+if TYPE_CHECKING:
+    from mindformers_glm32k.dryrun.simulator.network import Network
+
+__all__ = ["Call", "Operator", "collectives_of", "operator", "table"]
+_MODULES = ("arithmetic", "attention", "collectives", "inference", "reductions", "shaping", "training")
 
 
 @dataclass
 class Call:
-    """One call of a primitive.
-
-    Args:
-        op (str): the primitive's name.
-        attributes (dict): the primitive's: axes, masks, groups, ….
-        output: mindir.Spec of the result, or a (nested) tuple of them.
-        rank (int): who calls.
-        network (network.Network): for collectives.
-        place (str): "MatMul-op12 in Default/…", for messages.
-        status: the device's overflow register, an object with `overflow` (bool); the interpreter sets it.
-    """
+    """One call of a primitive."""
 
     op: str
-    attributes: dict
-    output: object
+    attributes: dict[str, Any]  # axes, masks, groups, …
+    output: Any  # mindir.Spec of the result, or a (nested) tuple of them
     rank: int = 0
-    network: object = None
-    place: str = ""
-    status: object = None
+    network: Network | None = None  # for collectives
+    location: str = ""  # "MatMul-op12 in Default/…", for messages
+    status: Any = None  # the device's overflow register, an object with `overflow` (bool); the interpreter sets it
+
+    def attribute(self, name: str) -> Any:
+        """An attribute that must be there; KeyError with all attributes where it is not."""
+        if name not in self.attributes:
+            raise KeyError(f"{self.op} has no attribute {name!r}, only {sorted(self.attributes)}")
+        return self.attributes[name]
+
+    def require(self, known: Any, **found: Any) -> None:
+        """Refuses what is not implemented: NotImplementedError with the input or attribute that is not `known`."""
+        for name, value in found.items():
+            if value is not known and value != known:
+                raise NotImplementedError(f"{self.op} with {name} {value!r}: only {known!r} is implemented")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An entry of the table.
+    """An entry of the table; with `in_place` the function gets Parameters."""
 
-    Args:
-        function (callable): see the module's docstring.
-        in_place (bool): gets Parameters.
-    """
-
-    function: object
+    function: Callable
     in_place: bool = False
 
 
-_TABLE = {}
+_TABLE: dict[str, Operator] = {}
 
 
-def operator(*names, in_place=False):
-    """Decorator: enters a function into the table under the primitives' names.
+def operator(*names: str, in_place: bool = False) -> Callable[[Callable], Callable]:
+    """Decorator: enters a function into the table under the primitives' names; ValueError where one is taken."""
 
-    Raises:
-        ValueError: a name is there already.
-    """
-
-    def enter(function):
+    def enter(function: Callable) -> Callable:
         for name in names:
             if name in _TABLE:
                 raise ValueError(f"operator {name} is in the table twice")
@@ -92,22 +82,15 @@ def operator(*names, in_place=False):
     return enter
 
 
-def table():
-    """dict[str, Operator]: all operators."""
+def table() -> dict[str, Operator]:
+    """All operators by the primitive's name."""
     for name in _MODULES:
         import_module(f"{__name__}.{name}")
     return _TABLE
 
 
-def collectives_of(executed):
-    """Of executed operators those that talk to other ranks, sends and receives among them.
-
-    Args:
-        executed (dict[str, int]): how often each operator ran.
-
-    Returns:
-        dict[str, int]: likewise.
-    """
+def collectives_of(executed: Mapping[str, int]) -> dict[str, int]:
+    """Of operators and how often each ran, those that talk to other ranks, sends and receives among them."""
     return {
         name: count
         for name, count in executed.items()

@@ -4,10 +4,12 @@ fp16 is computed by NumPy, which rounds once from float32; bfloat16 in float32, 
 broadcast against each other. Sources: the docstrings of mindspore.ops (Add, Muls, …), which name NumPy's functions.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.operators import operator
-from mindformers_glm32k.dryrun.simulator.operators.numeric import as_output, refuse, wide
+from mindformers_glm32k.dryrun.simulator.operators import Call, operator
+from mindformers_glm32k.dryrun.simulator.operators.values import Array, as_output, wide
 
 
 def _pair(x, y):
@@ -81,27 +83,27 @@ for _function, _name in _UNARY.items():
 
 
 @operator("Log")
-def log(call, x):
+def log(call: Call, x: Array) -> Array:
     """Natural logarithm. The attributes base, scale, shift of the primitive change nothing as (-1, 1, 0)."""
     for name, known in (("base", -1.0), ("scale", 1.0), ("shift", 0.0)):
-        refuse(call, **{name: (call.attributes.get(name, known), known)})
+        call.require(known, **{name: call.attributes.get(name, known)})
     return as_output(np.log(wide(x)), call.output)
 
 
 @operator("Select")
-def select(call, condition, x, y):
+def select(call: Call, condition: Array, x: Array, y: Array) -> Array:
     """Of x where condition holds, else of y; broadcast. Source: mindspore.ops.select."""
     return as_output(np.where(condition, *_pair(x, y)), call.output)
 
 
 @operator("Cast")
-def cast(call, x, dtype=None):
-    """x in another dtype; `dtype` is MindSpore's number of it, the compiled result says the same by name."""
+def cast(call: Call, x: Array, dtype: int | None = None) -> Array:
+    """x in another dtype; `dtype` is MindSpore's enum of it, the compiled result says the same by name."""
     return as_output(x, call.output)
 
 
 @operator("AddN")
-def add_n(call, tensors):
+def add_n(call: Call, tensors: tuple[Array, ...]) -> Array:
     """Sum of a tuple of tensors of one shape, accumulated in float32 for fp16 and rounded once (as Ascend's AddN)."""
     total = wide(tensors[0])
     for tensor in tensors[1:]:
@@ -110,25 +112,25 @@ def add_n(call, tensors):
 
 
 @operator("Addcmul")
-def addcmul(call, x, x1, x2, value):
+def addcmul(call: Call, x: Array, x1: Array, x2: Array, value: Array | float) -> Array:
     """x + value * x1 * x2. Source: mindspore.ops.addcmul."""
     return as_output(wide(x) + wide(x1) * wide(x2) * wide(np.asarray(value)), call.output)
 
 
-def sigmoid(x):
+def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)) of a float32 or float64 array."""
     return 1 / (1 + np.exp(-x))
 
 
 @operator("SiLU")
-def silu(call, x):
+def silu(call: Call, x: Array) -> Array:
     """x * sigmoid(x). Source: mindspore.ops.silu."""
     x = wide(x)
     return as_output(x * sigmoid(x), call.output)
 
 
 @operator("SiLUGrad")
-def silu_grad(call, dout, x):
+def silu_grad(call: Call, dout: Array, x: Array) -> Array:
     """dout * d(x sigmoid(x))/dx."""
     x = wide(x)
     gate = sigmoid(x)

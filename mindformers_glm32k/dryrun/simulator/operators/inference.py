@@ -4,15 +4,18 @@ Letters: B prompts, T tokens of the call, N query heads, K key heads, D head siz
 shapes only; what they compute follows from how mindformers' InferAttention and PagedAttentionMgr feed them.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.operators import operator
-from mindformers_glm32k.dryrun.simulator.operators.numeric import as_output, refuse, rounded, wide
-from mindformers_glm32k.dryrun.simulator.operators.values import plain
+from mindformers_glm32k.dryrun.simulator.operators import Call, operator
+from mindformers_glm32k.dryrun.simulator.operators.values import Array, Parameter, as_output, plain, rounded, wide
 
 
 @operator("ApplyRotaryPosEmb")
-def apply_rotary_pos_emb(call, query, key, cos, sin, lengths, cos_format):
+def apply_rotary_pos_emb(
+    call: Call, query: Array, key: Array, cos: Array, sin: Array, lengths: Array, cos_format: int
+) -> tuple[Array, ...]:
     """x * cos + turned(x) * sin for query (…, T, N * D) and key (…, T, K * D), float32 rounded once.
 
     cos, sin (rows, D): in decode (one token a prompt, a row each) a row a token, in prefill a table that every prompt
@@ -53,7 +56,9 @@ def _rotate(x, cos, sin, cos_format):
 
 
 @operator("ReshapeAndCache", in_place=True)
-def reshape_and_cache(call, key, value, key_cache, value_cache, slots, monad=None):
+def reshape_and_cache(
+    call: Call, key: Array, value: Array, key_cache: Parameter, value_cache: Parameter, slots: Array, monad: None = None
+) -> Array:
     """Writes key and value (…, T, K * D) into key_cache and value_cache (blocks, block, K, D) at `slots` (T), counted
     over all blocks; -1 writes nothing. -> key."""
     slots = plain(slots).reshape(-1)
@@ -69,24 +74,24 @@ def reshape_and_cache(call, key, value, key_cache, value_cache, slots, monad=Non
 
 @operator("PagedAttention")
 def paged_attention(
-    call,
-    query,
-    key_cache,
-    value_cache,
-    block_tables,
-    context_lens,
-    antiquant_scale,
-    antiquant_offset,
-    attn_mask,
-    q_seq_lens,
-    alibi_mask,
-    head_num,
-    scale_value,
-    kv_head_num,
-    kv_cache_quant_mode,
-    mask_mode,
-    mla_v_dim,
-):
+    call: Call,
+    query: Array,
+    key_cache: Array,
+    value_cache: Array,
+    block_tables: Array,
+    context_lens: Array,
+    antiquant_scale: None,
+    antiquant_offset: None,
+    attn_mask: Array,
+    q_seq_lens: None,
+    alibi_mask: None,
+    head_num: int,
+    scale_value: float,
+    kv_head_num: int,
+    kv_cache_quant_mode: int,
+    mask_mode: int,
+    mla_v_dim: int,
+) -> Array:
     """softmax(scale_value * query @ keysᵀ) @ values of one token a prompt.
 
     query (B, 1, N * D); caches (blocks, block, K, D); block_tables (B, n) the blocks of each prompt in order;
@@ -94,17 +99,9 @@ def paged_attention(
     the product with values.
     Source: mindspore's docstring of PagedAttention.
     """
-    refuse(
-        call,
-        antiquant_scale=(antiquant_scale, None),
-        antiquant_offset=(antiquant_offset, None),
-        attn_mask=(attn_mask, None),
-        q_seq_lens=(q_seq_lens, None),
-        alibi_mask=(alibi_mask, None),
-        kv_cache_quant_mode=(kv_cache_quant_mode, 0),
-        mask_mode=(mask_mode, 0),
-        mla_v_dim=(mla_v_dim, 0),
-    )
+    call.require(None, antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset)
+    call.require(None, attn_mask=attn_mask, q_seq_lens=q_seq_lens, alibi_mask=alibi_mask)
+    call.require(0, kv_cache_quant_mode=kv_cache_quant_mode, mask_mode=mask_mode, mla_v_dim=mla_v_dim)
     block, kv_heads, size = key_cache.shape[1:]
     lengths = [int(length) for length in context_lens.reshape(-1)]
     if kv_heads != kv_head_num or query.size != len(lengths) * head_num * size:

@@ -1,10 +1,11 @@
 """What a training step does beside the network: assignments, the overflow register, dropout."""
 
+from __future__ import annotations
+
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.operators import operator
-from mindformers_glm32k.dryrun.simulator.operators.numeric import as_output, attribute, rounded, wide
-from mindformers_glm32k.dryrun.simulator.operators.values import plain
+from mindformers_glm32k.dryrun.simulator.operators import Call, operator
+from mindformers_glm32k.dryrun.simulator.operators.values import Array, Parameter, as_output, plain, rounded, wide
 
 
 def _assign(call, parameter, value):
@@ -22,44 +23,44 @@ def _assign(call, parameter, value):
 
 
 @operator("Assign", in_place=True)
-def assign(call, parameter, value, monad=None):
+def assign(call: Call, parameter: Parameter, value: Array, monad: None = None) -> Parameter:
     """parameter = value. Source: mindspore.ops.assign."""
     return _assign(call, parameter, plain(value))
 
 
 @operator("AssignAdd", in_place=True)
-def assign_add(call, parameter, value, monad=None):
+def assign_add(call: Call, parameter: Parameter, value: Array, monad: None = None) -> Parameter:
     """parameter += value. Source: mindspore.ops.assign_add."""
     return _assign(call, parameter, parameter.value + plain(value))
 
 
 @operator("AssignSub", in_place=True)
-def assign_sub(call, parameter, value, monad=None):
+def assign_sub(call: Call, parameter: Parameter, value: Array, monad: None = None) -> Parameter:
     """parameter -= value. Source: mindspore.ops.assign_sub."""
     return _assign(call, parameter, parameter.value - plain(value))
 
 
 @operator("NPUAllocFloatStatus")
-def alloc_float_status(call):
+def alloc_float_status(call: Call) -> Array:
     """-> zeros (8,): memory for the overflow register's copy."""
     return as_output(np.zeros(8), call.output)
 
 
 @operator("NPUClearFloatStatusV2")
-def clear_float_status(call, status):
+def clear_float_status(call: Call, status: Array) -> Array:
     """Clears the device's overflow register; `status` (8,) int32 only orders the calls. -> zeros (8,) int32."""
     call.status.overflow = False
     return as_output(np.zeros(8), call.output)
 
 
 @operator("NPUGetFloatStatusV2")
-def get_float_status(call, status):
+def get_float_status(call: Call, status: Array) -> Array:
     """The overflow register -> (8,) int32: ones when an operator made something not finite since the clear."""
     return as_output(np.full(8, call.status.overflow), call.output)
 
 
 @operator("AllFinite")
-def all_finite(call, *tensors):
+def all_finite(call: Call, *tensors: Array | tuple[Array, ...]) -> Array:
     """bool: True where any of the tensors (a tuple of them, or each an input) holds NaN or infinity, against its name.
 
     Source: mindspore.nn.TrainOneStepWithLossScaleCell, which takes the result for the overflow flag.
@@ -70,8 +71,8 @@ def all_finite(call, *tensors):
 
 
 @operator("Dropout")
-def dropout(call, x, keep_prob, seed0=0, seed1=0):
-    """-> x and its mask. Only keep_prob 1 is executed: what is dropped is random, no two layouts agree on it."""
+def dropout(call: Call, x: Array, keep_prob: float, seed0: int = 0, seed1: int = 0) -> tuple[Array, ...]:
+    """-> x and its mask. Only keep_prob 1 is implemented: what is dropped is random, no two layouts agree on it."""
     if keep_prob != 1:
         raise NotImplementedError(
             f"Dropout with keep_prob {keep_prob} draws random numbers, which differ from layout "
@@ -82,6 +83,6 @@ def dropout(call, x, keep_prob, seed0=0, seed1=0):
 
 
 @operator("DropoutGrad")
-def dropout_grad(call, dy, mask):
+def dropout_grad(call: Call, dy: Array, mask: Array) -> Array:
     """dy * mask / keep_prob (an attribute)."""
-    return as_output(wide(dy) * wide(mask) / attribute(call, "keep_prob"), call.output)
+    return as_output(wide(dy) * wide(mask) / call.attribute("keep_prob"), call.output)

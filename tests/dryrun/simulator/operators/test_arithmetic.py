@@ -72,7 +72,7 @@ def test_python_scalar_keeps_the_tensors_dtype(name, dtype):
 def test_integer_tensor_with_a_python_float_is_float32():
     x = np.array([[7, -7, 0]], np.int32)
     for name in ("Muls", "Divs"):
-        expected = run(lambda tensor: primitive(SCALAR[name])(tensor, 0.3), x)
+        expected = run(primitive(SCALAR[name]), x, 0.3)
         assert expected.dtype == np.float32
         np.testing.assert_allclose(call(name, x, 0.3), expected, rtol=1e-6)
 

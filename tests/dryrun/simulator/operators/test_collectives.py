@@ -108,7 +108,7 @@ def test_all_to_all_moves_tokens_for_heads_and_back():
         np.testing.assert_array_equal(result, whole[:, rank : rank + 1])
     for before, after in zip(by_token, together("AlltoAll", by_head, split_count=4, split_dim=0, concat_dim=1)):
         np.testing.assert_array_equal(before, after)
-    with pytest.raises(ValueError, match="3 parts in a group of 4"):
+    with pytest.raises(ValueError, match="3 chunks in a group of 4"):
         together("AlltoAll", by_token, split_count=3, split_dim=1, concat_dim=0)
 
 
@@ -125,7 +125,7 @@ def test_what_does_not_match_is_found():
         ("AllReduce", [random((2,)), random((3,))]),
         ("ReduceScatter", [random((2,)), random((2,), "float16")]),
     ):
-        with pytest.raises(NetworkError, match="do not meet in their collective number 1"):
+        with pytest.raises(NetworkError, match="differ in their collective number 1"):
             together(name, tensors, op="sum")
 
 

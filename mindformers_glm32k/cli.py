@@ -19,6 +19,10 @@ COMMANDS = {
         "mindformers_glm32k.longbench.preprocess",
         "write LongBench as training rows in the AdGen layout, some documents held out",
     ),
+    "longbench": (
+        "mindformers_glm32k.commands.longbench",
+        "predict LongBench's samples, score the answers, report them beside published scores and other runs",
+    ),
     "inspect": (
         "mindformers_glm32k.commands.inspect",
         "print training rows as the model sees them, and compare their prompts with what prediction feeds",

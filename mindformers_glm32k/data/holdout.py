@@ -134,10 +134,15 @@ class Manifest:
 
     def is_contaminated(self, record):
         """bool: whether a LongBench record (dict with context, and `_id` where it has one) was trained on: under its
-        `_id` in whatever data set, or under another one with the same document."""
+        `_id` in whatever data set, or under another one with the same document. A prediction has, in place of the
+        context, `document`: its `document_key` in hex digits."""
         if self._ids is None:
             self._ids = {identifier for ids in self.trained.values() for identifier in ids}
-        return record.get("_id") in self._ids or document_key(record["context"]) in self._documents
+        if record.get("_id") in self._ids:
+            return True
+        if "context" in record:
+            return document_key(record["context"]) in self._documents
+        return bytes.fromhex(record.get("document", "")) in self._documents
 
     def write(self, path):
         """Writes the file, whole or not at all."""

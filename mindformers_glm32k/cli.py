@@ -33,7 +33,7 @@ COMMANDS = {
         "compile the program of every NPU on this machine and report its memory, traffic and work",
     ),
     "strategy": (
-        "mindformers_glm32k.dryrun.compile.strategy",
+        "mindformers_glm32k.commands.strategy",
         "write the parallel strategy files of all NPUs, without an NPU",
     ),
     "split": (

@@ -1,19 +1,18 @@
 """Compile the program of every NPU on this machine and report its memory, traffic and work."""
 
+from __future__ import annotations
+
 import argparse
-import shutil
 import sys
-import tempfile
-from dataclasses import asdict, replace
 from pathlib import Path
 
+from mindformers_glm32k.commands import run_command
 from mindformers_glm32k.errors import CommandFailed, InputError
-from mindformers_glm32k.files import copy_atomically
 
 TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="YAML of the run, as for run_mindformer")
     what.add_argument(
@@ -68,25 +67,25 @@ def add_arguments(parser):
     parser.epilog = "Any other option is run_mindformer's: --run_mode predict, --parallel_config.data_parallel 4, …"
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     output = Path(args.output_dir)
     _refuse_contradictions(args)
-    if args.compare:
-        from mindformers_glm32k.dryrun.report.compare import compare
+    if args.execute is not None:
+        return _execute(args, output)
+    from mindformers_glm32k.dryrun import compare, dry_run
 
+    if args.compare:
         print(
             compare(
                 args.compare,
                 output,
-                lambda config, folder: make_report(
+                lambda config, folder: dry_run(
                     config, args.overrides, folder, keep_programs=args.keep_programs, quick=args.quick
                 ),
             )
         )
         return 0
-    if args.execute is not None:
-        return _execute(args, output)
-    make_report(args.config, args.overrides, output, args.rank, args.keep_programs, args.quick, args.devices)
+    dry_run(args.config, args.overrides, output, args.rank, args.keep_programs, args.quick, args.devices)
     print(f"report: {output / 'report.md'} (figures: report.json)")
     return 0
 
@@ -128,150 +127,5 @@ def _execute(args, output):
     return 0 if report["agrees"] else 1
 
 
-def make_report(config_file, overrides, output, rank="stages", keep_programs=False, quick=False, devices=None):
-    """Compiles the programs of a configuration and writes the report.
-
-    Args:
-        config_file (str): YAML.
-        overrides (list[str]): run_mindformer's other options.
-        output (pathlib.Path): the report and what belongs to it go there.
-        rank (str): whose programs, see `ranks_asked_for`.
-        keep_programs (bool): whether the MindIR files are kept.
-        quick (bool): compile few layers and extrapolate.
-        devices (int | None): NPUs of the run; a layout of another size is refused.
-
-    Returns:
-        dict: the report.
-    """
-    from mindformers_glm32k.dryrun.compile.pool import read_layout
-    from mindformers_glm32k.dryrun.report.markdown import write_report
-
-    launcher_arguments = ["--config", str(Path(config_file).resolve()), *overrides]
-    layout, config = read_layout(launcher_arguments, devices)
-    ranks = ranks_asked_for(rank, layout)
-    if quick:
-        programs = compile_shallow(config, ranks, layout, output, launcher_arguments)
-    else:
-        programs = compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs)
-    report = {
-        "world_size": layout.world,
-        "layout": layout.describe(),
-        "layout_sizes": asdict(layout),
-        "tokens_per_step": layout.tokens_per_step,
-        "run_mode": config["run_mode"],
-        "config": config_file,
-        "programs": programs,
-    }
-    write_report(report, config, output)
-    return report
-
-
-def compile_shallow(config, ranks, layout, output, launcher_arguments):
-    """Like `compile_and_analyze`, extrapolated from programs of few layers; stages that have no more are compiled as
-    they are.
-
-    Raises:
-        InputError: the configuration does not allow it, see `quick.layers_of_stages`.
-    """
-    from mindformers_glm32k.dryrun.analysis import extrapolate as quick
-
-    layers = quick.layers_of_stages(config)
-    if max(layers) <= quick.LAYERS[1]:
-        return compile_and_analyze(ranks, layout, output, launcher_arguments)
-    compiled = []
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as work:
-        for few in quick.LAYERS:
-            shallow = replace(layout, layers=few * layout.stages)
-            arguments = [*launcher_arguments, *quick.overrides_for(few, layout.stages)]
-            compiled.append(compile_and_analyze(ranks, shallow, Path(work) / str(few), arguments))
-    return [quick.extrapolate(*pair, layers[pair[0]["stage"]]) for pair in zip(*compiled)]
-
-
-def ranks_asked_for(text, layout):
-    """The ranks that `--rank` means.
-
-    Args:
-        text (str): "stages", "all" or a number.
-        layout (Layout): of the configuration.
-
-    Returns:
-        list[int]
-
-    Raises:
-        InputError: neither, or no such rank.
-    """
-    if text == "all":
-        return list(range(layout.world))
-    if text == "stages":
-        return [layout.ranks_of(stage)[0] for stage in range(layout.stages)]
-    if not text.isdigit() or int(text) >= layout.world:
-        raise InputError(
-            f"--rank {text}: this layout ({layout.describe()}) has ranks 0 to {layout.world - 1}; "
-            "'stages' and 'all' are understood too"
-        )
-    return [int(text)]
-
-
-def compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs=False):
-    """Compiles programs, saves their strategy files, and reads them.
-
-    Args:
-        ranks (list[int]): whose.
-        layout (Layout): of the configuration.
-        output (pathlib.Path): strategy files go to `strategy/`, logs to `log/`, programs to `programs/` below it.
-        launcher_arguments (list[str]): run_mindformer's.
-        keep_programs (bool): whether the MindIR files are kept.
-
-    Returns:
-        list[dict]: one per rank, of prediction with a cache two (prefill, increment); see `analysis.analyze`.
-    """
-    from mindformers_glm32k.dryrun.analysis.analyze import analyze
-    from mindformers_glm32k.dryrun.compile.pool import run_workers
-
-    programs = []
-    output.mkdir(parents=True, exist_ok=True)
-
-    def gather(compiled):
-        record, folder = compiled.record, compiled.folder
-        for strategy in (folder / "output" / "strategy").glob("ckpt_strategy_rank_*.ckpt"):
-            copy_atomically(strategy, output / "strategy" / strategy.name)
-        for entry in record["programs"]:
-            program = analyze(
-                folder / entry["file"],
-                folder / "text",
-                compiled.rank,
-                layout.stage_of(compiled.rank),
-                layout.lengths,
-                layout.widths,
-            )
-            programs.append(
-                {
-                    "rank": program.pop("rank"),
-                    "stage": program.pop("stage"),
-                    "phase": entry["phase"],
-                    "compile_seconds": entry["compile_seconds"],
-                    "peak_rss_bytes": record["peak_rss_bytes"],
-                    **program,
-                    "stand_ins": record["stand_ins"],
-                    "inputs": record.get("inputs"),
-                }
-            )
-            if keep_programs:
-                name = f"rank_{compiled.rank}{'' if entry['phase'] == 'train' else '_' + entry['phase']}.mindir"
-                copy_atomically(folder / entry["file"], output / "programs" / name)
-        shutil.rmtree(folder)
-
-    with tempfile.TemporaryDirectory(prefix=".work_", dir=output) as work:
-        try:
-            run_workers(ranks, layout, Path(work).resolve(), launcher_arguments, on_done=gather)
-        finally:
-            for log in Path(work).glob("log_rank_*.txt"):
-                copy_atomically(log, output / "log" / log.name)
-    return programs
-
-
 if __name__ == "__main__":
-    from mindformers_glm32k.commands import run_command
-
     sys.exit(run_command(sys.modules[__name__], "glm32k dryrun"))

@@ -1,1 +1,18 @@
-"""The program of every NPU without an NPU: compile it, read it, say what it costs."""
+"""What every NPU of a layout would run, compiled, read and executed on this machine; nothing is imported before use."""
+
+import importlib
+
+_FACE = {
+    "dry_run": "programs.dry_run",
+    "compare": "report.compare.compare",
+    "write_strategies": "compile.strategy.write_strategies",
+    "simulate": "simulator.simulate",
+}
+__all__ = sorted(_FACE)
+
+
+def __getattr__(name: str):
+    if name not in _FACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, function = _FACE[name].rpartition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), function)

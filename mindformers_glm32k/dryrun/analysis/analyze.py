@@ -1,34 +1,45 @@
 """From a compiled program to the figures of the report: one dictionary per rank, ready for JSON."""
 
-from mindformers_glm32k.dryrun.analysis import collectives, flops, memory, work
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import asdict
+from pathlib import Path
+
+from mindformers_glm32k.dryrun.analysis.cost import count_flops, list_collectives, measure_work
+from mindformers_glm32k.dryrun.analysis.memory import measure
 from mindformers_glm32k.dryrun.analysis.mindir import read_program
 from mindformers_glm32k.dryrun.analysis.source_lines import SourceLines
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
-from mindformers_glm32k.dryrun.report.advice import LARGE_CONSTANT
 
 LARGEST = 10
+LARGE_CONSTANT = 64 * 1024**2  # bytes
 _COMPRESSED_MASK = (2048, 2048)  # of the flash attention kernel, the same for every length
 
 
-def analyze(path, text_folder, rank, stage, lengths=(), widths=()):
+def analyze(
+    path: Path, text_folder: Path, rank: int, stage: int, lengths: Container[int] = (), widths: Container[int] = ()
+) -> dict:
     """Reads one program.
 
     Args:
-        path (pathlib.Path): MindIR file.
-        text_folder (pathlib.Path): where the frontend wrote the program as text.
-        rank (int), stage (int): whose program it is.
-        lengths (Container[int]): sizes that an axis of positions has; tensors with two such axes are looked for.
-        widths (Container[int]): sizes of the model's other axes, which are not to be taken for the length.
+        path: MindIR file.
+        text_folder: where the frontend wrote the program as text.
+        rank, stage: whose program it is.
+        lengths: sizes that an axis of positions has; tensors with two such axes are looked for.
+        widths: sizes of the model's other axes, which are not to be taken for the length.
 
     Returns:
-        dict: see README of the report's JSON in `report.py`; all sizes in bytes of one device, all counts of one step.
+        A program of report.json; all sizes in bytes of one device, all counts of one step.
     """
     program = read_program(path)
     trace = trace_program(program)
     sources = SourceLines(text_folder, program)
-    used = memory.measure(trace)
-    operations = flops.count(trace)
+    used = measure(trace)
+    operations = count_flops(trace)
     peak = used.peak_event
+    everything = trace.activations + trace.constants + trace.inputs
+    squares = [buffer for buffer in everything if is_square(buffer.spec.shape, lengths, widths)]
     return {
         "rank": rank,
         "stage": stage,
@@ -46,48 +57,24 @@ def analyze(path, text_folder, rank, stage, lengths=(), widths=()):
         "logits_bytes": _logits(trace, used),
         "flops": sum(operations.values()),
         "flops_by_part": {f"{what}_{part}": value for (what, part), value in sorted(operations.items())},
-        "work": work.measure(trace),
-        "collectives": [
-            {
-                "kind": item.kind,
-                "group_ranks": list(item.group_ranks),
-                "dtype": item.dtype,
-                "bytes": item.bytes,
-                "count": item.count,
-                "purpose": item.purpose,
-                "part": item.part,
-            }
-            for item in collectives.list_collectives(trace, rank)
-        ],
+        "work": measure_work(trace),
+        "collectives": [asdict(item) for item in list_collectives(trace, rank)],
         "largest_tensors": _largest(trace.activations + trace.constants, sources),
         "at_peak": _largest(used.at_peak, sources),
-        "square_tensors": _largest(
-            [
-                buffer
-                for buffer in trace.activations + trace.constants + trace.inputs
-                if is_square(buffer.spec.shape, lengths, widths)
-            ],
-            sources,
-        ),
-        "large_constants": _largest(
-            [buffer for buffer in trace.constants if buffer.spec.bytes > LARGE_CONSTANT], sources
-        ),
+        "square_tensors": _largest(squares, sources),
+        "large_constants": _largest([item for item in trace.constants if item.spec.bytes > LARGE_CONSTANT], sources),
         "operations": len(trace.events),
-        "doubts": trace.doubts,
+        "doubts": trace.unresolved,
     }
 
 
-def is_square(shape, lengths, widths=()):
-    """Whether a tensor's last two axes are both positions of a row, as those of scores and masks are.
+def is_square(shape: tuple[int, ...], lengths: Container[int], widths: Container[int] = ()) -> bool:
+    """Whether a tensor's last two axes are both positions of a sequence, as those of scores and masks are.
 
     Args:
-        shape (tuple[int]): of the tensor.
-        lengths (Container[int]): sizes that an axis of positions has.
-        widths (Container[int]): other sizes of the model; when a length is one of them, only tensors of four axes
-        count.
-
-    Returns:
-        bool
+        shape: of the tensor.
+        lengths: sizes that an axis of positions has.
+        widths: other sizes of the model; when a length is one of them, only tensors of four axes count.
     """
     if len(shape) < 2 or shape == _COMPRESSED_MASK or not all(size in lengths for size in shape[-2:]):
         return False

@@ -1,5 +1,7 @@
 """Figures of a deep program from two shallow ones: everything that a layer adds is added again for each layer more."""
 
+from __future__ import annotations
+
 from mindformers_glm32k.checks import is_number
 from mindformers_glm32k.errors import InputError
 
@@ -8,14 +10,8 @@ _SAME = frozenset(("rank", "stage"))
 _MEASURED = frozenset(("compile_seconds", "peak_rss_bytes"))
 
 
-def layers_of_stages(config):
-    """Layers of each pipeline stage.
-
-    Args:
-        config (dict): the merged configuration.
-
-    Returns:
-        list[int]
+def layers_of_stages(config: dict) -> list[int]:
+    """Layers of each pipeline stage of the merged configuration.
 
     Raises:
         InputError: a setting differs from layer to layer, so that shallow programs say nothing about it.
@@ -48,28 +44,21 @@ def layers_of_stages(config):
     return layers
 
 
-def overrides_for(layers_of_a_stage, stages):
-    """run_mindformer's options for a shallow model.
-
-    Args:
-        layers_of_a_stage (int), stages (int): of the program to compile.
-
-    Returns:
-        list[str]
-    """
+def overrides_for(layers_of_a_stage: int, stages: int) -> list[str]:
+    """run_mindformer's options for a shallow model."""
     return ["--model.model_config.num_layers", str(layers_of_a_stage * stages), "--model.model_config.offset", "0"]
 
 
-def extrapolate(shallow, deeper, layers):
+def extrapolate(shallow: dict, deeper: dict, layers: int) -> dict:
     """The program of a stage with more layers.
 
     Args:
-        shallow (dict), deeper (dict): of the report, with LAYERS[0] and LAYERS[1] layers.
-        layers (int): of the stage that is asked for.
+        shallow, deeper: of the report, with LAYERS[0] and LAYERS[1] layers.
+        layers: of the stage that is asked for.
 
     Returns:
-        dict: like them; every count and size extrapolated, lists of tensors those of the deeper program, what the compile took
-        the sum or the larger of both, and "extrapolated": {"from_layers", "to_layers"}.
+        Like them: every count and size extrapolated, lists of tensors those of the deeper program, what the compile
+        took the sum or the larger of both, and "extrapolated": {"from_layers", "to_layers"}.
     """
     steps = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
 

@@ -1,7 +1,11 @@
 """Device memory of a traced program: what stays for the whole run, and the peak of what comes and goes."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from dataclasses import dataclass
+
+from mindformers_glm32k.dryrun.analysis.trace import Buffer, Event, Trace
 
 
 @dataclass
@@ -9,41 +13,35 @@ class Memory:
     """Bytes on one device.
 
     Args:
-        parameters (dict[str, int]): by kind: "weights", "accumulators", "optimizer", "cache", "other".
-        parameter_count (int): elements of the weights that this device holds.
-        constants (int): tensors that the program carries with it.
-        inputs (int): the step's data.
-        activation_peak (int): largest sum of buffers alive at one time.
-        peak_event (Event | None): when that is.
-        at_peak (list[Buffer]): the buffers alive then, largest first.
-        curve (list[int]): live bytes after each event.
+        parameters: by kind: "weights", "accumulators", "optimizer", "cache", "other".
+        parameter_count: elements of the weights that this device holds.
+        constants: tensors that the program carries with it.
+        inputs: the step's data.
+        activation_peak: largest sum of buffers alive at one time.
+        peak_event: when that is.
+        at_peak: the buffers alive then, largest first.
+        curve: live bytes after each event.
     """
 
-    parameters: dict
+    parameters: dict[str, int]
     parameter_count: int
     constants: int
     inputs: int
     activation_peak: int
-    peak_event: object
-    at_peak: list
-    curve: list
+    peak_event: Event | None
+    at_peak: list[Buffer]
+    curve: list[int]
 
     @property
-    def total(self):
-        """int: what the device needs at the peak."""
+    def total(self) -> int:
+        """What the device needs at the peak."""
         return sum(self.parameters.values()) + self.constants + self.inputs + self.activation_peak
 
 
-def parameter_kind(name):
-    """Which kind a parameter is, by the prefixes that MindSpore and MindFormers give.
-
-    Args:
-        name (str): parameter name.
-
-    Returns:
-        str: "accumulators" (gradients summed over micro batches), "optimizer" (AdamW's moments), "cache" (keys and
-        values of prediction), "weights", or "other" (counters, loss scale, …).
-    """
+def parameter_kind(name: str) -> str:
+    """Which kind a parameter is, by the prefixes that MindSpore and MindFormers give: "accumulators" (gradients summed
+    over micro batches), "optimizer" (AdamW's moments), "cache" (keys and values of prediction), "weights", or "other"
+    (counters, loss scale, …)."""
     if name.startswith("accu_grads."):
         return "accumulators"
     if name.startswith(("adam_m.", "adam_v.", "moments.", "moment1.", "moment2.", "exp_avg")):
@@ -53,17 +51,12 @@ def parameter_kind(name):
     return "weights" if "transformer." in name or ".layers." in name else "other"
 
 
-def measure(trace):
+def measure(trace: Trace) -> Memory:
     """Adds up a trace's memory.
 
-    The peak comes from the life of every buffer in program order: from the operation that writes it to the last one that
-    reads it or a view of it. Micro batches in flight are buffers like all others. A kernel's workspace is not counted.
-
-    Args:
-        trace (Trace): from `trace_program`.
-
-    Returns:
-        Memory
+    The peak comes from the life of every buffer in program order: from the operation that writes it to the last one
+    that reads it or a view of it. Micro batches in flight are buffers like all others. A kernel's workspace is not
+    counted.
     """
     parameters = dict.fromkeys(("weights", "accumulators", "optimizer", "cache", "other"), 0)
     count = 0

@@ -3,6 +3,9 @@
 The schema is mindspore/train/mind_ir_pb2.py.
 """
 
+from __future__ import annotations
+
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,20 +39,20 @@ class Spec:
     """What a tensor is.
 
     Args:
-        shape (tuple[int]): -1 where it is known only at run time.
-        dtype (str): "float16", …
-        itemsize (int): bytes of an element.
-        parameter (str | None): the parameter whose memory this is (the result of an update in place).
+        shape: -1 where it is known only at run time.
+        dtype: "float16", …
+        itemsize: bytes of an element.
+        parameter: the parameter whose memory this is (the result of an update in place).
     """
 
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: str
     itemsize: int
-    parameter: str = None
+    parameter: str | None = None
 
     @property
-    def bytes(self):
-        """int: size of the tensor; an unknown dimension counts as 0."""
+    def bytes(self) -> int:
+        """Size of the tensor; an unknown dimension counts as 0."""
         size = self.itemsize
         for dimension in self.shape:
             size *= max(dimension, 0)
@@ -61,30 +64,30 @@ class Node:
     """One operation, constant or call.
 
     Args:
-        name (str): unique in the program; other nodes' `inputs` hold such names.
-        op (str): "MatMul", …; "Constant"; or "call" where `callee` says what is called.
-        inputs (list[str]): names.
+        name: unique in the program; other nodes' `inputs` hold such names.
+        op: "MatMul", …; "Constant"; or "call" where `callee` says what is called.
+        inputs: names.
         output: Spec, a (nested) tuple of them, or None.
-        attributes (dict): the primitive's: groups, strategies, axes, ….
-        marks (dict): the node's: micro, is_bp, duplicated (a recomputed node), ….
-        scope (str): path of cells that made it, "Gradients/…" for the backward.
-        instance (str): the primitive's instance name.
+        attributes: the primitive's: groups, strategies, axes, ….
+        marks: the node's: micro, is_bp, duplicated (a recomputed node), ….
+        scope: path of cells that made it, "Gradients/…" for the backward.
+        instance: the primitive's instance name.
         value: a constant's value: Python object, or Spec for a tensor; a graph's name for a function.
-        callee (str | None): name of a graph, or of a node that yields a closure.
-        data (bytes | None): a constant tensor's bytes.
+        callee: name of a graph, or of a node that yields a closure.
+        data: a constant tensor's bytes.
     """
 
     name: str
     op: str
-    inputs: list
-    output: object = None
+    inputs: list[str]
+    output: Spec | tuple | None = None
     attributes: dict = field(default_factory=dict)
     marks: dict = field(default_factory=dict)
     scope: str = ""
     instance: str = ""
     value: object = None
-    callee: str = None
-    data: bytes = None
+    callee: str | None = None
+    data: bytes | None = None
 
 
 @dataclass
@@ -92,9 +95,9 @@ class Graph:
     """A function: names of its inputs, nodes in an order that respects every edge, names of its outputs."""
 
     name: str
-    inputs: list
-    nodes: list
-    outputs: list
+    inputs: list[str]
+    nodes: list[Node]
+    outputs: list[str]
 
 
 @dataclass
@@ -102,29 +105,23 @@ class Program:
     """A compiled program.
 
     Args:
-        main (Graph): where it starts.
-        graphs (dict[str, Graph]): all others by name.
-        parameters (dict[str, tuple[str, Spec]]): node name -> (parameter name, what this device holds of it).
-        inputs (dict[str, Spec]): the data of a step, by node name.
+        main: where it starts.
+        graphs: all others by name.
+        parameters: node name -> (parameter name, what this device holds of it).
+        inputs: the data of a step, by node name.
     """
 
     main: Graph
-    graphs: dict
-    parameters: dict
-    inputs: dict
+    graphs: dict[str, Graph]
+    parameters: dict[str, tuple[str, Spec]]
+    inputs: dict[str, Spec]
 
 
-def read_program(path):
+def read_program(path: str | os.PathLike) -> Program:
     """Reads a MindIR file.
 
-    Args:
-        path (str | os.PathLike): the file.
-
-    Returns:
-        Program
-
     Raises:
-        InputError: not a MindIR file.
+        InputError: it is none.
     """
     data = Path(path).read_bytes()
     model = message_class("mind_ir_pb2", "ModelProto")()

@@ -1,7 +1,11 @@
 """Which line of source made an operation: from the validated program as text, joined to the program by scope."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
+
+from mindformers_glm32k.dryrun.analysis.mindir import Node, Program
 
 _SCOPE = re.compile(r"# Fullname with scope: \((.*)\)\s*$")
 # "# In file /a/b.py:12, 4~8/    x = y/" or ":12~14, 4~8/..."
@@ -13,11 +17,11 @@ class SourceLines:
     """Looks up scopes in a program's text.
 
     Args:
-        folder (pathlib.Path): holds the text that the frontend wrote, in any sub-folder; none is fine too.
-        program (Program | None): the program whose nodes are looked up.
+        folder: holds the text that the frontend wrote, in any sub-folder; none is fine too.
+        program: the program whose nodes are looked up.
     """
 
-    def __init__(self, folder, program=None):
+    def __init__(self, folder: Path, program: Program | None = None):
         self.lines = {}
         for path in sorted(Path(folder).rglob("*validate*.ir")):
             self._read(path)
@@ -64,15 +68,9 @@ class SourceLines:
                         path, number, code = found.groups()
                         self.lines[scope].append((path, number, code.split("/<~~", 1)[0]))  # a remark of the frontend's
 
-    def of(self, node):
-        """The innermost line in MindFormers or this package, else in MindSpore, else the scope.
-
-        Args:
-            node (Node): an operation.
-
-        Returns:
-            str: "package/file.py:LINE text", or the node's scope where no line is known.
-        """
+    def of(self, node: Node) -> str:
+        """Where a node comes from: "package/file.py:LINE text" of the innermost line in MindFormers or this package,
+        else in MindSpore, else the node's scope."""
         lines = self.lines.get(node.scope) or self.by_cell.get(_operation(node.scope), ())
         calls = [(_short(path), line, text) for path, line, text in lines]
         ours = [call for call in calls if call[0].startswith(_OURS)]

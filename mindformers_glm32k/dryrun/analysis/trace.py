@@ -4,27 +4,17 @@ Nothing is computed; values are only their memory. Calls, closures (the backward
 forward returns) and tuples are followed, so that a buffer's life is known over the whole step.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mindformers_glm32k.dryrun.analysis.mindir import Spec
+from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec
 
-# Operations whose result is the memory of their first input: Ascend's runtime skips them.
-VIEWS = frozenset(
-    (
-        "Reshape",
-        "ExpandDims",
-        "Squeeze",
-        "FlattenGrad",
-        "Depend",
-        "Load",
-        "StopGradient",
-        "Identity",
-        "InsertGradientOf",
-        "Return",
-        "return",
-    )
-)
 _RESHAPING = frozenset(("Reshape", "ExpandDims", "Squeeze"))
+_PASSING_ON = ("FlattenGrad", "Depend", "Load", "StopGradient", "Identity", "InsertGradientOf", "Return", "return")
+# Operations whose result is the memory of their first input: Ascend's runtime skips them.
+VIEWS = _RESHAPING | frozenset(_PASSING_ON)
 _TUPLES = frozenset(("MakeTuple", "MakeList", "make_tuple"))
 
 
@@ -32,15 +22,18 @@ class Buffer:
     """A piece of device memory.
 
     Args:
-        spec (Spec): the tensor in it, as the reader sees it.
-        kind (str): "activation", "parameter", "input" or "constant".
-        name (str): parameter's or input's name.
-        storage (Buffer | None): the buffer whose memory it shares.
+        spec: the tensor in it, as the reader sees it.
+        kind: "activation", "parameter", "input" or "constant".
+        name: parameter's or input's name.
+        storage: the buffer whose memory it shares; None: its own.
+
+    Attributes:
+        made, last: index of the event that writes it, and of the last one that reads it or a view of it.
     """
 
     __slots__ = ("spec", "kind", "name", "storage", "made", "last", "event")
 
-    def __init__(self, spec, kind, name="", storage=None):
+    def __init__(self, spec: Spec, kind: str, name: str = "", storage: Buffer | None = None):
         self.spec, self.kind, self.name = spec, kind, name
         self.storage = storage or self
         self.made = self.last = -1
@@ -51,7 +44,7 @@ class Buffer:
 class Closure:
     """A function with its first arguments bound."""
 
-    graph: object
+    graph: Graph
     bound: tuple = ()
 
 
@@ -67,23 +60,23 @@ class Event:
     """One operation as it is run.
 
     Args:
-        index (int): position in time.
-        node (Node): the operation.
-        reads (list[Buffer]), writes (list[Buffer]): operands and results, views included among the operands.
-        arguments (list): the operands as values: Buffer, Literal, tuple, Closure or None.
-        again (bool): a copy of an earlier node, as selective recompute makes them (without a mark, unlike recompute).
+        index: position in time.
+        node: the operation.
+        reads, writes: operands and results, views included among the operands.
+        arguments: the operands as values: Buffer, Literal, tuple, Closure or None.
+        again: a copy of an earlier node, as selective recompute makes them (without a mark, unlike recompute).
     """
 
     index: int
-    node: object
-    reads: list
-    writes: list
+    node: Node
+    reads: list[Buffer]
+    writes: list[Buffer]
     arguments: list
     again: bool = False
 
     @property
-    def part(self):
-        """str: "recompute", "backward" or "forward"."""
+    def part(self) -> str:
+        """ "recompute", "backward" or "forward"."""
         if self.node.marks.get("duplicated") or self.again:
             return "recompute"
         return "backward" if self.node.scope.startswith("Gradients") else "forward"
@@ -94,31 +87,24 @@ class Trace:
     """What happens in one step on one device.
 
     Args:
-        events (list[Event]): in the order of execution.
-        parameters (list[Buffer]): weights, optimizer states, ….
-        inputs (list[Buffer]): the step's data.
-        constants (list[Buffer]): each distinct constant tensor once.
-        activations (list[Buffer]): everything that operations write.
-        doubts (list[str]): constructs that could not be followed; empty when the trace is complete.
+        events: in the order of execution.
+        parameters: weights, optimizer states, ….
+        inputs: the step's data.
+        constants: each distinct constant tensor once.
+        activations: everything that operations write.
+        unresolved: constructs that could not be followed; empty when the trace is complete.
     """
 
-    events: list = field(default_factory=list)
-    parameters: list = field(default_factory=list)
-    inputs: list = field(default_factory=list)
-    constants: list = field(default_factory=list)
-    activations: list = field(default_factory=list)
-    doubts: list = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    parameters: list[Buffer] = field(default_factory=list)
+    inputs: list[Buffer] = field(default_factory=list)
+    constants: list[Buffer] = field(default_factory=list)
+    activations: list[Buffer] = field(default_factory=list)
+    unresolved: list[str] = field(default_factory=list)
 
 
-def trace_program(program):
-    """Follows a program from its start to its end.
-
-    Args:
-        program (Program): from `read_program`.
-
-    Returns:
-        Trace
-    """
+def trace_program(program: Program) -> Trace:
+    """Follows a program from its start to its end."""
     walker = _Walker(program)
     result = walker.run(program.main, walker.globals)
     for buffer in buffers_in(result):  # the step's results live to its end
@@ -126,15 +112,8 @@ def trace_program(program):
     return walker.trace
 
 
-def buffers_in(value):
-    """All buffers of a value, at any depth.
-
-    Args:
-        value: Buffer, Closure, tuple or anything else.
-
-    Yields:
-        Buffer
-    """
+def buffers_in(value: object) -> Iterator[Buffer]:
+    """All buffers of a value (Buffer, Closure, tuple or anything else), at any depth."""
     if isinstance(value, Buffer):
         yield value
     elif isinstance(value, tuple):
@@ -180,7 +159,7 @@ class _Walker:
     def run(self, graph, values):
         """Runs a graph whose inputs are in `values` (name -> value); returns its output."""
         if graph.name in self.active:
-            self._doubt(f"a loop through {graph.name[-60:]} is counted once")
+            self._note_unresolved(f"a loop through {graph.name[-60:]} is counted once")
             return None
         self.active.append(graph.name)
         for node in graph.nodes:
@@ -197,14 +176,14 @@ class _Walker:
         graph = self.program.graphs.get(name[5:] if name.startswith("REF::") else name)
         if graph is not None:
             return Closure(graph)
-        self._doubt(f"no value for {name[-60:]}")
+        self._note_unresolved(f"no value for {name[-60:]}")
         return None
 
     def _call(self, closure, arguments):
         graph = closure.graph
         arguments = list(closure.bound) + arguments
         if len(arguments) != len(graph.inputs):
-            self._doubt(f"{graph.name[-60:]} takes {len(graph.inputs)} values, got {len(arguments)}")
+            self._note_unresolved(f"{graph.name[-60:]} takes {len(graph.inputs)} values, got {len(arguments)}")
         return self.run(graph, dict(zip(graph.inputs, arguments)))
 
     def _node(self, node, values):
@@ -213,7 +192,7 @@ class _Walker:
             callee = self._value(node.callee, values)
             if isinstance(callee, Closure):
                 return self._call(callee, arguments)
-            self._doubt(f"call of {node.callee[-60:]}, which is no function")
+            self._note_unresolved(f"call of {node.callee[-60:]}, which is no function")
             return self._fresh(node, arguments)
         if node.op == "TupleGetItem":
             return self._item(node, arguments)
@@ -235,7 +214,7 @@ class _Walker:
         if isinstance(whole, tuple) and isinstance(index, int) and index < len(whole):
             return whole[index]
         if not isinstance(whole, Buffer):
-            self._doubt(f"item {index} of a {type(whole).__name__} in {node.scope[-60:]}")
+            self._note_unresolved(f"item {index} of a {type(whole).__name__} in {node.scope[-60:]}")
         return whole if isinstance(whole, Buffer) else None
 
     def _branch(self, node, arguments):
@@ -267,7 +246,7 @@ class _Walker:
         return value
 
     def _is_copy(self, node):
-        """bool: whether selective recompute made a node of another that was run before."""
+        """Whether selective recompute made a node of another that was run before."""
         if "need_cse_after_recompute" not in node.marks or node.scope.startswith("Gradients"):
             return False
         key = (node.marks.get("unique_id"), node.marks.get("micro"))
@@ -285,6 +264,6 @@ class _Walker:
         self.trace.activations += written
         self.trace.events.append(event)
 
-    def _doubt(self, text):
-        if text not in self.trace.doubts:
-            self.trace.doubts.append(text)
+    def _note_unresolved(self, text):
+        if text not in self.trace.unresolved:
+            self.trace.unresolved.append(text)

@@ -1,43 +1,16 @@
-"""Write the parallel strategy files of all NPUs of a layout, without an NPU."""
+"""The parallel strategy files of all NPUs of a layout, without an NPU."""
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
+from mindformers_glm32k.dryrun.compile.pool import run_workers
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import copy_atomically
+from mindformers_glm32k.weights.strategy import add_frozen
 
-TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 FILE_NAME = "ckpt_strategy_rank_{}.ckpt"  # the run's own name, which transform_ckpt looks for
 _WITHOUT_ADAPTERS = ["--model.model_config.pet_config", ""]
-
-
-def add_arguments(parser):
-    parser.add_argument("--config", required=True, help="YAML of the run, as for run_mindformer")
-    parser.add_argument("--output", required=True, help="folder of the files ckpt_strategy_rank_N.ckpt")
-    parser.add_argument("--devices", type=int, help="NPUs of the run; a layout of another size is refused")
-    parser.epilog = (
-        "Any other option is run_mindformer's. The files are what --src_ckpt_strategy and "
-        "--dst_ckpt_strategy of `python -m mindformers.tools.transform_ckpt` take."
-    )
-
-
-def run(args):
-    from mindformers_glm32k.dryrun.compile.pool import read_layout
-
-    launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
-    output = Path(args.output)
-    layout, config = read_layout(launcher_arguments, args.devices)
-    if layout.world == 1:
-        raise InputError(
-            f"{args.config}: one NPU (use_parallel is false, or all of parallel_config is 1) has no "
-            "strategy; its checkpoints are whole"
-        )
-    _refuse_other_layouts(output, layout)
-    written = write_strategies(layout, output, launcher_arguments, has_adapters(config))
-    print(f"{len(written)} strategy files ({layout.describe()}): {output}")
-    return 0
 
 
 def has_adapters(config):
@@ -60,10 +33,16 @@ def write_strategies(layout, output, launcher_arguments, adapters=False):
 
     Returns:
         list[pathlib.Path]: by rank.
-    """
-    from mindformers_glm32k.dryrun.compile.pool import run_workers
-    from mindformers_glm32k.weights.strategy import add_frozen
 
+    Raises:
+        InputError: one NPU, or a folder that holds files of a larger layout.
+    """
+    if layout.world == 1:
+        raise InputError(
+            f"{launcher_arguments[launcher_arguments.index('--config') + 1]}: one NPU (use_parallel is false, or all of "
+            "parallel_config is 1) has no strategy; its checkpoints are whole"
+        )
+    _refuse_other_layouts(output, layout)
     with tempfile.TemporaryDirectory(prefix="glm32k_strategy_") as work:
         kept = Path(work) / "kept"
         kept.mkdir()
@@ -104,9 +83,3 @@ def _refuse_other_layouts(output, layout):
         raise InputError(
             f"--output {output}: holds {others[0]} of a layout with more than {layout.world} NPUs; give another folder"
         )
-
-
-if __name__ == "__main__":
-    from mindformers_glm32k.commands import run_command
-
-    sys.exit(run_command(sys.modules[__name__], "glm32k strategy"))

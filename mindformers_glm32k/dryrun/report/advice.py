@@ -1,26 +1,23 @@
 """What a report's figures say should be changed, each with what to do about it."""
 
+from __future__ import annotations
+
 import re
 
 from mindformers_glm32k.parallel import layers_per_stage
 
 MIB, GIB = 1024**2, 1024**3
-LARGE_CONSTANT = 64 * MIB
 _SMALL_CALL = MIB  # a collective call below this is a scalar, a norm or a bias
 _UNBALANCED = 1.15  # the slowest stage's FLOPs against the mean
 _UNITS = {"GB": GIB, "MB": MIB}
 _WIDTH = {"float32": 4, "float64": 8, "int64": 8, "float16": 2, "bfloat16": 2}
 
 
-def warnings_of(report, config):
-    """Looks through a report.
-
-    Args:
-        report (dict): with its programs.
-        config (dict): the merged configuration.
+def warnings_of(report: dict, config: dict) -> list[dict]:
+    """Looks through a report with its programs; `config` is the merged configuration.
 
     Returns:
-        list[dict]: {"kind", "what", "fix"}; the most expensive kinds first.
+        {"kind", "what", "fix"} of each; the most expensive kinds first.
     """
     programs = report["programs"]
     model = config["model"]["model_config"]
@@ -34,23 +31,18 @@ def warnings_of(report, config):
     ]
     found += [
         _warning(
-            "incomplete", f"{_where([program])}: {doubt}", "Figures of this program may be too low; please report it."
+            "incomplete",
+            f"{_where([program])}: {construct}",
+            "Figures of this program may be too low; please report it.",
         )
         for program in programs
-        for doubt in program["doubts"]
+        for construct in program["doubts"]
     ]
     return found
 
 
-def device_memory(config):
-    """Bytes that `context.max_device_memory` ("59GB") allows.
-
-    Args:
-        config (dict): merged configuration.
-
-    Returns:
-        int | None: None where nothing is set or it is not understood.
-    """
+def device_memory(config: dict) -> int | None:
+    """Bytes that `context.max_device_memory` ("59GB") allows; None where nothing is set or it is not understood."""
     match = re.fullmatch(r"\s*([\d.]+)\s*(GB|MB)\s*", str((config.get("context") or {}).get("max_device_memory") or ""))
     return int(float(match.group(1)) * _UNITS[match.group(2)]) if match else None
 
@@ -112,15 +104,8 @@ def _distinct(programs, key):
         yield shape, dtype, size, _where(holders), source
 
 
-def purpose(item):
-    """What a collective is for, in brackets, without the frontend's running numbers; "" where its name says no more.
-
-    Args:
-        item (dict): a collective of a report.
-
-    Returns:
-        str
-    """
+def purpose(item: dict) -> str:
+    """What a collective is for, in brackets, without the frontend's running numbers; "" where its name says no more."""
     name = re.sub(r"_\d{6,}$", "", item["purpose"])
     return "" if name == item["kind"] else f" ({name})"
 
@@ -176,7 +161,7 @@ def _alone(programs):
         fix = (
             "Set recompute_config.recompute_slice_activation: False; it is for model_parallel above 1."
             if "recompute_slice" in name
-            else "Give the operator a layout that does not cut along an axis of one part."
+            else "Give the operator a strategy that does not shard along an axis of one rank."
         )
         yield _warning(
             "alone",

@@ -1,26 +1,46 @@
 """Layouts side by side: memory, traffic, work and estimated speed of dry runs."""
 
+from __future__ import annotations
+
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-from mindformers_glm32k.dryrun.report import calibration
-from mindformers_glm32k.dryrun.report.estimate import PARTS, stages_of
+from mindformers_glm32k.dryrun.report.advice import GIB
+from mindformers_glm32k.dryrun.report.estimate import PARTS, estimate_with_note, stages_of
+from mindformers_glm32k.dryrun.report.markdown import table, traffic_by_kind
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
 
-GIB = 1024**3
 REPORT = "report.json"
 
 
-def read_report(folder):
-    """A finished report.
+def compare(sources: list[str], folder: Path, make_report: Callable[[str, Path], dict]) -> str:
+    """Compares layouts, writes `compare.md` and `compare.json`, and returns the Markdown.
 
     Args:
-        folder (pathlib.Path): an OUTPUT_DIR of `glm32k dryrun`.
+        sources: YAMLs, or folders of finished reports.
+        folder: the results go there, the report of a YAML to a folder below it.
+        make_report: (YAML, output folder) -> report.
 
-    Returns:
-        dict
+    Raises:
+        InputError: what is given is neither, or cannot be compared.
+    """
+    for source in sources:  # before anything is compiled
+        if Path(source).is_dir():
+            stages_of(read_report(Path(source)))
+        else:
+            require_file(source, "--compare", "Give YAMLs, or folders of finished dry runs.")
+    summaries = []
+    for name, source in zip(_names(sources), sources):
+        report = read_report(Path(source)) if Path(source).is_dir() else make_report(source, folder / name)
+        summaries.append(summarize(name, report))
+    return _write(summaries, folder)
+
+
+def read_report(folder: Path) -> dict:
+    """A finished report, of an OUTPUT_DIR of `glm32k dryrun`.
 
     Raises:
         InputError: no report in it, or one that does not hold what is compared.
@@ -36,16 +56,12 @@ def read_report(folder):
     return report
 
 
-def summarize(name, report):
-    """What is compared of one layout.
-
-    Args:
-        name (str): heading of its column.
-        report (dict): with programs of every stage.
+def summarize(name: str, report: dict) -> dict:
+    """What is compared of one layout, under `name`, from a report with programs of every stage.
 
     Returns:
-        dict: sizes in bytes, of the fullest card of each stage; "traffic" (bytes of a step by kind) and "flops" are means over
-        the layout's cards, of prediction those of the prefill; "estimate" is None for prediction, which nothing is
+        Sizes in bytes, of the fullest card of each stage; "traffic" (bytes of a step by kind) and "flops" are means
+        over the layout's cards, of prediction those of the prefill; "estimate" is None for prediction, which nothing is
         calibrated for.
 
     Raises:
@@ -54,6 +70,7 @@ def summarize(name, report):
     stages = stages_of(report)
     fullest = [max(programs, key=lambda program: program["total_bytes"]) for programs in stages]
     memory = [program["total_bytes"] for program in fullest]
+    worst = memory.index(max(memory))
     steps = [[program for program in programs if program.get("phase") != "increment"] for programs in stages]
     training = report.get("run_mode", "finetune") in ("train", "finetune")
     return {
@@ -63,20 +80,19 @@ def summarize(name, report):
         "world_size": report["world_size"],
         "tokens_per_step": report["tokens_per_step"],
         "memory_per_stage": memory,
-        "memory_worst": max(memory),
-        "worst_stage": memory.index(max(memory)),
-        "parameters_worst": max(memory) - fullest[memory.index(max(memory))]["activation_peak_bytes"],
+        "memory_worst": memory[worst],
+        "worst_stage": worst,
+        "parameters_worst": memory[worst] - fullest[worst]["activation_peak_bytes"],
         "traffic": _traffic(steps),
         "flops": _mean(steps, lambda program: program["flops"]),
-        "flops_recomputed": _mean(
-            steps,
-            lambda program: sum(
-                count for part, count in program["flops_by_part"].items() if part.endswith("recompute")
-            ),
-        ),
-        "estimate": calibration.estimated(report) if training else None,
+        "flops_recomputed": _mean(steps, _recomputed),
+        "estimate": estimate_with_note(report) if training else None,
         "extrapolated": fullest[0].get("extrapolated"),
     }
+
+
+def _recomputed(program):
+    return sum(count for part, count in program["flops_by_part"].items() if part.endswith("recompute"))
 
 
 def _mean(stages, value):
@@ -84,69 +100,42 @@ def _mean(stages, value):
 
 
 def _traffic(stages):
-    """Bytes that a card's collectives handle in a step, by kind; groups of one rank apart, for nothing leaves the card."""
+    """Bytes that a card's collectives handle in a step, by kind."""
     sums = defaultdict(float)
     for programs in stages:
         for program in programs:
-            for item in program["collectives"]:
-                kind = "Send, Receive" if item["kind"] in ("Send", "Receive") else item["kind"]
-                alone = " of one rank" if len(item["group_ranks"]) == 1 else ""
-                sums[kind + alone] += item["bytes"] / len(programs) / len(stages)
+            for kind, size in traffic_by_kind(program).items():
+                sums[kind] += size / len(programs) / len(stages)
     return {kind: round(count) for kind, count in sorted(sums.items())}
 
 
-def table(layouts):
-    """Markdown: a row per figure, a column per layout.
+def _figures(summaries):
+    """A line per figure: what it is, and how a summary's is written."""
+    kinds = sorted({kind for summary in summaries for kind in summary["traffic"]})
 
-    Args:
-        layouts (list[dict]): from `summarize`.
+    def speed(text):
+        return lambda it: text(it["estimate"]) if it["estimate"] else "–"
 
-    Returns:
-        str
-    """
-    kinds = sorted({kind for layout in layouts for kind in layout["traffic"]})
+    def moved(it):
+        return sum(it["traffic"].values())
 
-    def speed(layout, text):
-        return text(layout["estimate"]) if layout["estimate"] else "–"
-
-    rows = [
-        ("layout", lambda layout: layout["layout"]),
-        ("cards", lambda layout: str(layout["world_size"])),
-        ("tokens a step", lambda layout: f"{layout['tokens_per_step']:,}"),
-        ("figures", lambda layout: _origin(layout["extrapolated"])),
-        (
-            "memory of each stage, GiB",
-            lambda layout: ", ".join(f"{size / GIB:.1f}" for size in layout["memory_per_stage"]),
-        ),
-        (
-            "**fullest card, GiB**",
-            lambda layout: f"**{layout['memory_worst'] / GIB:.1f}** (stage {layout['worst_stage']})",
-        ),
-        ("of it not activations, GiB", lambda layout: f"{layout['parameters_worst'] / GIB:.1f}"),
-        ("traffic a card, GB a step", lambda layout: f"{sum(layout['traffic'].values()) / 1e9:.1f}"),
-        (
-            "traffic a card, MB per 1000 tokens",
-            lambda layout: f"{sum(layout['traffic'].values()) / 1e6 / (layout['tokens_per_step'] / 1000):.1f}",
-        ),
-        *(
-            (f"– {kind}, GB a step", lambda layout, kind=kind: f"{layout['traffic'].get(kind, 0) / 1e9:.2f}")
-            for kind in kinds
-        ),
-        ("FLOPs a card, 1e15 a step", lambda layout: f"{layout['flops'] / 1e15:.3f}"),
-        ("of it recomputed", lambda layout: f"{100 * layout['flops_recomputed'] / max(layout['flops'], 1):.0f} %"),
-        (
-            "**estimated tokens/s/p**",
-            lambda layout: speed(layout, lambda found: f"**{found['tokens_per_second_per_device']:.0f}**"),
-        ),
-        ("estimated step, s", lambda layout: speed(layout, lambda found: f"{found['step_seconds']:.2f}")),
-        *(
-            (f"– {part}, s", lambda layout, part=part: speed(layout, lambda found: f"{found['parts'][part]:.2f}"))
-            for part in PARTS
-        ),
-    ]
-    lines = [["", *(layout["name"] for layout in layouts)], ["---"] * (len(layouts) + 1)]
-    lines += [[label, *(cell(layout) for layout in layouts)] for label, cell in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    yield "layout", lambda it: it["layout"]
+    yield "cards", lambda it: str(it["world_size"])
+    yield "tokens a step", lambda it: f"{it['tokens_per_step']:,}"
+    yield "figures", lambda it: _origin(it["extrapolated"])
+    yield "memory of each stage, GiB", lambda it: ", ".join(f"{size / GIB:.1f}" for size in it["memory_per_stage"])
+    yield "**fullest card, GiB**", lambda it: f"**{it['memory_worst'] / GIB:.1f}** (stage {it['worst_stage']})"
+    yield "of it not activations, GiB", lambda it: f"{it['parameters_worst'] / GIB:.1f}"
+    yield "traffic a card, GB a step", lambda it: f"{moved(it) / 1e9:.1f}"
+    yield "traffic a card, MB per 1000 tokens", lambda it: f"{moved(it) / 1e6 / (it['tokens_per_step'] / 1000):.1f}"
+    for kind in kinds:
+        yield f"– {kind}, GB a step", lambda it, kind=kind: f"{it['traffic'].get(kind, 0) / 1e9:.2f}"
+    yield "FLOPs a card, 1e15 a step", lambda it: f"{it['flops'] / 1e15:.3f}"
+    yield "of it recomputed", lambda it: f"{100 * it['flops_recomputed'] / max(it['flops'], 1):.0f} %"
+    yield "**estimated tokens/s/p**", speed(lambda found: f"**{found['tokens_per_second_per_device']:.0f}**")
+    yield "estimated step, s", speed(lambda found: f"{found['step_seconds']:.2f}")
+    for part in PARTS:
+        yield f"– {part}, s", speed(lambda found, part=part: f"{found['parts'][part]:.2f}")
 
 
 def _origin(extrapolated):
@@ -156,59 +145,18 @@ def _origin(extrapolated):
     return f"extrapolated from {few} and {more} layers a stage"
 
 
-def write(layouts, folder):
-    """Writes `compare.md` and `compare.json` and returns the Markdown.
-
-    Args:
-        layouts (list[dict]): from `summarize`.
-        folder (pathlib.Path): where.
-
-    Returns:
-        str
-    """
-    notes = list(dict.fromkeys(layout["estimate"]["note"] for layout in layouts if layout["estimate"]))
-    text = (
-        "\n\n".join(
-            [
-                table(layouts),
-                "Memory is of the fullest card of each stage; traffic and FLOPs are means over the cards, FLOPs of attention over all "
-                "pairs of positions.",
-                *notes,
-            ]
-        )
-        + "\n"
-    )
+def _write(summaries, folder):
+    notes = list(dict.fromkeys(summary["estimate"]["note"] for summary in summaries if summary["estimate"]))
+    lines = [[label, *map(cell, summaries)] for label, cell in _figures(summaries)]
+    head = ["", *(summary["name"] for summary in summaries)]
+    how = "Memory is of the fullest card of each stage; traffic and FLOPs are means over the cards, FLOPs of attention "
+    how += "over all pairs of positions."
+    text = "\n\n".join([table(head, lines, texts=len(head)), how, *notes]) + "\n"
     with atomic_path(folder / "compare.md") as path:
         path.write_text(text, encoding="utf-8")
     with atomic_path(folder / "compare.json") as path:
-        path.write_text(json.dumps({"layouts": layouts, "notes": notes}, indent=1), encoding="utf-8")
+        path.write_text(json.dumps({"layouts": summaries, "notes": notes}, indent=1), encoding="utf-8")
     return text
-
-
-def compare(sources, folder, make_report):
-    """Compares layouts.
-
-    Args:
-        sources (list[str]): YAMLs, or folders of finished reports.
-        folder (pathlib.Path): `compare.md` and `compare.json` go there, the report of a YAML to a folder below it.
-        make_report (callable): (YAML, output folder) -> report.
-
-    Returns:
-        str: Markdown.
-
-    Raises:
-        InputError: what is given is neither, or cannot be compared.
-    """
-    for source in sources:  # before anything is compiled
-        if Path(source).is_dir():
-            stages_of(read_report(Path(source)))
-        else:
-            require_file(source, "--compare", "Give YAMLs, or folders of finished dry runs.")
-    layouts = []
-    for name, source in zip(_names(sources), sources):
-        report = read_report(Path(source)) if Path(source).is_dir() else make_report(source, folder / name)
-        layouts.append(summarize(name, report))
-    return write(layouts, folder)
 
 
 def _names(sources):

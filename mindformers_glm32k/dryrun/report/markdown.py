@@ -1,11 +1,12 @@
 """report.md: what an engineer who books NPUs wants to know, from report.json."""
 
-import json
+from __future__ import annotations
 
-from mindformers_glm32k.dryrun.report.advice import GIB, device_memory, purpose, warnings_of
-from mindformers_glm32k.files import atomic_path
+from collections.abc import Iterable
 
-PICTURE = "report.png"
+from mindformers_glm32k.dryrun.report.advice import GIB, purpose
+
+PLOT = "report.png"
 # key of a program in report.json -> what it is called; together they are "total_bytes"
 MEMORY = (
     ("parameter_bytes", "parameters"),
@@ -20,70 +21,47 @@ _LARGEST_SHOWN = 5
 _COLLECTIVES_SHOWN = 12
 
 
-def memory_parts(program):
-    """Bytes of a program by part, adding up to its total.
-
-    Args:
-        program (dict): of report.json.
-
-    Returns:
-        dict[str, int]: by the names of MEMORY.
-    """
+def memory_parts(program: dict) -> dict[str, int]:
+    """Bytes of a program by part, under the names of MEMORY, adding up to its total."""
     program = {**program, "rest_bytes": program["input_bytes"] + program["other_parameter_bytes"]}
     return {name: program[key] for key, name in MEMORY}
 
 
-def title(program):
+def traffic_by_kind(program: dict) -> dict[str, int]:
+    """Bytes of a program's collectives by kind; groups of one rank apart, for nothing leaves the card."""
+    sums = {}
+    for item in program["collectives"]:
+        kind = "Send and Receive" if item["kind"] in ("Send", "Receive") else item["kind"]
+        kind += " of one rank" if len(item["group_ranks"]) == 1 else ""
+        sums[kind] = sums.get(kind, 0) + item["bytes"]
+    return sums
+
+
+def title(program: dict) -> str:
     """What a program is called: "stage 3, rank 6", with the phase of a prediction."""
     phase = program.get("phase", "train")
     return f"stage {program['stage']}, rank {program['rank']}" + (f", {phase}" if phase != "train" else "")
 
 
-def write_report(report, config, folder):
-    """Adds what follows from the figures, and writes report.json, report.md and report.png.
-
-    Args:
-        report (dict): layout and programs; changed in place: "max_device_memory_bytes" (None where the YAML sets none),
-            "estimate" (None for prediction or when a stage has no program) and "warnings" are added.
-        config (dict): the merged configuration.
-        folder (pathlib.Path): where the files go.
-    """
-    from mindformers_glm32k.dryrun.report.plot import draw
-
-    report["max_device_memory_bytes"] = device_memory(config)
-    report["estimate"] = _estimate(report)
-    report["warnings"] = warnings_of(report, config)
-    for name, text in (("report.json", json.dumps(report, indent=1)), ("report.md", render(report))):
-        with atomic_path(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
-    draw(report, folder / PICTURE)
+def three_digits(value: float) -> str:
+    """33.5, 0.00412, 14443: three significant digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:#.3g}"
 
 
-def _estimate(report):
-    from mindformers_glm32k.dryrun.report import calibration
-    from mindformers_glm32k.dryrun.report.estimate import estimate
-
-    stages = {program["stage"] for program in report["programs"]}
-    if report["run_mode"] not in ("train", "finetune") or len(stages) < report["layout_sizes"]["stages"]:
-        return None
-    return {**estimate(report), "note": calibration.note()}
+def table(head: list[str], lines: Iterable[Iterable], texts: int = 1) -> str:
+    """A table in Markdown; the first `texts` columns are words, the others numbers."""
+    lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def render(report):
-    """The report as Markdown.
-
-    Args:
-        report (dict): complete, as written to report.json.
-
-    Returns:
-        str
-    """
+def render(report: dict) -> str:
+    """A complete report, as written to report.json, as Markdown."""
     sections = [
         _head(report),
         _warnings(report["warnings"]),
-        f"![Memory and traffic of each program]({PICTURE})",
+        f"![Memory and traffic of each program]({PLOT})",
         _memory(report),
-        _speed(report),
+        _work(report),
         _traffic(report),
         _peaks(report),
         _how(report),
@@ -91,14 +69,17 @@ def render(report):
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _size(count, unit):
+    return three_digits(count / unit)
+
+
 def _head(report):
-    count = report["world_size"]
+    count, sizes = report["world_size"], report["layout_sizes"]
     lines = [
         f"# Dry run of {report['config']}",
         "",
         f"{report['layout'] + f' on {count} NPUs' if count > 1 else 'One NPU'}, run mode {report['run_mode']}, "
-        f"rows of {report['layout_sizes']['seq_length']:,} tokens, "
-        f"{report['layout_sizes']['layers']} layers.",
+        f"sequences of {sizes['seq_length']:,} tokens, {sizes['layers']} layers.",
     ]
     if report["run_mode"] in ("train", "finetune"):
         lines[-1] += f" A step reads {report['tokens_per_step']:,} tokens."
@@ -106,8 +87,8 @@ def _head(report):
     limit = report["max_device_memory_bytes"]
     room = f" of the {limit / GIB:.1f} GiB that max_device_memory allows" if limit else ""
     lines += ["", f"The fullest card needs **{_size(worst['total_bytes'], GIB)} GiB**{room} ({title(worst)})."]
-    stand_ins = [text for program in report["programs"] for text in program.get("stand_ins", ())]
-    lines += [f"\n{text}" for text in dict.fromkeys(stand_ins)]
+    placeholders = [text for program in report["programs"] for text in program.get("stand_ins", ())]
+    lines += [f"\n{text}" for text in dict.fromkeys(placeholders)]
     return "\n".join(lines)
 
 
@@ -117,52 +98,28 @@ def _warnings(warnings):
     return "## Warnings\n\n" + "\n".join(f"- **{item['what']}.** {item['fix']}" for item in warnings)
 
 
-def three_digits(value):
-    """str: 33.5, 0.00412, 14443: three significant digits, or all before the point."""
-    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:#.3g}"
-
-
-def _size(count, unit):
-    return three_digits(count / unit)
-
-
-def _table(head, rows, texts=1):
-    """Markdown; the first `texts` columns are words, the others numbers."""
-    lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def _memory(report):
     limit = report["max_device_memory_bytes"]
-    programs = report["programs"]
-    shown = [name for name in memory_parts(programs[0]) if any(memory_parts(program)[name] for program in programs)]
-    rows = []
-    for program in programs:
-        parts = memory_parts(program)
-        share = [f"{100 * program['total_bytes'] / limit:.0f} %"] if limit else []
-        rows.append(
-            [
-                title(program),
-                f"{program['parameter_count']:,}",
-                *(_size(parts[name], GIB) for name in shown),
-                _size(program["logits_bytes"], GIB),
-                f"**{_size(program['total_bytes'], GIB)}**",
-                *share,
-            ]
-        )
-    head = [
-        "program",
-        "parameters held",
-        *(f"{name}, GiB" for name in shown),
-        "of activations: logits, GiB",
-        "**total, GiB**",
-        *(["of max_device_memory"] if limit else []),
+    parts = [memory_parts(program) for program in report["programs"]]
+    shown = [name for name in parts[0] if any(sizes[name] for sizes in parts)]
+    lines = [
+        [
+            title(program),
+            f"{program['parameter_count']:,}",
+            *(_size(sizes[name], GIB) for name in shown),
+            _size(program["logits_bytes"], GIB),
+            f"**{_size(program['total_bytes'], GIB)}**",
+            *([f"{100 * program['total_bytes'] / limit:.0f} %"] if limit else []),
+        ]
+        for program, sizes in zip(report["programs"], parts)
     ]
-    return "## Memory of one card\n\n" + _table(head, rows)
+    head = ["program", "parameters held", *(f"{name}, GiB" for name in shown), "of activations: logits, GiB"]
+    head += ["**total, GiB**", *(["of max_device_memory"] if limit else [])]
+    return "## Memory of one card\n\n" + table(head, lines)
 
 
-def _speed(report):
-    rows = [
+def _work(report):
+    lines = [
         [
             title(program),
             _size(program["flops"], 1e12),
@@ -174,18 +131,8 @@ def _speed(report):
         ]
         for program in report["programs"]
     ]
-    text = "## Work of one card in a step\n\n" + _table(
-        [
-            "program",
-            "TFLOPs",
-            "of it matrix products",
-            "of it attention (all pairs)",
-            "recomputed",
-            "traffic, GB",
-            "operations",
-        ],
-        rows,
-    )
+    head = ["program", "TFLOPs", "of it matrix products", "of it attention (all pairs)", "recomputed", "traffic, GB"]
+    text = "## Work of one card in a step\n\n" + table([*head, "operations"], lines)
     estimate = report.get("estimate")
     if estimate:
         speed = estimate["tokens_per_second_per_device"]
@@ -198,9 +145,8 @@ def _speed(report):
 
 def _part(program, what, part=""):
     """FLOPs of "matmul" or "attention", of "forward", "backward" or "recompute"."""
-    return sum(
-        count for name, count in program["flops_by_part"].items() if name.startswith(what) and name.endswith(part)
-    )
+    counts = program["flops_by_part"].items()
+    return sum(count for name, count in counts if name.startswith(what) and name.endswith(part))
 
 
 def _traffic(report):
@@ -209,7 +155,7 @@ def _traffic(report):
         items = program["collectives"]
         if not items:
             continue
-        rows = [
+        lines = [
             [
                 item["kind"] + purpose(item),
                 item["part"],
@@ -220,23 +166,17 @@ def _traffic(report):
             ]
             for item in items[:_COLLECTIVES_SHOWN]
         ]
-        if len(items) > _COLLECTIVES_SHOWN:
-            rest = items[_COLLECTIVES_SHOWN:]
-            rows.append(
-                [
-                    f"{len(rest)} more",
-                    "",
-                    "",
-                    "",
-                    sum(item["count"] for item in rest),
-                    _size(sum(item["bytes"] for item in rest), 1e9),
-                ]
-            )
-        parts.append(
-            f"### {title(program)[0].upper() + title(program)[1:]}\n\n"
-            + _table(["collective", "part", "ranks", "dtype", "calls", "GB"], rows, texts=4)
-        )
+        rest = items[_COLLECTIVES_SHOWN:]
+        if rest:
+            calls, moved = (sum(item[key] for item in rest) for key in ("count", "bytes"))
+            lines.append([f"{len(rest)} more", "", "", "", calls, _size(moved, 1e9)])
+        head = ["collective", "part", "ranks", "dtype", "calls", "GB"]
+        parts.append(f"{_heading(program)}\n\n{table(head, lines, texts=4)}")
     return "\n\n".join(["## Traffic of one card in a step", *parts]) if parts else ""
+
+
+def _heading(program):
+    return f"### {title(program)[0].upper()}{title(program)[1:]}"
 
 
 def _ranks(ranks):
@@ -248,7 +188,7 @@ def _ranks(ranks):
 def _peaks(report):
     parts = []
     for program in report["programs"]:
-        rows = [
+        lines = [
             [
                 f"`{item['source'].replace('|', '¦')}`",
                 str(item["shape"]),
@@ -258,11 +198,8 @@ def _peaks(report):
             ]
             for item in program["at_peak"][:_LARGEST_SHOWN]
         ]
-        heading = f"### {title(program)[0].upper() + title(program)[1:]}"
-        parts.append(
-            f"{heading}\n\nThe peak is at `{program['peak_at']}`.\n\n"
-            + _table(["line", "shape", "dtype", "how many", "GiB in all"], rows, texts=3)
-        )
+        largest = table(["line", "shape", "dtype", "how many", "GiB in all"], lines, texts=3)
+        parts.append(f"{_heading(program)}\n\nThe peak is at `{program['peak_at']}`.\n\n{largest}")
     return "\n\n".join(["## The largest tensors at the peak", *parts])
 
 

@@ -1,20 +1,19 @@
 """report.png: memory of each program against what a card has, and its traffic by kind."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 from mindformers_glm32k.dryrun.report.advice import GIB
-from mindformers_glm32k.dryrun.report.markdown import memory_parts, three_digits, title
+from mindformers_glm32k.dryrun.report.markdown import memory_parts, three_digits, title, traffic_by_kind
 from mindformers_glm32k.files import atomic_path
 
 _COLORS = ("#4878d0", "#6acc64", "#ee854a", "#8c613c", "#797979", "#d65f5f", "#d5bb67", "#956cb4", "#82c6e2", "#dc7ec0")
 _HEIGHT_OF_BAR = 0.55
 
 
-def draw(report, path):
-    """Draws the picture.
-
-    Args:
-        report (dict): complete, as written to report.json.
-        path (pathlib.Path): PNG file.
-    """
+def draw(report: dict, path: Path) -> None:
+    """Draws the plot of a complete report into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,10 +36,8 @@ def draw(report, path):
     memory.set_title("memory of one card")
     memory.set_xlabel("GiB")
 
-    kinds = [_by_kind(program) for program in programs]
-    order = sorted(
-        {kind for sizes in kinds for kind in sizes}, key=lambda kind: -sum(sizes.get(kind, 0) for sizes in kinds)
-    )
+    kinds = [traffic_by_kind(program) for program in programs]
+    order = sorted({kind for sizes in kinds for kind in sizes}, key=lambda kind: -sum(it.get(kind, 0) for it in kinds))
     _stack(traffic, names, {kind: [sizes.get(kind, 0) / 1e9 for sizes in kinds] for kind in order})
     traffic.set_title("traffic of one card in a step" if order else "no traffic")
     traffic.set_xlabel("GB")
@@ -52,15 +49,6 @@ def draw(report, path):
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
-
-
-def _by_kind(program):
-    sums = {}
-    for item in program["collectives"]:
-        kind = "Send and Receive" if item["kind"] in ("Send", "Receive") else item["kind"]
-        kind += " of one rank" if len(item["group_ranks"]) == 1 else ""
-        sums[kind] = sums.get(kind, 0) + item["bytes"]
-    return sums
 
 
 def _stack(axes, names, series):
@@ -75,18 +63,12 @@ def _stack(axes, names, series):
     left = [0.0] * len(names)
     for index, (label, values) in enumerate(series.items()):
         if any(values):
-            bars = axes.barh(
-                names, values, left=left, height=_HEIGHT_OF_BAR, label=label, color=_COLORS[index % len(_COLORS)]
-            )
-            axes.bar_label(
-                bars,
-                [three_digits(value) if value > 0.07 * scale else "" for value in values],
-                label_type="center",
-                color="white",
-                fontsize=8,
-            )
+            color = _COLORS[index % len(_COLORS)]
+            bars = axes.barh(names, values, left=left, height=_HEIGHT_OF_BAR, label=label, color=color)
+            texts = [three_digits(value) if value > 0.07 * scale else "" for value in values]
+            axes.bar_label(bars, texts, label_type="center", color="white", fontsize=8)
             left = [start + value for start, value in zip(left, values)]
-    for row, total in enumerate(totals):
-        axes.text(total + 0.01 * scale, row, three_digits(total), va="center", fontsize=9, fontweight="bold")
+    for bar, total in enumerate(totals):
+        axes.text(total + 0.01 * scale, bar, three_digits(total), va="center", fontsize=9, fontweight="bold")
     axes.set_xlim(0, 1.15 * scale)
     axes.spines[["top", "right"]].set_visible(False)

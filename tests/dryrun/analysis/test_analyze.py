@@ -74,7 +74,7 @@ def test_the_peak_holds_the_largest_tensors_alive(report):
 
 
 def test_flops_at_the_published_widths_are_those_of_the_closed_formula(tmp_path):
-    """One layer over two devices, rows of 512 tokens; within 2 %, for the rotary exchange is in no formula."""
+    """One layer over two devices, sequences of 512 tokens; within 2 %, for the rotary exchange is in no formula."""
     hidden, heads, groups, size, ffn, vocabulary, length = 4096, 32, 2, 128, 13696, 65024, 512
     result = run_dryrun(
         tmp_path,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mindformers_glm32k.dryrun.analysis import extrapolate as quick
+from mindformers_glm32k.dryrun.analysis.extrapolate import extrapolate, layers_of_stages
 from mindformers_glm32k.errors import InputError
 
 
@@ -51,7 +51,7 @@ def program(layers):
 
 
 def test_every_layer_adds_the_same():
-    found = quick.extrapolate(program(2), program(4), 7)
+    found = extrapolate(program(2), program(4), 7)
     assert found["activation_peak_bytes"] == 100 + 7 * 7
     assert found["flops"] == 3 + 11 * 7
     assert found["work"]["matmul_flops"] == {
@@ -66,18 +66,18 @@ def test_every_layer_adds_the_same():
 
 
 def test_it_says_so_and_keeps_what_the_compiles_took():
-    found = quick.extrapolate(program(2), program(4), 7)
+    found = extrapolate(program(2), program(4), 7)
     assert found["extrapolated"] == {"from_layers": [2, 4], "to_layers": 7}
     assert found["compile_seconds"] == 63.0 and found["peak_rss_bytes"] == 4000
     assert found["largest_tensors"] == [{"bytes": 4}] and found["peak_at"] == "line 4"
 
 
 def test_layers_of_stages():
-    assert quick.layers_of_stages(config()) == [7, 7, 7, 7]
-    assert quick.layers_of_stages(config(offset=[1, 1, 0, -2])) == [8, 8, 7, 5]
-    assert quick.layers_of_stages({**config(), "use_parallel": False}) == [28]
+    assert layers_of_stages(config()) == [7, 7, 7, 7]
+    assert layers_of_stages(config(offset=[1, 1, 0, -2])) == [8, 8, 7, 5]
+    assert layers_of_stages({**config(), "use_parallel": False}) == [28]
     named = {"recompute": False, "select_recompute": ["mlp.mul", "input_layernorm.norm"]}  # in every layer
-    assert quick.layers_of_stages({**config(), "recompute_config": named}) == [7, 7, 7, 7]
+    assert layers_of_stages({**config(), "recompute_config": named}) == [7, 7, 7, 7]
 
 
 @pytest.mark.parametrize(
@@ -92,4 +92,4 @@ def test_layers_of_stages():
 )
 def test_settings_that_differ_between_layers_are_refused(wrong, told):
     with pytest.raises(InputError, match=told):
-        quick.layers_of_stages(wrong)
+        layers_of_stages(wrong)

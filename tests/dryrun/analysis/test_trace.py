@@ -62,7 +62,7 @@ def test_a_closure_keeps_what_it_holds_until_it_is_called():
         Node("grad", "call", ["loss"], tensor(100), callee="bprop"),
     ]
     trace = trace_program(program(nodes, ["grad"], [backward]))
-    assert not trace.doubts
+    assert not trace.unresolved
     assert measure(trace).curve == [400, 404, 804]
 
 

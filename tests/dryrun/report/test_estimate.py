@@ -2,8 +2,7 @@
 
 import pytest
 
-from mindformers_glm32k.dryrun.report.estimate import PARTS, estimate
-from mindformers_glm32k.dryrun.report.hardware import Device
+from mindformers_glm32k.dryrun.report.estimate import PARTS, Device, estimate
 from mindformers_glm32k.errors import InputError
 
 DEVICE = Device(

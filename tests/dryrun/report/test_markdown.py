@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib import pyplot
 
-from mindformers_glm32k.dryrun.report.markdown import MEMORY, memory_parts, render, three_digits, title
+from mindformers_glm32k.dryrun.report.markdown import MEMORY, memory_parts, render, table, three_digits, title
 
 
 def test_memory_adds_up(report):
@@ -17,7 +17,7 @@ def test_memory_adds_up(report):
 def test_an_engineer_finds_what_he_asks_for(report, pipeline):
     text = (pipeline / "report.md").read_text()
     assert text == render(report)
-    assert "dp 2 x pp 2, 4 micro batches on 4 NPUs" in text and "rows of 64 tokens, 2 layers" in text
+    assert "dp 2 x pp 2, 4 micro batches on 4 NPUs" in text and "sequences of 64 tokens, 2 layers" in text
     assert "A step reads 512 tokens" in text
     assert "take the place of files that are not there: dataset_dir ''" in text
     worst = max(report["programs"], key=lambda program: program["total_bytes"])
@@ -42,7 +42,7 @@ def test_one_npu_and_no_estimate(report):
     assert "tokens/s/p" not in text and "max_device_memory" not in text
 
 
-def test_the_picture_is_there(pipeline):
+def test_the_plot_is_there(pipeline):
     image = pyplot.imread(Path(pipeline) / "report.png")
     assert image.shape[0] > 200 and image.shape[1] > 1000
     assert len({tuple(color) for row in image[::7] for color in row[::7]}) > 6  # bars of several colours
@@ -57,3 +57,7 @@ def test_numbers_keep_three_digits():
         "50.0",
         "14443",
     ]
+
+
+def test_tables_have_words_on_the_left_and_numbers_on_the_right():
+    assert table(["a", "b", "c"], [["x", "y", 1]], texts=2) == "| a | b | c |\n| --- | --- | ---: |\n| x | y | 1 |"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mindformers_glm32k.dryrun.report.hardware import ATLAS_800T_A2, Device, seconds_of_collective
+from mindformers_glm32k.dryrun.report.estimate import ATLAS_800T_A2, Device, seconds_of_collective
 
 DEVICE = Device("test", {"float16": 1.0}, memory=1000.0, link=10.0, network=5.0, start=0.0, per_machine=4)
 

@@ -1,7 +1,7 @@
 """What kernels really do: causal attention, bytes of memory-bound operators."""
 
 from dryrun.tiny import LENGTH
-from mindformers_glm32k.dryrun.analysis import work
+from mindformers_glm32k.dryrun.analysis.cost import measure_work
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
 
@@ -19,7 +19,7 @@ def measured(nodes, parameters=None):
         parameters or {},
         {"x": HALF, "y": Spec((16, 4), "float16", 2)},
     )
-    return work.measure(trace_program(program))
+    return measure_work(trace_program(program))
 
 
 def test_bytes_of_operators_that_are_no_products():

@@ -1,4 +1,4 @@
-"""Tiny programs, compiled once per session for all tests of the dry run."""
+"""Fixtures: tiny programs, compiled once per session for all tests of the dry run."""
 
 import json
 

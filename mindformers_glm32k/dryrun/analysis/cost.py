@@ -1,0 +1,188 @@
+"""What a step asks of a device: floating point operations, bytes that memory-bound operators move, communication."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from mindformers_glm32k.dryrun.analysis.mindir import Node
+from mindformers_glm32k.dryrun.analysis.trace import Event, Literal, Trace
+
+MATRIX_PRODUCTS = ("MatMul", "BatchMatMul", "MatMulExt", "BatchMatMulExt", "Dense")
+# FlashAttentionScoreGrad recomputes the scores and makes four products of the forward's size: 5 where that has 2.
+ATTENTION = {"FlashAttentionScore": 4, "FlashAttentionScoreGrad": 10, "PagedAttention": 4}
+_REDUCING = frozenset(("AllReduce", "Reduce", "ReduceScatter", "ReduceScatterV"))
+_COPYING = frozenset(("AllGather", "AllGatherV", "Broadcast", "CollectiveGather", "CollectiveScatter"))
+_EXCHANGING = frozenset(("AlltoAll", "AllToAll", "AlltoAllV", "AlltoAllVC", "NeighborExchange", "NeighborExchangeV2"))
+COLLECTIVES = _REDUCING | _COPYING | _EXCHANGING | {"Send", "Receive"}
+# Operators that touch of their first operand only what they write.
+_SELECTING = frozenset(("StridedSlice", "Slice", "Gather", "GatherD", "GatherNd", "EmbeddingLookup"))
+# Attention's sparse modes in which a kernel skips the tiles above the diagonal (CANN, aclnnFlashAttentionScore).
+_CAUSAL_MODES = (2, 3)
+_TND = 4  # MindSpore's number of the operand layout
+
+
+def count_flops(trace: Trace) -> dict[tuple[str, str], int]:
+    """FLOPs of a step by what ("matmul", "attention") and part ("forward", "backward", "recompute").
+
+    A multiply-add counts as two; elementwise work is left out. Attention is counted over all pairs of positions, as is
+    usual; a kernel that skips what a causal mask hides does about half of that.
+    """
+    counts = defaultdict(int)
+    for event in trace.events:
+        if event.node.op in MATRIX_PRODUCTS:
+            counts["matmul", event.part] += _flops_of_product(event)
+        elif event.node.op in ATTENTION:
+            counts["attention", event.part] += _flops_of_attention(event)
+    return dict(counts)
+
+
+def measure_work(trace: Trace) -> dict:
+    """Work of a step, attention as its kernel does it: with a causal mask that the kernel knows of (sparse modes 2 and
+    3, or mode 0 with next_tokens 0), the pairs above the diagonal are left out.
+
+    Returns:
+        "matmul_flops" and "attention_flops" by dtype of the operands, "vector_bytes" (read and written by all operators
+        that are neither of these nor communication, each by itself: what a fusion saves is not known here) and
+        "vector_operations".
+    """
+    matmul, attention = defaultdict(int), defaultdict(int)
+    moved = operations = 0
+    for event in trace.events:
+        operator = event.node.op
+        if operator in MATRIX_PRODUCTS:
+            matmul[event.reads[0].spec.dtype] += _flops_of_product(event)
+        elif operator in ATTENTION:
+            attention[event.reads[0].spec.dtype] += round(_flops_of_attention(event) * _share_of_pairs(event))
+        elif operator not in COLLECTIVES:
+            moved += _bytes_moved(event)
+            operations += 1
+    return {
+        "matmul_flops": dict(matmul),
+        "attention_flops": dict(attention),
+        "vector_bytes": moved,
+        "vector_operations": operations,
+    }
+
+
+def _flops_of_product(event: Event) -> int:
+    result, left = event.writes[0].spec, event.reads[0].spec
+    elements = result.bytes // result.itemsize
+    return 2 * elements * left.shape[-2 if _transposes_left(event) else -1]
+
+
+def _transposes_left(event):
+    """The flag is an input of newer primitives and an attribute of older ones."""
+    flags = [argument.value for argument in event.arguments[2:] if isinstance(argument, Literal)]
+    if flags:
+        return bool(flags[0])
+    attributes = event.node.attributes
+    return bool(attributes.get("transpose_a", attributes.get("transpose_x1", False)))
+
+
+def _flops_of_attention(event: Event) -> int:
+    """Sum over the sequences of a batch of query positions x key positions x query width (heads x head size), times
+    the operations of a pair.
+
+    Prompts or documents that lie behind each other in one TH or TND operand are taken for one: their lengths are known
+    only at run time. Paged attention is counted over all slots of its block tables.
+    """
+    query, key = event.reads[0].spec, event.reads[1].spec
+    elements = query.bytes // query.itemsize
+    if event.node.op == "PagedAttention":  # keys: (blocks, block size, heads, head size); tables: (batch, blocks)
+        positions = key.shape[1] * event.reads[3].spec.shape[-1]
+    else:
+        positions = key.shape[_position_axis(event)]
+    return ATTENTION[event.node.op] * elements * positions
+
+
+def _position_axis(event):
+    """Which axis of an attention kernel's operands counts positions: of TH and TND 0, of BSH 1, of BNSD 2.
+
+    The kernel's last argument but one is its operand layout (MindSpore 2.7 to 2.9).
+    """
+    layout = event.arguments[-2] if len(event.arguments) > 1 else None
+    if isinstance(layout, Literal) and layout.value == _TND and len(event.reads[0].spec.shape) == 3:
+        return 0
+    return len(event.reads[0].spec.shape) - 2
+
+
+def _share_of_pairs(event):
+    """The part of all (query, key) pairs that an attention kernel works on.
+
+    The kernel's last arguments are scale, pre_tokens, next_tokens, inner_precise, layout, sparse_mode (MindSpore 2.7 to
+    2.9).
+    """
+    if event.node.op == "PagedAttention":
+        return 1.0
+    tail = [argument.value if isinstance(argument, Literal) else None for argument in event.arguments[-4:]]
+    next_tokens, mode = (tail[0], tail[3]) if len(tail) == 4 else (None, None)
+    queries, keys = (buffer.spec.shape[_position_axis(event)] for buffer in event.reads[:2])
+    if queries != keys or not (mode in _CAUSAL_MODES or (mode == 0 and next_tokens == 0)):
+        return 1.0
+    return (queries + 1) / (2 * queries)
+
+
+def _bytes_moved(event):
+    """Read and written, results that are updates in place included."""
+    written = _size(event.node.output)
+    read = sum(buffer.spec.bytes for buffer in event.reads)
+    return written + (min(read, written) if event.node.op in _SELECTING else read)
+
+
+def _size(output):
+    if isinstance(output, tuple):
+        return sum(_size(item) for item in output)
+    return output.bytes if output is not None else 0
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Calls of one kind over one group in one dtype.
+
+    Args:
+        kind: "AllReduce", …; Send and Receive are point to point.
+        group_ranks: who takes part; for Send and Receive this rank and the other one.
+        dtype: of the elements.
+        purpose: the primitive's instance name, e.g. "parallel_optimizer_allgather".
+        part: "forward", "backward" or "recompute".
+        bytes: over all calls of a step, of the larger of what a call reads and writes.
+        count: calls in a step.
+    """
+
+    kind: str
+    group_ranks: tuple[int, ...]
+    dtype: str
+    purpose: str
+    part: str
+    bytes: int
+    count: int
+
+
+def list_collectives(trace: Trace, rank: int) -> list[Collective]:
+    """All communication of a step of the program of `rank`, largest first."""
+    sums = defaultdict(lambda: [0, 0])
+    for event in trace.events:
+        node = event.node
+        if node.op not in COLLECTIVES:
+            continue
+        tensors = event.writes + event.reads
+        reads, writes = (sum(buffer.spec.bytes for buffer in side) for side in (event.reads, event.writes))
+        moved = reads if node.op == "Send" else writes if node.op == "Receive" else max(reads, writes)
+        dtype = tensors[0].spec.dtype if tensors else "none"
+        entry = sums[node.op, group_ranks(node, rank), dtype, node.instance or node.op, event.part]
+        entry[0] += moved
+        entry[1] += 1
+    found = [Collective(*key, total, calls) for key, (total, calls) in sums.items()]
+    return sorted(found, key=lambda collective: -collective.bytes)
+
+
+def group_ranks(node: Node, rank: int) -> tuple[int, ...]:
+    """The ranks that a communication node of the program of `rank` connects."""
+    other = node.attributes.get("dst_global_rank", node.attributes.get("src_global_rank"))
+    if node.op in ("Send", "Receive") and other is not None:
+        return tuple(sorted((rank, other)))
+    ranks = node.attributes.get("group_rank_ids", node.attributes.get("group_ranks", ()))
+    if isinstance(ranks, str):
+        ranks = [int(part) for part in ranks.split("-") if part]
+    return tuple(ranks) if isinstance(ranks, (tuple, list)) else (ranks,)

@@ -1,7 +1,12 @@
 """GLM32KForConditionalGeneration: upstream's glm2 stack, with a backbone that keeps no S x S tensor.
 
-Legend: B batch, S tokens of a row, T tokens of a call, H hidden size, V padded vocabulary.
+Legend: B batch, S tokens of a sequence, T tokens of a call, H hidden size, D features of a head, V padded vocabulary,
+K documents that a packed sequence has room for.
 """
+
+from __future__ import annotations
+
+import inspect
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -20,10 +25,9 @@ from mindspore.ops import operations as P
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.config import GLM32KConfig
-from mindformers_glm32k.kernels.ascend.document_ends import DocumentEnds
-from mindformers_glm32k.kernels.ascend.flash_attention import compressed_causal_mask
-from mindformers_glm32k.kernels.cpu.blocks import numbers
-from mindformers_glm32k.kernels.cpu.tiled_layers import LoopedTransformer, can_loop
+from mindformers_glm32k.kernels.ascend.flash_attention import DocumentEnds, compressed_causal_mask
+from mindformers_glm32k.kernels.cpu.blocks import arange
+from mindformers_glm32k.kernels.cpu.tiled_layers import TiledTransformer, can_tile
 from mindformers_glm32k.kernels.loss import ChunkedLoss
 from mindformers_glm32k.kernels.mask import MASKED, differs, hides
 from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
@@ -34,14 +38,11 @@ class GLM32KModel(GLM2PreTrainedModel):
     """Embedding, rotary tables, upstream's ChatGLM2Transformer and output layer under upstream's parameter names.
 
     Upstream's ChatGLM2Model stores two S x S masks when constructed (8.6 GB at 32768 tokens); this one stores none.
-
-    Args:
-        config (GLM32KConfig): the configuration.
     """
 
     config_class = GLM32KConfig
 
-    def __init__(self, config):
+    def __init__(self, config: GLM32KConfig):
         super().__init__(config)
         parallel = config.parallel_config
         data, context, model = parallel.data_parallel, parallel.context_parallel, parallel.model_parallel
@@ -65,10 +66,10 @@ class GLM32KModel(GLM2PreTrainedModel):
             rope_ratio=config.rope_ratio,
             parallel_config=parallel,
         )
-        self.looped = can_loop(config)
+        self.tiled = can_tile(config)
         self.encoder = (
-            LoopedTransformer(config, self.freqs_mgr.freqs_cos, self.freqs_mgr.freqs_sin)
-            if self.looped
+            TiledTransformer(config, self.freqs_mgr.freqs_cos, self.freqs_mgr.freqs_sin)
+            if self.tiled
             else ChatGLM2Transformer(config)
         )
         self.output_layer = Linear(
@@ -80,8 +81,8 @@ class GLM32KModel(GLM2PreTrainedModel):
         )
         self._shard(parallel)
         self.dropout = get_dropout(config.hidden_dropout)
-        rows = context * model if parallel.use_seq_parallel else context
-        self.dropout.dropout.shard(((data, rows, 1),))
+        tokens = context * model if parallel.use_seq_parallel else context
+        self.dropout.dropout.shard(((data, tokens, 1),))
         self.gather = P.Gather()
         self.gather_positions = P.Gather().shard(((1, 1), (data, context)))
         self.across_heads = P.ExpandDims().shard(((data, context, 1),))
@@ -108,15 +109,15 @@ class GLM32KModel(GLM2PreTrainedModel):
         hidden states of every micro batch over dp; and it leaves the residual of context parallel ranks whole.
         """
         data, context, model = parallel.data_parallel, parallel.context_parallel, parallel.model_parallel
-        rows = context * model if parallel.use_seq_parallel else context
+        tokens = context * model if parallel.use_seq_parallel else context
         vocabulary = model if self.config.vocab_size % model == 0 else 1
         self.output_layer.shard(strategy_matmul=((data * context, 1), (vocabulary, 1)))
         self.embedding.gather.shard(((1, 1), (data, context)))
         heads = "mp" if self.config.multi_query_group_num % model == 0 else "None"
         repeated = Layout((data, context, model), ("dp", "cp", "mp"))("dp", heads, "None", "cp")
         for layer in self.encoder.layers:
-            # without a strategy the compiler cuts rows over mp and gathers them again, in every layer
-            layer.add.shard(((data, rows, 1), (data, rows, 1)))
+            # without a strategy the compiler splits tokens over mp and gathers them again, in every layer
+            layer.add.shard(((data, tokens, 1), (data, tokens, 1)))
             # where key-value heads are repeated; upstream's layout is written for one layout of eight ranks
             layer.self_attention.tile_kv.shard((repeated,), (repeated,))
             if self.use_flash_attention and not self.portable:
@@ -141,20 +142,17 @@ class GLM32KModel(GLM2PreTrainedModel):
         position_ids=None,
         document_ids=None,
     ):
-        """Hidden states of the last layer after the final norm.
+        """Hidden states of the last layer after the final norm: shape of input_ids + (H,), compute dtype.
 
         Inputs:
             input_ids (Tensor): (B, S); with use_past, prefill (1, T) and decode (B, 1), int32.
-            position_ids, document_ids (Tensor): (B, S) int32, of packed rows; without use_past.
+            position_ids, document_ids (Tensor): (B, S) int32, of packed sequences; without use_past.
             batch_valid_length (Tensor): (B,) tokens of each prompt so far, with use_past.
             block_tables (Tensor): (B, blocks), slot_mapping (Tensor): (T,) or (B,): with use_past, see PagedAttention.
-
-        Outputs:
-            Tensor: shape of input_ids + (H,), compute dtype.
         """
-        if self.looped:
+        if self.tiled:
             if position_ids is None:
-                position_ids = ops.broadcast_to(numbers(input_ids.shape[1]), input_ids.shape)
+                position_ids = ops.broadcast_to(arange(input_ids.shape[1]), input_ids.shape)
             hidden = self.dropout(self.embedding(input_ids))
             return self.encoder(hidden, document_ids, position_ids)
         if self.use_past:
@@ -178,7 +176,7 @@ class GLM32KModel(GLM2PreTrainedModel):
         )
 
     def _rotary(self, input_ids, position_ids):
-        """Rotary factors (S, D), or (B, 1, S, D) where every row has its own positions."""
+        """Rotary factors (S, D), or (B, 1, S, D) where every sequence has its own positions."""
         if position_ids is None:
             return self.freqs_mgr(input_ids.shape[1])
         cos = self.across_heads(self.gather_positions(self.freqs_mgr.freqs_cos, position_ids, 0), 1)
@@ -196,7 +194,7 @@ class GLM32KModel(GLM2PreTrainedModel):
             return self.compressed_mask, self.document_ends(document_ids)
         batch, length = input_ids.shape
         position = ops.arange(length)
-        mask = hides(position, position).reshape((1, 1, length, length))
+        mask = hides(position, position).reshape((1, 1, length, length))  # (1, 1, S, S)
         if document_ids is None:
             mask = ops.tile(mask, (batch, 1, 1, 1))
         else:
@@ -208,15 +206,15 @@ class GLM32KModel(GLM2PreTrainedModel):
         if self.is_first_iteration:
             ends = ops.cumsum(batch_valid_length, 0)
             token = ops.arange(input_ids.shape[1])
-            # which prompt a token of the flattened row belongs to: the number of prompts that end before it
-            row = ops.cast(ops.expand_dims(token, 1) >= ops.expand_dims(ends, 0), mstype.int32).sum(1)
-            position = token - self.gather(ends - batch_valid_length, row, 0)
-            foreign = ops.expand_dims(row, 0) != ops.expand_dims(row, 1)
+            # which prompt a token of the flattened batch belongs to: the number of prompts that end before it
+            prompt = ops.cast(ops.expand_dims(token, 1) >= ops.expand_dims(ends, 0), mstype.int32).sum(1)  # (T,)
+            position = token - self.gather(ends - batch_valid_length, prompt, 0)
+            foreign = ops.expand_dims(prompt, 0) != ops.expand_dims(prompt, 1)  # (T, T)
             hidden = ops.logical_or(foreign, hides(token, token))
         else:
             position = batch_valid_length - 1
             slots = block_tables.shape[1] * self.config.block_size
-            hidden = ops.expand_dims(hides(position, ops.arange(slots)), 1)
+            hidden = ops.expand_dims(hides(position, ops.arange(slots)), 1)  # (B, 1, slots)
         cos = ops.expand_dims(self.gather(self.freqs_mgr.freqs_cos, position, 0), 1)
         sin = ops.expand_dims(self.gather(self.freqs_mgr.freqs_sin, position, 0), 1)
         return (cos, sin, sin), ops.cast(hidden, mstype.float32) * MASKED
@@ -225,24 +223,22 @@ class GLM32KModel(GLM2PreTrainedModel):
 class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
     """ChatGLM3-6B-32K for training, evaluation and prediction.
 
-    Args:
-        config (GLM32KConfig): the configuration.
-
     Inputs:
         input_ids (Tensor): (B, S) int32; with use_past as upstream's generator passes it.
         labels (Tensor): (B, S) int32, labels[i] is the token that position i predicts, -100 is ignored.
         input_mask (Tensor): (B, S) float32 weight of each position in the loss; by default 1 where labels != -100.
         position_ids (Tensor): (B, S) int32 in [0, seq_length), the position that each token is rotated to; by default
-            0, 1, 2, … along the row. Without use_past.
-        document_ids (Tensor): (B, S) int32, for rows that hold several documents: a token sees earlier tokens of its
-            own document only (padding has an id of its own); by default the row is one document. On Ascend with
-            flash attention ids rise along the row from 0, and none is above documents_per_row. Without use_past.
-        batch_valid_length (Tensor): (B,) or (1, B) int32 tokens of each prompt; block_tables, slot_mapping: with use_past.
+            0, 1, 2, … along the sequence. Without use_past.
+        document_ids (Tensor): (B, S) int32, for sequences of several documents: a token sees earlier tokens of its own
+            document only (padding has an id of its own); by default a sequence is one document. On Ascend with flash
+            attention ids rise along the sequence from 0, and none is above documents_per_row. Without use_past.
+        batch_valid_length (Tensor): (B,) or (1, B) int32 tokens of each prompt.
+        block_tables, slot_mapping (Tensor): see PagedAttention; with use_past.
         Others are upstream's, accepted and unused.
 
     Outputs:
         - training with labels: Tensor (), the mean loss over the tokens of all devices that hold a part of the batch;
-          where the train step cuts the batch into micro batches, a part's share of the step's mean;
+          where the train step splits it into micro batches, a micro batch's part of the step's mean;
         - evaluation with labels: logits (B, S+1, V), labels (B, S+1) and input_mask (B, S+1), shifted as upstream's
           PerplexityMetric undoes it;
         - without labels: (logits,), float32: (B*S, V), or with use_past or batch_valid_length (B, V), the last token of
@@ -252,7 +248,7 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
     config_class = GLM32KConfig
     _support_list = []
 
-    def __init__(self, config, **kwargs):
+    def __init__(self, config: GLM32KConfig, **kwargs):
         compat.check_buildable(config)
         with cells_for(config, GLM32KModel):
             # by keyword: upstream's lazy_inline decorator looks for `config` there only
@@ -261,10 +257,10 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
             self.argmax = compat.portable_argmax
         self.loss = ChunkedLoss(config)
         # asked when the program is compiled: adapters are put in place after construction
-        self.loss_way = ops.constexpr(lambda: self.loss.way(self.transformer.output_layer), reuse_result=False)
+        self.loss_mode = ops.constexpr(lambda: self.loss.mode(self.transformer.output_layer), reuse_result=False)
         self.transformer.output_layer.recompute()  # see ChunkedLoss: keeps the chunks' weight gradients apart
         self.per_token = getattr(config, "calculate_per_token_loss", False)
-        self.weights_are_shares = False  # set by a train-step cell that has divided them by the step's total
+        self.weights_are_normalized = False  # set by a train-step cell that has divided them by the step's total
         self.devices = data_parallel_devices()
         if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
@@ -298,8 +294,8 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         elif labels is None and batch_valid_length is not None and not self.use_past:
             # (B, S, H) -> (B, H): the last token of each prompt
             batch, length, width = hidden.shape
-            last = batch_valid_length - 1 + numbers(batch) * length
-            hidden = self.gather(hidden.reshape((-1, width)), last, 0)
+            last = batch_valid_length - 1 + arange(batch) * length
+            hidden = self.gather(hidden.reshape((-1, width)), last, 0)  # (B*S, H) -> (B, H)
         if labels is not None and input_mask is None:
             input_mask = ops.cast(self.not_equal(labels, -100), mstype.float32)
         if labels is not None and self.training:
@@ -310,10 +306,10 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         return self._shifted(logits, labels, input_mask)
 
     def _loss(self, hidden, labels, input_mask):
-        total, count = self.loss(self.transformer.output_layer, hidden, labels, input_mask, self.loss_way())
+        total, count = self.loss(self.transformer.output_layer, hidden, labels, input_mask, self.loss_mode())
         if self.per_token:
             return total, count
-        if self.weights_are_shares:
+        if self.weights_are_normalized:
             return total
         if self.devices > 1:
             # The gradients are averaged over devices afterwards: dividing by the mean count makes that the gradient
@@ -322,37 +318,24 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         return total / count
 
     def _shifted(self, logits, labels, input_mask):
+        """One more token at the end of the logits (B, S, V) and at the start of labels and mask (B, S)."""
         batch = labels.shape[0]
         logits = ops.cat((logits, ops.zeros((batch, 1, self.vocab_size), mstype.float32)), 1)
         labels = ops.cat((ops.zeros((batch, 1), labels.dtype), labels), 1)
         input_mask = ops.cat((ops.zeros((batch, 1), mstype.float32), input_mask), 1)
         return logits, labels, input_mask
 
-    def set_dynamic_inputs(self, **kwargs):
-        """Upstream's, with a place for every argument of construct."""
-        batch_valid_length = block_tables = slot_mapping = None
+    def set_dynamic_inputs(self, **kwargs) -> None:
+        """Upstream's, with an entry for every argument of construct."""
+        inputs = dict.fromkeys(inspect.signature(self.construct).parameters)
+        inputs["input_ids"] = Tensor(shape=[None, None], dtype=mstype.int32)
         if self.use_past:
-            batch_valid_length, block_tables = (Tensor(shape=[None, None], dtype=mstype.int32) for _ in range(2))
-            slot_mapping = Tensor(shape=[None], dtype=mstype.int32)
-        self.set_inputs(
-            Tensor(shape=[None, None], dtype=mstype.int32),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            batch_valid_length,
-            None,
-            block_tables,
-            slot_mapping,
-            None,
-            None,
-            None,
-            None,
-        )
+            inputs["batch_valid_length"] = Tensor(shape=[None, None], dtype=mstype.int32)
+            inputs["block_tables"] = Tensor(shape=[None, None], dtype=mstype.int32)
+            inputs["slot_mapping"] = Tensor(shape=[None], dtype=mstype.int32)
+        self.set_inputs(*inputs.values())
 
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids: np.ndarray, **kwargs) -> dict[str, Tensor]:
         """Upstream's inputs; on portable cells decode reads only the blocks that hold tokens, and without a cache
         logits are computed where a prompt ends."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)

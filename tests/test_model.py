@@ -9,8 +9,7 @@ from mindformers.pet import LoraConfig, get_pet_model
 
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.kernels.cpu import blocks, tiled_layers
-from mindformers_glm32k.kernels.cpu import tiled_attention as blockwise_attention
+from mindformers_glm32k.kernels.cpu import blocks, tiled_attention, tiled_layers
 from mindformers_glm32k.weights.names import name_of, slot_of
 
 NO_STOP = [1023]  # an id that the golden continuations do not contain: generation runs to its limit
@@ -123,7 +122,7 @@ def test_known_wrong_mask_is_caught(build, golden, monkeypatch):
     def visible(query, key):
         return ms.ops.zeros((query.shape[0], key.shape[0]), mstype.float32)
 
-    monkeypatch.setattr(blockwise_attention, "causal_bias", visible)
+    monkeypatch.setattr(tiled_attention, "causal_bias", visible)
     network = build(use_flash_attention=True)
     assert np.abs(logits_of(network, golden["input_ids"]) - golden["logits"]).max() > 1e-1
 
@@ -232,8 +231,8 @@ def test_cells_of_the_default_config_keep_no_square_tensor():
         compute_dtype="float32",
     )
     encoder = GLM32KForConditionalGeneration(config).transformer.encoder
-    assert isinstance(encoder, tiled_layers.LoopedTransformer)
-    assert isinstance(encoder.layers[0].self_attention.flash_attention, blockwise_attention.BlockwiseAttention)
+    assert isinstance(encoder, tiled_layers.TiledTransformer)
+    assert isinstance(encoder.layers[0].self_attention.flash_attention, tiled_attention.TiledAttention)
     assert encoder.layers[0].self_attention.use_flash_attention is True
 
 
@@ -299,7 +298,7 @@ def test_packed_row_gives_each_document_the_logits_it_has_alone(build, golden, s
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16 tokens, so that the golden rows have several."""
-    for function in (blocks.block_count, blocks.cut):
+    for function in (blocks.block_count, blocks.split_into_blocks):
         monkeypatch.setattr(function, "__defaults__", (16,))
 
 
@@ -323,20 +322,20 @@ def test_loss_and_gradients_across_blocks_and_chunks(build, golden, small_blocks
 @pytest.mark.slow
 def test_cells_in_place_of_the_loops_give_the_same_gradients(build, golden, small_blocks):
     """Split weights and adapters go through upstream's cells; half of the weights are frozen."""
-    loss, looped = gradients_of(build(use_flash_attention=True), golden)
+    loss, tiled = gradients_of(build(use_flash_attention=True), golden)
     network = build(use_flash_attention=True)
     encoder = network.transformer.encoder
-    encoder.ways = lambda number: ("cells", "cells")
+    encoder.modes = lambda index: ("cells", "cells")
     assert gradients_of(network, golden)[0] == pytest.approx(loss, rel=1e-6)
     network = build(use_flash_attention=True)
     for parameter in network.trainable_params():
         parameter.requires_grad = "layers.1." not in parameter.name and "output_layer" not in parameter.name
-    assert network.transformer.encoder.ways(1) == ("frozen", "frozen") and network.loss_way() == "frozen"
+    assert network.transformer.encoder.modes(1) == ("frozen", "frozen") and network.loss_mode() == "frozen"
     loss_of_part, part = gradients_of(network, golden)
     assert loss_of_part == pytest.approx(loss, rel=1e-6)
     assert part and not any("layers.1." in name for name in part)
     for name, gradient in part.items():
-        np.testing.assert_allclose(gradient, looped[name], atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(gradient, tiled[name], atol=1e-6, err_msg=name)
 
 
 def test_logits_at_32768_positions(build, golden):
@@ -356,7 +355,7 @@ def test_adapters_train_through_the_loops(build, golden, small_blocks):
         LoraConfig(lora_rank=4, lora_alpha=8, lora_dropout=0.0, target_modules=".*query_key_value.*"),
     )
     model = network.network.network if hasattr(network.network, "network") else network.network
-    assert model.transformer.encoder.ways(0) == ("cells", "frozen") and model.loss_way() == "frozen"
+    assert model.transformer.encoder.modes(0) == ("cells", "frozen") and model.loss_mode() == "frozen"
     loss, of_adapters = gradients_of(network, golden)
     assert loss == pytest.approx(float(golden["loss"]), rel=1e-5)  # adapters start at zero
     assert len(of_adapters) == 2 * model.config.num_layers

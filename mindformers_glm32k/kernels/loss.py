@@ -1,44 +1,115 @@
-"""Output layer and cross-entropy over chunks of tokens, so that what the loss keeps in float32 is a chunk's.
+"""Output layer and cross-entropy, a part of the tokens at a time, so that what the loss keeps in float32 is a part's.
 
-At 32768 tokens and 65024 words a card's logits take 4.3 GB in float16, and upstream's loss keeps four float32 copies
-of them (34 GB). Here the copies are recomputed chunk by chunk in the backward pass. The half-precision logits stay.
-Where the output layer itself is not marked for recompute, or a cell around both is, the compiler joins the chunks'
-weight gradients into one product over a copy of all their logit gradients: twice the memory (found by the dry run).
+At 32768 tokens and 65024 ids a card's logits take 4.3 GB in float16, and upstream's loss keeps four float32 copies
+of them (34 GB). There are two forms. Over chunks (Ascend, and any output layer) the copies are recomputed chunk by
+chunk in the backward pass; the half-precision logits stay. Where the output layer itself is not marked for recompute,
+or a cell around both is, the compiler joins the chunks' weight gradients into one product over a copy of all their
+logit gradients: twice the memory (found by the dry run).
 
-On portable cells, where the output layer is a plain one, the chunks are a loop: see looped_loss.py.
+Over tiles (CPU, a plain output layer) a loop computes the gradients on its way: the logits of a block exist once, and
+the backward pass only scales. With p the softmax of a token's logits, l its label and w its loss weight, the gradient
+of the logits is w (p - onehot(l)); the one-hot part is added at the end, as rows of the weight taken from the hidden
+states' gradient and rows of hidden states taken from the weight's.
 
-Legend: B batch, S tokens of a row, H hidden size.
+Legend: B batch, S tokens of a sequence, T tokens, N blocks, C tokens of a block, H hidden size, V vocabulary.
 """
+
+from __future__ import annotations
 
 import copy
 
+import mindspore.common.dtype as mstype
 from mindformers.core.loss import CrossEntropyLoss
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
+from mindspore.ops import operations as P
 
+from mindformers_glm32k.config import GLM32KConfig
 from mindformers_glm32k.kernels.cpu import blocks
-from mindformers_glm32k.kernels.cpu.tiled_layers import is_plain
-from mindformers_glm32k.kernels.cpu.tiled_loss import LoopedLoss
+from mindformers_glm32k.kernels.cpu.blocks import Buffer
+
+BLOCK_LOGITS = 2**25  # that exist at a time; 512 tokens of the published vocabulary
+
+
+class TiledLoss(nn.Cell):
+    """Weighted sum of the token losses of a linear output layer without bias.
+
+    A layer that is `frozen` is not trained, its gradient zeros; a block has at most `largest` tokens.
+
+    Inputs:
+        hidden (Tensor): (T, H), weight (Tensor): (V, H), any float type; the computation is in float32.
+        labels (Tensor): (T,) int32; anything where the loss weight is 0.
+        loss_weights (Tensor): (T,) float32.
+
+    Outputs:
+        tuple[Tensor]: the sum (), then its gradients of hidden and weight in float32, for the backward pass only.
+    """
+
+    def __init__(self, frozen: bool, largest: int):
+        super().__init__()
+        self.frozen, self.largest = frozen, largest
+        self.logits = P.MatMul(transpose_b=True)
+        self.to_hidden = P.MatMul()
+        self.to_weight = P.MatMul(transpose_a=True)
+        self.log_softmax = P.LogSoftmax(-1)
+        self.exp = P.Exp()
+        self.gather = P.Gather()
+        self.pick = P.GatherD()
+        self.add_rows = P.TensorScatterAdd()
+        self.d_hidden = Buffer()
+        self.zero, self.one = Tensor(0, mstype.int32), Tensor(1, mstype.int32)
+
+    def construct(self, hidden, weight, labels, loss_weights):
+        tokens, width = hidden.shape
+        vocab_size = weight.shape[0]
+        largest = min(self.largest, max(1, BLOCK_LOGITS // vocab_size))
+        labels = ops.clamp(labels, 0, vocab_size - 1)
+        matrix = ops.cast(weight, mstype.float32)
+        hidden_blocks = blocks.split_into_blocks(ops.expand_dims(hidden, 0), largest)  # (N, C, H)
+        label_blocks = blocks.split_into_blocks(ops.expand_dims(labels, 0), largest)  # (N, C)
+        weight_blocks = blocks.split_into_blocks(ops.expand_dims(loss_weights, 0), largest)  # (N, C)
+        count, size = label_blocks.shape
+        d_hidden = self.d_hidden(hidden, (count, size, width), mstype.float32)
+        d_weight = ops.zeros((vocab_size, width), mstype.float32)
+        total = ops.zeros((), mstype.float32)
+        i = self.zero
+        while i < count:
+            hidden_i = ops.cast(self.gather(hidden_blocks, i, 0), mstype.float32)
+            weights_i = self.gather(weight_blocks, i, 0).reshape((size, 1))
+            logarithms = self.log_softmax(self.logits(hidden_i, matrix))  # (C, V)
+            picked = self.pick(logarithms, 1, self.gather(label_blocks, i, 0).reshape((size, 1)))
+            total = total - (picked * weights_i).sum()
+            probabilities = self.exp(logarithms)
+            d_hidden = self.d_hidden.put(d_hidden, i, self.to_hidden(probabilities, matrix) * weights_i)
+            if not self.frozen:
+                d_weight = d_weight + self.to_weight(probabilities, hidden_i * weights_i)
+            i = i + self.one
+        column = loss_weights.reshape((tokens, 1))
+        d_hidden = d_hidden.reshape((count * size, width))[:tokens] - self.gather(matrix, labels, 0) * column  # (T, H)
+        if not self.frozen:
+            d_weight = self.add_rows(d_weight, labels.reshape((tokens, 1)), -ops.cast(hidden, mstype.float32) * column)
+        return total, d_hidden, d_weight
+
+    def bprop(self, hidden, weight, labels, loss_weights, out, dout):
+        scale = dout[0]
+        d_weight = ops.zeros_like(weight) if self.frozen else ops.cast(out[2] * scale, weight.dtype)
+        return ops.cast(out[1] * scale, hidden.dtype), d_weight, ops.zeros_like(labels), ops.zeros_like(loss_weights)
 
 
 class ChunkedLoss(nn.Cell):
-    """Weighted sum of the token losses, and the sum of the weights.
-
-    Args:
-        config (GLM32KConfig): loss_chunk_size and the layout: tokens over dp x cp, vocabulary over mp.
+    """Weighted sum of the token losses, and the sum of the weights; tokens over dp x cp, vocabulary over mp.
 
     Inputs:
         output_layer (Cell): hidden states -> logits; an input because a LoRA adapter may take its place, and because
             a cell that holds it would rename its parameter.
-        hidden (Tensor): (B, S, H).
-        labels (Tensor): (B, S) int32; anything where the weight is 0.
-        weights (Tensor): (B, S) float32.
-        way (str): what `way` says of the output layer.
+        hidden (Tensor): (B, S, H), loss_weights (Tensor): (B, S) float32.
+        labels (Tensor): (B, S) int32; anything where the loss weight is 0.
+        mode (str): what `mode` says of the output layer.
 
     Outputs:
-        tuple[Tensor]: sum, count.
+        tuple[Tensor]: sum (), sum of the loss weights ().
     """
 
-    def __init__(self, config):
+    def __init__(self, config: GLM32KConfig):
         super().__init__()
         parallel = copy.deepcopy(config.parallel_config)
         self.context = parallel.context_parallel
@@ -50,36 +121,35 @@ class ChunkedLoss(nn.Cell):
         self.loss = CrossEntropyLoss(parallel_config=parallel, calculate_per_token_loss=True)
         self.loss.recompute()
         self.portable = config.use_portable_cells
-        self.looped, self.looped_frozen = (LoopedLoss(frozen, self.chunk_size) for frozen in (False, True))
+        self.tiled, self.tiled_frozen = (TiledLoss(frozen, self.chunk_size) for frozen in (False, True))
 
-    def construct(self, output_layer, hidden, labels, weights, way="chunks"):
+    def construct(self, output_layer, hidden, labels, loss_weights, mode="chunked"):
         batch, length, width = hidden.shape
-        if way != "chunks":
-            loop = self.looped_frozen if way == "frozen" else self.looped
-            total = loop(
-                hidden.reshape((-1, width)), output_layer.weight, labels.reshape((-1,)), weights.reshape((-1,))
-            )[0]
-            return total, weights.sum()
-        # a context parallel rank holds a run of tokens; chunks are cut inside the runs, so that nothing moves
+        if mode != "chunked":
+            tiled = self.tiled_frozen if mode == "frozen" else self.tiled
+            hidden = hidden.reshape((-1, width))  # (B*S, H)
+            total = tiled(hidden, output_layer.weight, labels.reshape((-1,)), loss_weights.reshape((-1,)))[0]
+            return total, loss_weights.sum()
+        # a context parallel rank holds a run of tokens; chunks lie inside the runs, so that nothing moves
         runs, run_length = batch * self.context, length // self.context
         hidden = hidden.reshape((runs, run_length, width))
         labels = labels.reshape((runs, run_length))
-        weights = weights.reshape((runs, run_length))
+        loss_weights = loss_weights.reshape((runs, run_length))
         total, count = 0.0, 0.0
         for start in range(0, run_length, self.chunk_size):
             stop = min(start + self.chunk_size, run_length)
-            tokens = hidden[:, start:stop].reshape((-1, width))
+            tokens = hidden[:, start:stop].reshape((-1, width))  # (runs * chunk, H)
             if start > 0:
                 tokens = ops.depend(tokens, total)  # one chunk after the other
             chunk_total, chunk_count = self.loss(
-                output_layer(tokens), labels[:, start:stop].reshape((-1,)), weights[:, start:stop].reshape((-1,))
+                output_layer(tokens), labels[:, start:stop].reshape((-1,)), loss_weights[:, start:stop].reshape((-1,))
             )
             total, count = total + chunk_total, count + chunk_count
         return total, count
 
-    def way(self, output_layer):
-        """str: "chunks" for the unrolled form, which takes any output layer; "loop" or "frozen" (the layer is not
+    def mode(self, output_layer: nn.Cell) -> str:
+        """ "chunked" for the unrolled form, which takes any output layer; "tiled" or "frozen" (the layer is not
         trained) for the loop."""
-        if not self.portable or not blocks.in_graph_mode() or not is_plain(output_layer):
-            return "chunks"
-        return "loop" if output_layer.weight.requires_grad else "frozen"
+        if not self.portable or not blocks.in_graph_mode() or not blocks.is_plain(output_layer):
+            return "chunked"
+        return blocks.tiling_mode(output_layer)

@@ -5,19 +5,23 @@ name prefixes, sharding and communication fusion set by the constructors; so the
 module that uses it, for the time of the construction only, and restored afterwards. Nothing stays changed.
 """
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Iterator
 
 from mindformers.models.glm2 import glm2, glm2_transformer
+from mindspore import Tensor, nn
 
+from mindformers_glm32k.config import GLM32KConfig
 from mindformers_glm32k.kernels.ascend.chunked_mlp import ChunkedMLP
 from mindformers_glm32k.kernels.ascend.flash_attention import CompressedCausalAttention
 from mindformers_glm32k.kernels.cpu.paged_attention import NoCache, PagedAttention
 from mindformers_glm32k.kernels.cpu.rms_norm import RMSNorm
-from mindformers_glm32k.kernels.cpu.split import SplitLastAxis
-from mindformers_glm32k.kernels.cpu.tiled_attention import BlockwiseAttention
+from mindformers_glm32k.kernels.cpu.tiled_attention import TiledAttention
 from mindformers_glm32k.kernels.rotary import RotaryEmbedding
 
-_PORTABLE = ((glm2_transformer, "ChatGLM2RMSNorm", RMSNorm), (glm2_transformer, "FlashAttention", BlockwiseAttention))
+_PORTABLE = ((glm2_transformer, "ChatGLM2RMSNorm", RMSNorm), (glm2_transformer, "FlashAttention", TiledAttention))
 _ASCEND = (
     (glm2_transformer, "FlashAttention", CompressedCausalAttention),
     (glm2_transformer, "ChatGLM2MLP", ChunkedMLP),
@@ -25,13 +29,9 @@ _ASCEND = (
 
 
 @contextlib.contextmanager
-def cells_for(config, backbone):
-    """While open, upstream's glm2 constructors build `backbone` and the cells that `config.cells` asks for.
-
-    Args:
-        config (GLM32KConfig): decides between portable and Ascend cells.
-        backbone (type): the class that takes the place of upstream's ChatGLM2Model.
-    """
+def cells_for(config: GLM32KConfig, backbone: type[nn.Cell]) -> Iterator[None]:
+    """While open, upstream's glm2 constructors build the cells that `config.cells` asks for, and `backbone` in the
+    place of upstream's ChatGLM2Model."""
     bindings = (_PORTABLE if config.use_portable_cells else _ASCEND) + (
         (glm2, "ChatGLM2Model", backbone),
         (glm2_transformer, "RotaryPosEmb", lambda: RotaryEmbedding(config)),
@@ -50,10 +50,22 @@ def cells_for(config, backbone):
             setattr(module, name, cell)
 
 
-def replace_splits(encoder):
+def split_last_axis(x: Tensor, sizes: tuple[int, ...], axis: int) -> tuple[Tensor, ...]:
+    """x (..., sum(sizes)) -> one (..., size) per size, by slices, where upstream uses the NPU kernel SplitWithSize.
+
+    `axis` is the last one, as upstream counts it."""
+    parts = ()
+    start = 0
+    for size in sizes:
+        parts += (x[..., start : start + size],)
+        start += size
+    return parts
+
+
+def replace_splits(encoder: nn.Cell) -> None:
     """Gives every layer of upstream's ChatGLM2Transformer the portable split (a primitive without parameters)."""
     for layer in encoder.layers:
         for cell, name in ((layer.self_attention, "split_qkv"), (layer.mlp, "split")):
             if hasattr(cell, name):
                 delattr(cell, name)
-                setattr(cell, name, SplitLastAxis())
+                setattr(cell, name, split_last_axis)

@@ -47,7 +47,7 @@ class TokenShares(nn.Cell):
     def __init__(self, network, divisor):
         super().__init__(auto_prefix=False)
         model = wrappers.innermost_network(network)
-        model.weights_are_shares = True
+        model.weights_are_normalized = True
         self.place = wrappers.index_of_input(network, "input_mask", 2)
         self.divisor = Tensor(divisor, mstype.float32)
         whole = ((1, 1), ())

@@ -1,13 +1,15 @@
 """The substitution leaves upstream as it was, whatever happens in between."""
 
+import mindspore as ms
+import numpy as np
 import pytest
 from mindformers.models.glm2 import glm2, glm2_transformer
 
 from mindformers_glm32k import GLM32KConfig
-from mindformers_glm32k.kernels.ascend.flash_attention import CompressedCausalAttention, compressed_causal_mask
+from mindformers_glm32k.kernels.ascend.flash_attention import CompressedCausalAttention
 from mindformers_glm32k.kernels.cpu.paged_attention import NoCache, PagedAttention
-from mindformers_glm32k.kernels.cpu.tiled_attention import BlockwiseAttention
-from mindformers_glm32k.kernels.substitution import cells_for
+from mindformers_glm32k.kernels.cpu.tiled_attention import TiledAttention
+from mindformers_glm32k.kernels.substitution import cells_for, split_last_axis
 
 NAMES = ("ChatGLM2RMSNorm", "FlashAttention", "InferAttention", "CoreAttention")
 
@@ -19,8 +21,8 @@ def bound():
 @pytest.mark.parametrize(
     "cells, use_past, attention, cache",
     [
-        ("portable", False, BlockwiseAttention, NoCache),
-        ("portable", True, BlockwiseAttention, PagedAttention),
+        ("portable", False, TiledAttention, NoCache),
+        ("portable", True, TiledAttention, PagedAttention),
         ("ascend", False, CompressedCausalAttention, NoCache),
         ("ascend", True, CompressedCausalAttention, None),
     ],
@@ -37,7 +39,15 @@ def test_bindings_and_their_end(cells, use_past, attention, cache):
     assert bound() == before
 
 
-def test_compressed_mask_hides_the_future():
-    mask = compressed_causal_mask().asnumpy()
-    assert mask.shape == (2048, 2048) and mask.dtype == "uint8"
-    assert mask[0, 1] == 1 and mask[1, 0] == 0 and mask[5, 5] == 0 and mask.sum() == 2048 * 2047 // 2
+def test_parts_of_the_last_axis_and_their_gradient():
+    x = np.arange(2 * 3 * 10, dtype=np.float32).reshape(2, 3, 10)
+    sizes = (4, 1, 5)
+    for ours, theirs in zip(split_last_axis(ms.Tensor(x), sizes, 2), np.split(x, np.cumsum(sizes)[:-1], 2)):
+        np.testing.assert_array_equal(ours.asnumpy(), theirs)
+
+    def weighted(value):
+        first, second, third = split_last_axis(value, sizes, 2)
+        return first.sum() + 2 * second.sum() + 3 * third.sum()
+
+    gradient = ms.grad(weighted)(ms.Tensor(x)).asnumpy()
+    np.testing.assert_array_equal(gradient, np.broadcast_to(np.repeat([1.0, 2.0, 3.0], sizes), x.shape))

@@ -6,27 +6,24 @@ whole. Nothing is computed twice that was not before.
 
 Each chunk adds its weight gradients to the accumulators by itself: where these are float16, more additions round.
 
-Legend: B batch, S tokens of a row, H hidden size, F feed-forward size.
+Legend: B batch, S tokens of a sequence, H hidden size, F feed-forward size.
 """
+
+from __future__ import annotations
 
 from mindformers.models.glm2.glm2_modules import ChatGLM2MLP, ChatGLM2SwiGLU
 from mindspore import ops
 from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import SiLUGrad, SplitWithSize
 
+from mindformers_glm32k.config import GLM32KConfig
 
-def chunk_sizes(length, size):
-    """Sizes of the chunks of a row.
+
+def chunk_sizes(length: int, size: int) -> tuple[int, ...]:
+    """Sizes of the chunks of a sequence of `length` tokens, of about `size` (>= 2) tokens each; their sum is `length`.
 
     The first is a little longer than the last: weight gradients of equal chunks the compiler joins into one product
     over a copy of all of them (MindSpore's pass AssignAddOpt), and the memory would be back.
-
-    Args:
-        length (int): tokens of the row.
-        size (int): about how many tokens a chunk has, >= 2.
-
-    Returns:
-        tuple[int, ...]: their sum is length.
     """
     count = -(-length // size)
     if count == 1:
@@ -52,32 +49,25 @@ class SwiGLU(ChatGLM2SwiGLU):
 class ChunkedMLP(ChatGLM2MLP):
     """Stands where upstream's glm2 has ChatGLM2MLP; without `mlp_chunk_size`, and in prediction, it is upstream's.
 
-    Args:
-        config (GLM32KConfig): mlp_chunk_size and the layout: neither tensor nor context parallel.
-
-    Inputs:
-        hidden_states (Tensor): (B, S, H).
-
-    Outputs:
-        Tensor: (B, S, H).
+    (B, S, H) -> (B, S, H), where the layout is neither tensor nor context parallel.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: GLM32KConfig):
         super().__init__(config)
         self.length = config.seq_length
         self.sizes = chunk_sizes(self.length, config.mlp_chunk_size or self.length)
         if len(self.sizes) > 1:
-            rows = ((config.parallel_config.data_parallel, 1, 1),)
+            tokens = ((config.parallel_config.data_parallel, 1, 1),)
             self.activation_func = SwiGLU()
-            self.activation_func.shard(rows)
-            self.cut = SplitWithSize().shard(rows)
-            self.cut.add_prim_attr("skip_redistribution", True)
-            self.join = P.Concat(1).shard(rows * len(self.sizes))
+            self.activation_func.shard(tokens)
+            self.split_tokens = SplitWithSize().shard(tokens)
+            self.split_tokens.add_prim_attr("skip_redistribution", True)
+            self.join = P.Concat(1).shard(tokens * len(self.sizes))
 
     def construct(self, hidden_states):
         if len(self.sizes) == 1 or hidden_states.shape[1] != self.length:
             return super().construct(hidden_states)
         outputs = ()
-        for tokens in self.cut(hidden_states, self.sizes, 1):
-            outputs += (super().construct(tokens),)
-        return self.join(outputs)
+        for chunk in self.split_tokens(hidden_states, self.sizes, 1):
+            outputs += (super().construct(chunk),)
+        return self.join(outputs)  # (B, S, H)

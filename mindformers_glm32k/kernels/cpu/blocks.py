@@ -1,12 +1,15 @@
-"""Rows cut into blocks of tokens, and buffers that loops over blocks fill in place.
+"""Sequences split into blocks of tokens, what a loop over blocks can take, and buffers that it fills in place.
 
-Legend: B rows, S tokens of a row, N blocks of the batch, C tokens of a block.
+Legend: B sequences, S tokens of a sequence, N blocks of the batch, C tokens of a block.
 """
+
+from __future__ import annotations
 
 import itertools
 
 import mindspore.common.dtype as mstype
 import numpy as np
+from mindformers.modules.layers import Linear
 from mindspore import GRAPH_MODE, Tensor, get_context, nn, ops
 from mindspore.ops import constexpr
 from mindspore.ops import operations as P
@@ -15,43 +18,46 @@ BLOCK = 512  # tokens; 256 to 1024 differ by a tenth in speed
 
 
 @constexpr
-def numbers(count):
-    """Tensor: (count,) int32, 0, 1, 2, …, a constant of the program."""
+def arange(count: int) -> Tensor:
+    """0, 1, 2, …: (count,) int32, a constant of the program."""
     return Tensor(np.arange(count), mstype.int32)
 
 
 @constexpr(reuse_result=False)
-def in_graph_mode():
-    """bool: whether the loops can be used: PyNative mode loses what a custom backward pass writes in place."""
+def in_graph_mode() -> bool:
+    """Whether the loops can be used: PyNative mode loses what a custom backward pass writes in place."""
     return get_context("mode") == GRAPH_MODE
 
 
-def block_count(length, largest=BLOCK):
-    """Blocks of a row, and tokens of a block, so that a row is filled up by as few tokens as possible.
+def is_plain(cell: nn.Cell) -> bool:
+    """Whether a loop can take the cell's weight: upstream's Linear without bias or activation, and no adapter."""
+    return type(cell) is Linear and not cell.has_bias and not cell.activation_flag and not cell.expert_flag
 
-    Args:
-        length (int): S.
-        largest (int): the largest block.
 
-    Returns:
-        tuple[int, int]: blocks of a row, C.
-    """
+def tiling_mode(*cells: nn.Cell) -> str:
+    """How a loop treats the cells' weights: "tiled", or "frozen" where none of them is trained."""
+    trained = any(parameter.requires_grad for cell in cells for parameter in cell.get_parameters())
+    return "tiled" if trained else "frozen"
+
+
+def block_count(length: int, largest: int = BLOCK) -> tuple[int, int]:
+    """Blocks of a sequence of `length` tokens, and C, at most `largest`, so that as little as possible is filled up."""
     count = -(-length // largest)
     return count, -(-length // count)
 
 
-def cut(x, largest=BLOCK):
-    """(B, S, …) -> (N, C, …); rows that are no multiple of C are filled up with zeros at their end."""
+def split_into_blocks(x: Tensor, largest: int = BLOCK) -> Tensor:
+    """(B, S, …) -> (N, C, …); a sequence that is no multiple of C is filled up with zeros at its end."""
     batch, length = x.shape[:2]
     rest = x.shape[2:]
     count, size = block_count(length, largest)
     if count * size > length:
         x = ops.cat((x, ops.zeros((batch, count * size - length) + rest, x.dtype)), 1)
-    return x.reshape((batch * count, size) + rest)
+    return x.reshape((batch * count, size) + rest)  # (N, C, …)
 
 
-def joined(blocks, batch, length):
-    """(N, C, …) -> (B, S, …), what `cut` filled up is left out."""
+def join_blocks(blocks: Tensor, batch: int, length: int) -> Tensor:
+    """(N, C, …) -> (B, S, …) without what `split_into_blocks` filled up."""
     rest = blocks.shape[2:]
     count = blocks.shape[0] // batch
     return blocks.reshape((batch, count * blocks.shape[1]) + rest)[:, :length]
@@ -89,24 +95,15 @@ class Buffer(nn.Cell):
         self.accumulate = _in_place("ScatterAdd")
 
     def construct(self, source, shape, dtype):
-        """Zeros.
-
-        Args:
-            source (Tensor): any tensor of the call that is not a constant.
-            shape (tuple[int]): (N, …).
-            dtype: of the zeros.
-
-        Returns:
-            Tensor
-        """
+        """Zeros of `shape` (N, …); `source` is any tensor of the call that is not a constant."""
         first = source.reshape((-1,))[:1]
         zero = ops.cast(self.nothing(first, first), dtype)
         return ops.broadcast_to(zero.reshape((1,) * len(shape)), shape)
 
-    def put(self, buffer, index, block):
+    def put(self, buffer: Tensor, index: Tensor, block: Tensor) -> Tensor:
         """The buffer with block number `index`, a () int32 tensor, replaced."""
         return ops.depend(buffer, self.update(buffer, index.reshape((1,)), block.reshape((1,) + block.shape)))
 
-    def add(self, buffer, index, block):
+    def add(self, buffer: Tensor, index: Tensor, block: Tensor) -> Tensor:
         """The buffer with `block` added to block number `index`."""
         return ops.depend(buffer, self.accumulate(buffer, index.reshape((1,)), block.reshape((1,) + block.shape)))

@@ -1,48 +1,29 @@
 """Attention over a paged key-value cache, where upstream uses NPU kernels (PagedAttention, ReshapeAndCache).
 
-Follows the protocol of upstream's generator: prefill gets the tokens of all prompts flattened into one row, decode
+Follows the protocol of upstream's generator: prefill gets the tokens of all prompts flattened into one sequence, decode
 gets one token per prompt; `slot_mapping` says where in the cache a token is kept, `block_tables` which blocks hold a
 prompt. Shapes are dynamic: two graphs serve every length.
 
 Legend: T tokens of the call, B prompts, L cache slots read, G key-value heads, R query heads per key-value head,
-D head size.
+D features of a head.
 """
+
+from __future__ import annotations
 
 import mindspore.common.dtype as mstype
 import numpy as np
+from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 from mindspore.ops import operations as P
 
-from mindformers_glm32k.kernels.rotary import swap_matrix
-
-
-class RotaryByPosition(nn.Cell):
-    """Rotates pairs (x[2i], x[2i+1]) by the angle of their token's position.
-
-    Inputs:
-        x (Tensor): (T, heads, D).
-        cos, sin (Tensor): (T, 1, D), 1 and 0 where a dimension is not rotated.
-
-    Outputs:
-        Tensor: (T, heads, D).
-    """
-
-    def __init__(self, head_dim, dtype):
-        super().__init__()
-        self.swap = Tensor(swap_matrix(head_dim), dtype)
-        self.matmul = P.MatMul()
-        self.head_dim = head_dim
-
-    def construct(self, x, cos, sin):
-        swapped = self.matmul(x.reshape((-1, self.head_dim)), self.swap).reshape(x.shape)
-        return ops.cast(x * cos + swapped * sin, x.dtype)
+from mindformers_glm32k.kernels.rotary import Rotation
 
 
 class PagedCache(nn.Cell):
-    """Keys and values by slot; writing a row costs the same whatever the cache's size (ScatterUpdate is in place)."""
+    """Keys and values by slot; writing one costs the same whatever the cache's size (ScatterUpdate is in place)."""
 
-    def __init__(self, slots, width, dtype):
+    def __init__(self, slots: int, width: int, dtype: mstype.Type):
         super().__init__()
         self.key_cache = Parameter(initializer("zeros", (slots, width), dtype), name="key_cache", requires_grad=False)
         self.value_cache = Parameter(
@@ -61,15 +42,14 @@ class PagedAttention(nn.Cell):
     """Stands in for upstream's InferAttention; the model computes positions and masks (`freqs_cis`, `attn_mask`).
 
     Args:
-        n_head (int), n_kv_head (int), head_dim (int): G * R, G, D.
-        scale_value (float): multiplies the scores.
-        block_size (int), num_blocks (int): cache geometry in tokens and blocks.
-        compute_dtype: dtype of the cache.
+        n_head, head_dim, n_kv_head: G * R, D, G.
+        scale_value: multiplies the scores.
+        block_size, num_blocks: tokens of a cache block, blocks of the cache.
+        compute_dtype: of the cache.
         **_: what only the NPU kernels need.
 
     Inputs:
-        query (Tensor): prefill (1, T, G*R*D), decode (B, 1, G*R*D).
-        key, value (Tensor): the same with G*D.
+        query (Tensor): prefill (1, T, G*R*D), decode (B, 1, G*R*D); key, value (Tensor): the same with G*D.
         batch_valid_length (Tensor): (B,) unused here.
         block_tables (Tensor): (B, blocks) int32, -1 padded; read in decode.
         slot_mapping (Tensor): (T,) or (B,) int32.
@@ -82,24 +62,24 @@ class PagedAttention(nn.Cell):
 
     def __init__(
         self,
-        n_head,
-        head_dim,
-        n_kv_head,
-        scale_value=1.0,
-        block_size=16,
-        num_blocks=1024,
-        compute_dtype=mstype.float32,
+        n_head: int,
+        head_dim: int,
+        n_kv_head: int,
+        scale_value: float = 1.0,
+        block_size: int = 16,
+        num_blocks: int = 1024,
+        compute_dtype: mstype.Type = mstype.float32,
         **_,
     ):
         super().__init__()
         self.head_dim = head_dim
         self.groups = n_kv_head
-        self.share = n_head // n_kv_head
+        self.q_per_kv = n_head // n_kv_head
         self.width = n_kv_head * head_dim
         self.scale = float(scale_value)
         self.is_first_iteration = True
         self.paged_attention_mgr = PagedCache(block_size * num_blocks, self.width, compute_dtype)
-        self.rotary_embedding = RotaryByPosition(head_dim, compute_dtype)
+        self.rotary_embedding = Rotation(head_dim, compute_dtype)
         self.in_block = Tensor(np.arange(block_size, dtype=np.int32).reshape(1, 1, -1))
         self.block_size = block_size
         self.scores = P.BatchMatMul(transpose_b=True)
@@ -113,7 +93,7 @@ class PagedAttention(nn.Cell):
     ):
         shape = query.shape
         cos, sin, _ = freqs_cis
-        query = self.rotary_embedding(query.reshape((-1, self.groups * self.share, self.head_dim)), cos, sin)
+        query = self.rotary_embedding(query.reshape((-1, self.groups * self.q_per_kv, self.head_dim)), cos, sin)
         key = self.rotary_embedding(key.reshape((-1, self.groups, self.head_dim)), cos, sin)
         value = value.reshape((-1, self.groups, self.head_dim))
         keys, values = self.paged_attention_mgr(
@@ -128,15 +108,15 @@ class PagedAttention(nn.Cell):
 
     def _prefill(self, query, key, value, bias):
         """query (T, G*R, D), key and value (T, G, D), bias (T, T) -> (T, G, R, D)."""
-        query = self.transpose(query.reshape((-1, self.groups, self.share, self.head_dim)), (1, 2, 0, 3))
+        query = self.transpose(query.reshape((-1, self.groups, self.q_per_kv, self.head_dim)), (1, 2, 0, 3))
         query = query.reshape((self.groups, -1, self.head_dim))  # (G, R*T, D)
         key = self.transpose(key, (1, 0, 2))
         value = self.transpose(value, (1, 0, 2))
         scores = ops.cast(self.scores(query * self.scale, key), mstype.float32)
         length = bias.shape[0]
-        weights = self.softmax(scores.reshape((self.groups, self.share, length, length)) + bias)
+        weights = self.softmax(scores.reshape((self.groups, self.q_per_kv, length, length)) + bias)
         weights = ops.cast(weights, value.dtype).reshape((self.groups, -1, length))
-        context = self.context(weights, value).reshape((self.groups, self.share, length, self.head_dim))
+        context = self.context(weights, value).reshape((self.groups, self.q_per_kv, length, self.head_dim))
         return self.transpose(context, (2, 0, 1, 3))
 
     def _decode(self, query, keys, values, block_tables, bias):
@@ -150,12 +130,12 @@ class PagedAttention(nn.Cell):
         value = self.gather(values, slots, 0).reshape((batch, length, self.groups, self.head_dim))
         key = self.transpose(key, (0, 2, 1, 3))
         value = self.transpose(value, (0, 2, 1, 3))
-        query = query.reshape((batch, self.groups, self.share, self.head_dim)) * self.scale
+        query = query.reshape((batch, self.groups, self.q_per_kv, self.head_dim)) * self.scale
         scores = ops.cast(self.scores(query, key), mstype.float32)
         weights = self.softmax(scores + ops.expand_dims(bias, 1))
         return self.context(ops.cast(weights, value.dtype), value)
 
-    def shard(self, parallel_config):
+    def shard(self, parallel_config: TransformerOpParallelConfig) -> None:
         """Nothing to shard: portable cells run whole on each device."""
 
 
@@ -167,5 +147,5 @@ class NoCache(nn.Cell):
         super().__init__()
         self.rotary_embedding = nn.Cell()
 
-    def shard(self, parallel_config):
+    def shard(self, parallel_config: TransformerOpParallelConfig) -> None:
         """Nothing to shard."""

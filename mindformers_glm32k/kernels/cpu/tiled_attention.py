@@ -1,32 +1,95 @@
-"""Causal grouped-query attention in tiles of blocks: memory grows with the length, key-value heads are never repeated.
+"""Causal grouped-query attention on CPU in tiles of blocks, where upstream uses the NPU kernel FlashAttentionScore:
+memory grows with the length, key-value heads are never repeated.
 
 Forward, each tile's softmax is taken by LogSoftmax and merged with what came before by the logarithms of the tiles'
 sums (https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/1805.02867); nothing overflows, whatever the scores.
 Backward, the weights of a tile are computed again from those sums. The loops are `while` loops over tensors: the
 compiled program is the same at every length. Everything inside a tile is float32.
 
-Legend: B rows, S tokens of a row, N blocks of the batch, C tokens of a block, G key-value heads, R query heads per
-key-value head, M = R * C, D head size.
+Legend: B sequences, S tokens of a sequence, N blocks of the batch, C tokens of a block, G key-value heads, R query
+heads per key-value head, M = R * C, D features of a head.
 """
+
+from __future__ import annotations
 
 import mindspore.common.dtype as mstype
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
 
 from mindformers_glm32k.kernels.cpu import blocks
-from mindformers_glm32k.kernels.cpu.attention import CausalAttention
 from mindformers_glm32k.kernels.cpu.blocks import Buffer
-from mindformers_glm32k.kernels.mask import MASKED, causal_bias
+from mindformers_glm32k.kernels.mask import MASKED, causal_bias, differs
 
 PADDING_RANK = 2.0**22  # above every document's id
+
+
+class CausalAttention(nn.Cell):
+    """softmax(q k^T * scale + causal mask) v over whole sequences, with S x S scores.
+
+    Constructor and inputs are those of upstream's FlashAttention in the BSH layout, so that it can take its place;
+    arguments that only tell the NPU kernel how to mask are not needed here.
+
+    Args:
+        head_num: G * R.
+        scale_value: multiplies the scores.
+        keep_prob: 1 - dropout probability of the attention weights.
+
+    Inputs:
+        query (Tensor): (B, S, G*R*D); key, value (Tensor): (B, S, G*D).
+        attn_mask (Tensor): (B, S) int32 document ids, or None; a token sees earlier tokens of its own document.
+
+    Outputs:
+        Tensor: (B, S, G*R*D), dtype of query. Scores and softmax are in float32.
+    """
+
+    def __init__(
+        self,
+        head_num: int,
+        scale_value: float = 1.0,
+        keep_prob: float = 1.0,
+        input_layout: str = "BSH",
+        sparse_mode: int = 0,
+        pre_tokens: int | None = None,
+        next_tokens: int | None = None,
+    ):
+        super().__init__()
+        self.head_num = head_num
+        self.scale = float(scale_value)
+        self.dropout = nn.Dropout(p=1.0 - keep_prob)
+        self.scores = P.BatchMatMul(transpose_b=True)
+        self.context = P.BatchMatMul()
+        self.softmax = P.Softmax(-1)
+        self.transpose = P.Transpose()
+
+    def construct(self, query, key, value, attn_mask=None):
+        batch, length, width = query.shape
+        head_dim = width // self.head_num
+        groups = key.shape[-1] // head_dim
+        q_per_kv = self.head_num // groups
+        query = query.reshape((batch, length, groups, q_per_kv, head_dim))
+        query = self.transpose(query, (0, 2, 3, 1, 4))  # (B, G, R, S, D)
+        query = query.reshape((batch, groups, q_per_kv * length, head_dim)) * self.scale  # (B, G, R*S, D)
+        key = self.transpose(key.reshape((batch, length, groups, head_dim)), (0, 2, 1, 3))  # (B, G, S, D)
+        value = self.transpose(value.reshape((batch, length, groups, head_dim)), (0, 2, 1, 3))  # (B, G, S, D)
+        scores = ops.cast(self.scores(query, key), mstype.float32)
+        scores = scores.reshape((batch, groups, q_per_kv, length, length))  # (B, G, R, S, S)
+        position = ops.arange(length)
+        scores = scores + causal_bias(position, position)
+        if attn_mask is not None:
+            foreign = ops.cast(differs(attn_mask, attn_mask), mstype.float32) * MASKED
+            scores = scores + foreign.reshape((batch, 1, 1, length, length))
+        weights = self.dropout(ops.cast(self.softmax(scores), value.dtype))
+        weights = weights.reshape((batch, groups, q_per_kv * length, length))  # (B, G, R*S, S)
+        context = self.context(weights, value).reshape((batch, groups, q_per_kv, length, head_dim))
+        return self.transpose(context, (0, 3, 1, 2, 4)).reshape((batch, length, width))  # (B, S, G*R*D)
 
 
 class VisibleBlocks(nn.Cell):
     """From which block on the queries of a block see keys.
 
     Inputs:
-        documents (Tensor): (N, C) int32 below 2**22, or None where every row is one document.
-        batch (int), count (int): B, blocks of a row; N = B * count.
+        documents (Tensor): (N, C) int32 below 2**22, or None where every sequence is one document.
+        batch (int), count (int): B, blocks of a sequence; N = B * count.
 
     Outputs:
         tuple[Tensor]: (N,) int32 each: the first block with a key of a query's document, and the first block from
@@ -38,37 +101,35 @@ class VisibleBlocks(nn.Cell):
         self.least, self.most = P.ReduceMin(), P.ReduceMax()
 
     def construct(self, documents, batch, count):
-        block = blocks.numbers(count)
-        start = ops.broadcast_to((blocks.numbers(batch) * count).reshape((batch, 1)), (batch, count))
+        block = blocks.arange(count)
+        start = ops.broadcast_to((blocks.arange(batch) * count).reshape((batch, 1)), (batch, count))
         if documents is None:
-            first = start.reshape((batch * count,))
+            first = start.reshape((batch * count,))  # (N,)
             return first, first
         # a range of ids per block; padding ids below 0 would lie outside the rising ids before them
-        ids = ops.cast(documents.reshape((batch, count, -1)), mstype.float32)
+        ids = ops.cast(documents.reshape((batch, count, -1)), mstype.float32)  # (B, count, C)
         ids = ids + ops.cast(ids < 0, mstype.float32) * PADDING_RANK
-        low, high = self.least(ids, -1), self.most(ids, -1)
-        earlier = block.reshape((1, 1, count)) < block.reshape((1, count, 1))
-        overlap = ops.logical_and(
-            ops.expand_dims(low, 1) <= ops.expand_dims(high, 2), ops.expand_dims(high, 1) >= ops.expand_dims(low, 2)
-        )
+        low, high = self.least(ids, -1), self.most(ids, -1)  # (B, count)
+        earlier = block.reshape((1, 1, count)) < block.reshape((1, count, 1))  # (1, query block, key block)
+        low_key, high_key = ops.expand_dims(low, 1), ops.expand_dims(high, 1)  # (B, 1, count)
+        low_query, high_query = ops.expand_dims(low, 2), ops.expand_dims(high, 2)  # (B, count, 1)
+        overlap = ops.logical_and(low_key <= high_query, high_key >= low_query)
         overlap = ops.cast(ops.logical_and(overlap, earlier), mstype.float32)
-        uniform = ops.logical_and(
-            ops.expand_dims(low, 1) == ops.expand_dims(high, 2), ops.expand_dims(high, 1) == ops.expand_dims(low, 2)
-        )
+        uniform = ops.logical_and(low_key == high_query, high_key == low_query)
         mixed = ops.cast(ops.logical_and(ops.logical_not(uniform), earlier), mstype.float32)
-        # the number of blocks before: of the row where nothing overlaps, the queries' own is the first
-        number = ops.cast(block, mstype.float32)
-        first = self.least(number.reshape((1, 1, count)) * overlap + count * (1.0 - overlap), -1)
-        first = ops.minimum(first, number.reshape((1, count)))
-        plain = ops.maximum(self.most((number + 1.0).reshape((1, 1, count)) * mixed, -1), first)
+        # the index of a block in its sequence: where nothing overlaps, the queries' own is the first
+        index = ops.cast(block, mstype.float32)
+        first = self.least(index.reshape((1, 1, count)) * overlap + count * (1.0 - overlap), -1)  # (B, count)
+        first = ops.minimum(first, index.reshape((1, count)))
+        plain = ops.maximum(self.most((index + 1.0).reshape((1, 1, count)) * mixed, -1), first)
         return (
-            (ops.cast(first, mstype.int32) + start).reshape((batch * count,)),
+            (ops.cast(first, mstype.int32) + start).reshape((batch * count,)),  # (N,)
             (ops.cast(plain, mstype.int32) + start).reshape((batch * count,)),
         )
 
 
-class _Tiles(nn.Cell):
-    """The loops over tiles, forward and backward; see BlockAttention."""
+class _TileLoops(nn.Cell):
+    """The loops over tiles, forward and backward; inputs are those of BlockAttention."""
 
     def __init__(self):
         super().__init__()
@@ -81,11 +142,8 @@ class _Tiles(nn.Cell):
         self.softplus = P.Softplus()
         self.gather = P.Gather()
         self.concat = P.Concat(-1)
-        self.context = Buffer()
-        self.log_sum = Buffer()
-        self.d_query = Buffer()
-        self.d_key = Buffer()
-        self.d_value = Buffer()
+        self.context, self.log_sum = Buffer(), Buffer()
+        self.d_query, self.d_key, self.d_value = Buffer(), Buffer(), Buffer()
         self.zero, self.one = Tensor(0, mstype.int32), Tensor(1, mstype.int32)
 
     def block(self, x, index):
@@ -93,22 +151,21 @@ class _Tiles(nn.Cell):
         return ops.cast(self.gather(x, index, 0), mstype.float32)
 
     def hidden(self, documents, query, key, causal):
-        """Summand (C, C) of a tile's scores."""
+        """Summand (C, C) of the scores of a tile of query and key block; `causal` is C on the diagonal, else 0."""
         bias = 0.0
         if documents is not None:
-            foreign = ops.expand_dims(self.gather(documents, key, 0), 0) != ops.expand_dims(
-                self.gather(documents, query, 0), 1
-            )
-            bias = ops.cast(foreign, mstype.float32) * MASKED
+            key_ids, query_ids = self.gather(documents, key, 0), self.gather(documents, query, 0)  # (C,)
+            bias = ops.cast(ops.expand_dims(key_ids, 0) != ops.expand_dims(query_ids, 1), mstype.float32) * MASKED
         if causal:
-            position = blocks.numbers(documents.shape[1] if documents is not None else causal)
+            position = blocks.arange(causal)
             bias = bias + causal_bias(position, position)
         return bias
 
     def biased(self, scores, bias):
         """scores (G, M, C) + bias (C, C)."""
-        groups, rows, size = scores.shape
-        return (scores.reshape((groups, rows // size, size, size)) + bias).reshape((groups, rows, size))
+        groups, queries, keys = scores.shape
+        scores = scores.reshape((groups, queries // keys, keys, keys)) + bias  # (G, R, C, C)
+        return scores.reshape((groups, queries, keys))  # (G, M, C)
 
     def softmax(self, scores, value):
         """Context (G, M, D) and log of the sum (G, M, 1) of a tile whose first key all queries see."""
@@ -124,19 +181,20 @@ class _Tiles(nn.Cell):
         return self.dot(weights, value), self.dot(weights * (scores - logarithms), ones)
 
     def merge(self, context, log_sum, tile_context, tile_log_sum):
+        """Context and log of the sum of what came before and of one more tile."""
         share = self.sigmoid(tile_log_sum - log_sum)
         return context + (tile_context - context) * share, log_sum + self.softplus(tile_log_sum - log_sum)
 
     def forward(self, query, key, value, first, plain, documents):
         """Context like query, log of the sums (N, G, M, 1) float32."""
-        count, groups, rows, _ = query.shape
-        size = key.shape[2]
+        count, groups, queries, _ = query.shape  # (N, G, M, D)
+        tokens = key.shape[2]
         context = self.context(query, query.shape, query.dtype)
-        log_sum = self.log_sum(query, (count, groups, rows, 1), mstype.float32)
+        log_sum = self.log_sum(query, (count, groups, queries, 1), mstype.float32)
         i = self.zero
         while i < count:
             query_i = self.block(query, i)
-            scores = self.biased(self.dot_transposed(query_i, self.block(key, i)), self.hidden(documents, i, i, size))
+            scores = self.biased(self.dot_transposed(query_i, self.block(key, i)), self.hidden(documents, i, i, tokens))
             if documents is None:
                 context_i, log_sum_i = self.softmax(scores, self.block(value, i))
             else:
@@ -171,20 +229,19 @@ class _Tiles(nn.Cell):
 
     def backward(self, query, key, value, first, plain, documents, context, log_sum, d_context):
         """Gradients of query, key and value."""
-        count, groups, rows, _ = query.shape
-        size = key.shape[2]
+        count, groups, queries, _ = query.shape  # (N, G, M, D)
+        tokens = key.shape[2]
         d_query = self.d_query(query, query.shape, query.dtype)
         d_key = self.d_key(query, key.shape, mstype.float32)
         d_value = self.d_value(query, key.shape, mstype.float32)
         i = self.zero
         while i < count:
             query_i, gradient_i, key_i = self.block(query, i), self.block(d_context, i), self.block(key, i)
-            product = (gradient_i * self.block(context, i)).reshape((groups * rows, -1)).sum(-1)
+            product = (gradient_i * self.block(context, i)).reshape((groups * queries, -1)).sum(-1)  # (G*M,)
             query_1 = self.concat((query_i, -self.gather(log_sum, i, 0)))
-            gradient_1 = self.concat((gradient_i, -product.reshape((groups, rows, 1))))
-            weights, d_scores = self.d_tile(
-                query_1, gradient_1, key_i, self.block(value, i), self.hidden(documents, i, i, size)
-            )
+            gradient_1 = self.concat((gradient_i, -product.reshape((groups, queries, 1))))
+            bias = self.hidden(documents, i, i, tokens)
+            weights, d_scores = self.d_tile(query_1, gradient_1, key_i, self.block(value, i), bias)
             d_query_i = self.dot(d_scores, key_i)
             d_key = self.d_key.add(d_key, i, self.transposed_dot(d_scores, query_i))
             d_value = self.d_value.add(d_value, i, self.transposed_dot(weights, gradient_i))
@@ -193,9 +250,8 @@ class _Tiles(nn.Cell):
                 end = self.gather(plain, i, 0)
                 while j < end:
                     key_j = self.block(key, j)
-                    weights, d_scores = self.d_tile(
-                        query_1, gradient_1, key_j, self.block(value, j), self.hidden(documents, i, j, 0)
-                    )
+                    bias = self.hidden(documents, i, j, 0)
+                    weights, d_scores = self.d_tile(query_1, gradient_1, key_j, self.block(value, j), bias)
                     d_query_i = d_query_i + self.dot(d_scores, key_j)
                     d_key = self.d_key.add(d_key, j, self.transposed_dot(d_scores, query_i))
                     d_value = self.d_value.add(d_value, j, self.transposed_dot(weights, gradient_i))
@@ -213,17 +269,8 @@ class _Tiles(nn.Cell):
         return d_query, ops.cast(d_key, key.dtype), ops.cast(d_value, value.dtype)
 
 
-class BlockAttention(_Tiles):
-    """Attention of rows that are one document each, on blocks.
-
-    Inputs:
-        query (Tensor): (N, G, M, D), scaled; head r of group g at [n, g, r * C:(r + 1) * C].
-        key, value (Tensor): (N, G, C, D).
-        first (Tensor): (N,) int32, see VisibleBlocks.
-
-    Outputs:
-        tuple[Tensor]: context, shape and dtype of query, and the logarithms of the softmax's sums (N, G, M, 1).
-    """
+class CausalTiles(_TileLoops):
+    """Context of sequences that are one document each, and the logarithms of the softmax's sums (N, G, M, 1)."""
 
     def construct(self, query, key, value, first):
         return self.forward(query, key, value, first, first, None)
@@ -233,17 +280,8 @@ class BlockAttention(_Tiles):
         return gradients + (ops.zeros_like(first),)
 
 
-class DocumentBlockAttention(_Tiles):
-    """Attention of rows that hold several documents; a token sees earlier tokens of its own document.
-
-    Inputs:
-        query, key, value, first (Tensor): see BlockAttention.
-        plain (Tensor): (N,) int32, see VisibleBlocks.
-        documents (Tensor): (N, C) int32.
-
-    Outputs:
-        tuple[Tensor]: see BlockAttention.
-    """
+class DocumentTiles(_TileLoops):
+    """The same of sequences that hold several documents; a token sees earlier tokens of its own document."""
 
     def construct(self, query, key, value, first, plain, documents):
         return self.forward(query, key, value, first, plain, documents)
@@ -253,40 +291,56 @@ class DocumentBlockAttention(_Tiles):
         return gradients + (ops.zeros_like(first), ops.zeros_like(plain), ops.zeros_like(documents))
 
 
-class BlockwiseAttention(CausalAttention):
-    """CausalAttention, with the same constructor, inputs and outputs, whose memory grows with S and not with its square.
+class BlockAttention(nn.Cell):
+    """Attention on blocks.
 
-    With attention dropout, and in PyNative mode, it is CausalAttention.
+    Inputs:
+        query (Tensor): (N, G, M, D), scaled; head r of group g at [n, g, r * C:(r + 1) * C].
+        key, value (Tensor): (N, G, C, D).
+        documents (Tensor): (N, C) int32, or None where every sequence is one document.
+        first, plain (Tensor): (N,) int32, see VisibleBlocks.
+
+    Outputs:
+        Tensor: the context, shape and dtype of query.
     """
 
-    def __init__(self, head_num, scale_value=1.0, keep_prob=1.0, **others):
+    def __init__(self):
+        super().__init__()
+        self.one_document, self.several_documents = CausalTiles(), DocumentTiles()
+
+    def construct(self, query, key, value, documents, first, plain):
+        if documents is None:
+            return self.one_document(query, key, value, first)[0]
+        return self.several_documents(query, key, value, first, plain, documents)[0]
+
+
+class TiledAttention(CausalAttention):
+    """CausalAttention whose memory grows with S, not with its square; with dropout or in PyNative mode as its base."""
+
+    def __init__(self, head_num: int, scale_value: float = 1.0, keep_prob: float = 1.0, **others):
         super().__init__(head_num, scale_value, keep_prob, **others)
         self.whole = keep_prob < 1.0
         self.visible = VisibleBlocks()
-        self.one_document = BlockAttention()
-        self.several_documents = DocumentBlockAttention()
+        self.attend = BlockAttention()
 
     def construct(self, query, key, value, attn_mask=None):
         if self.whole or not blocks.in_graph_mode():
             return super().construct(query, key, value, attn_mask)
         batch, length, width = query.shape
-        size = width // self.head_num
-        groups = key.shape[-1] // size
-        share = self.head_num // groups
-        query = blocks.cut(query * self.scale)
+        head_dim = width // self.head_num
+        groups = key.shape[-1] // head_dim
+        q_per_kv = self.head_num // groups
+        query, key = blocks.split_into_blocks(query * self.scale), blocks.split_into_blocks(key)
+        value = blocks.split_into_blocks(value)
+        documents = None if attn_mask is None else blocks.split_into_blocks(attn_mask)
         count, tokens = query.shape[:2]
-        query = self.transpose(query.reshape((count, tokens, groups, share, size)), (0, 2, 3, 1, 4))
-        query = query.reshape((count, groups, share * tokens, size))
-        key = self.transpose(blocks.cut(key).reshape((count, tokens, groups, size)), (0, 2, 1, 3))
-        value = self.transpose(blocks.cut(value).reshape((count, tokens, groups, size)), (0, 2, 1, 3))
-        context = self.attend(query, key, value, batch, None if attn_mask is None else blocks.cut(attn_mask))
-        context = context.reshape((count, groups, share, tokens, size))
-        context = self.transpose(context, (0, 3, 1, 2, 4)).reshape((count, tokens, width))
-        return blocks.joined(context, batch, length)
-
-    def attend(self, query, key, value, batch, documents):
-        """The context of blocks; documents (N, C) or None."""
-        first, plain = self.visible(documents, batch, query.shape[0] // batch)
-        if documents is None:
-            return self.one_document(query, key, value, first)[0]
-        return self.several_documents(query, key, value, first, plain, documents)[0]
+        query = query.reshape((count, tokens, groups, q_per_kv, head_dim))
+        query = self.transpose(query, (0, 2, 3, 1, 4))  # (N, G, R, C, D)
+        query = query.reshape((count, groups, q_per_kv * tokens, head_dim))  # (N, G, M, D)
+        key = self.transpose(key.reshape((count, tokens, groups, head_dim)), (0, 2, 1, 3))  # (N, G, C, D)
+        value = self.transpose(value.reshape((count, tokens, groups, head_dim)), (0, 2, 1, 3))  # (N, G, C, D)
+        first, plain = self.visible(documents, batch, count // batch)
+        context = self.attend(query, key, value, documents, first, plain)
+        context = context.reshape((count, groups, q_per_kv, tokens, head_dim))
+        context = self.transpose(context, (0, 3, 1, 2, 4)).reshape((count, tokens, width))  # (N, C, G*R*D)
+        return blocks.join_blocks(context, batch, length)

@@ -1,10 +1,10 @@
-"""Ends of packed documents."""
+"""The compressed mask, and the ends of packed documents."""
 
 import mindspore as ms
 import numpy as np
 import pytest
 
-from mindformers_glm32k.kernels.ascend.document_ends import DocumentEnds
+from mindformers_glm32k.kernels.ascend.flash_attention import DocumentEnds, compressed_causal_mask
 
 
 def row(*lengths, length=20):
@@ -37,3 +37,9 @@ def test_long_rows_are_counted_exactly():
 
 def test_no_token_is_left_out():
     assert DocumentEnds(2, 1)(ms.Tensor(row(5, 5, 5)[None])).asnumpy().tolist() == [5, 20]
+
+
+def test_compressed_mask_hides_the_future():
+    mask = compressed_causal_mask().asnumpy()
+    assert mask.shape == (2048, 2048) and mask.dtype == "uint8"
+    assert mask[0, 1] == 1 and mask[1, 0] == 0 and mask[5, 5] == 0 and mask.sum() == 2048 * 2047 // 2

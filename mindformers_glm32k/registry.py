@@ -22,7 +22,7 @@ ENTRIES = (
     ("config", "GLM32KConfig", "mindformers_glm32k.config"),
     ("models", "GLM32KForConditionalGeneration", "mindformers_glm32k.model"),
     ("tokenizer", "GLM32KTokenizer", "mindformers_glm32k.tokenizer"),
-    ("processor", "GLM32KProcessor", "mindformers_glm32k.tokenizer.processor"),
+    ("processor", "GLM32KProcessor", "mindformers_glm32k.tokenizer"),
     ("dataset_loader", "GLM32KDataLoader", "mindformers_glm32k.data.loader"),
     ("dataset", "GLM32KDataset", "mindformers_glm32k.data.dataset"),
     ("wrapper", "GLM32KTrainOneStepCell", "mindformers_glm32k.training.step"),

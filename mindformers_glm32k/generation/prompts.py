@@ -1,33 +1,36 @@
 """Prompts in chat format through upstream's text-generation pipeline: what it tokenizes and decodes with."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.glm32k_tokenizer import GLM32KTokenizer
 
+if TYPE_CHECKING:
+    import numpy as np
+    from mindformers.models.tokenization_utils_base import BatchEncoding
+
 
 class ChatPromptTokenizer(GLM32KTokenizer):
-    """Stands where upstream's pipeline expects a tokenizer: prompts become chats, generated rows become answers.
+    """Stands where upstream's pipeline expects a tokenizer: prompts become chats, generated sequences become answers.
 
     Args:
-        vocab_file (str): as GLM32KTokenizer.
-        longest_prompt (int): tokens that a prompt may have so that an answer fits behind it.
+        vocab_file: as GLM32KTokenizer.
+        longest_prompt: tokens that a prompt may have so that an answer fits behind it.
     """
 
-    def __init__(self, vocab_file, longest_prompt):
+    def __init__(self, vocab_file: str | Path, longest_prompt: int):
         # MindFormers' generator takes the tokens before the first trailing pad: pads belong on the right
         super().__init__(vocab_file, padding_side="right")
         self.longest_prompt = longest_prompt
-        self.prompt_lengths = []
+        self.prompt_lengths: list[int] = []
 
-    def __call__(self, prompts, **_):
-        """Chats of one user turn each.
-
-        Args:
-            prompts (str | list[str]): the prompts of one batch.
-
-        Returns:
-            BatchEncoding: input_ids, lists of equal length.
+    def __call__(self, prompts: str | list[str], **_: Any) -> BatchEncoding:
+        """A batch of chats of one user turn each: input_ids, lists of equal length.
 
         Raises:
             InputError: a prompt that leaves no room for an answer.
@@ -43,26 +46,13 @@ class ChatPromptTokenizer(GLM32KTokenizer):
                 )
         return self.build_batch_input(prompts, padding=True, return_tensors=None)
 
-    def decode(self, rows, **_):
-        """Answers of the batch whose prompts were tokenized last.
-
-        Args:
-            rows (list[numpy.ndarray]): prompt and generated tokens of each row.
-
-        Returns:
-            list[str]
-        """
-        return [self.decode_answer(row, length) for row, length in zip(rows, self.prompt_lengths)]
+    def decode(self, sequences: Sequence[np.ndarray], **_: Any) -> list[str]:
+        """Answers of the batch whose prompts were tokenized last, from prompts and generated tokens together."""
+        return [self.decode_answer(ids, length) for ids, length in zip(sequences, self.prompt_lengths)]
 
 
-def read_prompts(input_data):
-    """Prompts from a text, a list of texts, or a file with one prompt a line.
-
-    Args:
-        input_data (str | list[str]): as given to `--predict_data`.
-
-    Returns:
-        list[str]
+def read_prompts(input_data: str | list[str]) -> list[str]:
+    """Prompts from what `--predict_data` was given: a text, a list of texts, or a file with one prompt a line.
 
     Raises:
         InputError: nothing given, an empty prompt, an empty file, or not text.
@@ -82,7 +72,7 @@ def read_prompts(input_data):
             f"no prompt to answer: found {type(input_data).__name__}; give --predict_data TEXT …, or a "
             "file with one prompt a line"
         )
-    for number, prompt in enumerate(prompts, 1):
+    for count, prompt in enumerate(prompts, 1):
         if not prompt.strip():
-            raise InputError(f"prompt {number} is empty; give a text")
+            raise InputError(f"prompt {count} is empty; give a text")
     return prompts

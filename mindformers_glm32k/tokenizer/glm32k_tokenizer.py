@@ -1,23 +1,29 @@
 """GLM32KTokenizer: the published ChatGLM3 tokenizer as a MindFormers tokenizer.
 
-The ids come from `vocabulary.py` and `chat.py`; this module is the interface that MindFormers' YAMLs, Auto
-classes, Trainer and pipelines expect (its chat methods are in `chat_input.py`).
+The ids come from `vocabulary.py` and `chat_format.py`, which has the chat methods too; this module is the interface
+that MindFormers' YAMLs, Auto classes, Trainer and pipelines expect.
 
 Upstream's ChatGLM3Tokenizer is not its base (1.6 to 1.9 alike): it pads on the right, never parses role tokens,
 keeps their names in decoded answers, takes one message in apply_chat_template, cannot be saved as YAML, and lists
 <sop> and <eop> as added tokens with the ids of <|assistant|> and <|observation|>.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from mindformers.models.glm2.glm_processor import GLMProcessor
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.models.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+from mindspore import Tensor
 
 from mindformers_glm32k.checks import did_you_mean
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer import chat_format as chat
-from mindformers_glm32k.tokenizer.chat_input import ChatInput
 from mindformers_glm32k.tokenizer.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 # Names that the YAMLs of ChatGLM2 and 3 give these tokens. Their ids are fixed by the vocabulary all the same.
@@ -30,53 +36,31 @@ _TOKEN_NAMES = {
     "pad_token": ("<unk>", "<pad>"),
     "unk_token": ("<unk>",),
 }
-_PASSED_ON = (
-    "name_or_path",
-    "model_max_length",
-    "max_len",
-    "truncation_side",
-    "model_input_names",
-    "processor_class",
-    "verbose",
+_OWN = ("vocab_file", "encode_special_tokens", "padding_side", "clean_up_tokenization_spaces")
+_PASSED_ON = tuple(
+    "name_or_path model_max_length max_len truncation_side model_input_names processor_class verbose".split()
 )
 # What tokenizer_config.json files and MindFormers' loaders hold besides; without effect here.
-_WITHOUT_EFFECT = (
-    "additional_special_tokens",
-    "added_tokens_decoder",
-    "auto_map",
-    "chat_template",
-    "do_lower_case",
-    "remove_space",
-    "special_tokens_map_file",
-    "split_special_tokens",
-    "tokenizer_class",
-    "tokenizer_file",
-    "type",
+_WITHOUT_EFFECT = tuple(
+    "additional_special_tokens added_tokens_decoder auto_map chat_template do_lower_case remove_space "
+    "special_tokens_map_file split_special_tokens tokenizer_class tokenizer_file type".split()
 )
-_ENCODE_OPTIONS = (
-    "max_length",
-    "stride",
-    "pad_to_multiple_of",
-    "return_tensors",
-    "return_token_type_ids",
-    "return_attention_mask",
-    "return_overflowing_tokens",
-    "return_special_tokens_mask",
-    "return_length",
-    "verbose",
+_ENCODE_OPTIONS = tuple(
+    "max_length stride pad_to_multiple_of return_tensors return_token_type_ids return_attention_mask "
+    "return_overflowing_tokens return_special_tokens_mask return_length verbose".split()
 )
 
 
-class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
+class GLM32KTokenizer(chat.ChatInput, PreTrainedTokenizer):
     """Text and conversations -> ids, as the tokenizer published with THUDM/chatglm3-6b-32k.
 
     Args:
-        vocab_file (str): `tokenizer.model`, the published one or any sentencepiece model.
-        encode_special_tokens (bool): whether <|system|>, <|user|>, <|assistant|> and <|observation|> in a text given
+        vocab_file: `tokenizer.model`, the published one or any sentencepiece model.
+        encode_special_tokens: whether <|system|>, <|user|>, <|assistant|> and <|observation|> in a text given
             to `encode` and its relatives become role tokens. Contents of chat messages never do.
-        padding_side (str): "left" as published; "right" for MindFormers' generator, which expects pads there.
-        clean_up_tokenization_spaces (bool): whether decoding joins punctuation to the word before it.
-        bos_token, eos_token, end_token, mask_token, gmask_token, pad_token, unk_token (str): accepted for the
+        padding_side: "left" as published; "right" for MindFormers' generator, which expects pads there.
+        clean_up_tokenization_spaces: whether decoding joins punctuation to the word before it.
+        bos_token, eos_token, end_token, mask_token, gmask_token, pad_token, unk_token: accepted for the
             YAMLs that name them; the ids are the vocabulary's (1, 2, 0 for <s>, </s>, <unk> = pad).
 
     Raises:
@@ -90,11 +74,11 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
 
     def __init__(
         self,
-        vocab_file=None,
-        encode_special_tokens=False,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        **kwargs,
+        vocab_file: str | Path | None = None,
+        encode_special_tokens: bool = False,
+        padding_side: str = "left",
+        clean_up_tokenization_spaces: bool = False,
+        **kwargs: Any,
     ):
         _check_arguments(kwargs)
         if not vocab_file and kwargs.get("name_or_path"):  # from_pretrained of a folder without the file
@@ -119,21 +103,21 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
     # --- the vocabulary ---
 
     @property
-    def vocab_size(self):
-        """int: pieces and special tokens together; the model's padded_vocab_size must not be smaller."""
+    def vocab_size(self) -> int:
+        """Pieces and special tokens together; the model's padded_vocab_size must not be smaller."""
         return len(self.vocabulary)
 
     @property
-    def stop_token_ids(self):
-        """list[int]: the ids that end an answer: </s>, <|user|>, <|observation|>."""
+    def stop_token_ids(self) -> list[int]:
+        """The ids that end an answer: </s>, <|user|>, <|observation|>."""
         return chat.stop_ids(self.vocabulary)
 
-    def get_vocab(self):
-        """Returns every token with its id (dict[str, int])."""
+    def get_vocab(self) -> dict[str, int]:
+        """Every token with its id."""
         return {self.vocabulary.token(index): index for index in range(self.vocab_size)}
 
-    def get_command(self, token):
-        """Returns the id (int) of a special token, <bos>, <eos>, <pad> or <unk>; InputError for others."""
+    def get_command(self, token: str) -> int:
+        """The id of a special token, <bos>, <eos>, <pad> or <unk>; InputError for others."""
         commands = {
             "<bos>": self.vocabulary.bos_id,
             "<eos>": self.vocabulary.eos_id,
@@ -145,11 +129,11 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
             raise InputError(f"no special token {token!r}; there are {', '.join(commands)}")
         return commands[token]
 
-    def get_prefix_tokens(self):
-        """Returns the ids of [gMASK] sop (list[int])."""
+    def get_prefix_tokens(self) -> list[int]:
+        """The ids of [gMASK] sop."""
         return chat.prefix_ids(self.vocabulary)
 
-    def save_vocabulary(self, save_directory, filename_prefix=None):
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Writes tokenizer.model into the folder (or to the path given); returns its path in a tuple."""
         path = Path(save_directory)
         if path.is_dir():
@@ -173,32 +157,34 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
 
     # --- text ---
 
-    def tokenize(self, text, pair=None, add_special_tokens=False, encode_special_tokens=None):
-        """Returns the pieces of `text` (list[str]), and of `pair` behind them, without the prefix."""
+    def tokenize(
+        self,
+        text: str,
+        pair: str | None = None,
+        add_special_tokens: bool = False,
+        encode_special_tokens: bool | None = None,
+    ) -> list[str]:
+        """The pieces of `text`, and of `pair` behind them, without the prefix."""
         parse = self.encode_special_tokens if encode_special_tokens is None else encode_special_tokens
         return [piece for part in (text, pair) if part is not None for piece in self.vocabulary.pieces(part, parse)]
 
-    def encode_batch(self, texts, num_threads=-1):
-        """Encodes many texts in parallel threads, without the prefix.
-
-        Args:
-            texts (Sequence[str]): the texts.
-            num_threads (int): threads to use, -1 for one per core.
-
-        Returns:
-            list[list[int]]: for each text what `encode(text, add_special_tokens=False)` gives.
-        """
+    def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
+        """For each text what `encode(text, add_special_tokens=False)` gives, in parallel threads (-1: one per core)."""
         if self.encode_special_tokens:
             return [self.vocabulary.encode(text, parse_roles=True) for text in texts]
         return self.vocabulary.encode_batch(texts, num_threads)
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
-        """Returns [gMASK] sop and the ids (list[int]); a pair is joined and ends in </s>."""
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """[gMASK] sop and the ids; a pair is joined and ends in </s>."""
         second = [] if token_ids_1 is None else [*token_ids_1, self.vocabulary.eos_id]
         return [*self.get_prefix_tokens(), *token_ids_0, *second]
 
-    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
-        """Returns 1 for each special token of the sequence that is (to be) built, 0 for the others (list[int])."""
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for each special token of the sequence that is (to be) built, 0 for the others."""
         if not already_has_special_tokens:
             pair = [] if token_ids_1 is None else [0] * len(token_ids_1) + [1]
             return [1] * len(self.get_prefix_tokens()) + [0] * len(token_ids_0) + pair
@@ -240,12 +226,12 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
         **options,
     ):
         _check_encode_options(options, return_offsets_mapping)
-        rows = [
+        pairs = [
             self._text_ids(*_as_pair(item, is_split_into_words), is_split_into_words, encode_special_tokens)
             for item in batch_text_or_text_pairs
         ]
         return self._batch_prepare_for_model(
-            rows,
+            pairs,
             add_special_tokens=add_special_tokens,
             padding_strategy=padding_strategy,
             truncation_strategy=truncation_strategy,
@@ -268,16 +254,22 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
 
         return ids_of(text), None if text_pair is None else ids_of(text_pair)
 
-    def decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs):
-        """Returns the text (str) of ids, or a list of texts for a batch. Ids without text are left out.
+    def decode(
+        self,
+        token_ids: int | Sequence[int] | np.ndarray | Tensor,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str | list[str]:
+        """The text of one id or a sequence of ids; a list of texts for a batch. Ids without text are left out.
 
         Args:
-            token_ids (int | Sequence[int] | numpy.ndarray | mindspore.Tensor): one id, a row, or rows.
-            skip_special_tokens (bool): leave special tokens out instead of writing their names.
-            clean_up_tokenization_spaces (bool | None): None for what the tokenizer was built with.
+            token_ids: one id, a sequence, or a batch.
+            skip_special_tokens: leave special tokens out instead of writing their names.
+            clean_up_tokenization_spaces: None for what the tokenizer was built with.
         """
-        row = [token_ids] if isinstance(token_ids, Integral) else token_ids
-        return super().decode(row, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
+        ids = [token_ids] if isinstance(token_ids, Integral) else token_ids
+        return super().decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
 
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs):
         text = self.vocabulary.decode(token_ids, skip_special_tokens)
@@ -286,8 +278,8 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
         )
         return self.clean_up_tokenization(text) if clean else text
 
-    def convert_tokens_to_string(self, tokens):
-        """Returns the text (str) of pieces (list[str])."""
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of pieces."""
         return self.vocabulary.model.decode_pieces(tokens)
 
     def _pad(
@@ -298,7 +290,7 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
         pad_to_multiple_of=None,
         return_attention_mask=None,
     ):
-        """Adds mask and positions to one row and pads everything in it on `padding_side` (0 in mask and positions)."""
+        """Adds mask and positions to one sequence and pads everything in it on `padding_side` (0 in mask and positions)."""
         length = len(encoded_inputs["input_ids"])
         if return_attention_mask is not False:
             encoded_inputs.setdefault("attention_mask", [1] * length)
@@ -317,9 +309,23 @@ class GLM32KTokenizer(ChatInput, PreTrainedTokenizer):
         }
         for key, filler in fillers.items():
             if key in encoded_inputs:
-                row, padding = list(encoded_inputs[key]), [filler] * (target - length)
-                encoded_inputs[key] = padding + row if self.padding_side == "left" else row + padding
+                ids, padding = list(encoded_inputs[key]), [filler] * (target - length)
+                encoded_inputs[key] = padding + ids if self.padding_side == "left" else ids + padding
         return encoded_inputs
+
+
+class GLM32KProcessor(GLMProcessor):
+    """The `processor` section of the YAML, which MindFormers builds around a tokenizer: upstream's GLMProcessor for
+    GLM32KTokenizer, which upstream's own refuses (it names two tokenizers).
+
+    Args:
+        tokenizer: a GLM32KTokenizer.
+        max_length: texts are padded to so many tokens. Default 128.
+        padding: "max_length" (default), "longest" or "do_not_pad".
+        return_tensors: "ms" (default), "np", or None for lists.
+    """
+
+    tokenizer_class = "AutoTokenizer"
 
 
 def _check_arguments(kwargs):
@@ -331,14 +337,7 @@ def _check_arguments(kwargs):
                 problems.append(f"{key} {str(value)!r} is not ChatGLM3's ({' or '.join(_TOKEN_NAMES[key])})")
         elif key not in _PASSED_ON + _WITHOUT_EFFECT and "name_or_path" not in kwargs:
             # With name_or_path, the arguments come from a tokenizer_config.json that serves other programs, too.
-            known = [
-                *_TOKEN_NAMES,
-                *_PASSED_ON,
-                "vocab_file",
-                "encode_special_tokens",
-                "padding_side",
-                "clean_up_tokenization_spaces",
-            ]
+            known = [*_TOKEN_NAMES, *_PASSED_ON, *_OWN]
             problems.append(f"unknown argument {key!r}{did_you_mean(key, known)}")
     if problems:
         raise InputError("; ".join(problems))

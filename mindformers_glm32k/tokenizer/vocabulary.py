@@ -4,7 +4,11 @@ Ids 0 .. n-1 are the pieces of `tokenizer.model` (n = 64789 in the published one
 in the order of SPECIAL_TOKENS. Needs sentencepiece alone, so that data workers stay light.
 """
 
+from __future__ import annotations
+
+import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -29,17 +33,17 @@ class Vocabulary:
     """Text <-> ids. Picklable: the sentencepiece model travels with it, the file is not read again.
 
     Args:
-        path (str | os.PathLike): the `tokenizer.model` file.
+        path: the `tokenizer.model` file.
 
     Attributes:
-        special (dict[str, int]): the nine special tokens and their ids.
-        bos_id, eos_id, unk_id (int): 1, 2 and 0 in the published vocabulary; unk serves as padding, too.
+        special: the nine special tokens and their ids.
+        bos_id, eos_id, unk_id: 1, 2 and 0 in the published vocabulary; unk serves as padding, too.
 
     Raises:
         InputError: the file is missing, empty, no sentencepiece model, or lacks <s>, </s> or <unk>.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.model = _load(path)
         first = self.model.vocab_size()
         self.special = {token: first + offset for offset, token in enumerate(SPECIAL_TOKENS)}
@@ -55,15 +59,15 @@ class Vocabulary:
         self._special_names = {index: token for token, index in self.special.items()}
         self._silent = {self.bos_id, self.eos_id, self.unk_id}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.model.vocab_size() + len(self.special)
 
-    def encode(self, text, parse_roles=False):
-        """Returns the ids (list[int]) of `text`, without prefix or end token.
+    def encode(self, text: str, parse_roles: bool = False) -> list[int]:
+        """The ids of `text`, without prefix or end token.
 
         Args:
-            text (str): any text. `<|user|>` and the like are plain characters ...
-            parse_roles (bool): ... unless this is True: then the four role tokens become their ids, and each
+            text: any text. `<|user|>` and the like are plain characters ...
+            parse_roles: ... unless this is True: then the four role tokens become their ids, and each
                 stretch between them is encoded on its own.
 
         Raises:
@@ -71,8 +75,8 @@ class Vocabulary:
         """
         return self._encode(text, parse_roles, int, self.special.get)
 
-    def pieces(self, text, parse_roles=False):
-        """As `encode`, but returns the pieces (list[str])."""
+    def pieces(self, text: str, parse_roles: bool = False) -> list[str]:
+        """As `encode`, but pieces instead of ids."""
         return self._encode(text, parse_roles, str, str)
 
     def _encode(self, text, parse_roles, out_type, role_token):
@@ -87,25 +91,17 @@ class Vocabulary:
                 result.extend(self.model.encode(part, out_type=out_type))
         return result
 
-    def encode_batch(self, texts, num_threads=-1):
-        """Encodes many texts at once, in parallel threads; the same ids as `encode` of each.
-
-        Args:
-            texts (Sequence[str]): the texts.
-            num_threads (int): threads to use, -1 for one per core.
-
-        Returns:
-            list[list[int]]: the ids of each text.
-        """
+    def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
+        """The same ids as `encode` of each text, in parallel threads (-1: one per core)."""
         texts = list(texts)
         for text in texts:
             _require_text(text)
         return self.model.encode(texts, out_type=int, num_threads=num_threads) if texts else []
 
-    def decode(self, ids, skip_special_tokens=False):
-        """Returns the text of `ids` (Iterable[int]).
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`.
 
-        <s>, </s>, <unk> and ids outside the vocabulary (a model's padded rows, -100 in labels) have no text.
+        <s>, </s>, <unk> and ids outside the vocabulary (a model's padded vocabulary, -100 in labels) have no text.
         The nine special tokens are written by name, or left out with `skip_special_tokens`.
         """
         ids = [int(index) for index in ids]
@@ -122,8 +118,8 @@ class Vocabulary:
             return ""
         return self.model.id_to_piece(index)
 
-    def token_id(self, token):
-        """Returns the id (int) of a piece or special token; None when there is no such token."""
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece or special token; None when there is no such token."""
         if token in self.special:
             return self.special[token]
         index = self.model.piece_to_id(token)
@@ -131,13 +127,13 @@ class Vocabulary:
             return None
         return index
 
-    def token(self, index):
-        """Returns the piece or special token (str) of the id `index`; IndexError outside the vocabulary."""
+    def token(self, index: int) -> str:
+        """The piece or special token of the id `index`; IndexError outside the vocabulary."""
         if not 0 <= index < len(self):
             raise IndexError(f"token id {index} is outside the vocabulary of {len(self)} tokens")
         return self._special_names.get(index) or self.model.id_to_piece(index)
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> None:
         """Writes the sentencepiece model to `path`, byte for byte the file it came from."""
         with atomic_path(path) as temporary:
             temporary.write_bytes(self.model.serialized_model_proto())

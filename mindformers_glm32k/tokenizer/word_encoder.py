@@ -9,8 +9,13 @@ Only a single space between two words is such a border; more of them belong to t
 spaces (Chinese) are one word, and cost what they did before.
 """
 
+from __future__ import annotations
+
 import re
 from itertools import chain
+from typing import Any
+
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 WORDS = 100_000  # remembered; some 25 MB
 LONGEST = 40  # letters of a word that is remembered
@@ -39,22 +44,19 @@ _PROBES = (
 class WordEncoder:
     """A vocabulary with a faster `encode`; all else is the vocabulary's.
 
-    Args:
-        vocabulary (Vocabulary): the vocabulary.
-
     Attributes:
-        by_words (bool): whether it is one whose pieces end at spaces; if not, `encode` is the vocabulary's own.
+        by_words: whether it is one whose pieces end at spaces; if not, `encode` is the vocabulary's own.
     """
 
-    def __init__(self, vocabulary):
+    def __init__(self, vocabulary: Vocabulary):
         self._vocabulary = vocabulary
         self._words = _Words(vocabulary.model)
         self.by_words = _ends_at_spaces(vocabulary.model) and all(
             self._join(text) == vocabulary.encode(text) for text in _PROBES
         )
 
-    def encode(self, text):
-        """list[int]: exactly what the vocabulary's `encode` returns, its errors included."""
+    def encode(self, text: str) -> list[int]:
+        """Exactly what the vocabulary's `encode` returns, its errors included."""
         if not self.by_words or not isinstance(text, str) or not text.isascii() and _STRANGE.search(text):
             return self._vocabulary.encode(text)
         return self._join(text)
@@ -63,7 +65,7 @@ class WordEncoder:
         words = text.split(" ") if _is_plain(text) else _words_with_spaces(text)
         return list(chain.from_iterable(map(self._words.__getitem__, words)))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)  # while it is being unpickled there is no vocabulary to ask
         return getattr(self._vocabulary, name)
@@ -91,7 +93,7 @@ def _is_plain(text):
 
 
 def _words_with_spaces(text):
-    """list[str]: the words; the first of several spaces is a border, the others are the next word's."""
+    """The words; the first of several spaces is a border, the others are the next word's."""
     body = text.rstrip(" ")
     if not body:
         return [text]  # sentencepiece has pieces of several spaces
@@ -107,6 +109,6 @@ def _words_with_spaces(text):
 
 
 def _ends_at_spaces(model):
-    """bool: whether no piece has a space behind another letter."""
+    """Whether no piece has a space behind another letter."""
     pieces = model.id_to_piece(list(range(model.vocab_size())))
     return not any("\u2581" in piece[1:] and re.search("[^\u2581]\u2581", piece) for piece in pieces)

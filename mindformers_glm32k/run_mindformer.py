@@ -184,7 +184,7 @@ def run(config: MindFormerConfig) -> list[dict] | None:
     from mindformers import Trainer, build_context
 
     from mindformers_glm32k.compat import barrier_on_cpu, set_output_path
-    from mindformers_glm32k.preflight.run_config import check_config
+    from mindformers_glm32k.preflight import check_config
 
     if config.trainer.type == "GLM32KTrainer":
         check_config(config, config.run_mode)

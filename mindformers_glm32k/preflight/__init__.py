@@ -1,0 +1,21 @@
+"""What can be known before a run: of its YAML, its layout, its data and its checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_MODULES = {
+    "check_config": "run_config",
+    "check_run_layout": "run_config",
+    "check_dataset": "data",
+    "check_packing": "data",
+    "check_checkpoint": "checkpoint",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,23 +1,23 @@
 """Compares a checkpoint file with a network before anything is loaded: MindFormers loads what fits and trains the
 rest from random numbers without a word."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING
 
 from mindformers_glm32k.errors import InputError
 
-# Optimizer states that a training checkpoint holds beside the weights.
-_STATE_PREFIXES = ("adam_m.", "adam_v.", "moments.", "moment1.", "moment2.", "accu_grads.", "exp_avg.", "exp_avg_sq.")
+if TYPE_CHECKING:
+    from mindspore import nn
+
 _SHOWN = 5
 
 
-def check_checkpoint(path, network):
+def check_checkpoint(path: str, network: nn.Cell) -> None:
     """Refuses a checkpoint whose weights are not those of the network.
 
     Folders (per-rank or per-layer files) are left to MindFormers, which knows their layout.
-
-    Args:
-        path (str): checkpoint file, .ckpt or .safetensors.
-        network (Cell): the network that will load it.
 
     Raises:
         InputError: missing, extra or misshapen parameters, all named with their shapes.
@@ -50,12 +50,14 @@ def check_checkpoint(path, network):
         )
 
 
-def _is_state(name, shape):
+def _is_state(name: str, shape: tuple) -> bool:
     """Whether an entry is an optimizer state or one of the trainer's counters: scalars such as epoch_num."""
-    return name.startswith(_STATE_PREFIXES) or ("." not in name and shape in ((), (1,)))
+    from mindformers_glm32k.weights.parameters import STATE_PREFIXES
+
+    return name.startswith(STATE_PREFIXES) or ("." not in name and shape in ((), (1,)))
 
 
-def _parameters(network):
+def _parameters(network: nn.Cell) -> tuple[dict, dict]:
     """Names and shapes that a checkpoint must have, and those it may have (LoRA adapters, caches)."""
     wanted, optional = {}, {}
     for parameter in network.get_parameters():

@@ -4,10 +4,18 @@ MindFormers finds such mistakes late, one at a time and in its own words, or pas
 takes any key.
 """
 
+from __future__ import annotations
+
 import inspect
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from mindformers_glm32k.checks import did_you_mean, is_int, is_number
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.parallel import AXES, check_layout, one_program
+
+if TYPE_CHECKING:
+    from mindformers.tools.register import MindFormerConfig
 
 
 def _is_int(least):
@@ -84,14 +92,16 @@ _EVALUATE = {
 }
 _PREDICT = {"processor": None, "processor.tokenizer": "tokenizer"}
 
+_LAYOUT = (*AXES, "micro_batch_num", "use_seq_parallel", "context_parallel_algo", "ulysses_degree_in_cp")
 
-def check_config(config, run_mode, built=()):
+
+def check_config(config: MindFormerConfig, run_mode: str, built: Iterable[str] = ()) -> None:
     """Checks what a run needs; everything that is wrong with it is named at once.
 
     Args:
-        config (MindFormerConfig): the configuration, its values normalized.
-        run_mode (str): "train", "finetune", "eval" or "predict".
-        built (Iterable[str]): sections that are not read, because the caller brings an object for them.
+        config: the configuration, its values normalized.
+        run_mode: "train", "finetune", "eval" or "predict".
+        built: sections that are not read, because the caller brings an object for them.
 
     Raises:
         InputError: sections missing, values of a wrong type, classes that are not registered, keys that a class does
@@ -136,13 +146,28 @@ def check_config(config, run_mode, built=()):
         load("GLM32KConfig")(**config.model.model_config)
 
 
-def _value(config, dotted):
+def check_run_layout(config: MindFormerConfig) -> None:
+    """Sizes against the layout and the number of processes, where one program is cut over the devices; data parallel
+    processes hold all of it."""
+    if not config.use_parallel or not one_program(config):
+        return
+    from mindspore.communication import get_group_size
+
+    parallel = config.parallel_config
+    if not isinstance(parallel, dict):  # upstream's Trainer has made an object of it
+        parallel = {name: getattr(parallel, name, None) for name in _LAYOUT}
+        algorithm = parallel["context_parallel_algo"]
+        parallel["context_parallel_algo"] = getattr(algorithm, "value", algorithm)
+    check_layout({**config, "parallel_config": parallel}, get_group_size())
+
+
+def _value(config: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         config = config.get(key) if isinstance(config, dict) else None
     return config
 
 
-def _class_problems(section, category, key):
+def _class_problems(section: Any, category: str, key: str) -> list[str]:
     """What is wrong with `type` and the other keys of a section that a class is built from."""
     from mindformers.tools.register import MindFormerRegister
 
@@ -162,16 +187,9 @@ def _class_problems(section, category, key):
     ]
 
 
-def constructor_keys(cls):
-    """What a class can be built with.
-
-    Args:
-        cls (type): the class.
-
-    Returns:
-        tuple[set[str], bool]: names that it takes by keyword, those that it passes on to its bases included; and
-        whether that is all (False: it takes any).
-    """
+def constructor_keys(cls: type) -> tuple[set[str], bool]:
+    """Names that a class takes by keyword, those that it passes on to its bases included; and whether that is all
+    (False: it takes any)."""
     names = set()
     for base in cls.__mro__:
         constructor = vars(base).get("__init__") or vars(base).get("__new__")

@@ -5,32 +5,18 @@ import copy
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.trainer import CausalLanguageModelingTrainer
-from mindspore.communication import get_group_size
 
 from mindformers_glm32k import compat
-from mindformers_glm32k.data.dataset import check_vocabulary, row_length
+from mindformers_glm32k.data.dataset import check_vocabulary
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.generation.prompts import ChatPromptTokenizer, read_prompts
 from mindformers_glm32k.overrides import normalize_values
-from mindformers_glm32k.parallel import check_layout, one_program, pipeline_stages
-from mindformers_glm32k.preflight.checkpoint import check_checkpoint
-from mindformers_glm32k.preflight.packing import check_packing
-from mindformers_glm32k.preflight.run_config import check_config
+from mindformers_glm32k.parallel import pipeline_stages
+from mindformers_glm32k.preflight import check_checkpoint, check_config, check_dataset, check_packing, check_run_layout
 from mindformers_glm32k.training.wrappers import innermost_network
 from mindformers_glm32k.weights import checkpoint_to_load
-
-_LAYOUT_KEYS = (
-    "data_parallel",
-    "model_parallel",
-    "context_parallel",
-    "pipeline_stage",
-    "micro_batch_num",
-    "use_seq_parallel",
-    "context_parallel_algo",
-    "ulysses_degree_in_cp",
-)
 
 
 class GLM32KTrainer(CausalLanguageModelingTrainer):
@@ -44,12 +30,12 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
     def train(self, config=None, **kwargs):
         normalize_values(config)
         check_config(config, "train", _built(kwargs, "train_dataset"))
-        _check_layout(config)
+        check_run_layout(config)
         _convert_huggingface_folder(config)
         if kwargs.get("dataset") is None:
-            _check_rows(config, "train_dataset")
+            check_dataset(config, "train_dataset")
         if config.do_eval and kwargs.get("eval_dataset") is None:
-            _check_rows(config, "eval_dataset")
+            check_dataset(config, "eval_dataset")
         _name_columns(config, ["train_dataset", "eval_dataset"] if config.do_eval else ["train_dataset"])
         with compat.barrier_on_cpu():
             super().train(config=config, **kwargs)
@@ -57,10 +43,10 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
     def evaluate(self, config=None, **kwargs):
         normalize_values(config)
         check_config(config, "eval", _built(kwargs, "eval_dataset"))
-        _check_layout(config)
+        check_run_layout(config)
         _convert_huggingface_folder(config)
         if kwargs.get("dataset") is None:
-            _check_rows(config, "eval_dataset")
+            check_dataset(config, "eval_dataset")
         _name_columns(config, ["eval_dataset"])
         with compat.barrier_on_cpu():
             super().evaluate(config=config, **kwargs)
@@ -80,7 +66,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         """
         normalize_values(config)
         check_config(config, "predict", () if tokenizer is None else ("processor",))
-        _check_layout(config)
+        check_run_layout(config)
         _convert_huggingface_folder(config)
         prompts = read_prompts(config.input_data if input_data is None else input_data)
         model = config.model.model_config
@@ -152,18 +138,6 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         return network
 
 
-def _check_layout(config):
-    """Sizes against the layout, where one program is cut over the devices; data parallel processes hold all of it."""
-    if not config.use_parallel or not one_program(config):
-        return
-    parallel = config.parallel_config
-    if not isinstance(parallel, dict):  # upstream's Trainer has made an object of it
-        parallel = {name: getattr(parallel, name, None) for name in _LAYOUT_KEYS}
-        algorithm = parallel["context_parallel_algo"]
-        parallel["context_parallel_algo"] = getattr(algorithm, "value", algorithm)
-    check_layout({**config, "parallel_config": parallel}, get_group_size())
-
-
 def _convert_huggingface_folder(config):
     """A Hugging Face folder in load_checkpoint becomes a checkpoint in the model's layout, whatever its kind."""
     path, model = compat.checkpoint_path(config), config.model.model_config
@@ -204,17 +178,3 @@ def _name_columns(config, sections):
         config[section].construct_args_key = list(PACKED_COLUMNS)
     if config.train_dataset and config.train_dataset.get("packing"):
         config.train_dataset.input_columns = list(PACKED_COLUMNS)  # 1.8 and 1.9 take them for the default
-
-
-def _check_rows(config, section):
-    """Vocabulary and row length of one data set against the model."""
-    dataset = config[section]
-    model = config.model.model_config
-    rows = row_length(dataset)
-    if rows > model.seq_length:
-        raise InputError(
-            f"{section}: rows have {rows} tokens (max_source_length {dataset.max_source_length} + "
-            f"max_target_length {dataset.max_target_length} + 1), more than model_config.seq_length="
-            f"{model.seq_length}; lower them or raise seq_length"
-        )
-    check_vocabulary(build_tokenizer(copy.deepcopy(dataset.tokenizer)), model.padded_vocab_size)

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.preflight.checkpoint import check_checkpoint
+from mindformers_glm32k.preflight import check_checkpoint
 
 
 class Network(nn.Cell):

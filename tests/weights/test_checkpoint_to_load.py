@@ -94,8 +94,8 @@ def test_the_trainer_loads_the_converted_file(folders, monkeypatch, mode):
     monkeypatch.setattr(
         CausalLanguageModelingTrainer, "predict_process", lambda self, config=None, **_: seen.append(config) or []
     )
-    for check in ("_check_rows", "check_vocabulary", "check_config"):  # of what this run has not: data, a tokenizer
-        monkeypatch.setattr(trainer, check, lambda *_: None, raising=False)
+    for check in ("check_dataset", "check_vocabulary", "check_config"):  # of what this run has not: data, a tokenizer
+        monkeypatch.setattr(trainer, check, lambda *_: None)
     monkeypatch.setattr(trainer, "ChatPromptTokenizer", lambda *_, **__: None)
     config = MindFormerConfig(str(ROOT / "research" / "glm32k" / "predict_glm32k_tiny_cpu.yaml"))
     config.load_checkpoint, config.output_dir = str(folders / "bin"), str(folders / "run")

@@ -178,7 +178,7 @@ def save_rows(folder, steps, launcher_arguments):
     is read from its start again when it ends. Nothing is written when its files are not there."""
     from mindformers.dataset import build_dataset
 
-    from mindformers_glm32k.preflight.packing import check_packing
+    from mindformers_glm32k.preflight import check_packing
 
     config, missing = _read(folder, launcher_arguments)
     if missing:

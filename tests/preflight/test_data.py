@@ -4,7 +4,7 @@ import pytest
 from mindformers.tools.register import MindFormerConfig
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.preflight.packing import check_packing
+from mindformers_glm32k.preflight import check_packing
 
 
 def config(section="train_dataset", rows=1, wanted=None, packing=True, **model):
@@ -51,7 +51,7 @@ def test_a_lower_limit_stays():
             "train_dataset.documents_per_row=200: the program has places for model_config.documents_per_row=127",
         ),
         ({"attention_dropout": 0.1}, "model_config.attention_dropout=0.1: must be 0"),
-        ({"rows": 9}, ".*runner_config.batch_size=9 rows .* 112 is the most"),
+        ({"rows": 9}, ".*runner_config.batch_size=9 sequences .* 112 is the most"),
     ],
 )
 def test_what_cannot_work_is_refused(values, words):

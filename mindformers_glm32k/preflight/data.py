@@ -23,7 +23,7 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
     length = row_length(dataset)
     if length > model.seq_length:
         raise InputError(
-            f"{section}: rows have {length} tokens (max_source_length {dataset.max_source_length} + "
+            f"{section}: sequences have {length} tokens (max_source_length {dataset.max_source_length} + "
             f"max_target_length {dataset.max_target_length} + 1), more than model_config.seq_length="
             f"{model.seq_length}; lower them or raise seq_length"
         )

@@ -1,15 +1,17 @@
-"""What a train step does in another way on portable cells: one forward pass instead of two, norms by rows, and an update
-in place.
+"""What a train step does in another way on portable cells: one forward pass instead of two, norms axis by axis, and an
+update in place.
 
 Upstream's train step runs the network for the loss and again inside the gradient; on NPUs the compiler joins the two,
 loops it does not join. Upstream's AdamW is written in some twenty operators for each parameter; on CPU each of them
 makes a tensor of the parameter's size, 2.6 GB for the two vocabulary matrices of 65024 x 512.
 """
 
+from __future__ import annotations
+
 import mindspore.common.dtype as mstype
 from mindformers.core.clip_grad import ClipGradNorm, apply_global_norm
 from mindformers.core.optim.adamw import AdamW
-from mindspore import nn, ops
+from mindspore import ParameterTuple, Tensor, nn, ops
 from mindspore.ops import composite as C
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
@@ -17,16 +19,10 @@ from mindspore.ops import operations as P
 _square_sum = C.MultitypeFuncGraph("glm32k_square_sum")
 
 
-def sum_of(x):
-    """Sum of all elements.
+def sum_of(x: Tensor) -> Tensor:
+    """Sum () of all elements of a tensor of one axis or more, in float32.
 
     One axis after the other: MindSpore's CPU kernel takes thirty times as long for all axes of a matrix at once.
-
-    Args:
-        x (Tensor): of one axis or more.
-
-    Returns:
-        Tensor: () float32.
     """
     return ops.cast(x, mstype.float32).reshape((-1, x.shape[-1])).sum(-1).sum()
 
@@ -51,19 +47,15 @@ class _ScaledLoss(nn.Cell):
 class LossAndGradients(nn.Cell):
     """The loss of a network and the gradients of (loss * scale), by one forward pass.
 
-    Args:
-        network (Cell): returns the loss ().
-        weights (ParameterTuple): what is trained.
-
     Inputs:
-        scale (Tensor): the loss scale.
-        *inputs (Tensor): the network's.
+        scale (Tensor): the loss scale ().
+        *inputs (Tensor): the network's, which returns the loss ().
 
     Outputs:
-        tuple: loss, tuple of gradients.
+        tuple: loss, tuple of gradients of the weights.
     """
 
-    def __init__(self, network, weights):
+    def __init__(self, network: nn.Cell, weights: ParameterTuple):
         super().__init__(auto_prefix=False)
         self.function = ops.value_and_grad(_ScaledLoss(network), None, weights, has_aux=True)
 
@@ -115,13 +107,10 @@ class InPlaceAdamW(AdamW):
         return updated
 
 
-def update_in_place(optimizer):
+def update_in_place(optimizer: nn.Optimizer) -> None:
     """Makes upstream's AdamW update its parameters in place, where the kernel can: all float32, no sharding.
 
     Parameters, states, their names and settings stay; another optimizer is left as it is.
-
-    Args:
-        optimizer (Optimizer): changed.
     """
     if type(optimizer) is not AdamW or optimizer.use_parallel or not all(optimizer.optim_filter):
         return

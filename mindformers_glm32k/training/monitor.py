@@ -1,5 +1,7 @@
 """GLM32KMonitor: throughput in tokens/s/p beside MindFormers' progress lines, and the loss curve as CSV and PNG."""
 
+from __future__ import annotations
+
 import csv
 import math
 import os
@@ -10,7 +12,7 @@ import numpy as np
 from mindformers.tools.logger import logger
 from mindformers.tools.utils import get_output_root_path
 from mindspore.communication import GlobalComm, get_group_size, get_rank
-from mindspore.train.callback import Callback
+from mindspore.train.callback import Callback, RunContext
 
 from mindformers_glm32k.checks import whole_number
 from mindformers_glm32k.files import atomic_path
@@ -28,11 +30,11 @@ class GLM32KMonitor(Callback):
     stage, which is where the loss is. A resumed run continues the file of the run before it.
 
     Args:
-        output_dir (str): folder of the curve. Default: MindFormers' output folder.
-        per_print_times (int): log every so many steps, >= 1. Default 1.
+        output_dir: folder of the curve. Default: MindFormers' output folder.
+        per_print_times: log every so many steps, >= 1.
     """
 
-    def __init__(self, output_dir=None, per_print_times=1):
+    def __init__(self, output_dir: str | None = None, per_print_times: int = 1):
         super().__init__()
         self.output_dir = output_dir or get_output_root_path()
         self.per_print_times = whole_number(per_print_times, "GLM32KMonitor.per_print_times", 1)
@@ -40,7 +42,7 @@ class GLM32KMonitor(Callback):
         self.started = None
         self.step_before = 0
 
-    def on_train_begin(self, run_context):
+    def on_train_begin(self, run_context: RunContext) -> None:
         arguments = run_context.original_args()
         devices = get_group_size() if GlobalComm.INITED else 1
         rank = get_rank() if GlobalComm.INITED else 0
@@ -51,10 +53,10 @@ class GLM32KMonitor(Callback):
         self.step_before = arguments.cur_step_num
         self.rows = self._rows_before(self._global_step(arguments))
 
-    def on_train_step_begin(self, run_context):
+    def on_train_step_begin(self, run_context: RunContext) -> None:
         self.started = time.perf_counter()
 
-    def on_train_step_end(self, run_context):
+    def on_train_step_end(self, run_context: RunContext) -> None:
         seconds = time.perf_counter() - self.started
         arguments = run_context.original_args()
         steps = max(1, arguments.cur_step_num - self.step_before)  # a sink holds several
@@ -73,21 +75,15 @@ class GLM32KMonitor(Callback):
         if self.writes and len(self.rows) % ROWS_BETWEEN_SAVES == 0:
             self._save_table()
 
-    def on_train_end(self, run_context):
+    def on_train_end(self, run_context: RunContext) -> None:
         if not self.writes or not self.rows:
             return
         skipped = sum(row["overflow"] for row in self.rows)
         speed = np.median([row["tokens_per_second_per_device"] for row in self.rows[1:] or self.rows])
-        table, picture = self._save_table(), self._save_picture()
+        first, last = self.rows[0], self.rows[-1]
         logger.info(
             "training: %d steps, %d skipped, loss %.4f -> %.4f, median %.1f tokens/s/p; curve: %s, %s",
-            self.rows[-1]["step"],
-            skipped,
-            self.rows[0]["loss"],
-            self.rows[-1]["loss"],
-            speed,
-            table,
-            picture,
+            *(last["step"], skipped, first["loss"], last["loss"], speed, self._save_table(), self._save_picture()),
         )
 
     @staticmethod
@@ -137,8 +133,8 @@ class GLM32KMonitor(Callback):
 
 
 def _sharers(devices):
-    """How many devices read the same rows. In data parallel each reads its own; in the semi-automatic modes all read
-    the whole batch, or as the first dimension of dataset_strategy says."""
+    """How many devices read the same sequences. In data parallel each reads its own; in the semi-automatic modes all
+    read the whole batch, or as the first dimension of dataset_strategy says."""
     if not one_program():
         return 1
     strategy = ms.get_auto_parallel_context("dataset_strategy")

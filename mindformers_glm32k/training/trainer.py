@@ -1,10 +1,14 @@
 """GLM32KTrainer: upstream's causal language modeling trainer, which checks its inputs before it starts."""
 
+from __future__ import annotations
+
 import copy
 
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer import CausalLanguageModelingTrainer
+from mindspore import nn
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.data.dataset import check_vocabulary
@@ -15,6 +19,7 @@ from mindformers_glm32k.generation.prompts import ChatPromptTokenizer, read_prom
 from mindformers_glm32k.overrides import normalize_values
 from mindformers_glm32k.parallel import pipeline_stages
 from mindformers_glm32k.preflight import check_checkpoint, check_config, check_dataset, check_packing, check_run_layout
+from mindformers_glm32k.tokenizer import GLM32KTokenizer
 from mindformers_glm32k.training.wrappers import innermost_network
 from mindformers_glm32k.weights import checkpoint_to_load
 
@@ -23,15 +28,12 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
     """Training, evaluation and prediction of GLM32K from a MindFormers configuration.
 
     Before the run starts it reads numbers and null as written (1e-5, None), and refuses with an InputError values of
-    a wrong type, a vocabulary that does not fit the model, rows longer than seq_length, and a checkpoint with missing,
-    extra or misshapen parameters. Prediction puts prompts into the chat format and returns answers only.
+    a wrong type, a vocabulary that does not fit the model, sequences longer than seq_length, and a checkpoint with
+    missing, extra or misshapen parameters. Prediction puts prompts into the chat format and returns answers only.
     """
 
-    def train(self, config=None, **kwargs):
-        normalize_values(config)
-        check_config(config, "train", _built(kwargs, "train_dataset"))
-        check_run_layout(config)
-        _convert_huggingface_folder(config)
+    def train(self, config: MindFormerConfig | None = None, **kwargs) -> None:
+        _prepare(config, "train", _built(kwargs, "train_dataset"))
         if kwargs.get("dataset") is None:
             check_dataset(config, "train_dataset")
         if config.do_eval and kwargs.get("eval_dataset") is None:
@@ -40,34 +42,29 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         with compat.barrier_on_cpu():
             super().train(config=config, **kwargs)
 
-    def evaluate(self, config=None, **kwargs):
-        normalize_values(config)
-        check_config(config, "eval", _built(kwargs, "eval_dataset"))
-        check_run_layout(config)
-        _convert_huggingface_folder(config)
+    def evaluate(self, config: MindFormerConfig | None = None, **kwargs) -> None:
+        _prepare(config, "eval", _built(kwargs, "eval_dataset"))
         if kwargs.get("dataset") is None:
             check_dataset(config, "eval_dataset")
         _name_columns(config, ["eval_dataset"])
         with compat.barrier_on_cpu():
             super().evaluate(config=config, **kwargs)
 
-    def predict(self, config=None, input_data=None, network=None, tokenizer=None, batch_size=None, **kwargs):
-        """Answers prompts.
+    def predict(
+        self,
+        config: MindFormerConfig | None = None,
+        input_data: str | list[str] | None = None,
+        network: nn.Cell | None = None,
+        tokenizer: GLM32KTokenizer | None = None,
+        batch_size: int | None = None,
+        **kwargs,
+    ) -> list[dict]:
+        """Answers prompts, or a file with one a line: input_data, by default config.input_data.
 
-        Args:
-            config (MindFormerConfig): the configuration.
-            input_data (str | list[str]): prompts, or a file with one a line; default config.input_data.
-            network (Cell): the model; built from the configuration by default.
-            tokenizer (GLM32KTokenizer): built from config.processor.tokenizer by default.
-            batch_size (int): prompts per batch.
-
-        Returns:
-            list[dict]: upstream's {"text_generation_text": [answers]}, one per batch, or in 1.6 one per prompt.
+        Network and tokenizer are built from the configuration by default. Returns upstream's
+        {"text_generation_text": [answers]}, one per batch, or in 1.6 one per prompt.
         """
-        normalize_values(config)
-        check_config(config, "predict", () if tokenizer is None else ("processor",))
-        check_run_layout(config)
-        _convert_huggingface_folder(config)
+        _prepare(config, "predict", () if tokenizer is None else ("processor",))
         prompts = read_prompts(config.input_data if input_data is None else input_data)
         model = config.model.model_config
         tokenizer = tokenizer or build_tokenizer(copy.deepcopy(config.processor.tokenizer))
@@ -112,14 +109,14 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         self._keep_our_step(super()._reset_wrapper_for_grad_accu, gradient_accumulation_steps)
 
     def _keep_our_step(self, choose, *args):
-        """Lets upstream choose the step that cuts a batch, and takes the plugin's sibling of it for the plugin's own."""
+        """Upstream's choice of the train step that splits a batch, with the plugin's step in place of upstream's."""
         step = self.config.runner_wrapper
         ours = step is not None and step.type in ("GLM32KTrainOneStepCell", "GLM32KPipelineTrainOneStepCell")
         choose(*args)
         if ours:
             step.type = "GLM32KPipelineTrainOneStepCell"
 
-    def create_network(self, default_args=None):
+    def create_network(self, default_args: dict | None = None) -> nn.Cell:
         if pipeline_stages() == 1 and self.config.runner_config.gradient_accumulation_steps in (None, 1):
             # Behind an inlined cell the compiler no longer finds the parameters of which several devices hold copies,
             # and counts each copy in the gradient's norm. MindFormers 1.8 and 1.9 switch it off themselves.
@@ -138,17 +135,20 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         return network
 
 
+def _prepare(config, run, built):
+    """The checks of every run, and a checkpoint in the model's layout; sections in `built` come from the caller."""
+    normalize_values(config)
+    check_config(config, run, built)
+    check_run_layout(config)
+    _convert_huggingface_folder(config)
+
+
 def _convert_huggingface_folder(config):
     """A Hugging Face folder in load_checkpoint becomes a checkpoint in the model's layout, whatever its kind."""
     path, model = compat.checkpoint_path(config), config.model.model_config
-    chosen = checkpoint_to_load(
-        path,
-        config.output_dir or "./output",
-        config.get("load_ckpt_format"),
-        model.get("qkv_concat", True),
-        model.get("mlp_concat", True),
-        bool(config.auto_trans_ckpt),
-    )
+    concat = (model.get("qkv_concat", True), model.get("mlp_concat", True))
+    folder, suffix = config.output_dir or "./output", config.get("load_ckpt_format")
+    chosen = checkpoint_to_load(path, folder, suffix, *concat, bool(config.auto_trans_ckpt))
     if chosen != path:
         logger.info("%s is a Hugging Face folder; loading %s, converted from it", path, chosen)
         compat.set_checkpoint_path(config, chosen)
@@ -169,7 +169,7 @@ def _name_columns(config, sections):
     """Where any of these data sets is packed, the model gets its columns by name.
 
     The network is one for training and the evaluation in between, and upstream hands it the columns in the order of
-    the training data; unpacked rows are those columns without the last three.
+    the training data; unpacked sequences are those columns without the last three.
     """
     if not any(config[section] and config[section].get("packing") for section in sections):
         return

@@ -30,13 +30,10 @@ def interleave_num(network: nn.Cell) -> int:
 
 
 def index_of_input(network: nn.Cell, name: str, default: int) -> int:
-    """Which of a wrapped network's inputs goes to the model's argument `name`.
+    """Which of a wrapped network's inputs goes to the argument `name` of the model's construct.
 
-    Args:
-        network: the network with whatever wraps it. Where the data set chose the order of the inputs
-            (`construct_args_key`) and has no such column, the name is added at the end.
-        name: of an argument of the model's construct.
-        default: its index where inputs go to the model's arguments in their order.
+    `default` is its index where inputs go to the arguments in their order. Where the data set chose the order
+    (`construct_args_key`) and has no such column, the name is added at the end.
     """
     for cell in _wrapped_cells(network):
         keys = getattr(cell, "construct_args_key", None)

@@ -63,7 +63,7 @@ def test_rows_longer_than_the_model(run, section, options, capsys):
     run, *more = run.split()
     error = refused(options(run) + more + [f"--{section}.max_source_length", "241"], capsys)
     assert error.startswith(
-        f"error: {section}: rows have 257 tokens (max_source_length 241 + max_target_length 15 + 1), "
+        f"error: {section}: sequences have 257 tokens (max_source_length 241 + max_target_length 15 + 1), "
         "more than model_config.seq_length=256"
     )
 
@@ -119,7 +119,8 @@ def test_rows_longer_than_their_own_length(options, capsys):
         ("--callbacks.1.per_print_times=x", "GLM32KMonitor.per_print_times: 'x' is not a whole number"),
         (
             "--callbacks.2.type=CheckpointMonitr",
-            "callbacks.2.type: no callback class is registered as 'CheckpointMonitr', did you mean 'CheckpointMonitor'?",
+            "callbacks.2.type: no callback class is registered as 'CheckpointMonitr', "
+            "did you mean 'CheckpointMonitor'?",
         ),
         ("--callbacks.0=text", "callbacks.0.type"),
         ("--train_dataset_task.type=Nope", "train_dataset_task.type: no dataset class is registered as 'Nope'"),

@@ -92,8 +92,9 @@ class Runs:
         )
 
     def options(self, config, changes):
-        """The launcher's options for a run on the data, shrunk to rows of 48 tokens; changes by dotted key. A model that
-        is trained could take longer ones, so that its layers are loops."""
+        """The launcher's options for a run on the data, shrunk to sequences of 48 tokens; changes by dotted key.
+
+        A model that is trained could take longer ones, so that its layers are tiled."""
         values = {
             "model.model_config.seq_length": 48 if config == PREDICT else 1024,
             "model.model_config.padded_vocab_size": 512,

@@ -1,4 +1,4 @@
-"""The README's table of rehearsals, from the folders that `glm32k dryrun --execute` wrote.
+"""The table of simulations in docs/dryrun.md, from the folders that `glm32k dryrun --execute` wrote.
 
 python benchmarks/rehearsals.py FOLDER …
 """

@@ -16,7 +16,7 @@ EXAMPLES = ROOT / "scripts" / "examples" / "glm32k"
 CONFIGS = ROOT / "research" / "glm32k"
 SHELL_SCRIPTS = [LAUNCHER, *sorted(EXAMPLES.glob("*.sh")), ROOT / ".ci" / "run"]
 
-# Stands in for msrun: writes its arguments down, and a failed job's logs where FAIL_RANK says which worker failed.
+# Takes the place of msrun: writes its arguments down, and a failed job's logs where FAIL_RANK says which worker failed.
 FAKE_MSRUN = """#!/bin/bash
 printf '%s\\n' "$@" > msrun_arguments
 if [[ -n ${FAIL_RANK:-} ]]; then
@@ -30,7 +30,7 @@ exit ${STATUS:-0}
 
 @pytest.fixture
 def environment(tmp_path):
-    """Environment variables in which `msrun` is the stand-in and `python` is this one; no log suffixes."""
+    """Environment variables in which `msrun` is the fake one and `python` is this one; no log suffixes."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "msrun").write_text(FAKE_MSRUN)

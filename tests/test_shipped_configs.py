@@ -187,7 +187,7 @@ def test_the_layout_uses_the_devices_that_the_first_line_names(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "tiny" in name])
 def test_the_tiny_ones_have_the_keys_of_the_large_ones(name):
-    """What is learnt on the tiny model applies to the large one. The differences are the devices' own."""
+    """What one learns on the tiny model applies to the large one. The differences are the devices' own."""
 
     def keys(file):
         return {

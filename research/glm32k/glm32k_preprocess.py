@@ -1,4 +1,4 @@
-"""Writes LongBench as training rows in the AdGen layout, with the options of upstream's glm32k_preprocess.py and more.
+"""Writes LongBench as training records in the AdGen layout; takes upstream's options of this script, and more.
 
     python research/glm32k/glm32k_preprocess.py --data_path data --output_path out \
         --prompt_config_file dataset2prompt.json --is_longbench_e True

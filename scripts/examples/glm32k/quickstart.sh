@@ -94,7 +94,7 @@ only() {  # PATTERN: the one file of the data that matches
 train=$(only '*train*.jsonl') || exit 1
 held_out=$(only '*eval*.jsonl') || exit 1
 vocabulary=$(only 'tokenizer.model') || exit 1
-say "    $(wc -l < "$train") rows to train on, $(wc -l < "$held_out") held out: $data"
+say "    $(wc -l < "$train") records to train on, $(wc -l < "$held_out") held out: $data"
 
 # ---- 4: fine-tuning
 next "fine-tuning finetune_glm32k_tiny_cpu.yaml"
@@ -130,8 +130,8 @@ python - "$held_out" "$output/prompts.txt" <<'PYTHON' || fail "cannot read $held
 import json
 import sys
 
-with open(sys.argv[1], encoding="utf-8") as rows, open(sys.argv[2], "w", encoding="utf-8") as prompts:
-    for line in rows:
+with open(sys.argv[1], encoding="utf-8") as records, open(sys.argv[2], "w", encoding="utf-8") as prompts:
+    for line in records:
         print(json.loads(line)["content"].replace("\n", r"\n"), file=prompts)
 PYTHON
 bash "$root/scripts/examples/glm32k/run_glm32k_predict.sh" "$configs/predict_glm32k_tiny_cpu.yaml" \
@@ -141,8 +141,8 @@ python - "$held_out" "$output/answers.txt" <<'PYTHON' || fail "the answers do no
 import json
 import sys
 
-with open(sys.argv[1], encoding="utf-8") as rows:
-    wanted = [json.loads(line)["summary"].strip() for line in rows]
+with open(sys.argv[1], encoding="utf-8") as records:
+    wanted = [json.loads(line)["summary"].strip() for line in records]
 with open(sys.argv[2], encoding="utf-8") as file:
     answers = file.read().split("\n")[:-1]
 if len(answers) != len(wanted):

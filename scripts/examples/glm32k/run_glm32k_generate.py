@@ -4,11 +4,15 @@ MindFormers logs to stdout; its lines, and those of the libraries below it (whic
 the --log file instead.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from typing import TextIO
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.run_mindformer import read_config, run
@@ -17,7 +21,7 @@ from mindformers_glm32k.run_mindformer import read_config, run
 PROMPTS = ("晚上睡不着应该怎么办", "使用python编写快速排序代码")
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config_path", required=True, help="YAML for prediction, e.g. predict_glm32k.yaml")
@@ -34,29 +38,15 @@ def build_parser():
     return parser
 
 
-def rows_in_cache(model_config):
-    """How many rows of seq_length tokens the key-value cache can hold: num_blocks x block_size slots.
-
-    Args:
-        model_config (dict): the YAML's model_config.
-
-    Returns:
-        int | None: None without a cache.
-    """
+def sequences_in_cache(model_config: dict) -> int | None:
+    """How many sequences of seq_length tokens the cache's num_blocks x block_size slots hold; None without a cache."""
     if not model_config.use_past:
         return None
     return max(1, model_config.num_blocks * model_config.block_size // model_config.seq_length)
 
 
-def answer(args):
-    """Reads the configuration, runs the prediction.
-
-    Args:
-        args (argparse.Namespace): see `build_parser`.
-
-    Returns:
-        list[str]: one answer per prompt.
-    """
+def answer(args: argparse.Namespace) -> list[str]:
+    """Reads the configuration and runs the prediction; one answer per prompt."""
     config = read_config(
         [
             "--config",
@@ -73,19 +63,15 @@ def answer(args):
     config.input_data = prompts if len(prompts) > 1 else prompts[0]
     config.save_file = os.path.join(os.path.dirname(os.path.abspath(args.log)), "text_generation_result.txt")
     model_config = config.model.model_config
-    limit = args.batch_size or rows_in_cache(model_config)
+    limit = args.batch_size or sequences_in_cache(model_config)
     config.predict_batch_size = model_config.batch_size = min(limit or len(prompts), len(prompts))
     return [text for result in run(config) for text in result["text_generation_text"]]
 
 
-def take_streams(path):
-    """Sends everything that any library of this process writes to stdout or stderr into a file, until it ends.
+def take_streams(path: str) -> tuple[TextIO, TextIO]:
+    """Sends everything that any library of this process writes to stdout or stderr into the file `path`, until it ends.
 
-    Args:
-        path (str): the log file.
-
-    Returns:
-        tuple[TextIO, TextIO]: the stdout and the stderr of before.
+    Gives the stdout and the stderr of before.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     kept = tuple(os.fdopen(os.dup(number), "w", encoding="utf-8", buffering=1) for number in (1, 2))
@@ -95,7 +81,7 @@ def take_streams(path):
     return kept
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
     answers_to, messages_to = take_streams(args.log)

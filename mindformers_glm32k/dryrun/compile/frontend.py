@@ -1,7 +1,7 @@
 """Lets a MindSpore without an NPU plugin compile what an Ascend NPU would run. The one file that reaches into
 MindSpore.
 
-It acts only in the process that calls `install`, a worker of the dry run; nothing else imports it.
+It acts only in the process that calls `install`, a worker of the dry run.
 
 Ledger. What is reached into, why, in which versions it was seen working, when it goes. Frontend here means: parsing,
 type inference, sharding, pipeline split, optimizer sharding, recomputation, insertion and fusion of communication. It
@@ -18,6 +18,8 @@ communication.init      does nothing: there is nobody to talk to. set_device and
                         cells are built on the CPU, and only `compile` sees Ascend.
 _CellGraphExecutor      `compile` is wrapped to switch the target around it and to hand the compiled program to the
                         worker. `get_func_graph_proto(phase, "mind_ir")` gives the program. All versions.
+close_shapes            _dynamic_shape_inputs, _set_network_phase and _exec_add_flags of a generating cell: upstream's
+                        generator opens shapes and chooses phases by itself. All versions; goes with a way to ask it.
 MS_DEV_PRECOMPILE_ONLY  stops after the frontend; without it the backend is asked for a device.
 MS_DEV_DUMP_IR_PASSES   "validate" writes the validated program as text, the only form that has source lines.
 """
@@ -29,6 +31,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 from mindformers_glm32k.compat import mindspore_version
 
@@ -198,6 +201,14 @@ def _target_ascend():
         yield
     finally:
         instance.set_device_target_inner("CPU")
+
+
+def close_shapes(model: Any, phase: str) -> None:
+    """Lets the next compile of a generating model see the shapes that it is called with, under phases of their own."""
+    model._dynamic_shape_inputs = None
+    model.set_dynamic_inputs = lambda **_: None
+    model._set_network_phase(phase)
+    model._exec_add_flags = True
 
 
 def _wrap_compile(executor_class, graph_executor, rank, on_compiled):

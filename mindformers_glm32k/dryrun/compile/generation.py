@@ -7,6 +7,8 @@ compiled once more with the longest prompts that fit, and these are the ones tha
 
 import numpy as np
 
+from mindformers_glm32k.dryrun.compile import frontend
+
 SIZED = "sized"
 
 
@@ -40,20 +42,12 @@ class Generation:
             for driver.sized in both if config.use_past else (False,):
                 driver.calls_left = 2 if config.use_past else 1
                 if driver.sized:
-                    driver.close_shapes(model)
+                    frontend.close_shapes(model, SIZED)
                 generate(model, prompts, **options)
             driver.finish()
 
         GenerationMixin.generate = compile_both
         GenerationMixin.postprocess = self.next_tokens
-
-    @staticmethod
-    def close_shapes(model):
-        """Lets the next compile see the shapes that it is called with, under phases of their own."""
-        model._dynamic_shape_inputs = None
-        model.set_dynamic_inputs = lambda **_: None
-        model._set_network_phase(SIZED)
-        model._exec_add_flags = True
 
     def next_tokens(self, *_, input_ids, is_finished, **__):
         """What upstream's postprocess returns, for any token that ends nothing, until all graphs were called."""

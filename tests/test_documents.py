@@ -1,5 +1,6 @@
 """README, docs/, the model card and the other documents: what they name exists, and the first screen stays one."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,6 +10,18 @@ ROOT = Path(__file__).resolve().parents[1]
 README, CARD = ROOT / "README.md", ROOT / "research" / "glm32k" / "README.md"
 DOCUMENTS = [README, CARD, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
+
+# messages of MindFormers and MindSpore in docs/troubleshooting.md, and a text of the user's
+OTHERS = (
+    "Unsupported op [RmsNorm] on CPU",
+    "[SplitWithSize]",
+    "[NPUGetFloatStatusV2]",
+    "… REGISTER_PATH must be specified",
+    "does not contain strategy file of rank_1",
+    "'epoch' must bigger than parameter 'initial_epoch'",
+    "checkpoint_path is not a directory",
+    "<\\|user\\|>",
+)
 
 
 def text_of(document):
@@ -117,6 +130,34 @@ def test_the_readme_is_a_first_screen():
     assert len(text.encode()) <= 8192
     assert not [name for name in COMMANDS if f"| `glm32k {name}` |" not in text]
     assert not [name for name in NAMES if name != "README.md" and f"]({name})" not in text]
+
+
+def messages():
+    """All texts of the package and the scripts, with … in the place of values."""
+    texts = [path.read_text() for path in (ROOT / "scripts").rglob("*.sh")]
+    for path in (ROOT / "mindformers_glm32k").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_troubleshooting_quotes_messages_as_they_are():
+    """Word for word between the values, which are … or numbers in the table."""
+    table = re.findall(r"^\| (.*?[^\\]) \|", text_of(ROOT / "docs" / "troubleshooting.md"), flags=re.MULTILINE)
+    quoted = [text for cell in table for text in re.findall(r"`([^`]+)`", cell)]
+    assert set(OTHERS) <= set(quoted)
+    texts = messages()
+    unknown = []
+    for text in quoted:
+        fragments = [part.strip() for part in re.split(r"…|\b\d+\b|\bN\b|optimizer|'FP32StateAdamWeightDecay'", text)]
+        inside = [part for part in fragments if len(part) > 3]
+        if text not in OTHERS and not (inside and any(all(part in line for part in inside) for line in texts)):
+            unknown.append(text)
+    assert unknown == []
 
 
 def test_ci_runs_the_readmes_test_command():

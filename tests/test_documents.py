@@ -132,6 +132,20 @@ def test_the_readme_is_a_first_screen():
     assert not [name for name in NAMES if name != "README.md" and f"]({name})" not in text]
 
 
+def test_the_map_names_every_room():
+    """README: every folder and module of the package. CONTRIBUTING: the floors, as test_architecture.py has them."""
+    from test_architecture import FLOORS
+
+    package = ROOT / "mindformers_glm32k"
+    rooms = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
+    rooms |= {path.stem for path in package.glob("[a-z]*.py")}
+    chart = text_of(README).partition("## Map")[2].partition("## ")[0]
+    assert not [room for room in rooms if not re.search(rf"\b{room}\b", chart)]
+    floors = re.search(r"^errors <[^`]*", text_of(ROOT / "CONTRIBUTING.md"), flags=re.MULTILINE).group()
+    named = [floor for floor in FLOORS if "__main__" not in floor]
+    assert [set(floor.replace(",", " ").split()) for floor in floors.split("<")] == [set(floor) for floor in named]
+
+
 def messages():
     """All texts of the package and the scripts, with … in the place of values."""
     texts = [path.read_text() for path in (ROOT / "scripts").rglob("*.sh")]

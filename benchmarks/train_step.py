@@ -2,14 +2,15 @@
 
     python benchmarks/train_step.py [--lengths 512 2048 …] [--torch_python PYTHON] [--rounds 2] [--steps 3]
 
-4 layers, hidden 512, 8 heads of 64, 2 key-value groups, feed-forward 1368, vocabulary 65024, one row, float32, AdamW.
-Ours runs in MindFormers' wrapper: GLM32KTrainOneStepCell with clipping and a dynamic loss scale, AdamW with parameter
-groups and learning rate schedule as the trainer builds them from the YAML. torch (an interpreter with torch and
-transformers, --torch_python) runs `sdpa` attention, plain and tuned: fused AdamW, and glibc kept from giving memory
-back (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_). Every measurement is a process of its own; the programs take
-turns (ours, torch, tuned torch, ours, …) and the medians of the steps after the warm-up count: MindSpore's kernels try
-numbers of threads in their first five launches, so rows of one block, whose layers are not looped over, are warm after
-six steps, longer ones after one. A process that passes --memory_limit is ended, and longer rows are not tried.
+4 layers, hidden 512, 8 heads of 64, 2 key-value groups, feed-forward 1368, vocabulary 65024, one sequence, float32,
+AdamW. Ours runs in MindFormers' wrapper: GLM32KTrainOneStepCell with clipping and a dynamic loss scale, AdamW with
+parameter groups and learning rate schedule as the trainer builds them from the YAML. torch (an interpreter with torch
+and transformers, --torch_python) runs `sdpa` attention, plain and tuned: fused AdamW, and glibc kept from giving
+memory back (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_). Every measurement is a process of its own; the programs
+take turns (ours, torch, tuned torch, ours, …) and the medians of the steps after the warm-up count: MindSpore's
+kernels try numbers of threads in their first five launches, so sequences of one block, whose layers are not tiled,
+are warm after six steps, longer ones after one. A process that passes --memory_limit is ended, and longer sequences
+are not tried.
 
 Beside it, how fast each framework multiplies the matrices of the output layer (512 tokens, forward and backward), and
 the tokens/s that a step of products alone would reach at that speed: what is left is what else a step does.
@@ -33,11 +34,11 @@ PROGRAMS = {
     "torch": {},
     "torch tuned": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)},
 }
-WORDS, HIDDEN, LAYERS, HEADS, GROUPS, SIZE, FFN = 65024, 512, 4, 8, 2, 64, 1368
+VOCAB_SIZE, HIDDEN, LAYERS, HEADS, GROUPS, SIZE, FFN = 65024, 512, 4, 8, 2, 64, 1368
 GIB = 2**30
 PRODUCT_TOKENS = 512
 # multiply-adds of a token, attention's scores aside; a training step does them three times
-PRODUCTS = WORDS * HIDDEN + LAYERS * HIDDEN * ((HEADS + 2 * GROUPS) * SIZE + HEADS * SIZE + 3 * FFN)
+PRODUCTS = VOCAB_SIZE * HIDDEN + LAYERS * HIDDEN * ((HEADS + 2 * GROUPS) * SIZE + HEADS * SIZE + 3 * FFN)
 
 
 def measure_ours(length, steps):
@@ -65,7 +66,7 @@ def measure_ours(length, steps):
         kv_channels=SIZE,
         ffn_hidden_size=FFN,
         multi_query_group_num=GROUPS,
-        padded_vocab_size=WORDS,
+        padded_vocab_size=VOCAB_SIZE,
         seq_length=length,
         use_flash_attention=True,
         param_init_type="float32",
@@ -118,7 +119,7 @@ def measure_torch(length, steps, fused):
         num_key_value_heads=GROUPS,
         head_dim=SIZE,
         attn_implementation="sdpa",
-        vocab_size=WORDS,
+        vocab_size=VOCAB_SIZE,
         max_position_embeddings=length,
         pad_token_id=0,
         eos_token_id=None,
@@ -147,9 +148,9 @@ def measure_torch(length, steps, fused):
 def product_speed(program, repeats=10):
     """GFLOP/s of the output layer's three products (logits, gradient of hidden states, gradient of the weight)."""
     shapes = (
-        ((PRODUCT_TOKENS, HIDDEN), (WORDS, HIDDEN), False, True),
-        ((PRODUCT_TOKENS, WORDS), (WORDS, HIDDEN), False, False),
-        ((PRODUCT_TOKENS, WORDS), (PRODUCT_TOKENS, HIDDEN), True, False),
+        ((PRODUCT_TOKENS, HIDDEN), (VOCAB_SIZE, HIDDEN), False, True),
+        ((PRODUCT_TOKENS, VOCAB_SIZE), (VOCAB_SIZE, HIDDEN), False, False),
+        ((PRODUCT_TOKENS, VOCAB_SIZE), (PRODUCT_TOKENS, HIDDEN), True, False),
     )
     import numpy as np
 
@@ -178,12 +179,12 @@ def product_speed(program, repeats=10):
     for left, right, *transposed in shapes:
         multiply = product(*transposed)
         left, right = (tensor(np.random.default_rng(0).random(shape, np.float32)) for shape in (left, right))
-        for number in range(6 + repeats):
-            if number == 6:
+        for index in range(6 + repeats):
+            if index == 6:
                 start = time.perf_counter()
             multiply(left, right)
         seconds += (time.perf_counter() - start) / repeats
-    return 3 * 2 * PRODUCT_TOKENS * WORDS * HIDDEN / seconds / 1e9
+    return 3 * 2 * PRODUCT_TOKENS * VOCAB_SIZE * HIDDEN / seconds / 1e9
 
 
 def worker(program, length, steps):
@@ -281,8 +282,8 @@ def table(results, lengths):
     def cell(value, digits):
         return "–" if value is None else f"{value:.{digits}f}"
 
-    for place, length in enumerate(lengths):
-        previous = lengths[place - 1] if place else None
+    for index, length in enumerate(lengths):
+        previous = lengths[index - 1] if index else None
         ours = results["ours"].get(length)
         speed = length / ours["seconds"] if ours else None
         row = [
@@ -306,7 +307,7 @@ def table(results, lengths):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the sequence")
     parser.add_argument("--steps", type=int, default=3, help="steps of a process that count")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each program and length")
     parser.add_argument("--torch_python", help="interpreter with torch and transformers; without one torch is left out")
@@ -337,7 +338,7 @@ def main():
                 done = run(program, python, length, args.steps + warm_up(length), args.memory_limit)
                 print(f"{program} {length}: {done}", flush=True)
                 if isinstance(done, str):
-                    given_up.add(program)  # longer rows need more
+                    given_up.add(program)  # longer sequences need more
                 else:
                     runs[program].append({**done, "seconds": done["seconds"][-args.steps :]})
         for program, measured in runs.items():

@@ -100,7 +100,7 @@ class GLM32KModel(GLM2PreTrainedModel):
             )
         elif self.use_flash_attention:
             self.compressed_mask = compressed_causal_mask()
-            self.document_ends = DocumentEnds(config.documents_per_row + 1, data)  # padding takes a place, too
+            self.document_ends = DocumentEnds(config.documents_per_row + 1, data)  # room for padding, too
 
     def _shard(self, parallel):
         """Tokens over dp x cp everywhere, the vocabulary of the output layer over mp, the residual along the sequence.

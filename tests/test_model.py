@@ -54,7 +54,7 @@ def set_weights(network, weights):
     config = network.config
     query = config.num_attention_heads * config.kv_channels
     key = config.multi_query_group_num * config.kv_channels
-    pieces = {
+    shards = {
         "wq": (0, query),
         "wk": (query, query + key),
         "wv": (query + key, query + 2 * key),
@@ -64,11 +64,11 @@ def set_weights(network, weights):
     for parameter in network.get_parameters():
         if parameter.name.endswith("_cache"):
             continue
-        name, cut = hf_name(parameter.name), slice(None)
-        for part, (start, stop) in pieces.items():
+        name, shard = hf_name(parameter.name), slice(None)
+        for part, (start, stop) in shards.items():
             if f".{part}." in parameter.name:
-                cut = slice(start, stop)
-        parameter.set_data(ms.Tensor(weights[name][cut], parameter.dtype))
+                shard = slice(start, stop)
+        parameter.set_data(ms.Tensor(weights[name][shard], parameter.dtype))
 
 
 def hf_name(name):
@@ -179,7 +179,7 @@ def test_evaluation_with_labels_is_shifted_for_perplexity(build, golden):
     assert loss == pytest.approx(float(golden["loss"]), rel=1e-5)
 
 
-def test_rows_may_be_shorter_than_seq_length(build, golden):
+def test_sequences_may_be_shorter_than_seq_length(build, golden):
     network = build(seq_length=1024)
     assert np.abs(logits_of(network, golden["input_ids"]) - golden["logits"]).max() < 1e-4
 
@@ -273,31 +273,31 @@ def test_parameter_names_are_upstreams(reference, concat):
 
 
 @pytest.mark.parametrize("flash", [True, False])
-def test_packed_row_gives_each_document_the_logits_it_has_alone(build, golden, small_blocks, flash):
+def test_packed_sequence_gives_each_document_the_logits_it_has_alone(build, golden, small_blocks, flash):
     network = build(use_flash_attention=flash)
-    row = golden["input_ids"][:, :64]
-    alone = [logits_of(network, row[:1, start:stop]) for start, stop in ((0, 20), (20, 45), (45, 64))]
+    sequences = golden["input_ids"][:, :64]
+    alone = [logits_of(network, sequences[:1, start:stop]) for start, stop in ((0, 20), (20, 45), (45, 64))]
     documents = np.repeat([[0, 1, 2]], [20, 25, 19], axis=1).astype(np.int32)
     positions = np.concatenate([np.arange(20), np.arange(25), np.arange(19)])[None].astype(np.int32)
-    # the second row is one document after two of padding, to see that rows do not share ids or positions
+    # the second sequence is one document after two of padding, to see that sequences do not share ids or positions
     documents = np.concatenate([documents, np.repeat([[7, 3]], [2, 62], axis=1)]).astype(np.int32)
     positions = np.concatenate([positions, np.r_[0, 0, np.arange(62)][None]]).astype(np.int32)
     packed = (
-        network(ms.Tensor(row.astype(np.int32)), position_ids=ms.Tensor(positions), document_ids=ms.Tensor(documents))[
-            0
-        ]
+        network(
+            ms.Tensor(sequences.astype(np.int32)), position_ids=ms.Tensor(positions), document_ids=ms.Tensor(documents)
+        )[0]
         .asnumpy()
         .reshape(2, 64, -1)
     )
     np.testing.assert_allclose(packed[0], np.concatenate(alone, 1)[0], atol=3e-5)
-    np.testing.assert_allclose(packed[1, 2:], logits_of(network, row[1:, 2:])[0], atol=3e-5)
-    without = network(ms.Tensor(row.astype(np.int32)))[0].asnumpy().reshape(2, 64, -1)
+    np.testing.assert_allclose(packed[1, 2:], logits_of(network, sequences[1:, 2:])[0], atol=3e-5)
+    without = network(ms.Tensor(sequences.astype(np.int32)))[0].asnumpy().reshape(2, 64, -1)
     assert np.abs(without[0, 20:] - packed[0, 20:]).max() > 1e-2
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 16 tokens, so that the golden rows have several."""
+    """Blocks of 16 tokens, so that the golden sequences have several."""
     for function in (blocks.block_count, blocks.split_into_blocks):
         monkeypatch.setattr(function, "__defaults__", (16,))
 
@@ -320,7 +320,7 @@ def test_loss_and_gradients_across_blocks_and_chunks(build, golden, small_blocks
 
 
 @pytest.mark.slow
-def test_cells_in_place_of_the_loops_give_the_same_gradients(build, golden, small_blocks):
+def test_cells_in_place_of_the_tiles_give_the_same_gradients(build, golden, small_blocks):
     """Split weights and adapters go through upstream's cells; half of the weights are frozen."""
     loss, tiled = gradients_of(build(use_flash_attention=True), golden)
     network = build(use_flash_attention=True)
@@ -347,8 +347,8 @@ def test_logits_at_32768_positions(build, golden):
 
 
 @pytest.mark.slow
-def test_adapters_train_through_the_loops(build, golden, small_blocks):
-    """LoRA on query_key_value: that part goes through upstream's cells, the rest through loops with frozen weights."""
+def test_adapters_train_through_the_tiles(build, golden, small_blocks):
+    """LoRA on query_key_value: that part goes through upstream's cells, the rest through tiles with frozen weights."""
     _, gradients = gradients_of(build(use_flash_attention=True), golden)
     network = get_pet_model(
         build(use_flash_attention=True),

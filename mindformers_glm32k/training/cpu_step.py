@@ -1,4 +1,4 @@
-"""What a train step does in another way on portable cells: one forward pass instead of two, norms axis by axis, and an
+"""What a train step does otherwise on portable cells: one forward pass instead of two, norms axis by axis, and an
 update in place.
 
 Upstream's train step runs the network for the loss and again inside the gradient; on NPUs the compiler joins the two,

@@ -1,4 +1,4 @@
-"""What a trainer wraps round a model: micro batches, interleaved copies, LoRA, columns chosen by name."""
+"""What a trainer wraps round a model: micro batches, interleaving, LoRA, columns chosen by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def innermost_network(network: nn.Cell) -> nn.Cell:
 
 
 def micro_batches(network: nn.Cell) -> int:
-    """Micro batches whose losses a train-step cell adds up: of a pipeline, gradient accumulation, interleaved copies.
+    """Micro batches whose losses a train-step cell adds up: of a pipeline, gradient accumulation, interleaving.
 
     1 where the loss is that of a whole batch, or a mean over all tokens (calculate_per_token_loss).
     """

@@ -172,8 +172,8 @@ def test_throughput_of_one_device(messages):
 @pytest.mark.parametrize(
     "parallel, share",
     [
-        ({"parallel_mode": "data_parallel"}, 1),  # each device reads its own rows
-        ({"parallel_mode": "semi_auto_parallel", "full_batch": True}, 8),  # all read all rows
+        ({"parallel_mode": "data_parallel"}, 1),  # each device reads its own sequences
+        ({"parallel_mode": "semi_auto_parallel", "full_batch": True}, 8),  # all read all sequences
         ({"parallel_mode": "auto_parallel", "full_batch": True, "pipeline_stages": 4}, 8),
         ({"parallel_mode": "semi_auto_parallel", "dataset_strategy": "full_batch"}, 8),
         (

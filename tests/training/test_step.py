@@ -29,8 +29,8 @@ def make_step(**options):
     return network, GLM32KTrainOneStepCell(network, nn.SGD(network.trainable_params(), RATE), **options)
 
 
-def run(step, *rows):
-    loss, overflow, scale, rate, norm = step(Tensor(np.array(rows, np.float32)))
+def run(step, *records):
+    loss, overflow, scale, rate, norm = step(Tensor(np.array(records, np.float32)))
     return float(loss), bool(overflow), float(scale), float(rate), None if norm is None else float(norm)
 
 
@@ -91,8 +91,8 @@ def test_dynamic_scale_grows_after_its_window():
     assert float(step.scale_sense.asnumpy()) == 8
 
 
-def language_model_step(copies):
-    """A tiny model's step, the batch cut into interleaved copies as the trainer does it."""
+def language_model_step(interleave_num):
+    """A tiny model's step, the batch split into interleaved parts as the trainer does it."""
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_seed(0)
     model = GLM32KForConditionalGeneration(
@@ -110,22 +110,22 @@ def language_model_step(copies):
         )
     )
     model.set_train(True)
-    network = nn.MicroBatchInterleaved(model, copies) if copies > 1 else model
+    network = nn.MicroBatchInterleaved(model, interleave_num) if interleave_num > 1 else model
     return GLM32KTrainOneStepCell(network, nn.SGD(model.trainable_params(), RATE), use_clip_grad=True)
 
 
-def test_rows_of_different_label_counts_count_alike_however_the_batch_is_cut():
+def test_sequences_of_different_label_counts_count_alike_however_the_batch_is_split():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 64, (2, 16)).astype(np.int32)
     labels = np.roll(ids, -1, 1)
     labels[0, :14] = -100
     labels[:, -1] = -100
-    whole, cut = language_model_step(1), language_model_step(2)
-    for parameter, same in zip(cut.weights, whole.weights):
+    whole, split = language_model_step(1), language_model_step(2)
+    for parameter, same in zip(split.weights, whole.weights):
         parameter.set_data(Tensor(same.asnumpy().copy()))
     loss, *_, norm = whole(Tensor(ids), Tensor(labels))
-    cut_loss, *_, cut_norm = cut(Tensor(ids), Tensor(labels))
-    assert float(cut_loss) / 2 == pytest.approx(float(loss), rel=1e-6)  # what monitors make of it
-    assert float(cut_norm) == pytest.approx(float(norm), rel=1e-5)
-    for parameter, same in zip(cut.weights, whole.weights):
+    split_loss, *_, split_norm = split(Tensor(ids), Tensor(labels))
+    assert float(split_loss) / 2 == pytest.approx(float(loss), rel=1e-6)  # what monitors make of it
+    assert float(split_norm) == pytest.approx(float(norm), rel=1e-5)
+    for parameter, same in zip(split.weights, whole.weights):
         np.testing.assert_allclose(parameter.asnumpy(), same.asnumpy(), atol=1e-6)

@@ -59,7 +59,7 @@ def test_a_vocabulary_larger_than_the_model(run, options, capsys):
     "run, section",
     [("finetune", "train_dataset"), ("eval", "eval_dataset"), ("finetune --do_eval True", "eval_dataset")],
 )
-def test_rows_longer_than_the_model(run, section, options, capsys):
+def test_sequences_longer_than_the_model(run, section, options, capsys):
     run, *more = run.split()
     error = refused(options(run) + more + [f"--{section}.max_source_length", "241"], capsys)
     assert error.startswith(
@@ -68,7 +68,7 @@ def test_rows_longer_than_the_model(run, section, options, capsys):
     )
 
 
-def test_rows_longer_than_their_own_length(options, capsys):
+def test_sequences_longer_than_their_own_length(options, capsys):
     error = refused(options() + ["--train_dataset.seq_length", "200"], capsys)
     assert "seq_length=200 is smaller than max_source_length=240 + max_target_length=15 + 1" in error
 
@@ -226,7 +226,7 @@ def test_prediction(more, words, options, capsys):
     assert words in refused(options("predict") + more, capsys)
 
 
-def test_rows_of_labels_are_what_the_model_expects(options):
+def test_labels_are_what_the_model_expects(options):
     """The data set that training builds: labels[i] is what follows input_ids[i], in the answer only."""
     from mindformers.dataset import build_dataset
 
@@ -237,14 +237,14 @@ def test_rows_of_labels_are_what_the_model_expects(options):
     batch = next(build_dataset(task).create_dict_iterator(num_epochs=1, output_numpy=True))
     ids, labels = batch["input_ids"], batch["labels"]
     assert ids.shape == labels.shape == (2, 256) and ids.dtype == labels.dtype == np.int32
-    learnt = labels != -100
-    assert 0 < learnt.sum() < 2 * 16
-    rows, columns = np.nonzero(learnt[:, :-1])
+    in_loss = labels != -100
+    assert 0 < in_loss.sum() < 2 * 16
+    rows, columns = np.nonzero(in_loss[:, :-1])
     assert (labels[rows, columns] == ids[rows, columns + 1]).all()
 
 
 @pytest.mark.parametrize("run, section", [("finetune", "train_dataset"), ("eval", "eval_dataset")])
-def test_packed_rows_that_flash_attention_cannot_take_are_refused(run, section, options, capsys):
+def test_packed_sequences_that_flash_attention_cannot_take_are_refused(run, section, options, capsys):
     error = refused(
         options(run)
         + [

@@ -1,6 +1,6 @@
 """Whole runs of the tiny YAMLs through the launcher, each in a process and a folder of its own.
 
-The task: a text that ends in `left` is answered with one word, one that ends in `right` with four, so rows have
+The task: a text that ends in `left` is answered with one word, one that ends in `right` with four, so sequences have
 unequal numbers of labels. `Runs` starts what depends on the first training two at a time; the tests look at it.
 """
 
@@ -336,7 +336,7 @@ def perplexities(run):
 def test_evaluation_of_a_checkpoint(follow_ups):
     ((loss, perplexity),) = perplexities(succeeded(follow_ups("evaluate")))
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-4)
-    assert 1 < perplexity < 1.5  # what was learnt holds for unseen rows
+    assert 1 < perplexity < 1.5  # what was trained holds for unseen samples
 
 
 # --- checkpoints that do not fit ---
@@ -392,7 +392,7 @@ def test_checkpoints_that_do_not_fit_are_refused(
 
 
 def label_counts():
-    """Labels of each row of the training data in the order of the first epoch."""
+    """Labels of each record of the training data in the order of the first epoch."""
     with open("train.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line)["summary"] for line in file]
     return [len(rows[index]) for index in np.random.default_rng((0, 0)).permutation(ROWS)]
@@ -427,7 +427,7 @@ def test_packed_rows_train_and_are_evaluated(follow_ups):
     assert np.isfinite(losses).all() and abs(losses[0] - math.log(512)) < 0.3
     assert np.mean(losses[-4:]) < 0.4 * losses[0]
     padding = [float(share) for share in re.findall(rf"padding: ([\d.]+) % of the positions of {rows} rows", run.log)]
-    assert len(padding) >= 4 and max(padding) < 45  # so few documents do not fill their rows
+    assert len(padding) >= 4 and max(padding) < 45  # so few documents do not fill their sequences
     first, last = perplexities(run)
     assert last[1] < first[1]
 

@@ -81,16 +81,16 @@ class Buffer(nn.Cell):
     The kernels ScatterUpdate and ScatterAdd write in place on every host (MindSpore 2.7.0 to 2.9.0);
     TensorScatterUpdate would copy the buffer in every step.
 
-    The compiler joins equal expressions, and two buffers of one memory would overwrite each other: each has a number.
+    The compiler joins equal expressions, and two buffers of one memory would overwrite each other: each has an id.
     """
 
-    _number = itertools.count()
+    _ids = itertools.count()
 
     def __init__(self):
         super().__init__()
         # Nothing is less than itself: zeros that are not folded into a constant, which would keep what is written.
         self.nothing = P.Less()
-        self.nothing.add_prim_attr("buffer", next(Buffer._number))
+        self.nothing.add_prim_attr("buffer", next(Buffer._ids))
         self.update = _in_place("ScatterUpdate")
         self.accumulate = _in_place("ScatterAdd")
 
@@ -101,9 +101,9 @@ class Buffer(nn.Cell):
         return ops.broadcast_to(zero.reshape((1,) * len(shape)), shape)
 
     def put(self, buffer: Tensor, index: Tensor, block: Tensor) -> Tensor:
-        """The buffer with block number `index`, a () int32 tensor, replaced."""
+        """The buffer with the block at `index`, a () int32 tensor, replaced."""
         return ops.depend(buffer, self.update(buffer, index.reshape((1,)), block.reshape((1,) + block.shape)))
 
     def add(self, buffer: Tensor, index: Tensor, block: Tensor) -> Tensor:
-        """The buffer with `block` added to block number `index`."""
+        """The buffer with `block` added at `index`."""
         return ops.depend(buffer, self.accumulate(buffer, index.reshape((1,)), block.reshape((1,) + block.shape)))

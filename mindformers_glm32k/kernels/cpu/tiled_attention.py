@@ -147,7 +147,7 @@ class _TileLoops(nn.Cell):
         self.zero, self.one = Tensor(0, mstype.int32), Tensor(1, mstype.int32)
 
     def block(self, x, index):
-        """Block number `index` of x in float32."""
+        """The block of x at `index`, in float32."""
         return ops.cast(self.gather(x, index, 0), mstype.float32)
 
     def hidden(self, documents, query, key, causal):

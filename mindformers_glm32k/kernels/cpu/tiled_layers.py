@@ -150,7 +150,7 @@ class _BeforeAttention(_BlockLoop):
         self.query, self.key, self.value, self.d_x = Buffer(), Buffer(), Buffer(), Buffer()
 
     def rotary(self, positions, i):
-        """cos and sin (C, D) of block number i."""
+        """cos and sin (C, D) of block i."""
         position = self.gather(positions, i, 0)
         return self.gather(self.cos, position, 0), self.gather(self.sin, position, 0)
 

@@ -75,7 +75,7 @@ def test_no_token_sees_the_future():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 16 tokens, so that short rows have many."""
+    """Blocks of 16 tokens, so that short sequences have many."""
     for function in (blocks.block_count, blocks.split_into_blocks):
         monkeypatch.setattr(function, "__defaults__", (16,))
 
@@ -111,14 +111,14 @@ def test_blocks_of_the_usual_size():
 
 
 def packed(batch, length, seed=0):
-    """Rows of documents of any length, the last of which is padding with an id of its own."""
+    """Sequences of documents of any length, the last of which is padding with an id of its own."""
     random = np.random.default_rng(seed)
-    rows = []
+    sequences = []
     for _ in range(batch):
-        cuts = np.sort(random.choice(length, size=min(length, random.integers(1, 6)), replace=False))
-        rows.append(np.searchsorted(cuts, np.arange(length), side="right"))
-        rows[-1][-(length // 9) :] = -1
-    return np.array(rows, np.int32)
+        ends = np.sort(random.choice(length, size=min(length, random.integers(1, 6)), replace=False))
+        sequences.append(np.searchsorted(ends, np.arange(length), side="right"))
+        sequences[-1][-(length // 9) :] = -1
+    return np.array(sequences, np.int32)
 
 
 @pytest.mark.parametrize("length, heads, groups", [(17, 4, 2), (127, 6, 1), (250, 4, 4)])

@@ -1,4 +1,4 @@
-"""A training step's memory grows with the length of its row, not with its square."""
+"""A training step's memory grows with the length of its sequence, not with its square."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def peak(length):
-    """MB of a process that trains one step on a row of so many tokens."""
+    """MB of a process that trains one step on a sequence of so many tokens."""
     done = subprocess.run(
         [sys.executable, "-c", STEP, str(length)],
         capture_output=True,

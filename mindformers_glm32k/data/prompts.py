@@ -30,6 +30,7 @@ class PromptTemplate:
         self._what = what
         if not isinstance(text, str):
             raise InputError(f"{what} is {type(text).__name__}, not a text")
+        self.text = text
         try:
             self._pieces = [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
         except ValueError as error:

@@ -109,6 +109,7 @@ def build(runs: dict[str, RunScores]) -> Report:
     sections.append(_length_section(runs))
     sections += _map_sections(runs)
     sections.append(_worst_section(kinds, runs))
+    sections += _made_section(runs)
     warnings = [f"{name}: {line}" if len(runs) > 1 else line for name in runs for line in runs[name].warnings()]
     return Report(f"LongBench: {mine}", _lead(runs), warnings, list(runs), sections)
 
@@ -318,6 +319,26 @@ def _answer(row, score, others):
         _shorten(row["pred"], PREDICTION),
         [(name, _shorten(found[row["_id"]], PREDICTION)) for name, found in others.items() if row.get("_id") in found],
     )
+
+
+def _made_section(runs):
+    """How each run was made, from the stamps of its lines; LongBench's own pred.py writes none."""
+    rows = []
+    for name, run in runs.items():
+        made = {}
+        for scores in run.datasets.values():
+            for stamp in scores.stamps:
+                made.setdefault(_made(stamp), stamp)
+        rows += [[name, *texts] for texts in made]
+    if not rows:
+        return []
+    head = ["run", "engine", "model", "prompts up to", "differs from pred.py"]
+    return [Section("How the predictions were made", [], [Table(head, rows)])]
+
+
+def _made(stamp):
+    keys = ("engine", "model", "max_length")
+    return (*(str(stamp.get(key, "-")) for key in keys), "; ".join(stamp.get("differs", [])) or "-")
 
 
 def _shorten(text, limit):

@@ -58,9 +58,12 @@ def read(entries: list[Entry]) -> Iterator[tuple[Entry, dict]]:
     """Reads the samples in the order of their lines, one at a time."""
     for file in dict.fromkeys(entry.file for entry in entries):
         wanted = {entry.line: entry for entry in entries if entry.file == file}
+        last = max(wanted)
         for number, record in _records(file):
             if number in wanted:
                 yield wanted[number], record
+            if number == last:
+                break
 
 
 def counts(entries: list[Entry]) -> dict[str, int]:
@@ -91,8 +94,8 @@ def limited(entries: list[Entry], limit: int | None) -> list[Entry]:
 
 
 def shard(entries: list[Entry], number: int, count: int) -> list[Entry]:
-    """Every `count`-th sample, from the `number`-th on (from 1)."""
-    return entries[number - 1 :: count]
+    """Every `count`-th sample, from number `number` on (from 0)."""
+    return entries[number::count]
 
 
 def sample_key(record: dict) -> str:

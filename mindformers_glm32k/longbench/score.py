@@ -13,10 +13,10 @@ from typing import Callable
 import numpy as np
 
 from mindformers_glm32k.data.holdout import Manifest
-from mindformers_glm32k.data.jsonl import parse_line
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.longbench.metrics import score_row
+from mindformers_glm32k.longbench.predictions import check_prediction, read_predictions
 
 SCORES = "scores.json"
 BUCKETS = ("0-4k", "4-8k", "8k+")  # of LongBench-E, by the field `length`
@@ -62,7 +62,7 @@ def row_scores(dataset: str, rows: list[dict]) -> list[float]:
     if not rows:
         raise InputError(f"{dataset}: no predictions to score")
     for index, row in enumerate(rows, 1):
-        _check(row, f"{dataset}: prediction {index}")
+        check_prediction(row, f"{dataset}: prediction {index}")
 
     def scores():
         result = []
@@ -74,14 +74,6 @@ def row_scores(dataset: str, rows: list[dict]) -> list[float]:
         return result
 
     return _with_a_stack_of_its_own(scores)
-
-
-def _check(row: dict, what: str) -> None:
-    wanted = {"pred": str, "answers": list, "all_classes": (list, type(None)), "length": int}
-    for name, kind in wanted.items():
-        if name not in row or not isinstance(row[name], kind) or isinstance(row[name], bool):
-            found = f"is {type(row[name]).__name__}" if name in row else "is missing"
-            raise InputError(f"{what}: field {name!r} {found}; predict writes pred, answers, all_classes and length")
 
 
 def _with_a_stack_of_its_own(work: Callable[[], list]) -> list:
@@ -279,43 +271,6 @@ def score_folder(
         ],
         [name for name, scores in found.items() if not scores.rows and scores.left_out],
     )
-
-
-def read_predictions(path: Path) -> tuple[list[dict], int, bool]:
-    """Reads one file of predictions.
-
-    Returns:
-        The rows, how many lines repeat an `_id` (they are left out), and whether the last line is half a line.
-
-    Raises:
-        InputError: a line that is no prediction.
-    """
-    rows, ids, doubles = [], set(), 0
-    content = path.read_bytes()
-    lines = content.split(b"\n")
-    torn = bool(lines.pop())  # behind the last line break there is nothing, or half a line
-    if torn:
-        try:  # a whole line without its end: other programs' last line may be one
-            _check(parse_line(content[content.rfind(b"\n") + 1 :]), "")
-            lines.append(content[content.rfind(b"\n") + 1 :])
-            torn = False
-        except InputError:
-            pass
-    for number, raw in enumerate(lines, 1):
-        if not raw.strip():
-            continue
-        try:
-            row = parse_line(raw, first=number == 1)
-        except InputError as error:
-            raise InputError(f"{path}: line {number}: {error}") from error
-        _check(row, f"{path}: line {number}")
-        key = row.get("_id")
-        if key is not None and key in ids:
-            doubles += 1
-            continue
-        ids.add(key)
-        rows.append(row)
-    return rows, doubles, torn
 
 
 def _score_file(path, expected, manifest, exclude):

@@ -8,7 +8,8 @@ import pytest
 from mindformers_glm32k.data.holdout import Manifest, document_key
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.longbench import score_rows
-from mindformers_glm32k.longbench.score import loops, read_predictions, row_scores, score_folder
+from mindformers_glm32k.longbench.predictions import read_predictions
+from mindformers_glm32k.longbench.score import loops, row_scores, score_folder
 
 
 def prediction(pred="Oslo", answers=("Oslo",), length=100, **more):

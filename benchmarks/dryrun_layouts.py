@@ -3,9 +3,10 @@
     python benchmarks/dryrun_layouts.py [--output_dir DIR] [--full] [YAML_OR_FOLDER …]
 
 By default each layout is extrapolated from 2 and 4 layers a stage; `--full` compiles all layers. The first column,
-`upstream_card`, is a recorded report: the program of upstream's card (dp 2 x pp 4, recompute with recompute_slice_activation,
-fp32 residual, vocabulary split over dp, whole logits) with a 2048 x 2048 mask in place of upstream's 32768 x 32768, whose
-construction alone takes 13 GB in every process. It was compiled with upstream's cells, sharding and loss.
+`upstream_card`, is a recorded report: the program of upstream's card (dp 2 x pp 4, recompute with
+recompute_slice_activation, fp32 residual, vocabulary split over dp, whole logits) with a 2048 x 2048 mask in place of
+upstream's 32768 x 32768, whose construction alone takes 13 GB in every process. It was compiled with upstream's cells,
+sharding and loss.
 """
 
 import argparse
@@ -18,7 +19,7 @@ UPSTREAM = Path(__file__).resolve().parent / "reports" / "upstream_card"
 
 
 def shipped():
-    """list[pathlib.Path]: the YAMLs for fine-tuning on NPUs."""
+    """The YAMLs for fine-tuning on NPUs."""
     return [path for path in sorted((ROOT / "research" / "glm32k").glob("finetune_*.yaml")) if "cpu" not in path.stem]
 
 

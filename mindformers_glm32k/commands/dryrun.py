@@ -36,28 +36,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile 2 and 4 layers per stage and extrapolate to all layers; no strategy files",
     )
-    rehearsal = parser.add_argument_group("rehearsal (--execute)")
-    rehearsal.add_argument(
+    simulation = parser.add_argument_group("simulation (--execute)")
+    simulation.add_argument(
         "--execute",
         type=int,
         metavar="STEPS",
-        help="execute the programs of all ranks for so many optimizer steps, and compare losses, "
+        help="simulate the programs of all ranks for so many optimizer steps, and compare losses, "
         "gradient norms and weights with one device's; of prediction, decode so many tokens and "
         "compare them and their logits; exit status 1 when they differ",
     )
-    rehearsal.add_argument("--load_checkpoint", help="whole checkpoint to start from (default: random weights)")
-    rehearsal.add_argument(
+    simulation.add_argument("--load_checkpoint", help="whole checkpoint to start from (default: random weights)")
+    simulation.add_argument(
         "--shrink",
         action=argparse.BooleanOptionalAction,
-        help="make model and rows small, the layout as it is (default: where they are large)",
+        help="make model and data small, the layout as it is (default: where they are large)",
     )
-    rehearsal.add_argument(
+    simulation.add_argument(
         "--precision",
         choices=("float32", "float16", "bfloat16", "config"),
         default="float32",
         help="dtype of all that is computed; config: as in the YAML (default float32)",
     )
-    rehearsal.add_argument(
+    simulation.add_argument(
         "--trace",
         action="append",
         default=[],
@@ -75,15 +75,11 @@ def run(args: argparse.Namespace) -> int:
     from mindformers_glm32k.dryrun import compare, dry_run
 
     if args.compare:
-        print(
-            compare(
-                args.compare,
-                output,
-                lambda config, folder: dry_run(
-                    config, args.overrides, folder, keep_programs=args.keep_programs, quick=args.quick
-                ),
-            )
-        )
+
+        def make_report(config, folder):
+            return dry_run(config, args.overrides, folder, keep_programs=args.keep_programs, extrapolated=args.quick)
+
+        print(compare(args.compare, output, make_report))
         return 0
     dry_run(args.config, args.overrides, output, args.rank, args.keep_programs, args.quick, args.devices)
     print(f"report: {output / 'report.md'} (figures: report.json)")
@@ -94,8 +90,8 @@ def _refuse_contradictions(args):
     """Options that say nothing together."""
     pairs = [
         ("quick", "keep_programs", "programs of few layers are not those of the run"),
-        ("execute", "compare", "one layout is executed at a time"),
-        ("execute", "quick", "what is executed has all its layers; --shrink makes it small"),
+        ("execute", "compare", "one layout is simulated at a time"),
+        ("execute", "quick", "what is simulated has all its layers; --shrink makes it small"),
         ("execute", "keep_programs", "small programs are not those of the run"),
     ]
     for first, second, why in pairs:

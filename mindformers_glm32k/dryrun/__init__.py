@@ -1,4 +1,4 @@
-"""What every NPU of a layout would run, compiled, read and executed on this machine; nothing is imported before use."""
+"""What every NPU of a layout would run, compiled, read and simulated on this machine; all imported at first use."""
 
 import importlib
 

@@ -22,7 +22,7 @@ def dry_run(
     output: Path,
     rank: str = "stages",
     keep_programs: bool = False,
-    quick: bool = False,
+    extrapolated: bool = False,
     devices: int | None = None,
 ) -> dict:
     """Compiles the programs of a configuration and writes the report.
@@ -33,7 +33,7 @@ def dry_run(
         output: the report and what belongs to it go there.
         rank: whose programs, see `ranks_asked_for`.
         keep_programs: whether the MindIR files are kept.
-        quick: compile few layers and extrapolate.
+        extrapolated: compile few layers a stage, extrapolate to all.
         devices: NPUs of the run; a layout of another size is refused.
 
     Returns:
@@ -42,7 +42,7 @@ def dry_run(
     launcher_arguments = ["--config", str(Path(config_file).resolve()), *overrides]
     layout, config = read_layout(launcher_arguments, devices)
     ranks = ranks_asked_for(rank, layout)
-    if quick:
+    if extrapolated:
         programs = compile_shallow(config, ranks, layout, output, launcher_arguments)
     else:
         programs = compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs)

@@ -28,7 +28,7 @@ def test_one_program_per_stage(report):
         assert program["peak_rss_bytes"] > 100e6
 
 
-def test_says_what_stands_in_for_missing_files(report):
+def test_names_the_placeholders_of_missing_files(report):
     assert "dataset_dir" in report["programs"][0]["stand_ins"][0]
     assert "vocab_file" in report["programs"][0]["stand_ins"][0]
 

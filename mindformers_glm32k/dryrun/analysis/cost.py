@@ -19,7 +19,7 @@ COLLECTIVES = _REDUCING | _COPYING | _EXCHANGING | {"Send", "Receive"}
 _SELECTING = frozenset(("StridedSlice", "Slice", "Gather", "GatherD", "GatherNd", "EmbeddingLookup"))
 # Attention's sparse modes in which a kernel skips the tiles above the diagonal (CANN, aclnnFlashAttentionScore).
 _CAUSAL_MODES = (2, 3)
-_TND = 4  # MindSpore's number of the operand layout
+_TND = 4  # MindSpore's index of that input_layout
 
 
 def count_flops(trace: Trace) -> dict[tuple[str, str], int]:
@@ -99,10 +99,10 @@ def _flops_of_attention(event: Event) -> int:
 def _position_axis(event):
     """Which axis of an attention kernel's operands counts positions: of TH and TND 0, of BSH 1, of BNSD 2.
 
-    The kernel's last argument but one is its operand layout (MindSpore 2.7 to 2.9).
+    The kernel's last argument but one is input_layout (MindSpore 2.7 to 2.9).
     """
-    layout = event.arguments[-2] if len(event.arguments) > 1 else None
-    if isinstance(layout, Literal) and layout.value == _TND and len(event.reads[0].spec.shape) == 3:
+    input_layout = event.arguments[-2] if len(event.arguments) > 1 else None
+    if isinstance(input_layout, Literal) and input_layout.value == _TND and len(event.reads[0].spec.shape) == 3:
         return 0
     return len(event.reads[0].spec.shape) - 2
 
@@ -110,8 +110,8 @@ def _position_axis(event):
 def _share_of_pairs(event):
     """The part of all (query, key) pairs that an attention kernel works on.
 
-    The kernel's last arguments are scale, pre_tokens, next_tokens, inner_precise, layout, sparse_mode (MindSpore 2.7 to
-    2.9).
+    The kernel's last arguments are scale, pre_tokens, next_tokens, inner_precise, input_layout, sparse_mode (MindSpore
+    2.7 to 2.9).
     """
     if event.node.op == "PagedAttention":
         return 1.0

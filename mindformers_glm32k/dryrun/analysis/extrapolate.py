@@ -62,14 +62,14 @@ def extrapolate(shallow: dict, deeper: dict, layers: int) -> dict:
     """
     steps = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
 
-    def number(first, second):
+    def at_depth(first, second):
         return max(round(first + (second - first) * steps), 0)
 
     def merge(first, second):
         if isinstance(second, dict):
             return {key: merge(first.get(key, type(value)()), value) for key, value in second.items()}
         if is_number(second):
-            return number(first, second)
+            return at_depth(first, second)
         return second
 
     result = {
@@ -79,12 +79,12 @@ def extrapolate(shallow: dict, deeper: dict, layers: int) -> dict:
     }
     result["compile_seconds"] = round(shallow["compile_seconds"] + deeper["compile_seconds"], 2)
     result["peak_rss_bytes"] = max(shallow["peak_rss_bytes"], deeper["peak_rss_bytes"])
-    result["collectives"] = _collectives(shallow["collectives"], deeper["collectives"], number)
+    result["collectives"] = _collectives(shallow["collectives"], deeper["collectives"], at_depth)
     result["extrapolated"] = {"from_layers": list(LAYERS), "to_layers": layers}
     return result
 
 
-def _collectives(first, second, number):
+def _collectives(first, second, at_depth):
     def by_key(items):
         return {
             (item["kind"], tuple(item["group_ranks"]), item["dtype"], item["purpose"], item["part"]): item
@@ -95,7 +95,7 @@ def _collectives(first, second, number):
     result = []
     for key in {**second, **first}:
         sizes = {
-            name: number(first.get(key, {}).get(name, 0), second.get(key, {}).get(name, 0))
+            name: at_depth(first.get(key, {}).get(name, 0), second.get(key, {}).get(name, 0))
             for name in ("bytes", "count")
         }
         if sizes["count"]:

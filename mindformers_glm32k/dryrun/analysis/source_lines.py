@@ -65,8 +65,8 @@ class SourceLines:
                 elif scope is not None:
                     found = _LINE.search(line)
                     if found:
-                        path, number, code = found.groups()
-                        self.lines[scope].append((path, number, code.split("/<~~", 1)[0]))  # a remark of the frontend's
+                        path, line, code = found.groups()
+                        self.lines[scope].append((path, line, code.split("/<~~", 1)[0]))  # a remark of the frontend's
 
     def of(self, node: Node) -> str:
         """Where a node comes from: "package/file.py:LINE text" of the innermost line in MindFormers or this package,

@@ -11,7 +11,7 @@ MsContext::seter_       The std::function that refuses a device target whose plu
                         libmindspore_core.so. It is set to empty (32 zero bytes), which means: take the name as it is.
                         MindSpore 2.7.0, 2.7.2, 2.9.0 (x86-64). Not touched where the Ascend plugin is loaded.
                         Goes when MindSpore compiles for Ascend without CANN (MS_SIMULATION_LEVEL asks for it today).
-hccl_test hook          _comm_helper._HCCL_TEST_AVAILABLE and .hccl: MindSpore's own stand-in for the communication
+hccl_test hook          _comm_helper._HCCL_TEST_AVAILABLE and .hccl: MindSpore's own replacement of the communication
                         library in its tests; it answers rank, size and groups. set_hccl_test_avaible lets device_num
                         exceed the devices present. Same versions; goes with the above.
 communication.init      does nothing: there is nobody to talk to. set_device and set_memory likewise: tensors and
@@ -24,12 +24,15 @@ MS_DEV_PRECOMPILE_ONLY  stops after the frontend; without it the backend is aske
 MS_DEV_DUMP_IR_PASSES   "validate" writes the validated program as text, the only form that has source lines.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import os
 import sys
 import time
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,39 +41,37 @@ from mindformers_glm32k.compat import mindspore_version
 WORLD_GROUP = "hccl_world_group"
 _SETTER = "_ZN9mindspore9MsContext6seter_E"
 _SETTER_BYTES = 32  # sizeof(std::function) in libstdc++
+_DEVICE_ENTRIES = ("device_target", "device_id", "max_device_memory", "memory_optimize_level", "ascend_config")
+_DEVICE_ENTRIES += ("mempool_block_size", "save_graphs", "save_graphs_path")
 
 
 class FrontendUnavailable(RuntimeError):
     """This MindSpore build does not allow compiling for an NPU that is not there. The message is one sentence."""
 
 
-def environment(rank, world, dump_folder=None):
+def environment(rank: int, world_size: int, dump_folder: Path | None = None) -> dict[str, str]:
     """What a worker's environment must hold before MindSpore is imported.
 
     Args:
-        rank (int), world (int): which NPU of how many.
-        dump_folder (pathlib.Path | None): the validated program is written below it as text; None: it is not.
-
-    Returns:
-        dict[str, str]
+        rank, world_size: which NPU of how many.
+        dump_folder: the validated program is written below it as text; None: it is not.
     """
     dump = {"MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_SAVE_GRAPHS": "2", "MS_DEV_SAVE_GRAPHS_PATH": str(dump_folder)}
     return {
         "MS_DEV_PRECOMPILE_ONLY": "1",
         "RANK_ID": str(rank),
-        "RANK_SIZE": str(world),
-        "DEVICE_NUM": str(world),
+        "RANK_SIZE": str(world_size),
+        "DEVICE_NUM": str(world_size),
         **(dump if dump_folder else {}),
     }
 
 
-def install(rank, world, on_compiled):
+def install(rank: int, world_size: int, on_compiled: Callable[[object, str, Callable[[], bytes], float], None]) -> None:
     """Prepares this process; call it before mindformers is imported.
 
     Args:
-        rank (int): the NPU whose program is compiled.
-        world (int): number of NPUs.
-        on_compiled (callable): gets (cell, phase, program, seconds) after every compile; program() is MindIR as bytes.
+        rank, world_size: the NPU whose program is compiled, and the number of NPUs.
+        on_compiled: gets (cell, phase, program, seconds) after every compile; program() is MindIR.
 
     Raises:
         FrontendUnavailable: the symbol that this rests on is not in this build.
@@ -84,28 +85,18 @@ def install(rank, world, on_compiled):
 
     if not _plugin_loaded():
         _forget_device_check(mindspore)
-    _answer_for_the_cluster(rank, world)
-    for module, name in (
-        (communication, "init"),
-        (management, "init"),
-        (mindspore, "set_device"),
-        (mindspore.runtime, "set_memory"),
-    ):
+    _answer_for_the_cluster(rank, world_size)
+    silenced = [(communication, "init"), (management, "init")]
+    for module, name in (*silenced, (mindspore, "set_device"), (mindspore.runtime, "set_memory")):
         setattr(module, name, lambda *args, **kwargs: None)
     _keep_cpu_as_target(mindspore)
     executor = cell_module._cell_graph_executor
     _wrap_compile(type(executor), executor._graph_executor, rank, on_compiled)
 
 
-def input_shapes(dataset):
-    """Shapes of one step's inputs as the compiler must see them: of the whole batch, as in a run with data sinking.
-
-    Args:
-        dataset (Dataset): yields batches.
-
-    Returns:
-        list[list[int]]
-    """
+def input_shapes(dataset: object) -> list[list[int]]:
+    """Shapes of one step's inputs, of a MindSpore data set that yields batches, as the compiler must see them: of the
+    whole batch, as in a run with data sinking."""
     from mindspore.parallel import _utils
 
     shapes = dataset.output_shapes()
@@ -132,14 +123,14 @@ def _forget_device_check(mindspore):
     ctypes.memset(ctypes.addressof(setter), 0, _SETTER_BYTES)
 
 
-def _answer_for_the_cluster(rank, world):
-    """Rank, size and group queries, answered as on `rank` of `world`.
+def _answer_for_the_cluster(rank, world_size):
+    """Rank, size and group queries, answered as on `rank` of `world_size`.
 
     The frontend names a group "<size>-<hash>" and asks its size while it inserts collectives.
     """
     from mindspore.communication import _comm_helper
 
-    groups = {WORLD_GROUP: list(range(world))}
+    groups = {WORLD_GROUP: list(range(world_size))}
 
     def size(group=WORLD_GROUP):
         group = group or WORLD_GROUP
@@ -173,18 +164,7 @@ def _keep_cpu_as_target(mindspore):
     original = context.set_context
 
     def set_context(**entries):
-        for name in (
-            "device_target",
-            "device_id",
-            "max_device_memory",
-            "memory_optimize_level",
-            "ascend_config",
-            "mempool_block_size",
-            "save_graphs",
-            "save_graphs_path",
-        ):
-            entries.pop(name, None)
-        original(**entries)
+        original(**{name: value for name, value in entries.items() if name not in _DEVICE_ENTRIES})
 
     context.set_context = mindspore.set_context = set_context
     if "MS_DEV_SAVE_GRAPHS_PATH" in os.environ:
@@ -192,7 +172,7 @@ def _keep_cpu_as_target(mindspore):
 
 
 @contextlib.contextmanager
-def _target_ascend():
+def _target_ascend() -> Iterator[None]:
     from mindspore._c_expression import MSContext
 
     instance = MSContext.get_instance()

@@ -1,9 +1,13 @@
 """Prediction in a dry run: upstream's generator is driven through its two graphs, and no token is computed.
 
-The generator compiles "prefill" (prompts in one flattened row) and "increment" (one token of each prompt) with shapes
-that stay open. A program without shapes has no memory to measure: after the two that an NPU gets, the same two are
-compiled once more with the longest prompts that fit, and these are the ones that the report reads.
+The generator compiles "prefill" (prompts in one flattened sequence) and "increment" (one token of each prompt) with
+shapes that stay open. A program without shapes has no memory to measure: after the two that an NPU gets, the same two
+are compiled once more with the longest prompts that fit, and these are the ones that the report reads.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,17 +20,17 @@ class Generation:
     """Takes the place of `generate` and of what it would do with results.
 
     Args:
-        finish (callable): called when all graphs are compiled.
-        begin (callable | None): gets the network before the first one is.
-        sized_only (bool): whether the programs with open shapes are left out.
+        finish: called when all graphs are compiled.
+        begin: gets the network before the first one is.
+        sized_only: whether the programs with open shapes are left out.
     """
 
-    def __init__(self, finish, begin=None, sized_only=False):
+    def __init__(self, finish: Callable[[], None], begin: Callable | None = None, sized_only: bool = False):
         self.finish, self.begin, self.sized_only = finish, begin, sized_only
         self.calls_left = 0
         self.sized = False
 
-    def install(self):
+    def install(self) -> None:
         """Replaces the generator's methods in this process."""
         from mindformers.generation.text_generator import GenerationMixin
 
@@ -34,8 +38,8 @@ class Generation:
 
         def compile_both(model, input_ids, **options):
             config = model.config
-            rows = len(np.atleast_2d(np.asarray(input_ids)))
-            prompts = np.ones((rows, longest_prompt(config)), np.int32)
+            batch = len(np.atleast_2d(np.asarray(input_ids)))
+            prompts = np.ones((batch, longest_prompt(config)), np.int32)
             if driver.begin:
                 driver.begin(model)
             both = (True,) if driver.sized_only else (False, True)
@@ -49,34 +53,20 @@ class Generation:
         GenerationMixin.generate = compile_both
         GenerationMixin.postprocess = self.next_tokens
 
-    def next_tokens(self, *_, input_ids, is_finished, **__):
+    def next_tokens(self, *_, input_ids: list, is_finished: list, **__) -> tuple:
         """What upstream's postprocess returns, for any token that ends nothing, until all graphs were called."""
         self.calls_left -= 1
         return [1] * len(input_ids), None, None, [self.calls_left == 0] * len(is_finished)
 
 
-def longest_prompt(config):
-    """Tokens of a prompt that leave room for the answer.
-
-    Args:
-        config (GLM32KConfig): the model's.
-
-    Returns:
-        int
-    """
+def longest_prompt(config: object) -> int:
+    """Tokens of a prompt that leave room for the answer, of a GLM32KConfig."""
     return max(config.seq_length - (config.max_new_tokens or 1), 1)
 
 
-def phase_name(phase, use_past):
-    """The report's name of a phase, or None where the program has open shapes and another of the same graph follows.
-
-    Args:
-        phase (str): MindSpore's.
-        use_past (bool): whether prefill and increment are separate graphs.
-
-    Returns:
-        str | None
-    """
+def phase_name(phase: str, use_past: bool) -> str | None:
+    """The report's name of one of MindSpore's phases, or None where the program has open shapes and another of the
+    same graph follows; with `use_past`, prefill and increment are separate graphs."""
     if not use_past:
         return "predict"
     return phase.rsplit("_", 1)[0] if phase.endswith("_" + SIZED) else None

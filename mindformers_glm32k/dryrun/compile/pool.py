@@ -1,5 +1,7 @@
 """Starts one process per rank, follows what it says, and gathers what it leaves."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_glm32k.dryrun.compile import frontend
-from mindformers_glm32k.dryrun.compile.worker import CONFIG_FILE, NOTE, RECORD_FILE, ROWS_FILE
+from mindformers_glm32k.dryrun.compile.worker import BATCHES_FILE, CONFIG_FILE, NOTE, RECORD_FILE
 from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.parallel import ParallelLayout, check_layout
 
@@ -28,13 +31,8 @@ _SECONDS_PER_LAYER_CALL = 0.6
 
 @dataclass
 class Compiled:
-    """What a worker left.
-
-    Args:
-        rank (int): whose program it is.
-        folder (pathlib.Path): with the program, its text and the strategy file below it.
-        record (dict): the worker's record.
-    """
+    """What a worker left: whose program it is, the folder with the program, its text and the strategy file, and the
+    worker's record."""
 
     rank: int
     folder: Path
@@ -45,67 +43,41 @@ class WorkerFailed(CommandFailed):
     """A worker ended without a program. The message holds the end of its log."""
 
 
-def read_config(launcher_arguments, folder):
+def read_config(launcher_arguments: list[str], folder: Path) -> dict:
     """The configuration as run_mindformer merges it, read in a process of its own: MindFormers writes logs when
-    imported.
-
-    Args:
-        launcher_arguments (list[str]): run_mindformer's.
-        folder (pathlib.Path): for the log and other files that are not wanted afterwards.
-
-    Returns:
-        dict
+    imported. The folder is for the log and other files that are not wanted afterwards.
 
     Raises:
         InputError: what run_mindformer would refuse.
         WorkerFailed: anything else.
     """
-    status = _follow(
-        [*_WORKER, "--folder", str(folder), "--describe", "--", *launcher_arguments],
-        {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)},
-        folder / "log_config.txt",
-    )
-    if status != 0:
-        raise _failure("the configuration could not be read", status, folder / "log_config.txt")
+    _run_worker("config", "the configuration could not be read", ["--describe"], launcher_arguments, folder)
     return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
-def read_rows(launcher_arguments, steps, folder):
+def read_batches(launcher_arguments: list[str], steps: int, folder: Path) -> dict[str, np.ndarray] | None:
     """The batches of the first steps, made by the configuration's own data set class, in a process of its own.
 
     Args:
-        launcher_arguments (list[str]): run_mindformer's; the batch they ask for is that of a step.
-        steps (int): how many.
-        folder (pathlib.Path): for the log and other files that are not wanted afterwards.
+        launcher_arguments: run_mindformer's; the batch they ask for is that of a step.
+        steps: how many.
+        folder: for the log and other files that are not wanted afterwards.
 
     Returns:
-        dict[str, numpy.ndarray] | None: by column, (steps, rows, ...); None when data or vocabulary are not there.
+        By column, (steps, batch, ...); None when data or vocabulary are not there.
 
     Raises:
         InputError: data that the data set class refuses.
         WorkerFailed: anything else.
     """
-    log = folder / "log_rows.txt"
-    status = _follow(
-        [*_WORKER, "--folder", str(folder), "--rows", str(steps), "--", *launcher_arguments],
-        {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)},
-        log,
-    )
-    if status != 0:
-        raise _failure("the rows could not be read", status, log)
-    path = folder / ROWS_FILE
+    _run_worker("batches", "the batches could not be read", ["--batches", str(steps)], launcher_arguments, folder)
+    path = folder / BATCHES_FILE
     return dict(np.load(path)) if path.exists() else None
 
 
-def read_layout(launcher_arguments, devices=None):
-    """The configuration and its layout, checked.
-
-    Args:
-        launcher_arguments (list[str]): run_mindformer's.
-        devices (int | None): NPUs of the run, where known.
-
-    Returns:
-        tuple[Layout, dict]: the layout, the merged configuration.
+def read_layout(launcher_arguments: list[str], devices: int | None = None) -> tuple[ParallelLayout, dict]:
+    """The parallel layout and the merged configuration of run_mindformer's options, checked; `devices` is the number of
+    NPUs of the run, where known.
 
     Raises:
         InputError: what run_mindformer or `check_layout` would refuse.
@@ -117,18 +89,27 @@ def read_layout(launcher_arguments, devices=None):
     return ParallelLayout.from_config(config), config
 
 
-def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, on_done=None, jobs=1, to_execute=False):
+def run_workers(
+    ranks: Sequence[int],
+    layout: ParallelLayout,
+    folder: Path,
+    launcher_arguments: list[str],
+    strategy_only: bool = False,
+    on_done: Callable[[Compiled], None] | None = None,
+    jobs: int = 1,
+    for_simulation: bool = False,
+) -> None:
     """Compiles the programs of some ranks.
 
     Args:
-        ranks (list[int]): whose.
-        layout (Layout): of the configuration.
-        folder (pathlib.Path): each rank gets a folder below it; its log goes to `log_rank_R.txt` in it.
-        launcher_arguments (list[str]): run_mindformer's.
-        strategy_only (bool): no program is kept.
-        on_done (callable): gets a Compiled after each rank, one at a time.
-        jobs (int): how many are compiled at the same time; large programs keep the machine busy one by one.
-        to_execute (bool): initial values are kept, too; the program's text is not written, data files are not read.
+        ranks: whose.
+        layout: of the configuration.
+        folder: each rank gets a folder below it; its log goes to `log_rank_R.txt` in it.
+        launcher_arguments: run_mindformer's.
+        strategy_only: no program is kept.
+        on_done: gets a Compiled after each rank, one at a time.
+        jobs: how many are compiled at the same time; large programs keep the machine busy one by one.
+        for_simulation: initial values are kept, too; the program's text is not written, data files are not read.
 
     Raises:
         InputError: the configuration is refused by the trainer; its own message.
@@ -138,39 +119,28 @@ def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, 
     done = threading.Lock()
 
     def compile_one(rank):
-        place = folder / f"rank_{rank}"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        own = folder / f"rank_{rank}"
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir(parents=True)
         log = folder / f"log_rank_{rank}.txt"
-        command = [
-            *_WORKER,
-            "--rank",
-            str(rank),
-            "--world",
-            str(layout.world),
-            "--folder",
-            str(place),
-            *(["--strategy_only"] if strategy_only else []),
-            *(["--to_execute"] if to_execute else []),
-            "--",
-            *launcher_arguments,
-            "--output_dir",
-            str(place / "output"),
-        ]
+        options = ["--rank", str(rank), "--world_size", str(layout.world), "--folder", str(own)]
+        options += ["--strategy_only"] if strategy_only else []
+        options += ["--for_simulation"] if for_simulation else []
         progress.start(rank)
-        environment = {
-            **os.environ,
-            **frontend.environment(rank, layout.world, None if to_execute else place / "text"),
-            "LOCAL_DEFAULT_PATH": str(place / "output"),
-        }
-        status = _follow(command, environment, log, lambda what: progress.note(rank, what))
-        if status != 0 or not (place / RECORD_FILE).exists():
+        environment = frontend.environment(rank, layout.world, None if for_simulation else own / "text")
+        status = _follow(
+            [*_WORKER, *options, "--", *launcher_arguments, "--output_dir", str(own / "output")],
+            {**os.environ, **environment, "LOCAL_DEFAULT_PATH": str(own / "output")},
+            log,
+            lambda what: progress.note(rank, what),
+        )
+        if status != 0 or not (own / RECORD_FILE).exists():
             raise _failure(f"the program of rank {rank} was not compiled", status, log)
         progress.finish(rank)
-        record = json.loads((place / RECORD_FILE).read_text(encoding="utf-8"))
+        record = json.loads((own / RECORD_FILE).read_text(encoding="utf-8"))
         if on_done:
             with done:
-                on_done(Compiled(rank, place, record))
+                on_done(Compiled(rank, own, record))
 
     try:
         with ThreadPoolExecutor(jobs) as pool:
@@ -183,6 +153,15 @@ def run_workers(ranks, layout, folder, launcher_arguments, strategy_only=False, 
                     future.cancel()
     finally:
         progress.close()
+
+
+def _run_worker(name, what_failed, options, launcher_arguments, folder):
+    """Runs a worker that compiles nothing; its log goes to `log_NAME.txt`."""
+    log = folder / f"log_{name}.txt"
+    command = [*_WORKER, "--folder", str(folder), *options, "--", *launcher_arguments]
+    status = _follow(command, {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)}, log)
+    if status != 0:
+        raise _failure(what_failed, status, log)
 
 
 def _follow(command, environment, log, on_note=None):
@@ -259,12 +238,8 @@ class _Progress:
         rank, what, started = self.last
         stage = f" (stage {self.layout.stage_of(rank)} of {self.layout.stages})" if self.layout.stages > 1 else ""
         text = f"rank {rank}{stage}: {what}, {time.monotonic() - started:.0f} s; about {self._left()} left"
-        print(
-            f"\r\033[K{text}" if self.on_terminal else text,
-            end="" if self.on_terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        text, end = (f"\r\033[K{text}", "") if self.on_terminal else (text, "\n")
+        print(text, end=end, file=sys.stderr, flush=True)
 
     def _tick(self):
         while not self.closed.wait(1):

@@ -1,25 +1,28 @@
 """One process, one NPU's program: runs `run_mindformer` with the user's YAML and options, and stops once compiled."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.compile import frontend
-from mindformers_glm32k.dryrun.compile import generation as prediction
-from mindformers_glm32k.dryrun.compile import placeholders as stand_in
+from mindformers_glm32k.dryrun.compile import frontend, placeholders
+from mindformers_glm32k.dryrun.compile.generation import Generation, phase_name
 from mindformers_glm32k.errors import InputError
 
 PROGRAM_FILE = "program.mindir"  # behind the name of its phase
 RECORD_FILE = "record.json"
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.npz"  # initial values of parameters, by name
-ROWS_FILE = "rows.npz"  # columns of the data set: (steps, rows of a step, …)
+BATCHES_FILE = "batches.npz"  # columns of the data set: (steps, batch, …)
 _COUNTER_SIZE = 8  # elements, at most, of a step counter or loss scale
 NOTE = "dryrun: "  # a line of standard output that starts so is for the command that started this process
 
@@ -32,23 +35,23 @@ class Recorder:
     """Keeps what a compile gives: the program's file, seconds, memory.
 
     Args:
-        folder (pathlib.Path): where files are written.
-        keep_program (bool): False when only the strategy file is wanted.
-        keep_state (bool): whether the parameters' initial values are written, too.
-        world (int): number of NPUs.
+        folder: where files are written.
+        keep_program: False when only the strategy file is wanted.
+        keep_state: whether the parameters' initial values are written, too.
+        world_size: number of NPUs.
     """
 
-    def __init__(self, folder, keep_program, keep_state=False, world=1):
+    def __init__(self, folder: Path, keep_program: bool, keep_state: bool = False, world_size: int = 1):
         self.folder = folder
-        self.world = world
+        self.world_size = world_size
         self.keep_program = keep_program
         self.keep_state = keep_state
         self.seconds = 0.0
         self.record = {"stand_ins": [], "programs": []}
 
-    def compiled(self, cell, phase, program, seconds):
+    def compiled(self, cell: object, phase: str, program: Callable[[], bytes], seconds: float) -> None:
         """Called by the frontend after each compile."""
-        name = "train" if cell.training else prediction.phase_name(phase.split(".")[0], cell.config.use_past)
+        name = "train" if cell.training else phase_name(phase.split(".")[0], cell.config.use_past)
         note("compiled" if name is None else f"{name} compiled")
         self.seconds += seconds
         if name is None:
@@ -60,13 +63,13 @@ class Recorder:
             (self.folder / entry["file"]).write_bytes(program())
         self.record["programs"].append(entry)
 
-    def save_state(self, network):
+    def save_state(self, network: object) -> None:
         """Writes the initial values of a network: all of one device's, of a layout's ranks the counters (weights and
-        optimizer states are cut from one device's)."""
+        optimizer states are sharded from one device's)."""
         if not self.keep_state:
             return
         weights = {parameter.name for parameter in network.trainable_params()}
-        whole = self.world == 1
+        whole = self.world_size == 1
         values = {
             parameter.name: _array(parameter)
             for parameter in network.get_parameters()
@@ -75,7 +78,7 @@ class Recorder:
         with open(self.folder / STATE_FILE, "wb") as file:
             np.savez(file, **values)
 
-    def finish(self):
+    def finish(self) -> None:
         """Writes the record and leaves the trainer."""
         self.record["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         (self.folder / RECORD_FILE).write_text(json.dumps(self.record), encoding="utf-8")
@@ -89,7 +92,7 @@ def _array(parameter):
     return (parameter.astype(float32) if parameter.dtype == bfloat16 else parameter).asnumpy()
 
 
-def note(text):
+def note(text: str) -> None:
     """Tells the command what this process is doing."""
     print(NOTE + text, flush=True)
 
@@ -101,10 +104,8 @@ def _compile_instead_of_training(recorder):
     def train(self, epoch, train_dataset, *args, **kwargs):
         network = self._train_network
         network.set_train(True)
-        inputs = [
-            Tensor(np.zeros(shape, dtype))
-            for shape, dtype in zip(frontend.input_shapes(train_dataset), train_dataset.output_types())
-        ]
+        shapes = frontend.input_shapes(train_dataset)
+        inputs = [Tensor(np.zeros(shape, dtype)) for shape, dtype in zip(shapes, train_dataset.output_types())]
         recorder.record["inputs"] = [list(value.shape) for value in inputs]
         recorder.record["columns"] = train_dataset.get_col_names()
         recorder.record["trainable"] = [parameter.name for parameter in network.trainable_params()]
@@ -113,8 +114,8 @@ def _compile_instead_of_training(recorder):
         shapes = {parameter.name: list(parameter.shape) for parameter in network.get_parameters()}
         network.compile(*inputs)
         recorder.record["layouts"] = {
-            name: {"dev_matrix": list(layout[0]), "tensor_map": list(layout[1]), "shape": shapes[name]}
-            for name, layout in (network.parameter_layout_dict or {}).items()
+            name: {"dev_matrix": list(spec[0]), "tensor_map": list(spec[1]), "shape": shapes[name]}
+            for name, spec in (network.parameter_layout_dict or {}).items()
             if name in shapes
         }
         recorder.finish()
@@ -143,18 +144,12 @@ def _adapt(config):
     return config
 
 
-def _batch_rows(config):
-    """Rows that one step reads over all devices, at most."""
-    parallel = config.parallel_config or {}
-    rows = config.runner_config.batch_size or 1
-    for factor in (
-        parallel.get("data_parallel"),
-        parallel.get("micro_batch_num"),
-        config.micro_batch_interleave_num,
-        config.runner_config.gradient_accumulation_steps,
-    ):
-        rows *= factor or 1
-    return rows
+def _batch_size(config):
+    """Sequences that one step reads over all devices, at most."""
+    parallel, runner = config.parallel_config or {}, config.runner_config
+    factors = [runner.batch_size, parallel.get("data_parallel"), parallel.get("micro_batch_num")]
+    factors += [config.micro_batch_interleave_num, runner.gradient_accumulation_steps]
+    return math.prod(factor or 1 for factor in factors)
 
 
 def _read(folder, launcher_arguments, use_files=True):
@@ -164,16 +159,16 @@ def _read(folder, launcher_arguments, use_files=True):
     config = _adapt(run_mindformer.read_config([*launcher_arguments, "--load_checkpoint", ""]))
     if config.get("train_dataset") and config.get("train_dataset_task"):
         config.train_dataset_task.dataset_config = config.train_dataset  # as upstream does when training begins
-    return config, stand_in.fill(config, folder, _batch_rows(config), use_files)
+    return config, placeholders.fill(config, folder, _batch_size(config), use_files)
 
 
-def describe(folder, launcher_arguments):
+def describe(folder: Path, launcher_arguments: list[str]) -> None:
     """Writes the merged configuration as JSON."""
     config, _ = _read(folder, launcher_arguments)
     (folder / CONFIG_FILE).write_text(json.dumps(config, default=str), encoding="utf-8")
 
 
-def save_rows(folder, steps, launcher_arguments):
+def save_batches(folder: Path, steps: int, launcher_arguments: list[str]) -> None:
     """Writes the first batches of the training data, as the configuration's data set class makes them; the data set
     is read from its start again when it ends. Nothing is written when its files are not there."""
     from mindformers.dataset import build_dataset
@@ -184,55 +179,54 @@ def save_rows(folder, steps, launcher_arguments):
     if missing:
         return
     check_packing(config, ["train_dataset"])
-    columns = []
+    batches = []
     dataset = build_dataset(config.train_dataset_task)
-    while len(columns) < steps:
-        columns += list(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
-    names = dataset.get_col_names()
-    with open(folder / ROWS_FILE, "wb") as file:
-        np.savez(
-            file, **{name: np.stack([batch[index] for batch in columns[:steps]]) for index, name in enumerate(names)}
-        )
+    while len(batches) < steps:
+        batches += list(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
+    columns = {name: np.stack(values) for name, values in zip(dataset.get_col_names(), zip(*batches[:steps]))}
+    with open(folder / BATCHES_FILE, "wb") as file:
+        np.savez(file, **columns)
 
 
-def compile_program(folder, rank, world, keep_program, launcher_arguments, to_execute=False):
-    """Compiles one rank's program and writes it, the strategy file and a record below `folder`; to execute it, the
-    initial values, too (its data then come from `save_rows`)."""
+def compile_program(
+    folder: Path, rank: int, world_size: int, launcher_arguments: list[str], keep_program: bool, for_simulation: bool
+) -> None:
+    """Compiles one rank's program and writes it, the strategy file and a record below `folder`; for a simulation, the
+    initial values, too (its data then come from `save_batches`)."""
     from mindformers_glm32k import run_mindformer
 
-    recorder = Recorder(folder, keep_program, keep_state=to_execute, world=world)
-    frontend.install(rank, world, recorder.compiled)
-    config, recorder.record["stand_ins"] = _read(folder, launcher_arguments, use_files=not to_execute)
+    recorder = Recorder(folder, keep_program, keep_state=for_simulation, world_size=world_size)
+    frontend.install(rank, world_size, recorder.compiled)
+    config, recorder.record["stand_ins"] = _read(folder, launcher_arguments, use_files=not for_simulation)
     os.chdir(folder)  # what upstream writes into the working directory stays here
     _compile_instead_of_training(recorder)
-    prediction.Generation(recorder.finish, recorder.save_state, sized_only=to_execute).install()
+    Generation(recorder.finish, recorder.save_state, sized_only=for_simulation).install()
     note("build")
     with contextlib.suppress(Finished):
         run_mindformer.run(config)
 
 
-def main(argv=None):
-    """`python -m mindformers_glm32k.dryrun.compile.worker --folder D (--describe | --rows STEPS | --rank R --world N) -- run_mindformer's`."""
+def main(argv: list[str] | None = None) -> None:
+    """`python -m mindformers_glm32k.dryrun.compile.worker OPTIONS -- run_mindformer's options`; it never returns."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--describe", action="store_true")
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--world", type=int)
+    parser.add_argument("--world_size", type=int)
     parser.add_argument("--strategy_only", action="store_true")
-    parser.add_argument("--rows", type=int, help="write the data of so many steps")
-    parser.add_argument("--to_execute", action="store_true")
+    parser.add_argument("--batches", type=int, help="write the data of so many steps")
+    parser.add_argument("--for_simulation", action="store_true")
     parser.add_argument("launcher_arguments", nargs="*")
     args = parser.parse_args(argv)
     note("import")
     try:
         if args.describe:
             describe(args.folder, args.launcher_arguments)
-        elif args.rows:
-            save_rows(args.folder, args.rows, args.launcher_arguments)
+        elif args.batches:
+            save_batches(args.folder, args.batches, args.launcher_arguments)
         else:
-            compile_program(
-                args.folder, args.rank, args.world, not args.strategy_only, args.launcher_arguments, args.to_execute
-            )
+            keep = not args.strategy_only
+            compile_program(args.folder, args.rank, args.world_size, args.launcher_arguments, keep, args.for_simulation)
     except (InputError, frontend.FrontendUnavailable) as error:
         print(f"error: {error}", flush=True)
         os._exit(2)

@@ -160,7 +160,7 @@ def _write(summaries, folder):
 
 
 def _names(sources):
-    """The last part of each path, told apart by a number where two are the same."""
+    """The last part of each path, told apart by a running index where two are the same."""
     names = []
     for source in sources:
         path = Path(source).resolve()

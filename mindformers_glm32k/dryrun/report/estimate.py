@@ -222,11 +222,11 @@ def calibrate() -> float:
 
 def errors() -> list[tuple[Published, float, float]]:
     """The figures that the estimate is not calibrated on, each with the estimate and its relative error."""
-    rows = []
+    compared = []
     for figure in published()[1:]:
         found = estimate(figure.report)["tokens_per_second_per_device"]
-        rows.append((figure, found, found / figure.speed - 1))
-    return rows
+        compared.append((figure, found, found / figure.speed - 1))
+    return compared
 
 
 def note() -> str:

@@ -49,7 +49,7 @@ def three_digits(value: float) -> str:
 
 
 def table(head: list[str], lines: Iterable[Iterable], texts: int = 1) -> str:
-    """A table in Markdown; the first `texts` columns are words, the others numbers."""
+    """A table in Markdown; the first `texts` columns to the left, the others, figures, to the right."""
     lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *lines]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mindformers_glm32k.data.encode import IGNORED
 from mindformers_glm32k.dryrun.analysis.mindir import Program, read_program
-from mindformers_glm32k.dryrun.compile.pool import read_layout, read_rows, run_workers
+from mindformers_glm32k.dryrun.compile.pool import read_batches, read_layout, run_workers
 from mindformers_glm32k.dryrun.compile.strategy import strategy_file
 from mindformers_glm32k.dryrun.compile.worker import STATE_FILE
 from mindformers_glm32k.dryrun.simulator import scale_down, state
@@ -126,7 +126,7 @@ def compile_ranks(arguments: list[str], layout: ParallelLayout, work: Path) -> l
             shutil.copyfile(strategy, work / "strategy" / strategy.name)
         shutil.rmtree(folder)
 
-    run_workers(range(layout.world), layout, work, arguments, on_done=read, jobs=_JOBS, to_execute=True)
+    run_workers(range(layout.world), layout, work, arguments, on_done=read, jobs=_JOBS, for_simulation=True)
     return [found[rank] for rank in range(layout.world)]
 
 
@@ -245,7 +245,7 @@ def read_sequences(
         By column (steps, sequences, …); and in words where they come from.
     """
     vocab_size = int(config["model"]["model_config"]["padded_vocab_size"])
-    found = read_rows(arguments, steps, work)
+    found = read_batches(arguments, steps, work)
     if found is None:
         note = "random tokens, sequences with different numbers of labels (the YAML's data or vocabulary are not there)"
         return random_sequences(one.columns, one.inputs[0], steps, vocab_size), note

@@ -1,10 +1,10 @@
-"""Rows that a rehearsal reads from the configuration's data set."""
+"""Batches that a simulation reads from the configuration's data set."""
 
 import json
 
 from dryrun.tiny import CONFIG, OVERRIDES
-from mindformers_glm32k.dryrun.compile import placeholders as stand_in
-from mindformers_glm32k.dryrun.compile.pool import read_rows
+from mindformers_glm32k.dryrun.compile.placeholders import vocabulary as small_vocabulary
+from mindformers_glm32k.dryrun.compile.pool import read_batches
 
 
 def test_packed_rows_are_those_of_the_data_set(tmp_path):
@@ -17,7 +17,7 @@ def test_packed_rows_are_those_of_the_data_set(tmp_path):
         ),
         encoding="utf-8",
     )
-    vocabulary = stand_in._vocabulary(tmp_path, 0)
+    vocabulary = small_vocabulary(tmp_path)
     values = {
         **OVERRIDES,
         "train_dataset.packing": True,
@@ -27,7 +27,7 @@ def test_packed_rows_are_those_of_the_data_set(tmp_path):
         "train_dataset.tokenizer.vocab_file": vocabulary,
         "processor.tokenizer.vocab_file": vocabulary,
     }
-    rows = read_rows(
+    rows = read_batches(
         ["--config", str(CONFIG), *(word for key, value in values.items() for word in (f"--{key}", str(value)))],
         2,
         tmp_path,

@@ -1,12 +1,17 @@
 """The table of simulations in docs/dryrun.md, from the folders that `glm32k dryrun --execute` wrote.
 
-python benchmarks/rehearsals.py FOLDER …
+python benchmarks/simulations.py FOLDER …
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mindformers_glm32k.dryrun.report.markdown import table  # noqa: E402
 
 HEAD = (
     "layout",
@@ -23,12 +28,12 @@ HEAD = (
 
 
 def relative(steps, name):
-    """float: the largest difference of a value from one device's, relative to that."""
+    """The largest difference of a value from one device's, relative to that."""
     return max(abs(step[name] / step[f"{name}_one_device"] - 1) for step in steps)
 
 
-def row(folder):
-    """tuple[str]: a layout's cells."""
+def cells(folder):
+    """A layout's line of the table."""
     report = json.loads((Path(folder) / "execution.json").read_text(encoding="utf-8"))
     steps = report["steps"]
     skipped = sum(step["overflow"] for step in steps)
@@ -49,10 +54,8 @@ def row(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", help="output folders of rehearsals")
-    rows = [row(folder) for folder in parser.parse_args().folders]
-    for cells in (HEAD, ["---"] * len(HEAD), *rows):
-        print("| " + " | ".join(cells) + " |")
+    parser.add_argument("folders", nargs="+", help="output folders of `glm32k dryrun --execute`")
+    print(table(list(HEAD), map(cells, parser.parse_args().folders), texts=len(HEAD)))
 
 
 if __name__ == "__main__":

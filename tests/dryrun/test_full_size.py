@@ -1,4 +1,7 @@
-"""Shipped training layouts at full size: 28 layers, hidden 4096, 32768 tokens. Minutes each: `python -m pytest -m rehearsal`."""
+"""Shipped training layouts at full size: 28 layers, hidden 4096, 32768 tokens.
+
+Minutes each: `python -m pytest -m rehearsal`.
+"""
 
 import json
 

@@ -26,12 +26,8 @@ PIPELINE = {"parallel_config__pipeline_stage": 2, "parallel_config__micro_batch_
 
 
 def run_command(command, *options, config=CONFIG, sizes=None, **overrides):
-    """Runs `glm32k COMMAND` on the tiny model in a process of its own; __ in an override's name stands for a dot; `sizes`
-    takes the place of the tiny model's.
-
-    Returns:
-        subprocess.CompletedProcess
-    """
+    """Runs `glm32k COMMAND` on the tiny model in a process of its own; __ in an override's name stands for a dot;
+    `sizes` takes the place of the tiny model's."""
     command = [
         sys.executable,
         "-m",

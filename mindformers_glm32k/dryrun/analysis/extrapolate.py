@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mindformers_glm32k.checks import is_number
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.parallel import layers_per_stage
 
 LAYERS = (2, 4)  # layers of each stage in the programs that are compiled
 _SAME = frozenset(("rank", "stage"))
@@ -14,10 +15,10 @@ def layers_of_stages(config: dict) -> list[int]:
     """Layers of each pipeline stage of the merged configuration.
 
     Raises:
-        InputError: a setting differs from layer to layer, so that shallow programs say nothing about it.
+        InputError: a setting differs from layer to layer, so that shallow programs say nothing about it, or the layers
+            do not fit the stages.
     """
     model = config["model"]["model_config"]
-    stages = int((config.get("parallel_config") or {}).get("pipeline_stage") or 1) if config.get("use_parallel") else 1
     for name in ("recompute", "select_recompute", "select_comm_recompute"):
         value = (config.get("recompute_config") or {}).get(name)
         patterns = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
@@ -28,18 +29,11 @@ def layers_of_stages(config: dict) -> list[int]:
             )
     if int(model.get("pp_interleave_num") or 1) > 1:
         raise InputError("--quick: model_config.pp_interleave_num is above 1; compile at full depth (without --quick)")
-    offset = model.get("offset") or 0
-    offsets = list(offset) if isinstance(offset, (list, tuple)) else [int(offset)] * stages
-    if len(offsets) != stages:
-        raise InputError(
-            f"--quick: model_config.offset {offset!r} has {len(offsets)} entries, "
-            f"parallel_config.pipeline_stage is {stages}"
-        )
-    layers = [int(model["num_layers"]) // stages + more for more in offsets]
+    (layers,) = layers_per_stage(config)
     if sum(layers) != int(model["num_layers"]):
         raise InputError(
             f"--quick: model_config.num_layers {model['num_layers']} is not the sum of {layers} layers on "
-            f"{stages} stages; set model_config.offset"
+            f"{len(layers)} stages; set model_config.offset"
         )
     return layers
 

@@ -5,13 +5,15 @@ import pytest
 from mindformers_glm32k.dryrun.analysis.extrapolate import extrapolate, layers_of_stages
 from mindformers_glm32k.errors import InputError
 
+SIZES = {"seq_length": 64, "num_attention_heads": 4, "multi_query_group_num": 2}
+
 
 def config(**model):
     return {
         "use_parallel": True,
         "parallel_config": {"pipeline_stage": 4},
         "recompute_config": {"recompute": True},
-        "model": {"model_config": {"num_layers": 28, **model}},
+        "model": {"model_config": {"num_layers": 28, **SIZES, **model}},
     }
 
 

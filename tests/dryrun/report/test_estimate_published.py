@@ -18,7 +18,7 @@ def test_the_fraction_meets_the_figure_it_is_calibrated_on():
 
 
 def test_work_of_the_stored_programs_is_that_of_the_formulas():
-    """A card's stage: 7 layers, 16 sequences, recomputed except for each layer's last product; Ulysses: an eighth of 32 sequences."""
+    """CARD's stage: 7 layers, 16 sequences, recomputed but for each layer's last product; ULYSSES: an eighth of 32."""
     kept = 2 * TOKENS * FFN * HIDDEN
     stage = CARD["programs"][1]["work"]
     assert stage["matmul_flops"]["float16"] == pytest.approx(7 * 16 * (4 * LAYER - kept), rel=0.001)

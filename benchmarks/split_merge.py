@@ -24,10 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = str(ROOT)
 
-from mindformers_glm32k.weights import (
-    merge,  # noqa: E402
-    split,  # noqa: E402
-)
+from mindformers_glm32k.weights import merge, split  # noqa: E402
 from mindformers_glm32k.weights.model_dims import Sizes  # noqa: E402
 from mindformers_glm32k.weights.names import name_of, slots  # noqa: E402
 from mindformers_glm32k.weights.writer import CheckpointWriter  # noqa: E402

@@ -8,7 +8,7 @@ changed on disk; what is bound to another name is bound back.
 | set_output_path | moved from mindformers.tools to mindformers.utils.file_utils in 1.8 | 1.6 | with 1.6 |
 | checkpoint_path | 1.9 moves load_checkpoint to checkpoint.load_path | 1.9 | with 1.8 |
 | portable_argmax | the generator's mint.argmax has no CPU kernel; an attribute of our model | all | with a kernel |
-| barrier_on_cpu | Barrier has no CPU kernel; the name is bound to an all-reduce during a CPU run | all | with a kernel |
+| barrier_on_cpu | Barrier has no CPU kernel; its name is that of an all-reduce during CPU runs | all | with a kernel |
 | check_buildable | sequence pipelines are not built; MindSpore has no bfloat16 kernels on CPU | all | with kernels |
 | kernels/substitution.py | names bound while a model is constructed: S x S masks, NPU-only kernels, unsharded
   operators of upstream's glm2 | all | with cells that take their parts as arguments |

@@ -10,8 +10,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from mindformers_glm32k.errors import InputError
+
+_SPARE_BYTES = 16 << 20  # of disk: reports, logs, file system
 
 
 @contextlib.contextmanager
@@ -72,10 +75,10 @@ class Busy(InputError):
     """Another process works on the same output."""
 
 
-def lock_file(path):
+def lock_file(path: str | os.PathLike) -> TextIO:
     """Creates and locks a file; whoever ends unlinks it and closes it. Raises Busy when another holds it."""
     while True:
-        handle = open(path, "w", encoding="utf-8")
+        handle = open(path, "w", encoding="utf-8")  # noqa: SIM115, it stays open while the lock is held
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
@@ -90,17 +93,14 @@ def lock_file(path):
 
 
 @contextlib.contextmanager
-def work_folder(output, parent=None):
+def work_folder(output: Path, parent: Path | None = None) -> Iterator[Path]:
     """A hidden folder for an output: everything is made there, and moved to its final name when it is verified.
 
     It is empty at first: what a killed program left there is gone, and so is the folder afterwards.
 
     Args:
-        output (pathlib.Path): the final name.
-        parent (pathlib.Path | None): where the folder lies, on the disk of the output; beside it by default.
-
-    Yields:
-        pathlib.Path: the folder.
+        output: the final name.
+        parent: where the folder lies, on the disk of the output; beside it by default.
 
     Raises:
         Busy: another process works on the same output.
@@ -124,16 +124,13 @@ def work_folder(output, parent=None):
         raise InputError(f"{error.filename or output}: cannot be written ({error.strerror})") from error
 
 
-_SPARE_BYTES = 16 << 20  # of disk: reports, logs, file system
-
-
-def require_space(output, nbytes, folder=None):
+def require_space(output: str | os.PathLike, nbytes: int, folder: Path | None = None) -> None:
     """Raises InputError when there is less than `nbytes` and a little free on a disk.
 
     Args:
-        output (str | os.PathLike): what is to be written, for the message.
-        nbytes (int): that are needed.
-        folder (pathlib.Path | None): on that disk, or to be made there; by default the one that `output` lies in.
+        output: what is to be written, for the message.
+        nbytes: that are needed.
+        folder: on that disk, or to be made there; by default the one that `output` lies in.
     """
     existing = folder or Path(output).absolute().parent
     while not existing.exists():
@@ -146,7 +143,7 @@ def require_space(output, nbytes, folder=None):
         )
 
 
-def flush(path):
+def flush(path: str | os.PathLike) -> None:
     """Writes a file's data to the disk."""
     with open(path, "rb+") as handle:
         os.fsync(handle.fileno())

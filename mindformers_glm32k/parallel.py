@@ -151,11 +151,7 @@ def layers_per_stage(config: Mapping) -> list[list[int]]:
 
 
 def check_layout(config: Mapping, devices: int | None = None) -> None:
-    """Checks sizes against the layout that they are cut into.
-
-    Args:
-        config: merged configuration.
-        devices: NPUs of the run, where known.
+    """Checks sizes against the layout that they are cut into, and that against the NPUs of the run, where known.
 
     Raises:
         InputError: one message with all that does not fit, each with its key.
@@ -186,11 +182,7 @@ def layout_problems(config: Mapping, devices: int | None = None) -> list[str]:
 
 
 def packing_problems(config: Mapping) -> list[str]:
-    """What keeps an NPU's flash attention from packed sequences, one sentence each, the key first.
-
-    Args:
-        config: merged configuration, with packed training or evaluation data.
-    """
+    """What keeps an NPU's flash attention from packed sequences, one sentence each, the key first."""
     model, found = config["model"]["model_config"], []
     if model.get("attention_dropout"):
         found.append(
@@ -250,12 +242,10 @@ def _devices(run: _Run) -> Iterator[str]:
 
 def _mode(run: _Run) -> Iterator[str]:
     mode = (run.config.get("parallel") or {}).get("parallel_mode")
-    axes = [name for name in AXES[1:] if getattr(run, name) > 1]
-    if axes and not one_program(run.config):
-        yield (
-            f"parallel.parallel_mode={mode!r}: parallel_config.{axes[0]}={getattr(run, axes[0])} needs 1 "
-            "(semi-automatic parallel)"
-        )
+    axis = next((name for name in AXES[1:] if getattr(run, name) > 1), None)
+    if axis and not one_program(run.config):
+        found = f"parallel_config.{axis}={getattr(run, axis)}"
+        yield f"parallel.parallel_mode={mode!r}: {found} needs 1 (semi-automatic parallel)"
 
 
 def _heads(run: _Run) -> Iterator[str]:
@@ -271,10 +261,7 @@ def _heads(run: _Run) -> Iterator[str]:
             f"parallel_config.model_parallel={run.model_parallel}"
         )
     if run.context_parallel % run.ulysses:
-        yield (
-            f"parallel_config.ulysses_degree_in_cp={run.ulysses}: does not divide "
-            f"context_parallel={run.context_parallel}"
-        )
+        yield f"parallel_config.ulysses_degree_in_cp={run.ulysses}: no divisor of context_parallel={run.context_parallel}"
 
 
 def _widths(run: _Run) -> Iterator[str]:
@@ -339,10 +326,8 @@ def _batch(run: _Run) -> Iterator[str]:
         return
     interleave = _count(run.config, "micro_batch_interleave_num")
     if interleave > 1 and run.context_parallel > 1:
-        yield (
-            f"micro_batch_interleave_num={interleave}: cannot go with "
-            f"parallel_config.context_parallel={run.context_parallel}"
-        )
+        found = f"parallel_config.context_parallel={run.context_parallel}"
+        yield f"micro_batch_interleave_num={interleave}: cannot go with {found}"
     strategy = (run.config.get("parallel") or {}).get("dataset_strategy")
     if isinstance(strategy, (list, tuple)) and strategy and isinstance(strategy[0], (list, tuple)):
         parts = strategy[0][0]

@@ -133,12 +133,12 @@ def read_config(argv: Sequence[str] | None = None) -> MindFormerConfig:
         for section in ("train_dataset", "eval_dataset"):
             if config.get(section) and config[section].get("data_loader"):
                 set_key(config, f"{section}.data_loader.num_samples", args.num_samples, "--num_samples")
-    if isinstance(config.load_checkpoint, str) and config.load_checkpoint:
-        if not os.path.exists(config.load_checkpoint):
-            raise InputError(
-                f"load_checkpoint {config.load_checkpoint}: no such file or folder (seen from "
-                f"{os.getcwd()}); training leaves its checkpoints in output/checkpoint/rank_N"
-            )
+    path = config.load_checkpoint
+    if isinstance(path, str) and path and not os.path.exists(path):
+        raise InputError(
+            f"load_checkpoint {path}: no such file or folder (seen from {os.getcwd()}); training leaves checkpoints in "
+            "output/checkpoint/rank_N"
+        )
     if config.run_mode not in RUN_MODES:
         raise InputError(f"{args.config}: run_mode is {config.run_mode!r}, allowed are {', '.join(RUN_MODES)}")
     if config.run_mode.startswith("predict"):

@@ -70,7 +70,7 @@ def test_no_name_is_one_of_upstreams(register):
 def test_the_package_offers_the_entries():
     assert set(mindformers_glm32k.__all__) == {name for _, name, _ in registry.ENTRIES} <= set(dir(mindformers_glm32k))
     with pytest.raises(AttributeError, match="GLM33"):
-        mindformers_glm32k.GLM33
+        mindformers_glm32k.GLM33  # noqa: B018
     with pytest.raises(KeyError):
         registry.load("GLM33")
 

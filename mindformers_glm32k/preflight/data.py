@@ -1,4 +1,4 @@
-"""A run's data sections against its model: vocabulary, lengths, and what an NPU's flash attention takes of packed data."""
+"""A run's data sets against its model: vocabulary, lengths, and what an NPU's flash attention takes of packed data."""
 
 from __future__ import annotations
 

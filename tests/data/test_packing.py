@@ -245,7 +245,7 @@ def test_nothing_to_pack_is_said():
 def test_a_streams_passes_have_every_sample_once(lengths):
     rows = stream(Tokens(lengths))
     places, samples = iter(range(10000)), []
-    for number in range(3):
+    for _ in range(3):
         seen = []
         while len(seen) < 100:
             seen += rows.documents(next(places))[0]

@@ -46,7 +46,7 @@ TITLES = {
 def write_data(path, size):
     """Writes `size` bytes of lines; texts are pieces of one long text.
 
-    Its sentences are those of Python's own manual, in any order, with one word in 50 replaced by one of a million made-up
+    Its sentences are those of Python's own manual, in any order, one word in 50 replaced by one of a million made-up
     names: natural English with the many rare words of a big collection.
     """
     from pydoc_data.topics import topics

@@ -17,7 +17,7 @@ COMMANDS = {
     ),
     "preprocess": (
         "mindformers_glm32k.longbench.preprocess",
-        "write LongBench as training rows in the AdGen layout, some documents held out",
+        "write LongBench as training records in the AdGen layout, some documents held out",
     ),
     "longbench": (
         "mindformers_glm32k.commands.longbench",
@@ -25,7 +25,7 @@ COMMANDS = {
     ),
     "inspect": (
         "mindformers_glm32k.commands.inspect",
-        "print training rows as the model sees them, and compare their prompts with what prediction feeds",
+        "print training sequences as the model sees them, and compare their prompts with what prediction feeds",
     ),
     "convert": ("mindformers_glm32k.commands.convert", "convert a Hugging Face checkpoint to a MindSpore one"),
     "dryrun": (

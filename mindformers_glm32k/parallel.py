@@ -1,4 +1,4 @@
-"""How a run is cut over NPUs: the layout that a configuration asks for, and what cannot work about it.
+"""How a run is split over NPUs: the layout that a configuration asks for, and what cannot work about it.
 
 MindSpore finds most of such mistakes after a minute of compiling, in words of its own, and some not at all.
 """
@@ -21,7 +21,7 @@ _SHORTEST_RUN = 1024  # positions
 
 
 def one_program(config: Mapping | None = None) -> bool:
-    """Whether the compiler cuts one program, which has the whole batch, over all devices (semi-automatic and automatic
+    """Whether the compiler splits one program, which has the whole batch, over all devices (semi-automatic or automatic
     parallel); in data parallel each process has a program and a batch of its own.
 
     Args:
@@ -101,7 +101,7 @@ class ParallelLayout:
         return range(stage * size, (stage + 1) * size)
 
     def on_one_device(self) -> ParallelLayout:
-        """The same batch and model, cut over nothing."""
+        """The same batch and model, split over nothing."""
         return replace(self, data_parallel=1, model_parallel=1, context_parallel=1, stages=1, micro_batches=1)
 
     @property
@@ -151,7 +151,7 @@ def layers_per_stage(config: Mapping) -> list[list[int]]:
 
 
 def check_layout(config: Mapping, devices: int | None = None) -> None:
-    """Checks sizes against the layout that they are cut into, and that against the NPUs of the run, where known.
+    """Checks sizes against the layout that they are split by, and that against the NPUs of the run, where known.
 
     Raises:
         InputError: one message with all that does not fit, each with its key.
@@ -261,7 +261,8 @@ def _heads(run: _Run) -> Iterator[str]:
             f"parallel_config.model_parallel={run.model_parallel}"
         )
     if run.context_parallel % run.ulysses:
-        yield f"parallel_config.ulysses_degree_in_cp={run.ulysses}: no divisor of context_parallel={run.context_parallel}"
+        found = f"context_parallel={run.context_parallel}"
+        yield f"parallel_config.ulysses_degree_in_cp={run.ulysses}: does not divide {found}"
 
 
 def _widths(run: _Run) -> Iterator[str]:

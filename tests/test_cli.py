@@ -68,7 +68,7 @@ def test_help_needs_nothing_heavy(name):
 
 @pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in cli.COMMANDS)], ids=" ".join)
 def test_help_comes_at_once(argv):
-    """Half a second of CPU time, the start of Python included; the best of three, for other programs take cores, too."""
+    """Half a second of CPU time, the start of Python included; the best of three: other programs take cores, too."""
     command = [sys.executable, "-m", "mindformers_glm32k", *argv]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     seconds = []

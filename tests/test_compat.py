@@ -57,7 +57,7 @@ def test_checkpoint_path(config, path):
 
 
 def modules_with_barrier():
-    """MindSpore's module of barriers, and those of MindFormers that took the name from it, as far as they are loaded."""
+    """MindSpore's module of barriers, and those of MindFormers that took the name from it, if they are loaded."""
     import sys
 
     import mindformers  # noqa: F401, loads them

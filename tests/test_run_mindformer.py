@@ -208,7 +208,8 @@ def test_dotted_keys_come_last():
         (["--trian_dataset.batch_size", "3"], "has no section 'trian_dataset'; did you mean 'train_dataset'?"),
         (
             ["--train_dataset.data_loadr.shuffle", "True"],
-            "--train_dataset.data_loadr.shuffle: train_dataset has no section 'data_loadr'; did you mean 'data_loader'?",
+            "--train_dataset.data_loadr.shuffle: train_dataset has no section 'data_loadr'; "
+            "did you mean 'data_loader'?",
         ),
         (["--seed.value", "3"], "has no section 'seed'"),
         (["--options", "modl.x=1"], "--options modl.x: the configuration has no section 'modl'; did you mean 'model'?"),

@@ -38,7 +38,7 @@ def _is_float(value):
     return isinstance(value, float) and value >= 0
 
 
-def _is_pair_of_shares(value):
+def _is_pair_of_fractions(value):
     return (
         isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_float(part) and 0 < part < 1 for part in value)
     )
@@ -63,7 +63,7 @@ VALUES = {
     "lr_schedule.warmup_ratio": _NUMBER,
     "lr_schedule.warmup_steps": (_is_int(0), "a whole number of at least 0"),
     "lr_schedule.total_steps": (_is_int(-1), "a whole number of steps, or -1 for all of the run"),
-    "optimizer.betas": (_is_pair_of_shares, "a list of two numbers between 0 and 1"),
+    "optimizer.betas": (_is_pair_of_fractions, "a list of two numbers between 0 and 1"),
     "optimizer.eps": _FLOAT,
     "optimizer.weight_decay": _FLOAT,
     "runner_wrapper.use_clip_grad": _BOOL,
@@ -147,7 +147,7 @@ def check_config(config: MindFormerConfig, run_mode: str, built: Iterable[str] =
 
 
 def check_run_layout(config: MindFormerConfig) -> None:
-    """Sizes against the layout and the number of processes, where one program is cut over the devices; data parallel
+    """Sizes against the layout and the number of processes, where one program is split over the devices; data parallel
     processes hold all of it."""
     if not config.use_parallel or not one_program(config):
         return

@@ -290,7 +290,7 @@ class GLM32KTokenizer(chat.ChatInput, PreTrainedTokenizer):
         pad_to_multiple_of=None,
         return_attention_mask=None,
     ):
-        """Adds mask and positions to one sequence and pads all of it on `padding_side` (with 0 in mask and positions)."""
+        """Adds mask and positions to one sequence and pads all of it on `padding_side` (0 in mask and positions)."""
         length = len(encoded_inputs["input_ids"])
         if return_attention_mask is not False:
             encoded_inputs.setdefault("attention_mask", [1] * length)

@@ -160,7 +160,7 @@ def _load(path):
 def _require_text(text):
     if not isinstance(text, str):
         raise InputError(f"a text (str) is needed, found {type(text).__name__}: {text!r:.80}")
-    # sentencepiece refuses these too, but without saying where; JSON files hold them where text was cut by bytes
+    # sentencepiece refuses these too, but without saying where; JSON files hold them where text was truncated by bytes
     lone = None if text.isascii() else _SURROGATE.search(text)
     if lone:
         raise InputError(

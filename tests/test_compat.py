@@ -1,4 +1,5 @@
 import os
+import re
 
 import mindspore as ms
 import numpy as np
@@ -12,6 +13,14 @@ from mindformers_glm32k import compat
 def test_on_ascend(target, ascend, monkeypatch):
     monkeypatch.setattr(ms, "get_context", {"device_target": target}.get)
     assert compat.on_ascend() is ascend
+
+
+def test_the_ledger_names_what_is_there():
+    entries = re.findall(r"^\| ([\w./]+) \|", compat.__doc__, re.M)
+    assert len(entries) > 8 and entries.pop(0) == "entry"
+    for entry in entries:
+        places = [ROOT / "mindformers_glm32k" / entry, ROOT / "research" / "glm32k" / entry]
+        assert hasattr(compat, entry) or any(place.is_file() for place in places), entry
 
 
 def test_config_folder_of_a_checkout():

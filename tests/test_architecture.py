@@ -47,6 +47,8 @@ PRIVATE_EXCEPTIONS: dict[tuple[str, str], str] = {
 }
 
 MOST_FILES, MOST_LINES, LONGEST_FILE = 125, 20_000, 400
+# Files that one reads to follow a path to its end: `glm32k convert`, and a JSON line to its batch.
+MOST_TO_READ = {"commands.convert": 14, "data.dataset": 19}
 
 
 class Sources:
@@ -307,6 +309,24 @@ def too_large(sources: Sources, files=MOST_FILES, lines=MOST_LINES, longest=LONG
     return found
 
 
+def files_to_read(sources: Sources, start: str) -> list[str]:
+    """A module and all that it imports, directly or not."""
+    seen, ahead = set(), [start]
+    while ahead:
+        module = ahead.pop()
+        if module and module not in seen:
+            seen.add(module)
+            ahead += sources.imports(module)
+    return sorted(seen)
+
+
+def too_far_to_read(sources: Sources, most=MOST_TO_READ) -> list[str]:
+    reading = {start: files_to_read(sources, start) for start in most}
+    return [
+        f"{start}: {len(reading[start])} files: {reading[start]}" for start in most if len(reading[start]) > most[start]
+    ]
+
+
 RULES = {
     "upward imports": upward_imports,
     "circles": circles,
@@ -315,6 +335,7 @@ RULES = {
     "private parts": private_parts,
     "public functions without hints": missing_hints,
     "too large": too_large,
+    "too far to read": too_far_to_read,
 }
 
 
@@ -330,6 +351,7 @@ NOT_YET = {
     "folders without a face": "data, dryrun/compile, training, weights/formats",
     "public functions without hints": "data, dryrun, longbench, training, weights",
     "too large": "files and lines are coming down room by room",
+    "too far to read": "the plan, the job and the writer of a conversion are still apart",
 }
 
 
@@ -397,7 +419,11 @@ def built(tmp_path, **changes) -> Sources:
 
 
 def small(rule, sources):
-    arguments = {upward_imports: {"floors": SMALL_FLOORS}, questions_for_versions: {"allowed": {"low"}}}
+    arguments = {
+        upward_imports: {"floors": SMALL_FLOORS},
+        questions_for_versions: {"allowed": {"low"}},
+        too_far_to_read: {"most": {"top": 4}},
+    }
     return RULES[rule](sources, **arguments.get(RULES[rule], {}))
 
 
@@ -438,11 +464,13 @@ def test_a_sound_house_breaks_no_rule(rule, tmp_path):
         ("public functions without hints", "top", "class C:\n    def __init__(self, x): pass\n", "top: C.__init__: x"),
         ("public functions without hints", "top", "class C:\n    def __call__(self): pass\n", "C.__call__: its result"),
         ("too large", "top", "x = 1\n" * 400, "top: 402 lines"),
+        ("too far to read", "low", "from house import attic\n", "top: 5 files"),
     ],
 )
 def test_each_rule_finds_its_fault(rule, name, line, words, tmp_path):
     before = SOUND.get(name, "") if rule != "folders without a face" else ""
-    sources = built(tmp_path, **{name: before + line})
+    also = {"attic": "x = 1\n"} if "attic" in line else {}
+    sources = built(tmp_path, **also, **{name: before + line})
     if words is None:  # no fault: a face that hands out another module than the one that asks
         assert small(rule, sources) == []
         return

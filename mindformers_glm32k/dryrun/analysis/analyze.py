@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import asdict
 from pathlib import Path
 
 from mindformers_glm32k.dryrun.analysis.cost import count_flops, list_collectives, measure_work
@@ -58,7 +57,7 @@ def analyze(
         "flops": sum(operations.values()),
         "flops_by_part": {f"{what}_{part}": value for (what, part), value in sorted(operations.items())},
         "work": measure_work(trace),
-        "collectives": [asdict(item) for item in list_collectives(trace, rank)],
+        "collectives": list_collectives(trace, rank),
         "largest_tensors": _largest(trace.activations + trace.constants, sources),
         "at_peak": _largest(used.at_peak, sources),
         "square_tensors": _largest(squares, sources),

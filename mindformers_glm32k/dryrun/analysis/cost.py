@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 from mindformers_glm32k.dryrun.analysis.mindir import Node
 from mindformers_glm32k.dryrun.analysis.trace import Event, Literal, Trace
@@ -136,31 +135,15 @@ def _size(output):
     return output.bytes if output is not None else 0
 
 
-@dataclass(frozen=True)
-class Collective:
-    """Calls of one kind over one group in one dtype.
+def list_collectives(trace: Trace, rank: int) -> list[dict]:
+    """All communication of a step of the program of `rank`, largest first.
 
-    Args:
-        kind: "AllReduce", …; Send and Receive are point to point.
-        group_ranks: who takes part; for Send and Receive this rank and the other one.
-        dtype: of the elements.
-        purpose: the primitive's instance name, e.g. "parallel_optimizer_allgather".
-        part: "forward", "backward" or "recompute".
-        bytes: over all calls of a step, of the larger of what a call reads and writes.
-        count: calls in a step.
+    Returns:
+        One per kind ("AllReduce", …; Send and Receive are point to point), "group_ranks" (who takes part; for Send and
+        Receive this rank and the other one), "dtype", "purpose" (the primitive's instance name, such as
+        "parallel_optimizer_allgather") and "part" ("forward", "backward", "recompute"), with "bytes" over all calls of
+        a step, of the larger of what a call reads and writes, and "count" of these calls.
     """
-
-    kind: str
-    group_ranks: tuple[int, ...]
-    dtype: str
-    purpose: str
-    part: str
-    bytes: int
-    count: int
-
-
-def list_collectives(trace: Trace, rank: int) -> list[Collective]:
-    """All communication of a step of the program of `rank`, largest first."""
     sums = defaultdict(lambda: [0, 0])
     for event in trace.events:
         node = event.node
@@ -173,8 +156,9 @@ def list_collectives(trace: Trace, rank: int) -> list[Collective]:
         entry = sums[node.op, group_ranks(node, rank), dtype, node.instance or node.op, event.part]
         entry[0] += moved
         entry[1] += 1
-    found = [Collective(*key, total, calls) for key, (total, calls) in sums.items()]
-    return sorted(found, key=lambda collective: -collective.bytes)
+    names = ("kind", "group_ranks", "dtype", "purpose", "part", "bytes", "count")
+    found = [dict(zip(names, (*key, *totals))) for key, totals in sums.items()]
+    return sorted(found, key=lambda item: -item["bytes"])
 
 
 def group_ranks(node: Node, rank: int) -> tuple[int, ...]:

@@ -43,18 +43,6 @@ class WorkerFailed(CommandFailed):
     """A worker ended without a program. The message holds the end of its log."""
 
 
-def read_config(launcher_arguments: list[str], folder: Path) -> dict:
-    """The configuration as run_mindformer merges it, read in a process of its own: MindFormers writes logs when
-    imported. The folder is for the log and other files that are not wanted afterwards.
-
-    Raises:
-        InputError: what run_mindformer would refuse.
-        WorkerFailed: anything else.
-    """
-    _run_worker("config", "the configuration could not be read", ["--describe"], launcher_arguments, folder)
-    return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-
-
 def read_batches(launcher_arguments: list[str], steps: int, folder: Path) -> dict[str, np.ndarray] | None:
     """The batches of the first steps, made by the configuration's own data set class, in a process of its own.
 
@@ -77,14 +65,16 @@ def read_batches(launcher_arguments: list[str], steps: int, folder: Path) -> dic
 
 def read_layout(launcher_arguments: list[str], devices: int | None = None) -> tuple[ParallelLayout, dict]:
     """The parallel layout and the merged configuration of run_mindformer's options, checked; `devices` is the number of
-    NPUs of the run, where known.
+    NPUs of the run, where known. They are read in a process of their own: MindFormers writes logs when imported.
 
     Raises:
         InputError: what run_mindformer or `check_layout` would refuse.
         WorkerFailed: anything else.
     """
-    with tempfile.TemporaryDirectory(prefix="glm32k_config_") as folder:
-        config = read_config(launcher_arguments, Path(folder).resolve())
+    with tempfile.TemporaryDirectory(prefix="glm32k_config_") as name:
+        folder = Path(name).resolve()
+        _run_worker("config", "the configuration could not be read", ["--describe"], launcher_arguments, folder)
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     check_layout(config, devices)
     return ParallelLayout.from_config(config), config
 

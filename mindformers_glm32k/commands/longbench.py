@@ -220,7 +220,7 @@ def _score(args):
 def _report(args):
     from pathlib import Path
 
-    from mindformers_glm32k.longbench.report import write_report
+    from mindformers_glm32k.longbench import write_report
 
     named = {args.name or _name(args.predictions): args.predictions}
     for text in args.compare:

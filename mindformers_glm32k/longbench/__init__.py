@@ -1,6 +1,13 @@
 """LongBench: prompts as its own programs build them, predictions, scores, reports."""
 
+from __future__ import annotations
+
 import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mindformers_glm32k.longbench.score import RunScores
 
 _FACE = {
     "WITHOUT_CHAT_FORMAT": "prompt_ids",
@@ -8,10 +15,28 @@ _FACE = {
     "score_folder": "score",
     "score_rows": "score",
 }
-__all__ = sorted(_FACE)
+__all__ = sorted([*_FACE, "write_report"])
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _FACE:
         return getattr(importlib.import_module(f"{__name__}.{_FACE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def write_report(runs: dict[str, RunScores], folder: Path) -> tuple[Path, Path]:
+    """Writes report.html and report.md, and returns their paths.
+
+    Args:
+        runs: by name; the first is the one that the report is about, the others are shown beside it.
+        folder: where to; made when it is not there.
+    """
+    from mindformers_glm32k.files import atomic_path
+    from mindformers_glm32k.longbench import html, markdown, report
+
+    content = report.build(runs)
+    paths = folder / "report.html", folder / "report.md"
+    for path, render in zip(paths, (html.render, markdown.render)):
+        with atomic_path(path) as temporary:
+            temporary.write_text(render(content), encoding="utf-8")
+    return paths

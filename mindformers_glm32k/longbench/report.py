@@ -4,9 +4,7 @@ html.py and markdown.py write."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.longbench import summary
 from mindformers_glm32k.longbench.score import BUCKETS, RunScores
 from mindformers_glm32k.longbench.tables import number, rows_text
@@ -79,28 +77,8 @@ class Report:
     sections: list[Section]
 
 
-def write_report(runs: dict[str, RunScores], folder: Path) -> tuple[Path, Path]:
-    """Writes report.html and report.md.
-
-    Args:
-        runs: by name; the first is the one that the report is about, the others are shown beside it.
-        folder: where to; made when it is not there.
-
-    Returns:
-        The two files.
-    """
-    from mindformers_glm32k.longbench import html, markdown
-
-    report = build(runs)
-    paths = folder / "report.html", folder / "report.md"
-    for path, render in zip(paths, (html.render, markdown.render)):
-        with atomic_path(path) as temporary:
-            temporary.write_text(render(report), encoding="utf-8")
-    return paths
-
-
 def build(runs: dict[str, RunScores]) -> Report:
-    """The report of these runs; see `write_report`."""
+    """The report of these runs, by name; the first is the one that it is about, the others are shown beside it."""
     mine, run = next(iter(runs.items()))
     kinds = summary.kinds(run)
     sections = [_score_section(kind, names, runs) for kind, names in kinds.items()]

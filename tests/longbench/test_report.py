@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.data.holdout import TEST_SETS
-from mindformers_glm32k.longbench import summary
-from mindformers_glm32k.longbench.report import build, write_report
+from mindformers_glm32k.longbench import summary, write_report
+from mindformers_glm32k.longbench.report import build
 from mindformers_glm32k.longbench.score import score_folder
 from tests.longbench.test_score import prediction, write
 

@@ -265,7 +265,7 @@ def test_quickstart_does_not_build_over_something_else():
     Path("papers").mkdir()
     Path("papers/thesis.txt").write_text("mine")
     done = bash(EXAMPLES / "quickstart.sh", "out", "--venv", "papers")
-    assert done.returncode == 1 and "stage 1/5: papers has no bin/python and is not empty" in done.stderr
+    assert done.returncode == 1 and "stage 1/6: papers has no bin/python and is not empty" in done.stderr
 
 
 def test_quickstart_replaces_no_files_but_its_own():
@@ -283,9 +283,9 @@ def test_quickstart_stops_at_the_first_stage_that_fails():
     python.chmod(0o755)
     done = bash(EXAMPLES / "quickstart.sh", "out", "--venv", "venv")
     assert done.returncode == 1
-    assert "error: stage 3/5: make-data; log: " in done.stderr and "no space left" in done.stderr
+    assert "error: stage 3/6: make-data; log: " in done.stderr and "no space left" in done.stderr
     assert Path("out/logs/make_data.log").read_text() == "no space left\n"
-    assert "4/5" not in done.stdout
+    assert "4/6" not in done.stdout
 
 
 @pytest.mark.slow
@@ -301,3 +301,7 @@ def test_quickstart_trains_a_model_that_answers():
     assert Path("out/loss_curve.png").stat().st_size > 0
     assert list(Path("out/checkpoint/rank_0").glob("*.ckpt"))
     assert len(Path("out/answers.txt").read_text().splitlines()) == questions
+    assert "fine-tuned scores +" in done.stdout and "beyond what chance gives" in done.stdout
+    report = Path("out/report.md").read_text(encoding="utf-8")
+    assert "random weights" in report and "sha256:" in report, "how both were made"
+    assert "<h2>Other data sets</h2>" in Path("out/report.html").read_text(encoding="utf-8")

@@ -117,7 +117,9 @@ def _answer(answer):
     texts = [("question", answer.question)] if answer.question else []
     texts += [("answer", text) for text in answer.answers]
     texts += [("prediction", answer.prediction), *answer.others]
-    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text) or '<em>empty</em>'}</dd>" for name, text in texts)
+    lines = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(text.strip()) or '<em>empty</em>'}</dd>" for name, text in texts
+    )
     return f"<li><p>score {answer.score:g}, length {answer.length}{marks}</p><dl>{lines}</dl></li>"
 
 

@@ -108,10 +108,14 @@ def _lead(runs):
             for difference in (summary.difference(run, other, [[dataset]]) for dataset in common)
         ]
         verdict = "beyond" if overall.beyond else "within"
+        where = common[0] if len(common) == 1 else f"the mean of {len(common)} data sets"
+        each = (
+            f" Beyond chance, it is better in {sum(better[: len(common)])} and worse in {sum(better[len(common) :])} of "
+            "them."
+        )
         lines.append(
-            f"{mine} scores {_signed(overall.value)} points against {name} in the mean of {_count(len(common))}: "
-            f"{verdict} what chance gives (95 % interval {_range(overall.interval)}). Beyond chance, it is better in "
-            f"{sum(better[: len(common)])} and worse in {sum(better[len(common) :])} of them."
+            f"{mine} scores {_signed(overall.value)} points against {name} in {where}: {verdict} what chance gives "
+            f"(95 % interval {_range(overall.interval)}).{each if len(common) > 1 else ''}"
         )
     for found in summary.means(summary.kinds(run).get("LongBench", [])):
         wanted = summary.published_mean(found.groups)
@@ -123,10 +127,6 @@ def _lead(runs):
                 f"{'' if found.whole else ' over the same data sets'}."
             )
     return lines
-
-
-def _count(number_of_sets):
-    return "one data set" if number_of_sets == 1 else f"{number_of_sets} data sets"
 
 
 def _signed(value):
@@ -244,7 +244,7 @@ def _length_section(runs):
 def _bin(low, high):
     if high >= 1000 and low % 512 == 0:
         return f"{f'{low / 1024:g}k' if low else 0} to {high / 1024:g}k"
-    return f"{low} to {high - 1}"
+    return f"{low} to {high - 1}" if high - low > 1 else str(low)
 
 
 def _map_sections(runs):

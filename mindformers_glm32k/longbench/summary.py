@@ -198,8 +198,11 @@ def _dataset_difference(mine, other):
 
 
 def length_bins(lengths: list[int]) -> list[tuple[int, int]]:
-    """At most five bins [low, high) that hold all lengths: powers of two where they span much, else equal ones."""
+    """At most five bins [low, high) that hold all lengths: powers of two where they span much, equal ones where they
+    span little, one where they are about the same."""
     low, high = min(lengths), max(lengths) + 1
+    if high - low <= max(low // 10, 1):
+        return [(low, high)]
     if high >= 4 * max(low, 1):
         first, last = max(int(np.log2(max(low, 1))), 0), int(np.ceil(np.log2(high)))
         first = max(first, last - _BINS)

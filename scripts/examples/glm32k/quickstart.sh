@@ -5,7 +5,7 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/examples/glm32k/quickstart.sh [OUTPUT_DIR] [--venv DIR]
 
-  OUTPUT_DIR   where data, checkpoint, curve, answers and logs go: a new or empty folder, or one of an earlier
+  OUTPUT_DIR   where data, checkpoint, curve, answers, report and logs go: a new or empty folder, or one of an earlier
                quickstart, whose files are replaced. Default: output/quickstart in the project
   --venv DIR   a virtual environment to use. Default: .venv in the project, made when it is not there; one that is
                there and has everything is used as it is
@@ -39,7 +39,7 @@ mkdir -p "$logs" || exit 1
 own=${venv:+no}  # a given environment needs only the packages: the project is found by PYTHONPATH
 venv=${venv:-$root/.venv}
 
-STAGES=5
+STAGES=6
 stage=0 begun=$SECONDS
 say() { printf '[%3d s] %s\n' $((SECONDS - begun)) "$*"; }
 next() { stage=$((stage + 1)); say "$stage/$STAGES $*"; }
@@ -124,34 +124,45 @@ checkpoint=$(ls -t "$output"/checkpoint/rank_0/*.ckpt 2> /dev/null | head -n 1)
 [[ -s $checkpoint ]] || fail "fine-tuning left no checkpoint" "$log"
 [[ -s $output/loss_curve.png ]] || fail "fine-tuning left no loss curve" "$log"
 
-# ---- 5: prediction
-next "answers to held-out questions"
-python - "$held_out" "$output/prompts.txt" <<'PYTHON' || fail "cannot read $held_out"
-import json
-import sys
-
-with open(sys.argv[1], encoding="utf-8") as records, open(sys.argv[2], "w", encoding="utf-8") as prompts:
-    for line in records:
-        print(json.loads(line)["content"].replace("\n", r"\n"), file=prompts)
-PYTHON
-bash "$root/scripts/examples/glm32k/run_glm32k_predict.sh" "$configs/predict_glm32k_tiny_cpu.yaml" \
-    "$checkpoint" "$vocabulary" "$output/prompts.txt" > "$output/answers.txt" 2> "$logs/predict.log" ||
-    fail "prediction" "$logs/predict.log"
-python - "$held_out" "$output/answers.txt" <<'PYTHON' || fail "the answers do not fit the questions"
+# ---- 5: prediction, by two processes at a time
+next "answers to held-out questions, before and after the fine-tuning"
+rm -rf "$output/longbench" "$output"/answers.txt
+predict() {  # NAME [CHECKPOINT]; random weights without one
+    mkdir -p "$output/longbench/$1" && cd "$output/longbench/$1" || exit 1  # what MindFormers writes
+    exec python -m mindformers_glm32k longbench predict --config "$configs/predict_glm32k_tiny_cpu.yaml" \
+        ${2:+--load_checkpoint "$2"} --data "$held_out" --prompt_config_file "$data/dataset2prompt.json" \
+        --tokenizer "$vocabulary" --output_dir "$output/longbench/$1" --max_new_tokens 16 --batch_size 4 \
+        > "$logs/predict_$1.log" 2>&1 < /dev/null
+}
+(predict base) &
+base=$!
+(predict fine-tuned "$checkpoint") || fail "prediction" "$logs/predict_fine-tuned.log"
+wait "$base" || fail "prediction before the fine-tuning" "$logs/predict_base.log"
+python - "$held_out" "$output/longbench/fine-tuned/kv_retrieval.jsonl" "$output/answers.txt" <<'PYTHON' ||
 import json
 import sys
 
 with open(sys.argv[1], encoding="utf-8") as records:
-    wanted = [json.loads(line)["summary"].strip() for line in records]
-with open(sys.argv[2], encoding="utf-8") as file:
-    answers = file.read().split("\n")[:-1]
-if len(answers) != len(wanted):
-    sys.exit(f"{len(answers)} lines of answers to {len(wanted)} questions")
-for want, got in list(zip(wanted, answers))[:5]:
-    print(f"            wanted {want!r}, answered {got!r}")
-right = sum(want == got.strip() for want, got in zip(wanted, answers))
+    wanted = {record["_id"]: record["summary"] for record in map(json.loads, records)}
+with open(sys.argv[2], encoding="utf-8") as lines:
+    found = {row["_id"]: row["pred"].strip().replace("\n", r"\n") for row in map(json.loads, lines)}
+if set(found) != set(wanted):
+    sys.exit(f"{len(found)} answers to {len(wanted)} questions")
+with open(sys.argv[3], "w", encoding="utf-8") as answers:
+    print(*(found[key] for key in wanted), sep="\n", file=answers)
+for key in list(wanted)[:5]:
+    print(f"            wanted {wanted[key].strip()!r}, answered {found[key]!r}")
+right = sum(wanted[key].strip() == found[key] for key in wanted)
 print(f"            {right} of {len(wanted)} held-out answers are right")
 PYTHON
+    fail "the answers do not fit the questions"
+
+# ---- 6: report
+next "scores and report: the fine-tuned model beside the one before"
+python -m mindformers_glm32k longbench report --predictions "$output/longbench/fine-tuned" \
+    --compare "$output/longbench/base" --data "$held_out" --report_dir "$output" > "$logs/report.log" 2>&1 ||
+    fail "report" "$logs/report.log"
+sed -n '3s/^/            /p' "$output/report.md"
 
 cat <<TEXT
 
@@ -159,6 +170,7 @@ done in $((SECONDS - begun)) s
   checkpoint  $checkpoint
   loss curve  $output/loss_curve.png, $output/loss_curve.csv
   answers     $output/answers.txt (questions: $held_out)
+  report      $output/report.html (open it in a browser), $output/report.md
   logs        $logs
 
 ask it yourself:  . $venv/bin/activate

@@ -13,6 +13,7 @@ heads per key-value head, M = R * C, D features of a head.
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
+from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
 
@@ -24,7 +25,7 @@ PADDING_RANK = 2.0**22  # above every document's id
 
 
 class CausalAttention(nn.Cell):
-    """softmax(q k^T * scale + causal mask) v over whole sequences, with S x S scores.
+    """softmax(q k^T * scale + causal mask) v, of all queries at once; in PyNative mode of a block of queries.
 
     Constructor and inputs are those of upstream's FlashAttention in the BSH layout, so that it can take its place;
     arguments that only tell the NPU kernel how to mask are not needed here.
@@ -66,22 +67,36 @@ class CausalAttention(nn.Cell):
         head_dim = width // self.head_num
         groups = key.shape[-1] // head_dim
         q_per_kv = self.head_num // groups
-        query = query.reshape((batch, length, groups, q_per_kv, head_dim))
+        query = (query * self.scale).reshape((batch, length, groups, q_per_kv, head_dim))
         query = self.transpose(query, (0, 2, 3, 1, 4))  # (B, G, R, S, D)
-        query = query.reshape((batch, groups, q_per_kv * length, head_dim)) * self.scale  # (B, G, R*S, D)
         key = self.transpose(key.reshape((batch, length, groups, head_dim)), (0, 2, 1, 3))  # (B, G, S, D)
         value = self.transpose(value.reshape((batch, length, groups, head_dim)), (0, 2, 1, 3))  # (B, G, S, D)
-        scores = ops.cast(self.scores(query, key), mstype.float32)
-        scores = scores.reshape((batch, groups, q_per_kv, length, length))  # (B, G, R, S, S)
-        position = ops.arange(length)
-        scores = scores + causal_bias(position, position)
-        if attn_mask is not None:
-            foreign = ops.cast(differs(attn_mask, attn_mask), mstype.float32) * MASKED
-            scores = scores + foreign.reshape((batch, 1, 1, length, length))
-        weights = self.dropout(ops.cast(self.softmax(scores), value.dtype))
-        weights = weights.reshape((batch, groups, q_per_kv * length, length))  # (B, G, R*S, S)
-        context = self.context(weights, value).reshape((batch, groups, q_per_kv, length, head_dim))
+        step = length if blocks.in_graph_mode() else blocks.block_count(length)[1]
+        context = ()
+        for start in range(0, length, step):
+            context += (self.attend_from(start, min(start + step, length), query, key, value, attn_mask),)
+        context = ops.cat(context, 3) if len(context) > 1 else context[0]
         return self.transpose(context, (0, 3, 1, 2, 4)).reshape((batch, length, width))  # (B, S, G*R*D)
+
+    def attend_from(
+        self, start: int, stop: int, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None
+    ) -> Tensor:
+        """Context (B, G, R, Q, D) of the Q tokens from `start` to `stop`, which see K = `stop` keys."""
+        batch, groups, q_per_kv, _, head_dim = query.shape
+        query = query[:, :, :, start:stop].reshape((batch, groups, -1, head_dim))  # (B, G, R*Q, D)
+        scores = ops.cast(self.scores(query, key[:, :, :stop]), mstype.float32)
+        scores = scores.reshape((batch, groups, q_per_kv, stop - start, stop))  # (B, G, R, Q, K)
+        scores = scores + causal_bias(ops.arange(start, stop), ops.arange(stop))
+        if documents is not None:
+            foreign = ops.cast(differs(documents[:, start:stop], documents[:, :stop]), mstype.float32) * MASKED
+            scores = scores + foreign.reshape((batch, 1, 1, stop - start, stop))
+        weights = self.dropout(ops.cast(self.softmax(scores), value.dtype))
+        weights = weights.reshape((batch, groups, -1, stop))  # (B, G, R*Q, K)
+        context = self.context(weights, value[:, :, :stop])
+        return context.reshape((batch, groups, q_per_kv, stop - start, head_dim))
+
+    def shard(self, parallel_config: TransformerOpParallelConfig) -> None:
+        """Nothing to shard: portable cells run whole on each device."""
 
 
 class VisibleBlocks(nn.Cell):

@@ -3,8 +3,9 @@
 import mindspore as ms
 import numpy as np
 import pytest
+from mindformers.modules.transformer import TransformerOpParallelConfig
 
-from mindformers_glm32k.kernels.cpu import blocks
+from mindformers_glm32k.kernels.cpu import blocks, tiled_attention
 from mindformers_glm32k.kernels.cpu.tiled_attention import CausalAttention, TiledAttention, VisibleBlocks
 
 HEAD = 8
@@ -141,9 +142,24 @@ def test_large_scores_neither_overflow_nor_vanish(small_blocks):
     compare(*inputs(1, 60, 2, 1, scale=30.0), 2, rtol=1e-3, atol=1e-3)
 
 
-def test_pynative_mode(small_blocks):
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_pynative_mode(small_blocks, monkeypatch, with_documents):
+    """No program, so no loop in it: a block of queries at a time, and no S x S scores either."""
+    masks = []
+
+    def recorded(query, key, bias=tiled_attention.causal_bias):
+        masks.append((len(query), len(key)))
+        return bias(query, key)
+
+    monkeypatch.setattr(tiled_attention, "causal_bias", recorded)
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    compare(*inputs(2, 40, 4, 2), 4, documents=packed(2, 40))
+    compare(*inputs(2, 40, 4, 2), 4, documents=packed(2, 40) if with_documents else None)
+    assert set(masks) == {(14, 14), (14, 28), (12, 40)}
+
+
+def test_upstream_asks_it_to_shard_itself():
+    assert TiledAttention(2).shard(TransformerOpParallelConfig()) is None
+    assert "shard" in vars(CausalAttention)  # nn.Cell's takes a tuple
 
 
 def test_which_blocks_are_visited():

@@ -19,8 +19,8 @@ def test_the_ledger_names_what_is_there():
     entries = re.findall(r"^\| ([\w./]+) \|", compat.__doc__, re.M)
     assert len(entries) > 8 and entries.pop(0) == "entry"
     for entry in entries:
-        places = [ROOT / "mindformers_glm32k" / entry, ROOT / "research" / "glm32k" / entry]
-        assert hasattr(compat, entry) or any(place.is_file() for place in places), entry
+        paths = [ROOT / "mindformers_glm32k" / entry, ROOT / "research" / "glm32k" / entry]
+        assert hasattr(compat, entry) or any(path.is_file() for path in paths), entry
 
 
 def test_config_folder_of_a_checkout():

@@ -19,10 +19,10 @@ def changed(**dotted):
     config = yaml.safe_load(CONFIG.read_text())
     for key, value in dotted.items():
         *sections, name = key.split(".")
-        place = config
+        node = config
         for section in sections:
-            place = place[section]
-        place[name] = value
+            node = node[section]
+        node[name] = value
     return config
 
 

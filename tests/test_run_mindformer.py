@@ -97,7 +97,7 @@ def test_the_options_are_upstreams():
 TYPED = {int: ("3", 3), str: ("some/where", "some/where")}
 
 
-@pytest.mark.parametrize("name, kind, key, _", OVERRIDES, ids=[row[0] for row in OVERRIDES])
+@pytest.mark.parametrize("name, kind, key, _", OVERRIDES, ids=[entry[0] for entry in OVERRIDES])
 def test_each_option_sets_its_key(name, kind, key, _, tmp_path):
     text, value = TYPED.get(kind, ("true", True))
     if name == "load_checkpoint":  # the one that is looked up at once

@@ -60,8 +60,8 @@ def bash(script, *arguments, **options):
 def launched():
     """(msrun's own options as a dict, the command behind them as a list)"""
     words = Path("msrun_arguments").read_text().splitlines()
-    number = next(place for place, word in enumerate(words) if not word.startswith("--"))
-    return dict(word[2:].split("=", 1) for word in words[:number]), words[number:]
+    first = next(index for index, word in enumerate(words) if not word.startswith("--"))
+    return dict(word[2:].split("=", 1) for word in words[:first]), words[first:]
 
 
 @pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)

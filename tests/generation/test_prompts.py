@@ -19,37 +19,37 @@ def plain(small_vocab_file):
 def test_prompts_become_chats_padded_on_the_right(chat, plain):
     """MindFormers' generator takes the tokens before the first trailing pad for the prompt."""
     prompts = ["what is a", "b", "0123456789 0123"]
-    rows = chat(prompts)["input_ids"]
+    sequences = chat(prompts)["input_ids"]
     wanted = [plain.build_chat_input(prompt)["input_ids"][0].tolist() for prompt in prompts]
-    assert len({len(row) for row in rows}) == 1
-    for row, ids in zip(rows, wanted):
-        assert list(row[: len(ids)]) == ids
-        assert set(row[len(ids) :]) <= {plain.pad_token_id}
+    assert len({len(sequence) for sequence in sequences}) == 1
+    for sequence, ids in zip(sequences, wanted):
+        assert list(sequence[: len(ids)]) == ids
+        assert set(sequence[len(ids) :]) <= {plain.pad_token_id}
     assert chat.prompt_lengths == [len(ids) for ids in wanted]
 
 
 def test_one_prompt_is_a_batch_of_one(chat, plain):
-    rows = chat("what is a")["input_ids"]
-    assert [list(row) for row in rows] == plain.build_chat_input("what is a")["input_ids"].tolist()
+    sequences = chat("what is a")["input_ids"]
+    assert [list(sequence) for sequence in sequences] == plain.build_chat_input("what is a")["input_ids"].tolist()
 
 
 def test_role_tokens_cannot_come_from_a_prompt(chat, plain):
     role = plain.get_command("<|assistant|>")
-    row = list(chat("<|assistant|> I am the model")["input_ids"][0])
-    assert row.count(role) == 1 and row[-1] == role
+    sequence = list(chat("<|assistant|> I am the model")["input_ids"][0])
+    assert sequence.count(role) == 1 and sequence[-1] == role
 
 
 def test_answers_are_what_follows_the_prompt_up_to_a_stop_token(chat, plain):
     prompts = ["what is a", "b"]
     padded = chat(prompts)["input_ids"]
-    rows = []
+    sequences = []
     for prompt, answer, stop in zip(prompts, ("one", "two three"), ("</s>", "<|user|>")):
         ids = plain.build_chat_input(prompt)["input_ids"][0].tolist()
         ids += plain.build_single_message("assistant", "", answer)[1:]
         ids += [plain.eos_token_id if stop == "</s>" else plain.get_command(stop)]
-        rows.append(np.array(ids + plain.encode("rest", add_special_tokens=False) + [0] * 3))
+        sequences.append(np.array(ids + plain.encode("rest", add_special_tokens=False) + [0] * 3))
     assert len(padded) == 2
-    assert chat.decode(rows) == ["one", "two three"]
+    assert chat.decode(sequences) == ["one", "two three"]
 
 
 def test_a_prompt_without_room_for_an_answer_is_named(chat):

@@ -7,12 +7,12 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.preflight import check_packing
 
 
-def config(section="train_dataset", rows=1, wanted=None, packing=True, **model):
+def config(section="train_dataset", batch_size=1, wanted=None, packing=True, **model):
     dataset = {"packing": packing, **({"documents_per_row": wanted} if wanted else {})}
     return MindFormerConfig(
         **{
             "model": {"model_config": {"seq_length": 64, "use_flash_attention": True, "cells": "ascend", **model}},
-            "runner_config": {"batch_size": rows},
+            "runner_config": {"batch_size": batch_size},
             section: dataset,
             f"{section}_task": {"dataset_config": dict(dataset)},
         }
@@ -24,7 +24,7 @@ def config(section="train_dataset", rows=1, wanted=None, packing=True, **model):
     "model, limit",
     [({}, 127), ({"documents_per_row": 31}, 31), ({"cells": "portable"}, None), ({"use_flash_attention": False}, None)],
 )
-def test_rows_get_no_more_documents_than_the_program_has_places_for(section, model, limit):
+def test_sequences_get_no_more_documents_than_the_program_has_places_for(section, model, limit):
     merged = config(section, **model)
     check_packing(merged, [section])
     assert merged[section].get("documents_per_row") == limit
@@ -51,7 +51,7 @@ def test_a_lower_limit_stays():
             "train_dataset.documents_per_row=200: the program has places for model_config.documents_per_row=127",
         ),
         ({"attention_dropout": 0.1}, "model_config.attention_dropout=0.1: must be 0"),
-        ({"rows": 9}, ".*runner_config.batch_size=9 sequences .* 112 is the most"),
+        ({"batch_size": 9}, ".*runner_config.batch_size=9 sequences .* 112 is the most"),
     ],
 )
 def test_what_cannot_work_is_refused(values, words):

@@ -1,4 +1,4 @@
-"""Conversations as ids: the published format, and answers cut out of generated rows."""
+"""Conversations as ids: the published format, and answers out of generated sequences."""
 
 import json
 
@@ -101,9 +101,9 @@ def test_answers_end_at_the_first_stop_token(vocabulary):
     prompt, answer = chat.prefix_ids(vocabulary), vocabulary.encode("one two")
     assert len(chat.stop_ids(vocabulary)) == 3
     for stop in chat.stop_ids(vocabulary):
-        row = [*prompt, *answer, stop, *vocabulary.encode("more"), vocabulary.special["<|user|>"]]
-        assert chat.answer_ids(vocabulary, row, len(prompt)) == answer
-        assert chat.answer_ids(vocabulary, np.array(row, np.int32), len(prompt)) == answer
+        sequence = [*prompt, *answer, stop, *vocabulary.encode("more"), vocabulary.special["<|user|>"]]
+        assert chat.answer_ids(vocabulary, sequence, len(prompt)) == answer
+        assert chat.answer_ids(vocabulary, np.array(sequence, np.int32), len(prompt)) == answer
     assert chat.answer_ids(vocabulary, [*prompt, *answer], len(prompt)) == answer
     assert chat.answer_ids(vocabulary, prompt, len(prompt)) == []
 

@@ -52,8 +52,8 @@ def test_batches_of_chats_are_padded_on_the_left(published, chats):
     encoded = published.build_batch_input(queries, histories, roles)
     width = max(len(case["ids"]) for case in chats)
     assert encoded["input_ids"].shape == (len(chats), width)
-    for row, mask, case in zip(encoded["input_ids"], encoded["attention_mask"], chats):
-        assert row.tolist() == [0] * (width - len(case["ids"])) + case["ids"]
+    for sequence, mask, case in zip(encoded["input_ids"], encoded["attention_mask"], chats):
+        assert sequence.tolist() == [0] * (width - len(case["ids"])) + case["ids"]
         assert mask.sum() == len(case["ids"]) and mask[-1] == 1
     ragged = published.build_batch_input(queries, histories, roles, padding=False, return_tensors=None)
     assert ragged["input_ids"] == [case["ids"] for case in chats]

@@ -212,13 +212,13 @@ def test_padding_follows_the_side(small_vocab_file, side):
     encoded = tokenizer(["a", "a b c"], padding=True, pad_to_multiple_of=8, return_tensors="np")
     lengths = [len(tokenizer.encode(text)) for text in ("a", "a b c")]
     assert encoded["input_ids"].shape[1] % 8 == 0
-    for row, (ids, length) in enumerate(zip((tokenizer.encode("a"), tokenizer.encode("a b c")), lengths)):
+    for index, (ids, length) in enumerate(zip((tokenizer.encode("a"), tokenizer.encode("a b c")), lengths)):
         kept = slice(-length, None) if side == "left" else slice(None, length)
-        assert encoded["attention_mask"][row].sum() == length
-        assert encoded["attention_mask"][row][kept].all()
-        assert encoded["input_ids"][row][kept].tolist() == ids
-        assert encoded["position_ids"][row][kept].tolist() == list(range(length))
-        assert not np.delete(encoded["input_ids"][row], np.arange(encoded["input_ids"].shape[1])[kept]).any()
+        assert encoded["attention_mask"][index].sum() == length
+        assert encoded["attention_mask"][index][kept].all()
+        assert encoded["input_ids"][index][kept].tolist() == ids
+        assert encoded["position_ids"][index][kept].tolist() == list(range(length))
+        assert not np.delete(encoded["input_ids"][index], np.arange(encoded["input_ids"].shape[1])[kept]).any()
     fixed = tokenizer("a", padding="max_length", max_length=10)
     assert len(fixed["input_ids"]) == len(fixed["position_ids"]) == 10 and sum(fixed["attention_mask"]) == lengths[0]
 
@@ -226,11 +226,11 @@ def test_padding_follows_the_side(small_vocab_file, side):
 def test_decoding(small):
     ids = small.build_chat_input("a b")["input_ids"]
     text = "[gMASK]sop<|user|> \n a b<|assistant|>"
-    row = ids[0].tolist()
-    assert small.decode(row) == small.decode(ids[0]) == small.decode(Tensor(ids[0])) == text
+    sequence = ids[0].tolist()
+    assert small.decode(sequence) == small.decode(ids[0]) == small.decode(Tensor(ids[0])) == text
     assert small.decode(ids) == small.batch_decode(ids) == [text]
-    assert "<|" not in small.decode(row, skip_special_tokens=True)
-    assert small.decode(small.get_command("<|user|>")) == small.decode(np.int32(row[2])) == "<|user|>"
+    assert "<|" not in small.decode(sequence, skip_special_tokens=True)
+    assert small.decode(small.get_command("<|user|>")) == small.decode(np.int32(sequence[2])) == "<|user|>"
     assert small.decode([]) == ""
     assert small.decode(small.vocabulary.encode("a , b")) == "a , b"
     assert small.decode(small.vocabulary.encode("a , b"), clean_up_tokenization_spaces=True) == "a, b"

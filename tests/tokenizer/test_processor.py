@@ -12,15 +12,17 @@ def tokenizer(small_vocab_file):
 
 def test_texts_become_padded_ids(tokenizer):
     processor = load("GLM32KProcessor")(tokenizer=tokenizer, max_length=12, return_tensors="np")
-    rows = processor(["a few", "a"])["text"]
-    assert rows.shape == (2, 12)
+    sequences = processor(["a few", "a"])["text"]
+    assert sequences.shape == (2, 12)
     ids = tokenizer.encode("a")
-    assert rows[1].tolist() == [tokenizer.pad_token_id] * (12 - len(ids)) + ids
+    assert sequences[1].tolist() == [tokenizer.pad_token_id] * (12 - len(ids)) + ids
 
 
 def test_padding_to_the_longest(tokenizer):
-    rows = load("GLM32KProcessor")(tokenizer=tokenizer, padding="longest", return_tensors="np")(["a few", "a"])["text"]
-    assert np.shape(rows) == (2, len(tokenizer.encode("a few")))
+    sequences = load("GLM32KProcessor")(tokenizer=tokenizer, padding="longest", return_tensors="np")(["a few", "a"])[
+        "text"
+    ]
+    assert np.shape(sequences) == (2, len(tokenizer.encode("a few")))
 
 
 def test_a_saved_tokenizer_has_its_processor(tokenizer, tmp_path):

@@ -123,8 +123,8 @@ def test_decoding_restores_every_text(published, small):
 
 
 def test_both_ways_of_decoding_agree(published):
-    """Pieces alone are decoded as ids, a row with special tokens by its pieces; also where a row begins inside a
-    character."""
+    """Pieces alone are decoded as ids, a sequence with special tokens by its pieces; also where a sequence
+    begins inside a character."""
     rng = random.Random(4)
     for _ in range(100):
         ids = rng.choices(range(3, published.model.vocab_size()), k=rng.randrange(1, 30)) + [rng.randrange(3, 259)]

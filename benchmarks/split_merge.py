@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = str(ROOT)
 
 from mindformers_glm32k.weights import merge, split  # noqa: E402
-from mindformers_glm32k.weights.model_dims import Sizes  # noqa: E402
-from mindformers_glm32k.weights.names import name_of, slots  # noqa: E402
+from mindformers_glm32k.weights.model_dims import ModelDims  # noqa: E402
+from mindformers_glm32k.weights.names import model_keys, name_of  # noqa: E402
 from mindformers_glm32k.weights.writer import CheckpointWriter  # noqa: E402
 
 
@@ -34,12 +34,12 @@ def make(folder, layers):
     """Writes whole/rank_0/whole.ckpt and strategy/; values repeat one random block."""
     from weights.parallel import write_layout
 
-    sizes = Sizes(layers, 65024, 4096, 13696, 4096, 256, True)
-    shapes = {name_of(slot, "mindspore"): sizes.shape(slot) for slot in slots(layers, True, True, True)}
+    sizes = ModelDims(layers, 65024, 4096, 13696, 4096, 256, True)
+    shapes = {name_of(key, "mindspore"): sizes.shape(key) for key in model_keys(layers, True, True, True)}
     block = (np.random.default_rng(0).standard_normal(1 << 24, np.float32) * np.float32(0.02)).astype(np.float16)
     write_layout(folder / "strategy", "mp2", layers=layers)
     (folder / "whole" / "rank_0").mkdir(parents=True)
-    with CheckpointWriter(
+    with CheckpointWriter.for_file(
         folder / "whole" / "rank_0" / "whole.ckpt", [(name, shape, "fp16") for name, shape in shapes.items()]
     ) as writer:
         for name, shape in shapes.items():

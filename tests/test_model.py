@@ -10,7 +10,7 @@ from mindformers.pet import LoraConfig, get_pet_model
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.kernels.cpu import blocks, tiled_attention, tiled_layers
-from mindformers_glm32k.weights.names import name_of, slot_of
+from mindformers_glm32k.weights.names import key_of, name_of
 
 NO_STOP = [1023]  # an id that the golden continuations do not contain: generation runs to its limit
 
@@ -260,7 +260,7 @@ def test_parameter_names_are_upstreams(reference, concat):
         reference / "tiny_hf" / "hf_safetensors_fp32", seq_length=64, qkv_concat=concat, mlp_concat=concat
     )
     names = {parameter.name for parameter in GLM32KForConditionalGeneration(config).get_parameters()}
-    assert {name_of(slot_of(name), "mindspore") for name in names} == names
+    assert {name_of(key_of(name), "mindspore") for name in names} == names
     expected = (
         ("query_key_value.weight", "query_key_value.bias")
         if concat

@@ -13,8 +13,8 @@ import sys
 from mindformers_glm32k.checks import true_or_false
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.conversion import DEFAULT_SHARD, convert, convert_reversed
-from mindformers_glm32k.weights.dtypes import DTYPES
-from mindformers_glm32k.weights.layout import FORMATS
+from mindformers_glm32k.weights.tensors import DTYPES
+from mindformers_glm32k.weights.writer import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,8 @@
-"""Join the checkpoints of all ranks into one file, LoRA adapters too, and check that nothing was lost."""
+"""Merge the checkpoints of all ranks into one file, LoRA adapters too, and check that nothing was lost."""
 
+from __future__ import annotations
+
+import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ from mindformers_glm32k.errors import InputError
 TAKES_OVERRIDES = True  # with --config, options that are not listed here are run_mindformer's
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     def option(name, text, **settings):
         parser.add_argument(name, help=text, **settings)
 
@@ -34,11 +37,11 @@ def add_arguments(parser):
     parser.epilog = "With --config any other option is run_mindformer's."
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     from mindformers_glm32k.weights import merge
 
     try:
-        with _strategy(args) as (strategy, sizes, scaling):
+        with _strategy(args) as (strategy, dims, scaling):
             report = merge(
                 args.src_ckpt_dir,
                 args.dst,
@@ -49,7 +52,7 @@ def run(args):
                 scaling,
                 args.base,
                 args.adapters_only,
-                sizes,
+                dims,
                 progress=True,
             )
     except KeyboardInterrupt:
@@ -58,7 +61,7 @@ def run(args):
     for remark in report["remarks"]:
         print(remark)
     counted = "".join(f", {name} {value}" for name, value in report["counters"].items())
-    how = "cut again and compared with every rank's file" if strategy else "compared on all ranks"
+    how = "sharded again and compared with every rank's file" if strategy else "compared on all ranks"
     checked = f"; {how}, all equal" if report["ranks"] > 1 else ""
     print(
         f"{len(report['tensors'])} tensors of {report['ranks']} rank(s), {report['stages']} stage(s)"
@@ -70,7 +73,7 @@ def run(args):
 
 @contextlib.contextmanager
 def _strategy(args):
-    """Yields the strategy's path, the model's sizes and LoRA's scale, each None where nothing says it."""
+    """Yields the strategy's path, the model's dimensions and LoRA's scale, each None where nothing says it."""
     scaling = args.lora_scaling
     if not args.config:
         if args.overrides:
@@ -81,20 +84,21 @@ def _strategy(args):
             scaling = scale_of_run(Path(args.src_ckpt_dir))
         yield args.src_ckpt_strategy, None, scaling
         return
-    from mindformers_glm32k.commands.split import compiled_strategy
+    from mindformers_glm32k.commands.split import compiled_strategy, is_sharded
     from mindformers_glm32k.dryrun.compile.pool import read_layout
-    from mindformers_glm32k.weights import run_config
+    from mindformers_glm32k.weights.lora import scale_of_config
+    from mindformers_glm32k.weights.model_dims import dims_of_run
 
     arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
     layout, config = read_layout(arguments)
-    sizes = run_config.sizes_of_run(config, args.config)
+    dims = dims_of_run(config, args.config)
     if args.lora and scaling is None:
-        scaling = run_config.lora_scale(config, args.config)
-    if args.src_ckpt_strategy or not run_config.shards_parameters(config, layout):
-        yield args.src_ckpt_strategy, sizes, scaling
+        scaling = scale_of_config(config, args.config)
+    if args.src_ckpt_strategy or not is_sharded(config, layout):
+        yield args.src_ckpt_strategy, dims, scaling
         return
     with compiled_strategy(args.config, config, layout, arguments) as folder:
-        yield folder, sizes, scaling
+        yield folder, dims, scaling
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.parallel import ParallelLayout, one_program
 
 TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from mindformers_glm32k.dryrun.compile.pool import read_layout
     from mindformers_glm32k.weights.checkpoint import open_source
-    from mindformers_glm32k.weights.run_config import sizes_of_run
+    from mindformers_glm32k.weights.model_dims import dims_of_run
     from mindformers_glm32k.weights.splitting import refuse_existing, split
 
     try:
@@ -40,13 +41,13 @@ def run(args: argparse.Namespace) -> int:
         refuse_existing(Path(args.output))
         open_source(args.load_checkpoint)  # broken or missing: no need to compile for it
         with compiled_strategy(args.config, config, layout, launcher_arguments) as strategy:
-            report = split(args.load_checkpoint, args.output, strategy, sizes_of_run(config, args.config), True)
+            report = split(args.load_checkpoint, args.output, strategy, dims_of_run(config, args.config), True)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     print(
-        f"{report['parameters']} parameters{' with optimizer states' if report['optimizer_states'] else ''} sharded for "
-        f"{report['ranks']} ranks ({layout.describe()}) and compared with the whole, all equal: {args.output}"
+        f"{report['parameters']} parameters{' with optimizer states' if report['optimizer_states'] else ''} sharded "
+        f"for {report['ranks']} ranks ({layout.describe()}) and compared with the whole, all equal: {args.output}"
     )
     if report["left_out"]:
         print(
@@ -57,8 +58,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def is_sharded(config: dict, layout: ParallelLayout) -> bool:
+    """Whether a run shards its parameters; with one NPU or plain data parallelism every rank has them whole."""
+    return layout.world > 1 and one_program(config)
+
+
 @contextlib.contextmanager
-def compiled_strategy(config_file: str, config: dict, layout, launcher_arguments: list[str]) -> Iterator[Path]:
+def compiled_strategy(
+    config_file: str, config: dict, layout: ParallelLayout, launcher_arguments: list[str]
+) -> Iterator[Path]:
     """Yields a temporary folder with the strategy files of a run, compiled here.
 
     Raises:
@@ -66,16 +74,16 @@ def compiled_strategy(config_file: str, config: dict, layout, launcher_arguments
         CommandFailed: a compile failed.
     """
     from mindformers_glm32k.dryrun.compile.strategy import has_adapters, write_strategies
-    from mindformers_glm32k.weights.run_config import shards_parameters
 
-    if not shards_parameters(config, layout):
+    if not is_sharded(config, layout):
         why = (
             "one NPU (use_parallel is false, or all of parallel_config is 1)"
             if layout.world == 1
             else "data parallel (parallel.parallel_mode)"
         )
         raise InputError(
-            f"{config_file}: {why}: every rank has the whole model, there is nothing to shard; load the whole checkpoint"
+            f"{config_file}: {why}: every rank has the whole model, there is nothing to shard; load "
+            "the whole checkpoint"
         )
     with tempfile.TemporaryDirectory(prefix="glm32k_strategy_") as folder:
         write_strategies(layout, Path(folder), launcher_arguments, has_adapters(config))

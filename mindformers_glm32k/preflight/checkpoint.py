@@ -24,7 +24,7 @@ def check_checkpoint(path: str, network: nn.Cell) -> None:
     """
     if not os.path.isfile(path):
         return
-    from mindformers_glm32k.weights.formats.ckpt import read_index
+    from mindformers_glm32k.weights.checkpoint import read_index
 
     stored = {name: tuple(shape) for name, (shape, _) in read_index(path).items()}
     wanted, optional = _parameters(network)
@@ -52,7 +52,7 @@ def check_checkpoint(path: str, network: nn.Cell) -> None:
 
 def _is_state(name: str, shape: tuple) -> bool:
     """Whether an entry is an optimizer state or one of the trainer's counters: scalars such as epoch_num."""
-    from mindformers_glm32k.weights.parameters import STATE_PREFIXES
+    from mindformers_glm32k.weights.names import STATE_PREFIXES
 
     return name.startswith(STATE_PREFIXES) or ("." not in name and shape in ((), (1,)))
 

@@ -1,21 +1,28 @@
-"""The files of a checkpoint, of any format: found, listed, and checked against their index."""
+"""The files of a checkpoint, of any format: found, listed, checked against their index, and held against the model."""
 
+from __future__ import annotations
+
+import importlib
 import json
+import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.formats.ckpt import read_ckpt
-from mindformers_glm32k.weights.formats.safetensors import read_header
-from mindformers_glm32k.weights.formats.torch_bin import read_torch
-from mindformers_glm32k.weights.names import slot_of
-from mindformers_glm32k.weights.tensors import StoredTensor
+from mindformers_glm32k.weights.model_dims import ModelDims
+from mindformers_glm32k.weights.names import TensorKey, key_of, model_keys, name_of
+from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor
 
-_READERS = {".safetensors": read_header, ".bin": read_torch, ".pt": read_torch, ".pth": read_torch, ".ckpt": read_ckpt}
+# suffix -> module and function of formats/ that list a file's tensors; imported when there is such a file
+_READERS = {
+    ".safetensors": ("safetensors", "read_header"),
+    **dict.fromkeys((".bin", ".pt", ".pth"), ("torch_bin", "read_torch")),
+    ".ckpt": ("ckpt", "read_ckpt"),
+}
 INDEX_SUFFIX = ".index.json"
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
 # In a folder the first pattern that matches wins: safetensors before .bin, whole sets before stray files.
 _PATTERNS = (
     "model.safetensors.index.json",
@@ -28,6 +35,7 @@ _PATTERNS = (
     "pytorch_model*.bin",
     "*.ckpt",
 )
+_MOST_NAMED = 12  # problems spelled out in one message
 
 
 @dataclass(frozen=True)
@@ -42,26 +50,19 @@ class Source:
     """
 
     path: Path
-    files: tuple
+    files: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
-    config: Optional[Path]
+    config: Path | None
 
 
-def read_file(path):
+def read_file(path: str | os.PathLike) -> list[StoredTensor]:
     """Lists the tensors of one weight file, the reader chosen by its suffix.
-
-    Args:
-        path (str | os.PathLike): `.safetensors`, `.bin`, `.pt`, `.pth` or `.ckpt`.
-
-    Returns:
-        list[StoredTensor]
 
     Raises:
         InputError: missing, empty, a Git LFS pointer, of an unknown kind, or broken.
     """
     path = Path(path)
-    reader = _READERS.get(path.suffix)
-    if reader is None:
+    if path.suffix not in _READERS:
         raise InputError(f"{path}: unknown kind of weight file {path.suffix!r}; known are {', '.join(_READERS)}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; download it again")
@@ -75,20 +76,22 @@ def read_file(path):
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         if head.startswith(b"version https://git-lfs"):
             raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+    module, function = _READERS[path.suffix]
+    reader = getattr(importlib.import_module(f"mindformers_glm32k.weights.formats.{module}"), function)
     try:
         return reader(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def open_source(path):
-    """Finds the files of a checkpoint and lists their tensors; no values are read.
+def read_index(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The (shape, dtype) of what is in a weight file, by name, in file order; see `read_file`."""
+    return {tensor.name: (tensor.shape, tensor.dtype) for tensor in read_file(path)}
 
-    Args:
-        path (str | os.PathLike): a folder, one weight file, or an index file.
 
-    Returns:
-        Source
+def open_source(path: str | os.PathLike) -> Source:
+    """Finds the files of a checkpoint (a folder, one weight file, or an index file) and lists their tensors; no values
+    are read.
 
     Raises:
         InputError: nothing there, shards missing, or files and index contradict each other.
@@ -160,9 +163,11 @@ def _require_whole_set(files):
     for file in files:
         match = _SHARD.match(file.name)
         if match:
-            sets.setdefault((match["stem"], match["count"], match["suffix"]), set()).add(int(match["number"]))
-    for (stem, count, suffix), numbers in sets.items():
-        missing = [f"{stem}-{n:05d}-of-{count}{suffix}" for n in range(1, int(count) + 1) if n not in numbers]
+            sets.setdefault((match["stem"], match["count"], match["suffix"]), set()).add(int(match["index"]))
+    for (stem, count, suffix), indices in sets.items():
+        missing = [
+            f"{stem}-{index:05d}-of-{count}{suffix}" for index in range(1, int(count) + 1) if index not in indices
+        ]
         if missing:
             raise InputError(
                 f"{files[0].parent}: {len(missing)} of {int(count)} shards are missing: "
@@ -178,7 +183,7 @@ def _require_whole_set(files):
 def _compare_with_index(index, tensors, folder):
     for name, file in index.items():
         tensor = tensors.get(name)
-        if tensor is None and slot_of(name) is None:
+        if tensor is None and key_of(name) is None:
             continue  # a buffer that newer files leave out
         if tensor is None:
             raise InputError(
@@ -197,3 +202,89 @@ def _compare_with_index(index, tensors, folder):
             f"{first.file}: key {first.name!r} is in this shard but not in the index "
             f"({len(extra)} such keys); the shard belongs to another checkpoint: download it again"
         )
+
+
+def weights_of(source: Source) -> tuple[dict[TensorKey, StoredTensor], list[str]]:
+    """The weights of a source, and the names in it that are none.
+
+    Raises:
+        InputError: unknown names, weights of other dtypes, or a part that is there twice.
+    """
+    weights, skipped, problems, holders = {}, [], [], {}
+    for name, tensor in source.tensors.items():
+        try:
+            key = key_of(name)
+        except InputError as error:
+            problems.append(f"{tensor.file}: {error}")
+            continue
+        if key is None:
+            skipped.append(name)
+            continue
+        if tensor.dtype not in ITEM_SIZE:
+            problems.append(
+                f"{tensor.file}: key {name!r} has dtype {tensor.dtype}, {', '.join(ITEM_SIZE)} are "
+                "understood; quantized weights cannot be converted"
+            )
+            continue
+        for part in key.parts:
+            other = holders.setdefault((part, key.layer), tensor)
+            if other is not tensor:
+                problems.append(f"{tensor.file}: key {name!r} holds what {other.name!r} in {other.file.name} holds too")
+        weights[key] = tensor
+    raise_problems(source.path, problems)
+    if not weights:
+        raise InputError(f"{source.path}: no weights in it")
+    return weights, skipped
+
+
+def weights_in(tensors: Mapping[str, StoredTensor]) -> dict[TensorKey, StoredTensor]:
+    """The model's weights among the tensors of a training checkpoint, under any naming, whatever else lies there."""
+    found = {}
+    for name, tensor in tensors.items():
+        try:
+            key = key_of(name)
+        except InputError:  # adapters, and parameters of a model that somebody extended
+            continue
+        if key is not None:
+            found[key] = tensor
+    return found
+
+
+def check_against(dims: ModelDims, weights: Mapping[TensorKey, StoredTensor], path: object) -> None:
+    """Checks that every expected weight is there with its shape, and none is left over.
+
+    Raises:
+        InputError: one message names all problems of the checkpoint at `path`.
+    """
+    problems, present, missing = [], {}, {}
+    expected = {
+        (part, key.layer): key for key in model_keys(dims.num_layers, dims.qkv_bias, True, True) for part in key.parts
+    }
+    for key, tensor in weights.items():
+        present.update({(part, key.layer): tensor for part in key.parts})
+        shape = dims.shape(key)
+        if not all((part, key.layer) in expected for part in key.parts):
+            problems.append(
+                f"{tensor.file}: key {tensor.name!r} is left over: a model of {dims.num_layers} layers"
+                f"{'' if dims.qkv_bias else ' without QKV biases'} has no such weight"
+            )
+        elif tensor.shape != shape:
+            problems.append(f"{tensor.file}: key {tensor.name!r} has shape {tensor.shape}, expected {shape}")
+    for (part, layer), key in expected.items():
+        if (part, layer) not in present:
+            missing.setdefault(key, []).append(part)
+    for key, parts in missing.items():
+        lost = [key] if len(parts) == len(key.parts) else [TensorKey((part,), key.layer) for part in parts]
+        names = dict.fromkeys(name_of(one, naming) for one in lost for naming in ("chatglm", "glm"))
+        problems.append(f"{path}: missing: {' or '.join(map(repr, names))}")
+    raise_problems(path, problems)
+
+
+def raise_problems(path: object, problems: Iterable[str]) -> None:
+    """Raises one InputError about `path` that names all problems, a sentence each; does nothing without any."""
+    problems = list(problems)
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        more = f"\n  … and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+        raise InputError(f"{path}: {len(problems)} problems:\n  " + "\n  ".join(problems[:_MOST_NAMED]) + more)

@@ -1,98 +1,196 @@
-"""Conversions of whole checkpoints: Hugging Face files to a MindSpore checkpoint, and back."""
+"""Conversions of whole checkpoints: Hugging Face files to a MindSpore checkpoint, and back.
 
-import contextlib
+A conversion runs about as fast as the disk copies, so one that was killed starts again: until every tensor has been
+read back and compared nothing stands under a final name.
+"""
+
+from __future__ import annotations
+
 import glob
+import hashlib
+import json
 import os
-import shutil
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.files import atomic_path
-from mindformers_glm32k.weights.checkpoint import INDEX_SUFFIX, open_source
-from mindformers_glm32k.weights.dtypes import cast, check_dtype
-from mindformers_glm32k.weights.hf_config import config_text, find_config, read_config
-from mindformers_glm32k.weights.job import Job
-from mindformers_glm32k.weights.layout import FORMATS, index_text, lay_out, parse_size
-from mindformers_glm32k.weights.model_dims import sizes_from_config, sizes_from_tensors
-from mindformers_glm32k.weights.plan import check_against, make_groups, make_targets, weights_of
-from mindformers_glm32k.weights.report import is_done, load_report, make_report, write_report
+from mindformers_glm32k.files import copy_atomically, require_space, work_folder
+from mindformers_glm32k.weights.checkpoint import INDEX_SUFFIX, Source, check_against, open_source, weights_of
+from mindformers_glm32k.weights.model_dims import (
+    ModelDims,
+    config_text,
+    dims_from_config,
+    dims_from_tensors,
+    find_config,
+    read_config,
+)
+from mindformers_glm32k.weights.names import TensorKey
+from mindformers_glm32k.weights.plan import TensorGroup, make_groups, make_targets
+from mindformers_glm32k.weights.tensors import StoredTensor, cast, check_dtype
+from mindformers_glm32k.weights.writer import (
+    FORMATS,
+    CheckpointWriter,
+    OutputFile,
+    index_text,
+    lay_out,
+    parse_size,
+    publish,
+    write_groups,
+    write_report,
+)
 
-_PARAM_NAME_MAP = "param_name_map.json"  # where load_distributed_checkpoint looks which file holds a parameter
 DEFAULT_SHARD = "5GB"  # as transformers' save_pretrained
-_INDEX = "model.safetensors.index.json"
+_PARAM_NAME_MAP = "param_name_map.json"  # where load_distributed_checkpoint looks which file holds a parameter
+_HF_INDEX = "model.safetensors.index.json"
 _COMPANIONS = ("*.py", "tokenizer*", "special_tokens_map.json", "generation_config.json", "*LICENSE*")
 
 
 def convert(
-    input_path,
-    output_path,
-    dtype=None,
-    qkv_concat=None,
-    mlp_concat=None,
-    format=None,
-    max_shard_size=None,
-    config=None,
-    workers=2,
-    check_crc=True,
-    progress=False,
-    reuse=False,
-):
-    """Converts a Hugging Face checkpoint to a MindSpore one.
+    input_path: str | os.PathLike,
+    output_path: str | os.PathLike,
+    dtype: str | None = None,
+    qkv_concat: bool | None = None,
+    mlp_concat: bool | None = None,
+    format: str | None = None,
+    max_shard_size: str | int | None = None,
+    config: str | os.PathLike | None = None,
+    workers: int = 2,
+    check_crc: bool = True,
+    progress: bool = False,
+    reuse: bool = False,
+) -> dict[str, Any]:
+    """Converts a Hugging Face checkpoint to a MindSpore one; returns the report, as written to OUT.report.json.
 
     Args:
-        input_path (str | os.PathLike): Hugging Face folder, or one weight or index file.
-        output_path (str | os.PathLike): `.ckpt` or `.safetensors` file to write.
-        dtype (str | None): "fp32", "fp16" or "bf16"; None keeps each tensor's own.
-        qkv_concat, mlp_concat (bool | None): fused or split projections; None takes what a YAML `config` says, else
-            True, upstream's default.
-        format (str | None): "ckpt" or "safetensors"; None decides by the suffix of output_path, else "ckpt".
-        max_shard_size (str | int | None): "5GB" and the like; above it the output is sharded, with an index.
-        config (str | os.PathLike | None): config.json or MindFormers YAML; by default the source's config.json, and
-            without one the sizes come from the tensors.
-        workers (int): threads.
-        check_crc (bool): whether to compare the checksums that .bin files carry.
-        progress (bool): whether to show progress bars.
-        reuse (bool): whether to leave an output alone that an earlier conversion of the same files made.
-
-    Returns:
-        dict: the report, as written to OUT.report.json beside the output.
+        input_path: Hugging Face folder, or one weight or index file.
+        output_path: `.ckpt` or `.safetensors` file to write.
+        dtype: "fp32", "fp16" or "bf16"; None keeps each tensor's own.
+        qkv_concat, mlp_concat: fused or split projections; None takes what a YAML `config` says, else True, upstream's
+            default.
+        format: one of FORMATS; None decides by the suffix of output_path, else "ckpt".
+        max_shard_size: bytes, or "5GB" and the like; above it the output is sharded, with an index.
+        config: config.json or MindFormers YAML; by default the source's config.json, and without one the dimensions
+            come from the tensors.
+        workers: threads.
+        check_crc: whether to compare the checksums that .bin files carry.
+        progress: whether to show progress bars.
+        reuse: whether to leave an output alone that an earlier conversion of the same files made.
 
     Raises:
         InputError: bad input or options; nothing is left behind.
     """
-    source, weights, skipped = open_weights(input_path, dtype, workers)
-    output, format = _output_file(output_path, format)
-    sizes, fields, layout = _sizes(source, weights, config or source.config)
-    check_against(sizes, weights, source.path)
+    source, weights, skipped = _open_weights(input_path, dtype, workers)
+    output = _output_file(output_path, format)
+    dims, fields, layout = _dims(source, weights, config or source.config)
+    check_against(dims, weights, source.path)
     qkv_concat = layout.get("qkv_concat", True) if qkv_concat is None else qkv_concat
     mlp_concat = layout.get("mlp_concat", True) if mlp_concat is None else mlp_concat
-    targets = make_targets(sizes, weights, "mindspore", qkv_concat, mlp_concat, dtype)
-    groups = make_groups(sizes, weights, targets)
-    files = lay_out(targets, format, output.stem, output.suffix, parse_size(max_shard_size), {"format": "ms"})
-    refuse_overwriting(source, [output.parent / file.name for file in files])
+    targets = make_targets(dims, weights, "mindspore", qkv_concat, mlp_concat, dtype)
+    groups = make_groups(dims, weights, targets)
+    files = lay_out(targets.values(), output.name, parse_size(max_shard_size))
+    _refuse_overwriting(source, [output.parent / file.name for file in files])
     _refuse_older_shards(output, files)
     index = index_text(files)
-    names = [output.name + INDEX_SUFFIX] + ([_PARAM_NAME_MAP] if format == "safetensors" else [])
-    work, report_path = output.parent / f".{output.name}.partial", output.with_suffix(".report.json")
-    job = Job(work, output.parent, files, groups, workers, progress, check_crc)
-    with open_job(job):
-        if reuse and is_done(job, report_path):
-            return load_report(report_path)
-        report = make_report(source, output, job, job.run(), skipped, sizes, fields)
-        job.publish([(name, index) for name in names] if index else [])
+    names = [output.name + INDEX_SUFFIX] + ([_PARAM_NAME_MAP] if output.suffix == ".safetensors" else [])
+    report_path, fingerprint = output.with_suffix(".report.json"), _fingerprint(files, groups)
+    with work_folder(output) as work:
+        done = _load_report(report_path) if reuse else {}
+        if done.get("fingerprint") == fingerprint and all(_has_size(output.parent / file.name, file) for file in files):
+            return done
+        tensors = _write(work, output.parent, files, groups, workers, progress, check_crc)
+        publish(work, output.parent, [file.name for file in files], dict.fromkeys(names, index) if index else {})
+        report = _report(source, output, files, fingerprint, tensors, skipped, dims, fields)
         write_report(report_path, report)  # last: it vouches for what lies there
     return report
 
 
-def _sizes(source, weights, config):
-    """Returns sizes, config.json fields (None when unknown) and the layout that a YAML names."""
+def convert_reversed(
+    input_path: str | os.PathLike,
+    output_path: str | os.PathLike,
+    dtype: str | None = None,
+    hf_naming: str = "chatglm",
+    max_shard_size: str | int | None = DEFAULT_SHARD,
+    config: str | os.PathLike | None = None,
+    hf_files: str | os.PathLike | None = None,
+    workers: int = 2,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Converts a MindSpore checkpoint to a Hugging Face folder that transformers and vLLM load: safetensors, index and
+    config.json. Returns the report, as written to OUT.report.json beside the folder.
+
+    Args:
+        input_path: `.ckpt` or `.safetensors` file, index file or folder.
+        output_path: folder to write.
+        dtype, workers, progress: as for convert.
+        hf_naming: "chatglm", the published model's names (remote code, vLLM), or "glm", those of transformers' own
+            `glm` model.
+        max_shard_size: bytes of one file, or "5GB" and the like.
+        config: the original config.json or the YAML that trained the model; not needed for the published dimensions,
+            nor beside a config.json or the report of the conversion that made the checkpoint.
+        hf_files: the original folder; its config.json, tokenizer and model code are used.
+
+    Raises:
+        InputError: bad input or options; nothing is left behind.
+    """
+    if hf_naming not in ("chatglm", "glm"):
+        raise InputError(f"hf_naming {hf_naming!r}: choose chatglm or glm")
+    source, weights, skipped = _open_weights(input_path, dtype, workers)
+    dims = dims_from_tensors(weights)
+    check_against(dims, weights, source.path)
+    fields = find_config(config or hf_files, source.path, source.config, dims)
+    targets = make_targets(dims, weights, hf_naming, hf_naming == "chatglm", True, dtype)
+    groups = make_groups(dims, weights, targets)
+    output = Path(output_path)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file, --reversed writes a folder")
+    files = lay_out(targets.values(), "model.safetensors", parse_size(max_shard_size), "pt")
+    _refuse_overwriting(source, [output / file.name for file in files])
+    _refuse_other_weights(output, files)
+    index = index_text(files)
+    main_dtype = dtype or Counter(target.dtype for target in targets.values()).most_common(1)[0][0]
+    texts = {"config.json": config_text(fields, hf_naming, main_dtype), **({_HF_INDEX: index} if index else {})}
+    with work_folder(output, output if output.is_dir() else None) as work:
+        tensors = _write(work, output, files, groups, workers, progress)
+        publish(work, output, [file.name for file in files], texts)
+        report = _report(source, output, files, _fingerprint(files, groups), tensors, skipped, dims, fields)
+        write_report(output.with_name(output.name + ".report.json"), report)
+    if hf_files:
+        _copy_companions(Path(hf_files), output, hf_naming)
+    return report
+
+
+def load_hf_weights(path: str | os.PathLike) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the weights of a Hugging Face checkpoint, one tensor in memory at a time: the name as in the file, and the
+    values; bf16 is widened to float32, which is exact. Buffers are skipped."""
+    weights, _ = weights_of(open_source(path))
+    for tensor in weights.values():
+        values = tensor.load()
+        yield tensor.name, cast(values, "bf16", "fp32") if tensor.dtype == "bf16" else np.asarray(values)
+
+
+def _open_weights(input_path, dtype, workers):
+    """Checks the common options; returns the source, its weights and the names that are skipped."""
+    if dtype is not None:
+        check_dtype(dtype)
+    if type(workers) is not int or workers < 1:
+        raise InputError(f"workers {workers!r}: a number of threads, 1 or more, is needed")
+    source = open_source(input_path)
+    return (source, *weights_of(source))
+
+
+def _dims(
+    source: Source, weights: Mapping[TensorKey, StoredTensor], config: str | os.PathLike | None
+) -> tuple[ModelDims, dict[str, Any] | None, dict[str, bool]]:
+    """Returns dimensions, config.json fields (None when unknown) and the layout that a YAML names."""
     if config is None:
-        return sizes_from_tensors(weights), None, {}
+        return dims_from_tensors(weights), None, {}
     fields, layout = read_config(config)
-    return sizes_from_config(fields, config), fields, layout
+    return dims_from_config(fields, config), fields, layout
 
 
 def _output_file(path, format):
@@ -106,100 +204,95 @@ def _output_file(path, format):
         output = output.with_name(f"{output.name}.{format}")  # as mindspore.save_checkpoint does
     if output.is_dir():
         raise InputError(f"{output}: is a folder, a file name is needed")
-    return output, format
+    return output
+
+
+def _refuse_overwriting(source, outputs):
+    read = {os.path.realpath(file) for file in source.files}
+    for path in outputs:
+        if os.path.realpath(path) in read:
+            raise InputError(f"{path}: is one of the files to convert; choose another output path")
 
 
 def _refuse_older_shards(output, files):
     """Shards and index of an earlier conversion with another shard size would be taken for part of this one."""
     ours = {file.name for file in files} | ({output.name + INDEX_SUFFIX} if len(files) > 1 else set())
-    pattern = f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*{output.suffix}"
-    found = [
+    shards = output.parent.glob(f"{glob.escape(output.stem)}-[0-9]*-of-[0-9]*{output.suffix}")
+    found = sorted(
         path.name
-        for path in [*output.parent.glob(pattern), output.with_name(output.name + INDEX_SUFFIX)]
+        for path in [*shards, output.with_name(output.name + INDEX_SUFFIX)]
         if path.exists() and path.name not in ours
-    ]
+    )
     if found:
         raise InputError(
-            f"{output.parent}: holds shards of an earlier conversion ({', '.join(sorted(found)[:5])}); "
+            f"{output.parent}: holds shards of an earlier conversion ({', '.join(found[:5])}); "
             "remove them or choose another output path"
         )
 
 
-def convert_reversed(
-    input_path,
-    output_path,
-    dtype=None,
-    hf_naming="chatglm",
-    max_shard_size=DEFAULT_SHARD,
-    config=None,
-    hf_files=None,
-    workers=2,
-    progress=False,
-):
-    """Converts a MindSpore checkpoint to a Hugging Face folder: safetensors, index and config.json.
-
-    Args:
-        input_path (str | os.PathLike): `.ckpt` or `.safetensors` file, index file or folder.
-        output_path (str | os.PathLike): folder to write.
-        dtype, workers, progress: as for convert.
-        hf_naming (str): "chatglm", the published model's names (remote code, vLLM), or "glm", those of transformers'
-            own `glm` model.
-        max_shard_size (str | int | None): bytes of one file.
-        config (str | os.PathLike | None): the original config.json or the YAML that trained the model; not needed for
-            the published sizes, nor beside a config.json or the report of the conversion that made the checkpoint.
-        hf_files (str | os.PathLike | None): the original folder; its config.json, tokenizer and model code are used.
-
-    Returns:
-        dict: the report, as written to OUT.report.json beside the folder.
-
-    Raises:
-        InputError: bad input or options; nothing is left behind.
-    """
-    if hf_naming not in ("chatglm", "glm"):
-        raise InputError(f"hf_naming {hf_naming!r}: choose chatglm or glm")
-    source, weights, skipped = open_weights(input_path, dtype, workers)
-    sizes = sizes_from_tensors(weights)
-    check_against(sizes, weights, source.path)
-    fields = find_config(config or hf_files, source, sizes)
-    concat = hf_naming == "chatglm"
-    targets = make_targets(sizes, weights, hf_naming, concat, True, dtype)
-    groups = make_groups(sizes, weights, targets)
-    output, stem = Path(output_path), "model"
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file, --reversed writes a folder")
-    files = lay_out(targets, "safetensors", stem, ".safetensors", parse_size(max_shard_size), {"format": "pt"})
-    refuse_overwriting(source, [output / file.name for file in files])
-    _refuse_strangers(output, files)
-    index = index_text(files)
-    main_dtype = dtype or Counter(target.dtype for target in targets).most_common(1)[0][0]
-    work = (output if output.is_dir() else output.parent) / f".{output.name}.partial"
-    texts = [("config.json", config_text(fields, hf_naming, main_dtype))] + ([(_INDEX, index)] if index else [])
-    with open_job(Job(work, output, files, groups, workers, progress)) as job:
-        report = make_report(source, output, job, job.run(), skipped, sizes, fields)
-        job.publish(texts)
-        write_report(output.with_name(output.name + ".report.json"), report)
-    if hf_files:
-        _copy_companions(Path(hf_files), output, hf_naming)
-    return report
-
-
-def _refuse_strangers(folder, files):
+def _refuse_other_weights(folder, files):
     """Weight files of another kind in the folder would be loaded instead of, or mixed with, the new ones."""
-    ours = {file.name for file in files} | ({_INDEX} if len(files) > 1 else set())
-    found = (
-        [
-            path.name
-            for pattern in ("*.safetensors*", "pytorch_model*", "*.bin")
-            for path in folder.glob(pattern)
-            if path.name not in ours
-        ]
-        if folder.is_dir()
-        else []
-    )
-    if found:
+    ours = {file.name for file in files} | ({_HF_INDEX} if len(files) > 1 else set())
+    found = {path.name for pattern in ("*.safetensors*", "pytorch_model*", "*.bin") for path in folder.glob(pattern)}
+    if found - ours:
         raise InputError(
-            f"{folder}: already holds other weights ({', '.join(sorted(set(found))[:5])}); choose an empty folder"
+            f"{folder}: already holds other weights ({', '.join(sorted(found - ours)[:5])}); choose an empty folder"
         )
+
+
+def _fingerprint(files: Sequence[OutputFile], groups: Sequence[TensorGroup]) -> str:
+    """What must be equal for an earlier output to be the same: sources, options and layout."""
+    plan: list[Any] = [[file.name, file.size, list(file.segments.items())] for file in files]
+    for path in sorted({source.file for group in groups for source in group.sources}):
+        status = os.stat(path)
+        plan.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    for group in groups:
+        plan += [[m.source.name, m.source_start, m.target.name, m.target_start, m.count] for m in group.moves]
+    return hashlib.sha256(json.dumps(plan).encode("utf-8")).hexdigest()
+
+
+def _load_report(path):
+    """Reads a report back; empty when there is none or it cannot be read."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _has_size(path, file):
+    return path.is_file() and path.stat().st_size == file.size
+
+
+def _write(work, destination, files, groups, workers, progress, check_crc=True):
+    """Writes and verifies all files in the work folder; returns what a report says of their tensors."""
+    require_space(destination, sum(file.size for file in files), work)
+    with CheckpointWriter(work, files) as writer:
+        write_groups(writer, groups, workers, progress, check_crc)
+        writer.finish(workers, progress)
+    holder = {tensor.name: file.name for file in files for tensor in file.segments}
+    tensors = {name: {"file": holder[name], **entry} for name, entry in writer.describe().items()}
+    for group in groups:
+        for move in group.moves:
+            origins = tensors[move.target.name].setdefault("from", [])
+            if move.source.name not in origins:
+                origins.append(move.source.name)
+    return tensors
+
+
+def _report(source, output, files, fingerprint, tensors, skipped, dims, fields):
+    """What was read, what was written, and a checksum of every tensor; the config.json is for the way back."""
+    return {
+        "source": {"path": str(source.path), "files": {file.name: file.stat().st_size for file in source.files}},
+        "output": {"path": str(output), "files": {file.name: file.size for file in files}},
+        "fingerprint": fingerprint,
+        "checksums": "of the little-endian values, without the file format's framing",
+        "tensor_bytes": sum(tensor.nbytes for file in files for tensor in file.segments),
+        "sizes": asdict(dims),
+        "skipped": skipped,
+        "huggingface_config": fields,
+        "tensors": tensors,
+    }
 
 
 def _copy_companions(folder, output, naming):
@@ -207,56 +300,4 @@ def _copy_companions(folder, output, naming):
         for path in sorted(folder.glob(pattern)):
             # The published modeling code belongs to the published names; `glm` is transformers' own.
             if path.is_file() and not (naming == "glm" and path.name.startswith(("modeling_", "configuration_"))):
-                with atomic_path(output / path.name) as temporary:
-                    shutil.copyfile(path, temporary)
-
-
-def load_hf_weights(path):
-    """Iterates over the weights of a Hugging Face checkpoint, one tensor in memory at a time.
-
-    Args:
-        path (str | os.PathLike): as input_path of convert.
-
-    Yields:
-        tuple[str, numpy.ndarray]: name as in the file, values; bf16 is widened to float32, which is exact. Buffers
-        are skipped.
-    """
-    weights, _ = weights_of(open_source(path))
-    for tensor in weights.values():
-        values = tensor.load()
-        yield tensor.name, cast(values, "bf16", "fp32") if tensor.dtype == "bf16" else np.asarray(values)
-
-
-def open_weights(input_path, dtype, workers):
-    """Checks the common options and lists what there is to convert.
-
-    Returns:
-        tuple[Source, dict[Slot, StoredTensor], list[str]]: the source, its weights, the names that are skipped.
-
-    Raises:
-        InputError
-    """
-    if dtype is not None:
-        check_dtype(dtype)
-    if type(workers) is not int or workers < 1:
-        raise InputError(f"workers {workers!r}: a number of threads, 1 or more, is needed")
-    source = open_source(input_path)
-    return (source, *weights_of(source))
-
-
-@contextlib.contextmanager
-def open_job(job):
-    """Enters a Job; a folder or disk that cannot be written becomes an InputError."""
-    try:
-        with job:
-            yield job
-    except OSError as error:
-        raise InputError(f"{error.filename or job.destination}: cannot be written ({error.strerror})") from error
-
-
-def refuse_overwriting(source, outputs):
-    """Raises InputError when one of the output paths is a file that is being read."""
-    read = {os.path.realpath(file) for file in source.files}
-    for path in outputs:
-        if os.path.realpath(path) in read:
-            raise InputError(f"{path}: is one of the files to convert; choose another output path")
+                copy_atomically(path, output / path.name)

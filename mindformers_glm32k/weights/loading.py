@@ -7,27 +7,25 @@ prediction, holds whole shards in memory and reads no .bin files. Here every lay
 by the same checked conversion as `glm32k convert`.
 """
 
+from __future__ import annotations
+
+import os
 import time
 from pathlib import Path
 
 from mindformers_glm32k.files import Busy
 from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.conversion import convert
-from mindformers_glm32k.weights.layout import FORMATS
-from mindformers_glm32k.weights.names import name_of, slot_of
+from mindformers_glm32k.weights.names import key_of, name_of
+from mindformers_glm32k.weights.writer import FORMATS
 
 FOLDER = "converted_from_huggingface"
 _WAIT_SECONDS = 1.0
 
 
-def is_huggingface(path):
-    """Whether a folder holds weights under Hugging Face names, judged by those that differ from MindFormers'.
-
-    Args:
-        path (str | os.PathLike): as given in load_checkpoint.
-
-    Returns:
-        bool: False for files and for folders without whole checkpoints, such as those with rank_N subfolders.
+def is_huggingface(path: str | os.PathLike) -> bool:
+    """Whether a folder holds weights under Hugging Face names, judged by those that differ from MindFormers'; not so
+    files, and folders without whole checkpoints, such as those with rank_N subfolders.
 
     Raises:
         InputError: weight files are there, but broken or incomplete.
@@ -42,27 +40,31 @@ def is_huggingface(path):
 
 def _is_foreign(name):
     try:
-        slot = slot_of(name)
+        key = key_of(name)
     except ValueError:  # adapters and the like: not for this module to judge
         return False
-    return slot is not None and name != name_of(slot, "mindspore")
+    return key is not None and name != name_of(key, "mindspore")
 
 
-def checkpoint_to_load(path, output_dir, format="ckpt", qkv_concat=True, mlp_concat=True, cut_later=False):
-    """What MindFormers shall load in place of `path`.
+def checkpoint_to_load(
+    path: str | None,
+    output_dir: str | os.PathLike,
+    format: str = "ckpt",
+    qkv_concat: bool = True,
+    mlp_concat: bool = True,
+    shard_later: bool = False,
+) -> str | None:
+    """What MindFormers shall load in place of `path`, which stays unless it is a Hugging Face folder.
 
     Safe to call from all processes of a run: one converts, the others wait for it (on a shared disk; on disks of
     their own, each machine converts once). A later run with the same files finds the work done.
 
     Args:
-        path (str): load_checkpoint.
-        output_dir (str): the run's output folder.
-        format (str): load_ckpt_format, "ckpt" or "safetensors".
-        qkv_concat, mlp_concat (bool): the model's layout.
-        cut_later (bool): auto_trans_ckpt: MindFormers then wants a folder, not a file.
-
-    Returns:
-        str: `path` itself unless it is a Hugging Face folder.
+        path: load_checkpoint.
+        output_dir: the run's output folder.
+        format: load_ckpt_format, "ckpt" or "safetensors".
+        qkv_concat, mlp_concat: the model's layout.
+        shard_later: auto_trans_ckpt: MindFormers then wants a folder, not a file.
 
     Raises:
         InputError: the Hugging Face files are broken, incomplete or of another model.
@@ -71,12 +73,12 @@ def checkpoint_to_load(path, output_dir, format="ckpt", qkv_concat=True, mlp_con
         return path
     format = format if format in FORMATS else "ckpt"
     folder = Path(output_dir) / FOLDER
-    # MindFormers cuts a whole .ckpt as that of a run with one rank, whole safetensors as the one file of a folder.
-    file = folder / ("rank_0" if cut_later and format == "ckpt" else "") / f"model.{format}"
+    # MindFormers shards a whole .ckpt as that of a run with one rank, whole safetensors as the one file of a folder.
+    file = folder / ("rank_0" if shard_later and format == "ckpt" else "") / f"model.{format}"
     while True:
         try:
             convert(path, file, qkv_concat=qkv_concat, mlp_concat=mlp_concat, reuse=True)
             break
         except Busy:
             time.sleep(_WAIT_SECONDS)
-    return str(folder if cut_later else file)
+    return str(folder if shard_later else file)

@@ -3,35 +3,33 @@
 MindFormers computes W x + (alpha / rank) B (A x) with A (rank, in) and B (out, rank); merged, W + (alpha / rank) B A.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.dtypes import cast
-from mindformers_glm32k.weights.parameters import adapter_of
+from mindformers_glm32k.weights.names import adapter_of
+from mindformers_glm32k.weights.tensors import cast
 
 _NARROW_HINT = "merge into a base of fp32 or bf16"
 
 
-def pairs_of(shapes, path):
-    """Sorts adapters by the weight that they change.
-
-    Args:
-        shapes (dict[str, tuple[int, int]]): adapter's name -> whole shape.
-        path: where they come from, for messages.
-
-    Returns:
-        dict[str, tuple[str, str]]: weight -> names of A and B.
+def pairs_of(shapes: Mapping[str, tuple[int, int]], path: object) -> dict[str, tuple[str, str]]:
+    """Sorts adapters, name -> whole shape, by the weight that they change: weight -> names of A and B.
 
     Raises:
-        InputError: one of a pair is missing, or the two have different ranks.
+        InputError: one of a pair is missing in `path`, or the two have different ranks.
     """
     found = {}
     for name in shapes:
         weight, side = adapter_of(name)
         found.setdefault(weight, {})[side] = name
-    for weight, sides in found.items():
+    for sides in found.values():
         if len(sides) < 2:
             only = next(iter(sides.values()))
             raise InputError(f"{path}: {only!r} has no counterpart; both lora_a and lora_b of a weight are needed")
@@ -41,17 +39,15 @@ def pairs_of(shapes, path):
     return {weight: (sides["a"], sides["b"]) for weight, sides in found.items()}
 
 
-def add_product(weight, a, b, scale, name):
+def add_product(
+    weight: tuple[np.ndarray, str], a: tuple[np.ndarray, str], b: tuple[np.ndarray, str], scale: float, name: str
+) -> np.ndarray:
     """W + scale x B A, computed in float32 and rounded once to the weight's dtype.
 
     Args:
-        weight (tuple[numpy.ndarray, str]): values in the carrier of a dtype, and the dtype.
-        a, b (tuple[numpy.ndarray, str]): likewise.
-        scale (float): alpha / rank.
-        name (str): of the weight, for messages.
-
-    Returns:
-        numpy.ndarray: in the weight's carrier.
+        weight, a, b: values in the carrier of a dtype, and the dtype.
+        scale: alpha / rank.
+        name: of the weight, for messages.
 
     Raises:
         InputError: values that the weight's dtype cannot hold.
@@ -67,8 +63,25 @@ def add_product(weight, a, b, scale, name):
     return result.reshape(values.shape)
 
 
-def scale_of_run(folder):
-    """alpha / rank from the adapter_config.json that MindFormers leaves in the run's output folder; None without."""
+def scale_of_config(config: Mapping[str, Any], path: object) -> float:
+    """What MindFormers multiplies an adapter's product by, lora_alpha / lora_rank, from the merged configuration of the
+    YAML `path`.
+
+    Raises:
+        InputError: no pet_config, or numbers missing.
+    """
+    pet = config["model"]["model_config"].get("pet_config") or {}
+    try:
+        return float(pet["lora_alpha"]) / int(pet["lora_rank"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path}: model_config.pet_config with lora_rank and lora_alpha is needed (found "
+            f"{pet or None}); give --lora_scaling or the YAML of the LoRA run"
+        ) from error
+
+
+def scale_of_run(folder: Path) -> float | None:
+    """The same from the adapter_config.json that MindFormers leaves in the run's output folder; None without."""
     path = next(
         (
             parent / "adapter_config.json"

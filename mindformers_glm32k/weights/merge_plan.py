@@ -1,27 +1,18 @@
-"""What a merge joins: the files of all ranks held against the strategy and the model before any value is read."""
+"""What a merge puts together: the files of all ranks held against the strategy and the model before values are read."""
 
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.dtypes import ITEM_SIZE
-from mindformers_glm32k.weights.model_dims import sizes_from_tensors
-from mindformers_glm32k.weights.names import slot_of, slots
-from mindformers_glm32k.weights.parameter_layout import ParameterLayout
-from mindformers_glm32k.weights.parameters import (
-    ADAPTER,
-    COUNTER,
-    SCRATCH_PREFIX,
-    STATE,
-    WEIGHT,
-    adapter_of,
-    expected_shape,
-    fits,
-    kind_of,
-    plain_name,
-)
-from mindformers_glm32k.weights.plan import check_against, raise_problems, weights_in
-from mindformers_glm32k.weights.tensors import StoredTensor
+from mindformers_glm32k.weights.checkpoint import check_against, raise_problems, weights_in
+from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_tensors
+from mindformers_glm32k.weights.names import ADAPTER, COUNTER, SCRATCH_PREFIX, STATE, WEIGHT, kind_of
+from mindformers_glm32k.weights.rank_files import RankFiles
+from mindformers_glm32k.weights.strategy import ShardSpec
+from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor
 
 FROZEN = (
     "MindSpore's strategy files leave frozen weights out: give --config of the LoRA run instead of "
@@ -29,90 +20,90 @@ FROZEN = (
 )
 
 
-class Joined(NamedTuple):
+class MergedTensor(NamedTuple):
     """A parameter to put together.
 
     Args:
-        whole: its name, whole shape and dtype; no place in a file.
+        whole: its name, whole shape and dtype; no segments in a file.
         stage: of the pipeline.
-        layout: None where every rank of the stage should have the whole.
+        spec: None where every rank of the stage should have the whole.
     """
 
     whole: StoredTensor
     stage: int
-    layout: ParameterLayout
+    spec: ShardSpec | None
 
 
 class MergePlan:
     """The parameters of a set of rank files.
 
     Args:
-        files (rank_files.RankFiles): read.
-        stages (list[dict[str, ParameterLayout]]): by stage; [{}] without a strategy.
-        devices (int): ranks of a stage.
+        files: whose tensors are listed.
+        stages: the layouts by stage; [{}] without a strategy.
+        devices: ranks of a stage.
         strategy: where the layouts come from, for messages; None without.
     """
 
-    def __init__(self, files, stages, devices, strategy):
+    def __init__(
+        self, files: RankFiles, stages: list[dict[str, ShardSpec]], devices: int, strategy: object | None
+    ) -> None:
         self.files, self.stages, self.devices, self.strategy = files, stages, devices, strategy
-        self.joined = {}
-        self.counters = []
+        self.merged: dict[str, MergedTensor] = {}
+        self.counters: list[StoredTensor] = []
         problems = []
-        for stage, layouts in enumerate(stages):
-            self._add_stage(stage, layouts, problems)
+        for stage, specs in enumerate(stages):
+            self._add_stage(stage, specs, problems)
         self._raise(problems)
 
-    def ranks(self, stage):
-        """range: of a stage."""
+    def ranks(self, stage: int) -> range:
         return range(stage * self.devices, (stage + 1) * self.devices)
 
-    def of_kind(self, kind):
-        """dict[str, Joined]: weights, adapters or states; sums of gradients are no states worth keeping."""
+    def of_kind(self, kind: str) -> dict[str, MergedTensor]:
+        """Weights, adapters or states; sums of gradients are no states worth keeping."""
         return {
-            name: joined
-            for name, joined in self.joined.items()
+            name: merged
+            for name, merged in self.merged.items()
             if kind_of(name) == kind and not name.startswith(SCRATCH_PREFIX)
         }
 
-    def check_model(self, sizes, weights, source, frozen=()):
+    def check_model(
+        self, dims: ModelDims | None, weights: Mapping[str, StoredTensor], source: object, frozen: Collection[str] = ()
+    ) -> ModelDims:
         """Checks names and shapes against the model.
 
         Args:
-            sizes (sizes.Sizes | None): None takes them from the weights themselves.
-            weights (dict[str, StoredTensor]): whole ones: the plan's, or those of a base.
+            dims: None takes them from the weights themselves.
+            weights: whole ones: the plan's, or those of a base.
             source: where the weights come from, for messages.
-            frozen (iterable[str]): of the plan's weights, those that a base stands for: their parts are not joined.
-
-        Returns:
-            sizes.Sizes
+            frozen: of the plan's weights, those that a base stands for: their shards are not merged.
 
         Raises:
             InputError: missing, left over, or misshapen parameters.
         """
         try:
-            slots_found = weights_in(weights)
-            sizes = sizes or sizes_from_tensors(slots_found)
-            check_against(sizes, slots_found, source)
+            found = weights_in(weights)
+            dims = dims or dims_from_tensors(found)
+            check_against(dims, found, source)
         except InputError as error:
             raise self._with_hint(error) from None
         self._raise(
-            f"{joined.whole.file}: key {name!r} would be {joined.whole.shape} as a whole, expected "
-            f"{expected_shape(sizes, name)}"
-            for name, joined in self.joined.items()
-            if name not in frozen and not fits(joined.whole.shape, expected_shape(sizes, name))
+            f"{merged.whole.file}: key {name!r} would be {merged.whole.shape} as a whole, expected "
+            f"{dims.shape_of(name)}"
+            for name, merged in self.merged.items()
+            if name not in frozen and not dims.fits(name, merged.whole.shape)
         )
-        return sizes
+        return dims
 
     def _raise(self, problems):
         try:
-            raise_problems(self.files.name, list(problems))
+            raise_problems(self.files.name, problems)
         except InputError as error:
             raise self._with_hint(error) from None
 
     def _with_hint(self, error):
         if not self.strategy:
-            hint = "Are the parameters cut? Then give --src_ckpt_strategy or --config."
-        elif any(joined.layout is None for joined in self.of_kind(WEIGHT).values()):
+            hint = "Are the parameters sharded? Then give --src_ckpt_strategy or --config."
+        elif any(merged.spec is None for merged in self.of_kind(WEIGHT).values()):
             hint = FROZEN + "."
         else:
             hint = (
@@ -121,13 +112,13 @@ class MergePlan:
             )
         return InputError(f"{error}\n{hint}")
 
-    def _add_stage(self, stage, layouts, problems):
+    def _add_stage(self, stage, specs, problems):
         ranks = self.ranks(stage)
         first = self.files.tensors[ranks[0]]
         if stage == 0:
             self.counters = [tensor for tensor in first.values() if kind_of(tensor.name) == COUNTER]
         has_weights = any(kind_of(name) == WEIGHT for name in first)
-        for name in layouts:
+        for name in specs:
             kind = kind_of(name)
             needed = kind == ADAPTER or kind == WEIGHT and has_weights
             if needed and name not in first:
@@ -135,25 +126,25 @@ class MergePlan:
         for name, tensor in first.items():
             if kind_of(name) not in (WEIGHT, ADAPTER, STATE):
                 continue
-            if name in self.joined:
+            if name in self.merged:
                 problems.append(
-                    f"{tensor.file}: key {name!r} belongs to stage {self.joined[name].stage}, this is stage {stage}"
+                    f"{tensor.file}: key {name!r} belongs to stage {self.merged[name].stage}, this is stage {stage}"
                 )
                 continue
             problem = self._differs(name, tensor, ranks)
-            layout = layouts.get(name)
+            spec = specs.get(name)
             shape = tensor.shape
-            if not problem and layout is not None:
+            if not problem and spec is not None:
                 try:
-                    shape = layout.full_shape(tensor.shape)
+                    shape = spec.full_shape(tensor.shape)
                 except InputError as error:
                     problem = f"{tensor.file}: key {name!r}: {error}"
             if not problem and tensor.dtype not in ITEM_SIZE:
-                problem = f"{tensor.file}: key {name!r} has dtype {tensor.dtype}, {', '.join(ITEM_SIZE)} can be joined"
+                problem = f"{tensor.file}: key {name!r} has dtype {tensor.dtype}, {', '.join(ITEM_SIZE)} can be merged"
             if problem:
                 problems.append(problem)
             else:
-                self.joined[name] = Joined(replace(tensor, shape=shape, segments=()), stage, layout)
+                self.merged[name] = MergedTensor(replace(tensor, shape=shape, segments=()), stage, spec)
         for rank in ranks:
             extra = sorted(
                 name
@@ -178,30 +169,3 @@ class MergePlan:
                     f"{tensor.dtype} {tensor.shape}"
                 )
         return None
-
-
-def in_model_order(names):
-    """Sorts parameters as the model has them; adapters follow the weights, states follow all, one kind after the other.
-
-    Args:
-        names (iterable[str]): weights, adapters, states.
-
-    Returns:
-        list[str]: names that are not this model's last.
-    """
-
-    def key(name):
-        plain = plain_name(name)
-        weight, side = adapter_of(plain) or (plain, "")
-        try:
-            slot = slot_of(weight)
-        except InputError:
-            slot = None
-        part = slot.parts[0] if slot else None
-        block = 0 if part == "embedding" else 1 if slot and slot.layer is not None else 2 if slot else 3
-        return (name[: -len(plain)], bool(side), block, slot.layer or 0 if slot else 0, _PARTS.get(part, 0), side)
-
-    return sorted(names, key=key)
-
-
-_PARTS = {slot.parts[0]: index for index, slot in enumerate(slots(1, True, False, False))}

@@ -1,64 +1,65 @@
-"""Joins the checkpoints of all ranks into one file, LoRA adapters too, and checks that nothing was lost."""
+"""The checkpoints of all ranks merged into one file, LoRA adapters too; nothing may be lost or differ."""
 
-import shutil
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Optional
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.files import atomic_path, require_space, work_folder
-from mindformers_glm32k.weights import reshard as pieces
+from mindformers_glm32k.files import copy_atomically, require_space, work_folder
+from mindformers_glm32k.weights import reshard
 from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.lora import add_product, pairs_of
-from mindformers_glm32k.weights.merge_plan import MergePlan, in_model_order
-from mindformers_glm32k.weights.merge_values import check_frozen, joined_values
-from mindformers_glm32k.weights.parameters import ADAPTER, STATE, WEIGHT, kind_of, raw_bytes
+from mindformers_glm32k.weights.merge_plan import FROZEN, MergePlan
+from mindformers_glm32k.weights.model_dims import ModelDims
+from mindformers_glm32k.weights.names import ADAPTER, STATE, WEIGHT, in_model_order, kind_of
 from mindformers_glm32k.weights.rank_files import choose
-from mindformers_glm32k.weights.report import write_report
-from mindformers_glm32k.weights.split_plan import stage_devices
-from mindformers_glm32k.weights.strategy import read_stages
-from mindformers_glm32k.weights.transform import Transformer
-from mindformers_glm32k.weights.writer import CheckpointWriter
+from mindformers_glm32k.weights.strategy import read_stages, stage_devices, write_stage
+from mindformers_glm32k.weights.tensors import StoredTensor, cast, same_bits, stored_bytes
+from mindformers_glm32k.weights.writer import CheckpointWriter, write_report
 
 
 def merge(
-    src_ckpt_dir,
-    dst=None,
-    strategy=None,
-    step=None,
-    optimizer_states=False,
-    lora=False,
-    lora_scaling=None,
-    base=None,
-    adapters_only=None,
-    sizes=None,
-    progress=False,
-):
-    """Joins the checkpoints of a parallel run.
+    src_ckpt_dir: str | os.PathLike,
+    dst: str | os.PathLike | None = None,
+    strategy: str | os.PathLike | None = None,
+    step: str | int | None = None,
+    optimizer_states: bool = False,
+    lora: bool = False,
+    lora_scaling: float | None = None,
+    base: str | os.PathLike | None = None,
+    adapters_only: str | os.PathLike | None = None,
+    dims: ModelDims | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Merges the checkpoints of a parallel run; returns the report, as written to OUT.report.json, and as "remarks"
+    what the user should know.
 
     Args:
-        src_ckpt_dir (str | os.PathLike): folder with rank_0, rank_1, …
-        dst (str | os.PathLike | None): `.ckpt` or `.safetensors` to write; None where only adapters are wanted.
-        strategy (str | os.PathLike | None): strategy files' folder, or one file. None: every rank has the whole model
-            (one process, data parallel), which is checked.
-        step (str | int | None): "EPOCH_STEP" as in the file names, or step_num inside; None takes the newest complete.
-        optimizer_states (bool): whether adam_m.*, adam_v.* and counters are kept.
-        lora (bool): whether adapters are added to the weights.
-        lora_scaling (float | None): alpha / rank; needed with `lora`.
-        base (str | os.PathLike | None): the whole checkpoint that adapters were trained on, where the ranks' files
-            have none of it, or have it cut in a way that the strategy does not tell.
-        adapters_only (str | os.PathLike | None): a file for the adapters alone.
-        sizes (sizes.Sizes | None): of the model; None takes them from the weights.
-        progress (bool): whether to show progress bars.
-
-    Returns:
-        dict: the report, as written to OUT.report.json; "remarks" holds what the user should know.
+        src_ckpt_dir: folder with rank_0, rank_1, …
+        dst: `.ckpt` or `.safetensors` to write; None where only adapters are wanted.
+        strategy: strategy files' folder, or one file. None: every rank has the whole model (one process, data
+            parallel), which is checked.
+        step: "EPOCH_STEP" as in the file names, or step_num inside; None takes the newest complete.
+        optimizer_states: whether adam_m.*, adam_v.* and counters are kept.
+        lora: whether adapters are added to the weights.
+        lora_scaling: alpha / rank; needed with `lora`.
+        base: the whole checkpoint that adapters were trained on, where the ranks' files have none of it, or have it
+            sharded in a way that the strategy does not tell.
+        adapters_only: a file for the adapters alone.
+        dims: of the model; None takes them from the weights.
+        progress: whether to show progress bars.
 
     Raises:
         InputError: files, strategy and model do not fit together; nothing is left behind.
-        transform.TransformFailed: MindSpore failed.
+        TransformFailed: MindSpore failed.
     """
     outputs = [Path(path) for path in (dst, adapters_only) if path is not None]
     _check_options(outputs, lora, lora_scaling, base, optimizer_states)
@@ -67,7 +68,7 @@ def merge(
     files, remarks = choose(src_ckpt_dir, ranks, step)
     world = len(files.tensors)
     plan = MergePlan(files, stages or [{}], world // len(stages or [{}]), strategy)
-    job = _Job(plan, lora, lora_scaling, optimizer_states, _open_base(base), sizes)
+    job = _Job(plan, lora, lora_scaling, optimizer_states, _open_base(base), dims)
     job.check(src_ckpt_dir, dst is not None, adapters_only is not None)
     if not stages:
         remarks.append(
@@ -121,20 +122,20 @@ def _open_base(path):
 
 @dataclass
 class _Job:
-    """One merge, its parts sorted by what becomes of them."""
+    """One merge, its tensors sorted by what becomes of them."""
 
     plan: MergePlan
     lora: bool
-    scaling: Optional[float]
+    scaling: float | None
     states: bool
-    base: Optional[dict]
-    sizes: object
+    base: dict[str, StoredTensor] | None
+    dims: ModelDims | None
 
-    def check(self, source, wants_weights, wants_adapters):
+    def check(self, source: object, wants_weights: bool, wants_adapters: bool) -> None:
         """Checks all that can be checked without reading values; raises InputError."""
         plan = self.plan
-        self.weights = {name: joined.whole for name, joined in plan.of_kind(WEIGHT).items()}
-        self.adapters = {name: joined.whole for name, joined in plan.of_kind(ADAPTER).items()}
+        self.weights = {name: merged.whole for name, merged in plan.of_kind(WEIGHT).items()}
+        self.adapters = {name: merged.whole for name, merged in plan.of_kind(ADAPTER).items()}
         self.state_names = list(plan.of_kind(STATE))
         self.remarks = []
         if (self.lora or wants_adapters) and not self.adapters:
@@ -151,7 +152,7 @@ class _Job:
             )
         if self.weights:
             origin = plan.files.name if self.base is None else next(iter(self.weights.values())).file
-            self.sizes = plan.check_model(self.sizes, self.weights, origin, self.frozen)
+            plan.check_model(self.dims, self.weights, origin, self.frozen)
         self.pairs = pairs_of({name: whole.shape for name, whole in self.adapters.items()}, source)
         lost = [weight for weight in self.pairs if self.weights and weight not in self.weights]
         if lost:
@@ -163,7 +164,7 @@ class _Job:
         if self.adapters and wants_weights and not self.lora:
             self.remarks.append(f"{len(self.adapters)} LoRA matrices are kept beside the weights (--lora merges them)")
 
-    def write(self, dst, adapters_only, report, progress):
+    def write(self, dst: Path | None, adapters_only: Path | None, report: dict[str, Any], progress: bool) -> None:
         """Makes the outputs in a hidden folder, verifies them, and moves them to their names."""
         first = dst or adapters_only
         with work_folder(first) as work:
@@ -171,46 +172,42 @@ class _Job:
             weights = in_model_order(self.weights) if dst else []
             states = in_model_order(self.state_names) if self.states and dst else []
             kept = [] if self.lora or not dst else order
-            wholes = {
-                **self.weights,
-                **{name: joined.whole for name, joined in self.plan.joined.items() if name not in self.weights},
-            }
-            entries = [(name, wholes[name].shape, wholes[name].dtype) for name in [*weights, *kept, *states]]
+            wholes = {**{name: merged.whole for name, merged in self.plan.merged.items()}, **self.weights}
             counters = self.plan.counters if states else []
-            entries += [(counter.name, counter.shape, counter.dtype) for counter in counters]
-            nbytes = sum(pieces.stored_bytes(shape, dtype) for _, shape, dtype in entries)
-            require_space(first, nbytes + 3 * min(nbytes, pieces.PIECE_BYTES))
+            entries = [tensor.spec for tensor in [*(wholes[name] for name in [*weights, *kept, *states]), *counters]]
+            nbytes = sum(entry.nbytes for entry in entries)
+            require_space(first, nbytes + 3 * min(nbytes, reshard.CHUNK_BYTES))
             made = []
             with (
-                Transformer(work / "log") as transformer,
+                reshard.Transformer(work / "log") as transformer,
                 tqdm(total=nbytes, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
             ):
-                adapters = dict(joined_values(self.plan, order, transformer, work))
+                adapters = dict(_merged_values(self.plan, order, transformer, work))
                 if adapters_only:
                     made.append((self._write_adapters(work, adapters_only, order, adapters), adapters_only))
                 if dst:
                     for name in self.frozen:
-                        check_frozen(self.plan, self.base, name)
+                        _check_frozen(self.plan, self.base, name)
                     values = self._values(weights, adapters, transformer, work)
-                    with CheckpointWriter(work / f"out{dst.suffix}", entries) as writer:
+                    with CheckpointWriter.for_file(work / f"out{dst.suffix}", entries) as writer:
                         for name, array in values:
                             writer.write(name, array)
                             bar.update(array.nbytes)
                         for name in kept:
                             writer.write(name, adapters[name])
-                        for name, array in joined_values(self.plan, states, transformer, work):
+                        for name, array in _merged_values(self.plan, states, transformer, work):
                             writer.write(name, array)
                             bar.update(array.nbytes)
                         for counter in counters:
-                            writer.write(counter.name, raw_bytes(counter))
+                            writer.write(counter.name, counter.raw_bytes())
                         writer.finish()
                     made.append((writer, dst))
             for writer, path in made:
+                file = writer.folder / writer.files[0].name
                 if path == first:
-                    writer.path.replace(path)
+                    file.replace(path)
                 else:  # which may be on another disk
-                    with atomic_path(path) as temporary:
-                        shutil.copyfile(writer.path, temporary)
+                    copy_atomically(file, path)
                 report.setdefault("outputs", []).append(str(path))
                 write_report(
                     path.with_suffix(".report.json"), {**report, "output": str(path), "tensors": writer.describe()}
@@ -220,7 +217,7 @@ class _Job:
     def _values(self, weights, adapters, transformer, work):
         """Yields the weights, with the adapters' products added where they are merged."""
         stream = (
-            joined_values(self.plan, weights, transformer, work)
+            _merged_values(self.plan, weights, transformer, work)
             if self.base is None
             else ((name, self.base[name].load()) for name in weights)
         )
@@ -231,9 +228,111 @@ class _Job:
             yield name, array
 
     def _write_adapters(self, work, path, order, adapters):
-        entries = [(name, self.adapters[name].shape, self.adapters[name].dtype) for name in order]
-        with CheckpointWriter(work / f"adapters{path.suffix}", entries) as writer:
+        entries = [self.adapters[name].spec for name in order]
+        with CheckpointWriter.for_file(work / f"adapters{path.suffix}", entries) as writer:
             for name in order:
                 writer.write(name, adapters[name])
             writer.finish()
         return writer
+
+
+def _merged_values(
+    plan: MergePlan, names: Sequence[str], transformer: reshard.Transformer, work: Path
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields whole tensors in the order of names, each in the carrier of its dtype, compared with every rank's file.
+
+    Raises:
+        InputError: copies that should be equal differ, named with their files.
+        TransformFailed: MindSpore failed.
+    """
+
+    def stage_and_kind(name):
+        return plan.merged[name].stage, plan.merged[name].spec is not None
+
+    for (stage, is_sharded), group in groupby(names, stage_and_kind):
+        ranks = plan.ranks(stage)
+        if not is_sharded:
+            for name in group:
+                yield name, _equal_copies(plan, name, ranks)
+            continue
+        costs = {}
+        for name in group:
+            shard = plan.files.tensors[ranks[0]][name]
+            costs[name] = stored_bytes(shard.shape, shard.dtype) * len(ranks)
+        strategy = work / f"stage_{stage}.ckpt"
+        if not strategy.exists():
+            write_stage(plan.strategy, stage, strategy)
+        for chunk in reshard.chunks_of(costs):
+            shards = [[plan.files.tensors[rank][name] for name in chunk] for rank in ranks]
+            found = reshard.merge_chunk(transformer, work / "chunk", shards, strategy)
+            for name in chunk:
+                whole = found[name].load() if name in found else np.empty(0)
+                _compare(plan, name, whole, ranks)
+                yield name, whole
+
+
+def _compare(plan, name, whole, ranks):
+    """Shards a merged tensor again and compares the shards with the files."""
+    merged = plan.merged[name]
+    if whole.shape != merged.whole.shape:
+        raise InputError(
+            f"key {name!r}: MindSpore merged it to {whole.shape}, the strategy gives "
+            f"{merged.whole.shape}; check that the strategy files are those of this run"
+        )
+    agreeing, differing = {}, []
+    for rank in ranks:
+        tensor = plan.files.tensors[rank][name]
+        index = merged.spec.index(rank - ranks[0])
+        if same_bits(tensor.load(), merged.spec.shard_of(whole, rank - ranks[0])):
+            agreeing.setdefault(index, tensor.file)
+        else:
+            differing.append((index, tensor.file))
+    for index, file in differing:
+        if index in agreeing:
+            raise InputError(
+                f"{file}: key {name!r} is a copy of what {agreeing[index]} holds, but has other "
+                "values; one of the two files is damaged or of another run"
+            )
+    if differing:
+        raise InputError(
+            f"{differing[0][1]}: key {name!r} has other values than its shard of the merged tensor; check "
+            "that the strategy files are those of this run"
+        )
+
+
+def _equal_copies(plan, name, ranks):
+    tensors = [plan.files.tensors[rank][name] for rank in ranks]
+    whole = tensors[0].load()
+    for tensor in tensors[1:]:
+        if not same_bits(tensor.load(), whole):
+            why = (
+                FROZEN
+                if plan.strategy
+                else "if the parameters are sharded, give --src_ckpt_strategy or --config; if not, one of the files is "
+                "damaged or of another run"
+            )
+            raise InputError(f"{tensor.file}: key {name!r} has other values than in {tensors[0].file}; {why}")
+    return whole
+
+
+def _check_frozen(plan, base, name):
+    """Checks that the ranks trained on this base: their copy of a weight is a shard of its."""
+    merged, whole = plan.merged[name], base[name].load()
+    for rank in plan.ranks(merged.stage):
+        tensor = plan.files.tensors[rank][name]
+        shard = tensor.load()
+        expected = cast(whole, base[name].dtype, tensor.dtype)
+        if not any(np.array_equal(shard, expected[block]) for block in _blocks(expected.shape, shard.shape)):
+            raise InputError(
+                f"{tensor.file}: key {name!r} is no part of it in {base[name].file}: the adapters were "
+                "trained on another base; give the checkpoint that the run loaded"
+            )
+
+
+def _blocks(whole, shard):
+    """Yields the index expressions of all aligned blocks of a shape; none where it cannot be divided so."""
+    if len(whole) != len(shard) or any(size % block for size, block in zip(whole, shard)):
+        return
+    counts = [size // block for size, block in zip(whole, shard)]
+    for index in np.ndindex(*counts):
+        yield tuple(slice(i * block, (i + 1) * block) for i, block in zip(index, shard))

@@ -1,112 +1,106 @@
-"""The one table of weight names: MindFormers' glm2, the published ChatGLM files, and transformers' `glm`.
+"""The one table of what a checkpoint's entries are: weights under all namings, adapters, optimizer states, counters.
 
-A row lists the *parts* that a tensor holds, stacked along axis 0, and the tensor's name in each naming. Fused
-and split layouts are both rows: converting a layout is moving whole parts between rows, never touching a value.
-transformers' `glm` rotates interleaved pairs of channels exactly as ChatGLM does (`rotate_half` over x[..., 0::2]
-and x[..., 1::2]) and takes the gate from the first half of `gate_up_proj`, so no naming needs a permutation.
+A row of the table lists the *parts* that a tensor holds, stacked along axis 0, and the tensor's names. Fused and split
+layouts are both rows: converting a layout is moving whole parts between rows, never touching a value. transformers'
+`glm` rotates interleaved pairs of channels exactly as ChatGLM does (`rotate_half` over x[..., 0::2] and x[..., 1::2])
+and takes the gate from the first half of `gate_up_proj`, so no naming needs a permutation.
 
 Sources: mindformers/models/glm2, modeling_chatglm.py of THUDM/chatglm3-6b-32k, transformers/models/glm.
 """
 
+from __future__ import annotations
+
 import re
-from typing import NamedTuple, Optional
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from mindformers_glm32k.errors import InputError
 
 NAMINGS = ("mindspore", "chatglm", "glm")
-QKV, MLP = ("q", "k", "v"), ("gate", "up")
+QKV, QKV_BIAS, MLP = ("q", "k", "v"), ("q_bias", "k_bias", "v_bias"), ("gate", "up")
 
-_MS, _GLM = "transformer.encoder.layers.{}.", "model.layers.{}."
-_ROWS = (
-    # parts                             mindspore                                    chatglm (None: as mindspore)
-    #                                                                                glm
+# parts, MindFormers' name, the published name, transformers' `glm` name
+_OUTER = (
     (
         ("embedding",),
         "transformer.embedding.embedding_weight",
         "transformer.embedding.word_embeddings.weight",
         "model.embed_tokens.weight",
     ),
-    (("input_norm",), _MS + "input_layernorm.weight", None, _GLM + "input_layernorm.weight"),
-    (("q", "k", "v"), _MS + "self_attention.query_key_value.weight", None, _GLM + "self_attn.qkv_proj.weight"),
-    (("q",), _MS + "self_attention.wq.weight", None, _GLM + "self_attn.q_proj.weight"),
-    (("k",), _MS + "self_attention.wk.weight", None, _GLM + "self_attn.k_proj.weight"),
-    (("v",), _MS + "self_attention.wv.weight", None, _GLM + "self_attn.v_proj.weight"),
-    (
-        ("q_bias", "k_bias", "v_bias"),
-        _MS + "self_attention.query_key_value.bias",
-        None,
-        _GLM + "self_attn.qkv_proj.bias",
-    ),
-    (("q_bias",), _MS + "self_attention.wq.bias", None, _GLM + "self_attn.q_proj.bias"),
-    (("k_bias",), _MS + "self_attention.wk.bias", None, _GLM + "self_attn.k_proj.bias"),
-    (("v_bias",), _MS + "self_attention.wv.bias", None, _GLM + "self_attn.v_proj.bias"),
-    (("attention_out",), _MS + "self_attention.dense.weight", None, _GLM + "self_attn.o_proj.weight"),
-    (("post_norm",), _MS + "post_attention_layernorm.weight", None, _GLM + "post_attention_layernorm.weight"),
-    (("gate", "up"), _MS + "mlp.dense_h_to_4h.weight", None, _GLM + "mlp.gate_up_proj.weight"),
-    (("gate",), _MS + "mlp.dense_left.weight", None, _GLM + "mlp.gate_proj.weight"),
-    (("up",), _MS + "mlp.dense_right.weight", None, _GLM + "mlp.up_proj.weight"),
-    (("mlp_out",), _MS + "mlp.dense_4h_to_h.weight", None, _GLM + "mlp.down_proj.weight"),
-    (("final_norm",), "transformer.encoder.final_layernorm.weight", None, "model.norm.weight"),
-    (("output",), "transformer.output_layer.weight", None, "lm_head.weight"),
+    (("final_norm",), *["transformer.encoder.final_layernorm.weight"] * 2, "model.norm.weight"),
+    (("output",), *["transformer.output_layer.weight"] * 2, "lm_head.weight"),
 )
-
-# Not weights, skipped by name: rotary tables that the model computes itself, and what MindFormers' training and
-# generation keep beside the weights in a .ckpt.
-_SKIPPED = re.compile(
-    r"(.*\.)?(rotary_pos_emb|rotary_emb)\.inv_freq$|(.*\.)?(key_cache|value_cache|key_cache_grad|value_cache_grad)$|"
-    r"(adam_[mv]|adamw?_[mv]|moments?_?[12]?|exp_avg|exp_avg_sq|accu_grads|moment[12])\..*|"
+# parts, name below transformer.encoder.layers.N (MindFormers, published), name below model.layers.N (`glm`)
+_IN_LAYER = (
+    (("input_norm",), "input_layernorm.weight", "input_layernorm.weight"),
+    (QKV, "self_attention.query_key_value.weight", "self_attn.qkv_proj.weight"),
+    (("q",), "self_attention.wq.weight", "self_attn.q_proj.weight"),
+    (("k",), "self_attention.wk.weight", "self_attn.k_proj.weight"),
+    (("v",), "self_attention.wv.weight", "self_attn.v_proj.weight"),
+    (QKV_BIAS, "self_attention.query_key_value.bias", "self_attn.qkv_proj.bias"),
+    (("q_bias",), "self_attention.wq.bias", "self_attn.q_proj.bias"),
+    (("k_bias",), "self_attention.wk.bias", "self_attn.k_proj.bias"),
+    (("v_bias",), "self_attention.wv.bias", "self_attn.v_proj.bias"),
+    (("attention_out",), "self_attention.dense.weight", "self_attn.o_proj.weight"),
+    (("post_norm",), "post_attention_layernorm.weight", "post_attention_layernorm.weight"),
+    (MLP, "mlp.dense_h_to_4h.weight", "mlp.gate_up_proj.weight"),
+    (("gate",), "mlp.dense_left.weight", "mlp.gate_proj.weight"),
+    (("up",), "mlp.dense_right.weight", "mlp.up_proj.weight"),
+    (("mlp_out",), "mlp.dense_4h_to_h.weight", "mlp.down_proj.weight"),
+)
+# What optimizers put before a parameter's name: MindSpore's own, upstream's, and those of other trainers.
+STATE_PREFIXES = tuple(
+    prefix + "."
+    for prefix in (
+        *("adam_m", "adam_v", "adamw_m", "adamw_v", "exp_avg", "exp_avg_sq", "accu_grads"),
+        *(f"{word}{which}" for word in ("moment", "moments") for which in ("", "1", "2", "_1", "_2")),
+    )
+)
+# Sums of gradients that a pipeline starts from zero in each step: no checkpoint needs them.
+SCRATCH_PREFIX = "accu_grads."
+WEIGHT, ADAPTER, STATE, COUNTER = "weight", "adapter", "state", "counter"
+# Buffers: rotary tables that the model computes itself, and caches of generation.
+_BUFFER = re.compile(r"(.*\.)?((rotary_pos_emb|rotary_emb)\.inv_freq|(key_cache|value_cache)(_grad)?)$")
+# What trainers count beside the model.
+_COUNTER = re.compile(
     r"(epoch_num|step_num|global_step|learning_rate|scale_sense|loss_scale|current_iterator_step|"
     r"last_overflow_iterator_step|beta[12]_power|weight_decay|cur_epoch_num|cur_step_num|batch_num|"
-    r"global_batch_size|"
-    r"random_op|_random_seed.*)$"
+    r"global_batch_size|random_op|_random_seed.*)$"
 )
-_ADAPTER = re.compile(r"delta_lora|lora_[ABab]\b|\.lora_")
+_ADAPTER = re.compile(r"(?P<layer>.+)\.mindpet_delta_lora_(?P<side>[ab])$")
+_ANY_ADAPTER = re.compile(r"delta_lora|lora_[ABab]\b|\.lora_")
 
 
-class Slot(NamedTuple):
+class TensorKey(NamedTuple):
     """What a tensor is: the parts it holds along axis 0, and its layer (None outside the layers)."""
 
     parts: tuple[str, ...]
-    layer: Optional[int]
+    layer: int | None
 
 
 def _compile():
-    by_parts, patterns = {}, []
-    for parts, *names in _ROWS:
-        names = [name or names[0] for name in names]
-        by_parts[parts] = dict(zip(NAMINGS, names))
-        for name in sorted(set(names)):
-            patterns.append((re.compile(re.escape(name).replace(r"\{\}", r"(0|[1-9][0-9]*)") + "$"), parts))
+    rows = list(_OUTER)
+    for parts, published, glm in _IN_LAYER:
+        rows.append((parts, *["transformer.encoder.layers.{}." + published] * 2, "model.layers.{}." + glm))
+    by_parts = {parts: dict(zip(NAMINGS, names)) for parts, *names in rows}
+    patterns = [
+        (re.compile(re.escape(name).replace(r"\{\}", r"(0|[1-9][0-9]*)") + "$"), parts)
+        for parts, names in by_parts.items()
+        for name in sorted(set(names.values()))
+    ]
     return by_parts, patterns
 
 
 _BY_PARTS, _PATTERNS = _compile()
 
 
-def name_of(slot, naming):
-    """The name of a tensor.
-
-    Args:
-        slot (Slot): what it holds.
-        naming (str): one of NAMINGS.
-
-    Returns:
-        str
-
-    Raises:
-        KeyError: no tensor holds these parts.
-    """
-    return _BY_PARTS[slot.parts][naming].format(slot.layer)
+def name_of(key: TensorKey, naming: str) -> str:
+    """The name of a tensor in one of NAMINGS; raises KeyError if no tensor holds these parts."""
+    return _BY_PARTS[key.parts][naming].format(key.layer)
 
 
-def slot_of(name):
-    """What a name stands for, in any naming: the inverse of name_of.
-
-    Args:
-        name (str): a tensor's name in a file.
-
-    Returns:
-        Slot | None: None for buffers and training state, which are not weights.
+def key_of(name: str) -> TensorKey | None:
+    """What a name stands for, in any naming: the inverse of name_of; None for buffers and training state.
 
     Raises:
         InputError: the name is unknown.
@@ -114,36 +108,75 @@ def slot_of(name):
     for pattern, parts in _PATTERNS:
         match = pattern.match(name)
         if match:
-            return Slot(parts, int(match.group(1)) if pattern.groups else None)
-    if _SKIPPED.match(name):
+            return TensorKey(parts, int(match.group(1)) if pattern.groups else None)
+    if name.startswith(STATE_PREFIXES) or _BUFFER.match(name) or _COUNTER.match(name):
         return None
-    if _ADAPTER.search(name):
+    if _ANY_ADAPTER.search(name):
         raise InputError(f"{name!r} belongs to a LoRA adapter: merge the adapters into the base weights first")
     raise InputError(f"{name!r} is not a weight of ChatGLM3 under any known naming ({', '.join(NAMINGS)})")
 
 
-def slots(num_layers, qkv_bias, qkv_concat, mlp_concat):
-    """All tensors of a model in the order of its parameters.
-
-    Args:
-        num_layers (int): transformer layers.
-        qkv_bias (bool): whether the attention projections have biases.
-        qkv_concat (bool): Q, K, V in one tensor.
-        mlp_concat (bool): both halves of the MLP's first projection in one tensor.
-
-    Returns:
-        list[Slot]
-    """
+def model_keys(num_layers: int, qkv_bias: bool, qkv_concat: bool, mlp_concat: bool) -> list[TensorKey]:
+    """All tensors of a model in the order of its parameters; `concat`: the parts of a projection in one tensor."""
 
     def layout(parts, fused):
         return [parts] if fused else [(part,) for part in parts]
 
     layer_parts = [("input_norm",)] + layout(QKV, qkv_concat)
     if qkv_bias:
-        layer_parts += layout(tuple(part + "_bias" for part in QKV), qkv_concat)
+        layer_parts += layout(QKV_BIAS, qkv_concat)
     layer_parts += [("attention_out",), ("post_norm",)] + layout(MLP, mlp_concat) + [("mlp_out",)]
     return (
-        [Slot(("embedding",), None)]
-        + [Slot(parts, layer) for layer in range(num_layers) for parts in layer_parts]
-        + [Slot(("final_norm",), None), Slot(("output",), None)]
+        [TensorKey(("embedding",), None)]
+        + [TensorKey(parts, layer) for layer in range(num_layers) for parts in layer_parts]
+        + [TensorKey(("final_norm",), None), TensorKey(("output",), None)]
     )
+
+
+def kind_of(name: str) -> str | None:
+    """What an entry of a checkpoint or strategy file is: WEIGHT, ADAPTER, STATE or COUNTER (epoch, step, loss scale and
+    other numbers beside the model); None for buffers that no checkpoint needs."""
+    if name.startswith(STATE_PREFIXES):
+        return STATE
+    if _ADAPTER.match(name):
+        return ADAPTER
+    try:
+        is_weight = key_of(name) is not None
+    except InputError:  # of a model that somebody extended, sharded like any other; or a number that a trainer keeps
+        is_weight = "." in name
+    if is_weight:
+        return WEIGHT
+    return None if _BUFFER.match(name) else COUNTER
+
+
+def plain_name(name: str) -> str:
+    """The parameter that a state belongs to; other names are their own."""
+    prefix = next((prefix for prefix in STATE_PREFIXES if name.startswith(prefix)), "")
+    return name[len(prefix) :]
+
+
+def adapter_of(name: str) -> tuple[str, str] | None:
+    """The weight that an adapter of MindFormers' LoRA changes, and "a" or "b"; None for other names."""
+    match = _ADAPTER.match(name)
+    return (match["layer"] + ".weight", match["side"]) if match else None
+
+
+def in_model_order(names: Iterable[str]) -> list[str]:
+    """Sorts parameters as the model has them, unknown ones last; adapters follow the weights, states follow all, one
+    kind after the other."""
+
+    def order(name):
+        plain = plain_name(name)
+        weight, side = adapter_of(plain) or (plain, "")
+        try:
+            key = key_of(weight)
+        except InputError:
+            key = None
+        part = key.parts[0] if key else None
+        block = 0 if part == "embedding" else 1 if key and key.layer is not None else 2 if key else 3
+        return (name[: -len(plain)], bool(side), block, key.layer or 0 if key else 0, _ORDER.get(part, 0), side)
+
+    return sorted(names, key=order)
+
+
+_ORDER = {key.parts[0]: index for index, key in enumerate(model_keys(1, True, False, False))}

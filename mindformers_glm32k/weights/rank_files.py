@@ -1,15 +1,16 @@
 """The checkpoints that a parallel run left, one file a rank: which belong together, and which can be merged."""
 
+from __future__ import annotations
+
+import os
 import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.checkpoint import read_file
-from mindformers_glm32k.weights.dtypes import item_size
-from mindformers_glm32k.weights.parameters import raw_bytes
+from mindformers_glm32k.weights.tensors import StoredTensor, item_size
 
 _RANK_FOLDER = re.compile(r"rank_(\d+)$")
 # glm32k_rank_3-1_200.ckpt, glm32k_rank_3_1-1_200.ckpt (a later run of the same folder), checkpoint_3.ckpt
@@ -34,21 +35,21 @@ class RankFiles:
 
     name: str
     files: dict[int, Path]
-    tensors: dict[int, dict] = field(default_factory=dict)
+    tensors: dict[int, dict[str, StoredTensor]] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
 
     @property
-    def label(self):
-        """str | None: epoch and step as the file names have them, "2_20"."""
+    def label(self) -> str | None:
+        """Epoch and step as the file names have them, "2_20"."""
         match = _STEP.search(self.name)
         return f"{match[1]}_{match[2]}" if match else None
 
-    def age(self):
+    def age(self) -> tuple[int, tuple[int, ...], float]:
         """A key that grows with training: steps counted inside, else in the name, then the time of writing."""
         label = tuple(map(int, self.label.split("_"))) if self.label else ()
         return (self.counters.get("step_num", -1), label, max(path.stat().st_mtime for path in self.files.values()))
 
-    def read(self, ranks):
+    def read(self, ranks: range) -> None:
         """Lists what is in the files of `ranks`.
 
         Raises:
@@ -62,7 +63,7 @@ class RankFiles:
             )
         for rank in ranks:
             self.tensors[rank] = {tensor.name: tensor for tensor in read_file(self.files[rank])}
-            found = {name: _number(self.tensors[rank].get(name)) for name in _COUNTERS}
+            found = {name: _count(self.tensors[rank].get(name)) for name in _COUNTERS}
             for name, value in found.items():
                 expected = self.counters.setdefault(name, value) if value is not None else None
                 if value != expected:
@@ -72,21 +73,15 @@ class RankFiles:
                     )
 
 
-def _number(tensor) -> Optional[int]:
+def _count(tensor):
     """The value of a counter, None where there is none or it is no whole number."""
     if tensor is None or tensor.dtype not in ("Int64", "I64", "Int32", "I32"):
         return None
-    return struct.unpack("<q" if item_size(tensor.dtype) == 8 else "<i", raw_bytes(tensor))[0]
+    return struct.unpack("<q" if item_size(tensor.dtype) == 8 else "<i", tensor.raw_bytes())[0]
 
 
-def find_rank_files(folder):
-    """Finds the checkpoints below a folder.
-
-    Args:
-        folder (str | os.PathLike): with subfolders rank_N, as output/checkpoint.
-
-    Returns:
-        list[RankFiles]: by name.
+def find_rank_files(folder: str | os.PathLike) -> list[RankFiles]:
+    """Finds the checkpoints below a folder with subfolders rank_N, as output/checkpoint, sorted by name.
 
     Raises:
         InputError: no such folders or files, or a file that lies in another rank's folder.
@@ -97,9 +92,9 @@ def find_rank_files(folder):
             f"{folder}: no such folder; the folder that holds rank_0, rank_1, … is needed, such as output/checkpoint"
         )
     sets = {}
-    for place in sorted(folder.iterdir()):
-        match = _RANK_FOLDER.match(place.name)
-        for path in sorted(place.iterdir()) if match and place.is_dir() else ():
+    for subfolder in sorted(folder.iterdir()):
+        match = _RANK_FOLDER.match(subfolder.name)
+        for path in sorted(subfolder.iterdir()) if match and subfolder.is_dir() else ():
             if path.suffix in (".ckpt", ".safetensors") and not path.name.startswith("."):
                 rank = int(match[1])
                 name = _common_name(path, rank)
@@ -125,17 +120,15 @@ def _common_name(path, rank):
     return path.name
 
 
-def choose(folder, ranks=None, step=None):
-    """Picks the checkpoint to merge and reads what is in its files.
+def choose(
+    folder: str | os.PathLike, ranks: range | None = None, step: str | int | None = None
+) -> tuple[RankFiles, list[str]]:
+    """Picks the checkpoint to merge and lists what is in its files; returns remarks for the user, too.
 
     Args:
-        folder (str | os.PathLike): as for `find_rank_files`.
-        ranks (range | None): that the layout has; None: those that have a folder.
-        step (str | int | None): "EPOCH_STEP" as in the file names, or step_num inside; None takes the newest complete
-            one.
-
-    Returns:
-        tuple[RankFiles, list[str]]: the files, and remarks for the user.
+        folder: as for `find_rank_files`.
+        ranks: that the layout has; None: those that have a folder.
+        step: "EPOCH_STEP" as in the file names, or step_num inside; None takes the newest complete one.
 
     Raises:
         InputError: none is complete, or there is none of that step.

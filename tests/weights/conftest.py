@@ -4,7 +4,7 @@ import mindspore
 import pytest
 from dryrun.tiny import run_command
 
-from mindformers_glm32k.weights import transform
+from mindformers_glm32k.weights import reshard
 from weights.parallel import CASES, whole_tensors, write_checkpoint
 
 
@@ -38,8 +38,8 @@ def compiled_split(tmp_path_factory):
 def in_process(monkeypatch):
     """The same function of MindSpore, called here: importing MindSpore takes longer than what tests cut."""
 
-    def run(self, source, target, cut_by=None, joined_from=None):
-        paths = [path and str(path) for path in (joined_from, cut_by)]
+    def run(self, source, target, split_by=None, merged_from=None):
+        paths = [path and str(path) for path in (merged_from, split_by)]
         mindspore.transform_checkpoints(str(source), str(target), "checkpoint_", *paths)
 
-    monkeypatch.setattr(transform.Transformer, "run", run)
+    monkeypatch.setattr(reshard.Transformer, "run", run)

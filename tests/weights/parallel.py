@@ -6,9 +6,8 @@ import numpy as np
 from dryrun.tiny import CONFIG, FFN, GROUPS, HEADS, HIDDEN, SHARDED, SIZE, VOCABULARY
 
 from mindformers_glm32k.weights.checkpoint import read_file
-from mindformers_glm32k.weights.model_dims import Sizes
-from mindformers_glm32k.weights.names import name_of, slots
-from mindformers_glm32k.weights.parameters import raw_bytes
+from mindformers_glm32k.weights.model_dims import ModelDims
+from mindformers_glm32k.weights.names import model_keys, name_of
 from mindformers_glm32k.weights.writer import CheckpointWriter
 from weights.strategy_files import write_strategy
 
@@ -34,11 +33,11 @@ class Case:
     layers: int = 2
     hidden: int = HIDDEN
     heads: int = HEADS
-    sizes: Sizes = field(init=False)
+    sizes: ModelDims = field(init=False)
 
     def __post_init__(self):
         self.overrides = {**SHARDED, **self.overrides}
-        self.sizes = Sizes(self.layers, VOCABULARY, self.hidden, FFN, self.heads * SIZE, GROUPS * SIZE, True)
+        self.sizes = ModelDims(self.layers, VOCABULARY, self.hidden, FFN, self.heads * SIZE, GROUPS * SIZE, True)
 
 
 def _parallel(dp=1, mp=1, pp=1):
@@ -71,17 +70,17 @@ CASES = {
     ),
     "lora": Case(2, 1, _parallel(mp=2), CONFIG.with_name("finetune_glm32k_lora.yaml")),
 }
-TINY_SIZES = CASES["mp2"].sizes
+TINY_DIMS = CASES["mp2"].sizes
 
 
-def whole_tensors(sizes=TINY_SIZES, dtype="fp32", states=True, adapters=False, seed=0):
+def whole_tensors(sizes=TINY_DIMS, dtype="fp32", states=True, adapters=False, seed=0):
     """Random weights, adapters of the QKV weights, optimizer states of what is trained, and counters.
 
     Returns:
         dict[str, tuple[numpy.ndarray, str]]: values and dtype.
     """
     rng = np.random.default_rng(seed)
-    shapes = {name_of(slot, "mindspore"): sizes.shape(slot) for slot in slots(sizes.num_layers, True, True, True)}
+    shapes = {name_of(key, "mindspore"): sizes.shape(key) for key in model_keys(sizes.num_layers, True, True, True)}
     lora = {}
     for name, (rows, columns) in ((n, s) for n, s in shapes.items() if n.endswith("query_key_value.weight")):
         layer = name[: -len(".weight")] + ".mindpet_delta_lora_"
@@ -112,7 +111,9 @@ def whole_tensors(sizes=TINY_SIZES, dtype="fp32", states=True, adapters=False, s
 def write_checkpoint(path, tensors):
     """Writes tensors as `whole_tensors` gives them to a .ckpt or .safetensors file; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with CheckpointWriter(path, [(name, values.shape, dtype) for name, (values, dtype) in tensors.items()]) as writer:
+    with CheckpointWriter.for_file(
+        path, [(name, values.shape, dtype) for name, (values, dtype) in tensors.items()]
+    ) as writer:
         for name, (values, _) in tensors.items():
             writer.write(name, values.tobytes())
         writer.finish()
@@ -128,7 +129,7 @@ def read_all(path):
     """All entries of a checkpoint file, as `write_checkpoint` takes them."""
     return {
         tensor.name: (
-            tensor.load() if tensor.shape else np.array(_NUMBERS[tensor.dtype](raw_bytes(tensor))),
+            tensor.load() if tensor.shape else np.array(_NUMBERS[tensor.dtype](tensor.raw_bytes())),
             tensor.dtype,
         )
         for tensor in read_file(path)
@@ -153,7 +154,7 @@ def write_layout(folder, name, adapters=False, frozen=True, layers=2):
     for rank in range(case.world):
         stage = rank // (case.world // case.stages)
         layouts = {}
-        for tensor in whole_tensors(replace(TINY_SIZES, num_layers=layers), states=False, adapters=adapters):
+        for tensor in whole_tensors(replace(TINY_DIMS, num_layers=layers), states=False, adapters=adapters):
             if case.stages > 1 and stage != ((".layers.1." in tensor) or "final" in tensor or "output" in tensor):
                 continue
             layouts[tensor] = _layout(tensor, mp)

@@ -34,10 +34,10 @@ def test_every_kind_of_folder_gives_the_model_s_layout(folders, qkv_concat, mlp_
 
 
 def test_folders_that_mindformers_will_cut(folders):
-    chosen = checkpoint_to_load(str(folders / "glm"), str(folders / "out"), "safetensors", cut_later=True)
+    chosen = checkpoint_to_load(str(folders / "glm"), str(folders / "out"), "safetensors", shard_later=True)
     assert chosen == str(folders / "out" / FOLDER)
     assert [path.name for path in (folders / "out" / FOLDER).glob("*.safetensors")] == ["model.safetensors"]
-    chosen = checkpoint_to_load(str(folders / "glm"), str(folders / "out2"), "ckpt", cut_later=True)
+    chosen = checkpoint_to_load(str(folders / "glm"), str(folders / "out2"), "ckpt", shard_later=True)
     assert chosen == str(folders / "out2" / FOLDER)
     assert (folders / "out2" / FOLDER / "rank_0" / "model.ckpt").is_file()
 
@@ -61,10 +61,10 @@ def test_what_is_not_hugging_face_stays_as_it_is(folders):
 
 
 def test_many_processes_convert_once(folders, monkeypatch):
-    from mindformers_glm32k.weights import job, loading
+    from mindformers_glm32k.weights import conversion, loading
 
-    runs, run = [], job.Job.run
-    monkeypatch.setattr(job.Job, "run", lambda self: (runs.append(1), run(self))[1])
+    runs, write = [], conversion._write
+    monkeypatch.setattr(conversion, "_write", lambda *args: (runs.append(1), write(*args))[1])
     monkeypatch.setattr(loading, "_WAIT_SECONDS", 0.01)
     with ThreadPoolExecutor(8) as pool:  # the lock is on an open file: threads exclude each other as processes do
         chosen = list(pool.map(lambda _: checkpoint_to_load(str(folders / "bin"), str(folders / "out")), range(8)))

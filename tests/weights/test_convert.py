@@ -11,8 +11,7 @@ import pytest
 from mindformers_glm32k import cli
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import convert, convert_reversed, load_hf_weights, names
-from mindformers_glm32k.weights.checkpoint import open_source
-from mindformers_glm32k.weights.formats.ckpt import read_index
+from mindformers_glm32k.weights.checkpoint import open_source, read_index
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder, write_safetensors
 
@@ -353,7 +352,7 @@ def test_a_full_disk_in_the_middle(tiny, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mindformers_glm32k.weights.job._write_exactly", full)
+    monkeypatch.setattr("mindformers_glm32k.weights.writer._write_exactly", full)
     with pytest.raises(InputError, match="the disk is full"):
         convert(tiny / "hf_bin_fp16", tmp_path / "out.ckpt")
     assert list(tmp_path.iterdir()) == []
@@ -361,16 +360,16 @@ def test_a_full_disk_in_the_middle(tiny, tmp_path, monkeypatch):
 
 def test_a_write_that_went_wrong_is_noticed(tiny, tmp_path, monkeypatch):
     """Verification reads back what is on disk: a flipped byte must not be published."""
-    from mindformers_glm32k.weights import job
+    from mindformers_glm32k.weights import writer
 
-    write = job._write_exactly
+    write = writer._write_exactly
 
     def faulty(handle, view, offset):
         write(handle, view, offset)
         if len(view) > 100_000:
             write(handle, memoryview(bytes([view[5] ^ 1])), offset + 5)
 
-    monkeypatch.setattr(job, "_write_exactly", faulty)
+    monkeypatch.setattr(writer, "_write_exactly", faulty)
     with pytest.raises(InputError, match="reads back differently"):
         convert(tiny / "hf_safetensors_fp32", tmp_path / "out.ckpt")
     assert list(tmp_path.iterdir()) == []

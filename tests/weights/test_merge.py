@@ -12,8 +12,8 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import merge, split
 from mindformers_glm32k.weights.formats.ckpt import read_ckpt
 from mindformers_glm32k.weights.formats.safetensors import read_header
-from mindformers_glm32k.weights.transform import Transformer
-from weights.parallel import TINY_SIZES, read_all, read_weights, whole_tensors, write_checkpoint, write_layout
+from mindformers_glm32k.weights.reshard import Transformer
+from weights.parallel import TINY_DIMS, read_all, read_weights, whole_tensors, write_checkpoint, write_layout
 
 pytestmark = pytest.mark.usefixtures("in_process")
 NAME = "glm32k_rank_{}-1_20.ckpt"
@@ -64,7 +64,7 @@ def test_everything_comes_back(trained, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_weights_alone(trained, suffix, tmp_path):
-    report = merge(trained / "checkpoint", tmp_path / f"out{suffix}", trained / "strategy", sizes=TINY_SIZES)
+    report = merge(trained / "checkpoint", tmp_path / f"out{suffix}", trained / "strategy", dims=TINY_DIMS)
     expected = {name: values for name, (values, _) in whole_tensors(states=False).items()}
     found = read_weights(tmp_path / f"out{suffix}")
     assert list(found) == list(expected)
@@ -186,7 +186,7 @@ def test_rank_without_a_parameter(run):
 
 
 def test_another_model_than_the_yaml_says(run):
-    refused(run, "is left over", sizes=replace(TINY_SIZES, num_layers=1))
+    refused(run, "is left over", dims=replace(TINY_DIMS, num_layers=1))
 
 
 def add_step(run, label, step, ranks=4):
@@ -232,7 +232,7 @@ def test_data_parallel_ranks_must_agree(data_parallel):
 
 
 def test_cut_parameters_need_the_strategy(run):
-    refused(run, "rank_2", "Are the parameters cut?", "--src_ckpt_strategy", strategy=None)
+    refused(run, "rank_2", "Are the parameters sharded?", "--src_ckpt_strategy", strategy=None)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from mindspore import merge_pipeline_strategys, transform_checkpoints
 from mindformers_glm32k import cli
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import merge
-from mindformers_glm32k.weights.dtypes import cast
 from mindformers_glm32k.weights.lora import add_product
-from mindformers_glm32k.weights.strategy import read_strategy, slice_of
+from mindformers_glm32k.weights.strategy import read_strategy
+from mindformers_glm32k.weights.tensors import cast
 from weights.parallel import CASES, read_all, read_weights, whole_tensors, write_checkpoint, write_layout
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -35,7 +35,7 @@ def save_ranks(folder, tensors, strategy, keep=lambda name: True):
         write_checkpoint(
             folder / f"rank_{rank}" / NAME.format(rank),
             {
-                name: (slice_of(values, layouts[name], rank) if name in layouts else values, dtype)
+                name: (layouts[name].shard_of(values, rank) if name in layouts else values, dtype)
                 for name, (values, dtype) in tensors.items()
                 if keep(name)
             },

@@ -6,29 +6,29 @@ import json
 import pytest
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.names import NAMINGS, Slot, name_of, slot_of, slots
+from mindformers_glm32k.weights.names import NAMINGS, TensorKey, key_of, model_keys, name_of, plain_name
 
 
 @pytest.mark.parametrize(
     "naming, qkv_concat, mlp_concat", list(itertools.product(NAMINGS, (True, False), (True, False)))
 )
 def test_reverse_is_inverse(naming, qkv_concat, mlp_concat):
-    expected = slots(12, True, qkv_concat, mlp_concat)
-    names = [name_of(slot, naming) for slot in expected]
-    assert [slot_of(name) for name in names] == expected
+    expected = model_keys(12, True, qkv_concat, mlp_concat)
+    names = [name_of(key, naming) for key in expected]
+    assert [key_of(name) for name in names] == expected
     assert len(set(names)) == len(names)
 
 
 def test_covers_the_published_index(reference):
     index = json.loads((reference / "chatglm3-6b_pytorch_model.bin.index.json").read_text())["weight_map"]
-    published = {name for name in index if slot_of(name) is not None}
-    assert published == {name_of(slot, "chatglm") for slot in slots(28, True, True, True)}
+    published = {name for name in index if key_of(name) is not None}
+    assert published == {name_of(key, "chatglm") for key in model_keys(28, True, True, True)}
     assert len(published) == 199
     assert all("inv_freq" in name for name in set(index) - published)
 
 
 def test_parameters_are_those_of_upstreams_model():
-    assert [name_of(slot, "mindspore") for slot in slots(1, True, False, False)] == [
+    assert [name_of(key, "mindspore") for key in model_keys(1, True, False, False)] == [
         "transformer.embedding.embedding_weight",
         "transformer.encoder.layers.0.input_layernorm.weight",
         "transformer.encoder.layers.0.self_attention.wq.weight",
@@ -60,12 +60,12 @@ def test_parameters_are_those_of_upstreams_model():
 )
 def test_unknown_name_raises(name):
     with pytest.raises(InputError, match="not a weight of ChatGLM3"):
-        slot_of(name)
+        key_of(name)
 
 
 def test_adapters_are_named_as_such():
     with pytest.raises(InputError, match="LoRA"):
-        slot_of("transformer.encoder.layers.0.self_attention.query_key_value.pet_delta_lora_a")
+        key_of("transformer.encoder.layers.0.self_attention.query_key_value.pet_delta_lora_a")
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,14 @@ def test_adapters_are_named_as_such():
     ),
 )
 def test_buffers_and_training_state_are_skipped(name):
-    assert slot_of(name) is None
+    assert key_of(name) is None
 
 
 def test_parts_without_a_tensor():
     with pytest.raises(KeyError):
-        name_of(Slot(("q", "v"), 0), "glm")
+        name_of(TensorKey(("q", "v"), 0), "glm")
+
+
+@pytest.mark.parametrize("name", ["a.b", "adam_m.a.b", "adam_v.a.b", "accu_grads.a.b"])
+def test_the_weight_of_a_state(name):
+    assert plain_name(name) == "a.b"

@@ -1,6 +1,5 @@
-"""A killed conversion goes on where it stopped and ends in the same bytes; until then no output is to be seen."""
+"""A killed conversion starts again and ends in the same bytes; until then no output is to be seen."""
 
-import os
 import random
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import Busy, lock_file
-from mindformers_glm32k.weights import convert, job
+from mindformers_glm32k.weights import conversion, convert, writer
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder
 
@@ -19,12 +18,10 @@ from .synthetic import TINY, chatglm_shapes, random_values, write_folder
 SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
-from mindformers_glm32k.weights import job
-from mindformers_glm32k.weights import convert
-from mindformers_glm32k.files import Busy, lock_file
-write, verify = job.Job._write_group, job.Job._verify
-job.Job._write_group = lambda *args: (time.sleep(0.01), write(*args))[1]
-job.Job._verify = lambda *args: (time.sleep(0.1), verify(*args))[1]
+from mindformers_glm32k.weights import convert, writer
+write, verify = writer._write_group, writer.CheckpointWriter._verify
+writer._write_group = lambda *args: (time.sleep(0.01), write(*args))[1]
+writer.CheckpointWriter._verify = lambda *args: (time.sleep(0.1), verify(*args))[1]
 print("ready", flush=True)
 convert({source!r}, {output!r}, max_shard_size="100KB")
 """
@@ -44,7 +41,7 @@ def outputs(folder):
     }
 
 
-def test_kill_at_random_points_then_resume(source, tmp_path):
+def test_kill_at_random_points_then_start_again(source, tmp_path):
     from conftest import ROOT
 
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
@@ -61,90 +58,98 @@ def test_kill_at_random_points_then_resume(source, tmp_path):
         seen = outputs(disturbed) if disturbed.exists() else {}
         assert seen == {} or seen == outputs(undisturbed)
     assert killed >= 3
-    assert (disturbed / ".out.ckpt.partial" / "journal").stat().st_size > 0 or outputs(disturbed)
     convert(source, disturbed / "out.ckpt", max_shard_size="100KB")
     assert outputs(disturbed) == outputs(undisturbed) and len(outputs(disturbed)) > 3
-    assert not (disturbed / ".out.ckpt.partial").exists()
+    assert not [path for path in disturbed.iterdir() if path.name.startswith(".")]
 
 
 class _Killed(BaseException):
     """Stands for the kill: no `except Exception` may clean up after it."""
 
 
-def _stop_after(monkeypatch, count):
-    """Lets `count` groups be written, then stops as a kill would; returns the list of groups written."""
-    written, write = [], job.Job._write_group
+@pytest.fixture
+def interrupted(source, tmp_path, monkeypatch):
+    """What a kill in the middle of writing leaves: half of the output in the work folder, which nothing cleaned up."""
 
-    def counted(self, group, *args):
-        if len(written) == count:
-            raise _Killed
-        done = write(self, group, *args)
-        written.append(group.targets[0].name)
-        return done
+    def stop(*args):
+        raise _Killed
 
-    monkeypatch.setattr(job.Job, "_write_group", counted)
-    return written
-
-
-def test_finished_work_is_not_done_again(source, tmp_path, monkeypatch):
-    convert(source, tmp_path / "whole.ckpt")
     with monkeypatch.context() as patch:
-        first = _stop_after(patch, 9)
+        patch.setattr(writer.CheckpointWriter, "finish", stop)
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
         with pytest.raises(_Killed):
             convert(source, tmp_path / "out.ckpt", workers=1)
     assert not (tmp_path / "out.ckpt").exists() and not (tmp_path / "out.report.json").exists()
-    with monkeypatch.context() as patch:
-        second = _stop_after(patch, 1000)
-        convert(source, tmp_path / "out.ckpt", workers=1)
-    assert len(first) == 9 and len(second) == 24 - 9 and not set(first) & set(second)
-    assert (tmp_path / "out.ckpt").read_bytes() == (tmp_path / "whole.ckpt").read_bytes()
+    return tmp_path / ".out.ckpt.work"
 
 
-@pytest.mark.parametrize("change", ("options", "source", "journal", "file"))
-def test_what_does_not_fit_is_done_again(source, tmp_path, monkeypatch, change):
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 9)
-        with pytest.raises(_Killed):
-            convert(source, tmp_path / "out.ckpt", workers=1)
-    partial, options, again = tmp_path / ".out.ckpt.partial", {}, 24
-    if change == "options":
-        options = {"dtype": "bf16"}
-    elif change == "source":
-        shard = source / "pytorch_model-00001-of-00002.bin"
-        os.utime(shard, ns=(1, 1))
-    elif change == "journal":  # the kill came in the middle of a line
-        data = (partial / "journal").read_bytes()
-        (partial / "journal").write_bytes(data[:-20])
-        again = 24 - 8
-    else:
-        (partial / "out.ckpt").unlink()
-    with monkeypatch.context() as patch:
-        second = _stop_after(patch, 1000)
-        convert(source, tmp_path / "out.ckpt", workers=1, **options)
-    assert len(second) == again
-    convert(source, tmp_path / "whole.ckpt", **options)
-    assert (tmp_path / "out.ckpt").read_bytes() == (tmp_path / "whole.ckpt").read_bytes()
-
-
-def test_a_partial_that_lost_data_is_found_out(source, tmp_path, monkeypatch):
-    """After a power failure the journal may know of bytes that never reached the disk."""
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 9)
-        with pytest.raises(_Killed):
-            convert(source, tmp_path / "out.ckpt", workers=1)
-    partial = tmp_path / ".out.ckpt.partial" / "out.ckpt"
+@pytest.mark.parametrize("change", ("nothing", "options", "file"))
+def test_what_a_kill_left_is_not_gone_on_with(source, tmp_path, interrupted, change):
+    """Not even when it looks complete: after a power failure bytes may be missing that never reached the disk."""
+    partial = interrupted / "out.ckpt"
+    assert partial.stat().st_size > 500_000
     with open(partial, "rb+") as handle:
         handle.seek(5000)
         handle.write(b"\0" * 100)
-    with pytest.raises(InputError, match="reads back differently.*convert again"):
-        convert(source, tmp_path / "out.ckpt")
+    (interrupted / "out-00001-of-00002.ckpt").write_bytes(b"of another attempt")
+    if change == "file":
+        partial.unlink()
+    options = {"dtype": "bf16"} if change == "options" else {}
+    convert(source, tmp_path / "out.ckpt", **options)
+    convert(source, tmp_path / "whole.ckpt", **options)
+    assert (tmp_path / "out.ckpt").read_bytes() == (tmp_path / "whole.ckpt").read_bytes()
+    assert not interrupted.exists() and not list(tmp_path.glob("*-of-*"))
+
+
+def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_group", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out.ckpt")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bytes_lost_before_the_end_are_found_out(source, tmp_path, monkeypatch):
+    """Every tensor is read back: what is damaged between writing and the end is not published."""
+    verify = writer.CheckpointWriter._verify
+
+    def damaged(self, *args):
+        with open(self.folder / "out.ckpt", "rb+") as handle:
+            handle.seek(5000)
+            handle.write(b"\0" * 100)
+        verify(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.CheckpointWriter, "_verify", damaged)
+        with pytest.raises(InputError, match="reads back differently.*try again"):
+            convert(source, tmp_path / "out.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     convert(source, tmp_path / "out.ckpt")
     convert(source, tmp_path / "whole.ckpt")
     assert (tmp_path / "out.ckpt").read_bytes() == (tmp_path / "whole.ckpt").read_bytes()
 
 
+@pytest.mark.parametrize("change", ("nothing", "options", "source", "output"))
+def test_a_finished_conversion_is_reused_only_when_nothing_changed(source, tmp_path, monkeypatch, change):
+    import os
+
+    convert(source, tmp_path / "out.ckpt", reuse=True)
+    if change == "source":
+        os.utime(source / "pytorch_model-00001-of-00002.bin", ns=(1, 1))
+    elif change == "output":
+        (tmp_path / "out.ckpt").write_bytes((tmp_path / "out.ckpt").read_bytes()[:-1])
+    runs, write = [], conversion._write
+    monkeypatch.setattr(conversion, "_write", lambda *args: (runs.append(1), write(*args))[1])
+    convert(source, tmp_path / "out.ckpt", reuse=True, **({"dtype": "bf16"} if change == "options" else {}))
+    assert len(runs) == (change != "nothing")
+
+
 def test_two_at_once_are_refused(source, tmp_path):
-    lock = tmp_path / ".out.ckpt.partial.lock"
+    lock = tmp_path / ".out.ckpt.work.lock"
     with lock_file(lock):
         with pytest.raises(Busy, match="another process is writing this output"):
             convert(source, tmp_path / "out.ckpt")

@@ -12,10 +12,9 @@ from dryrun.tiny import ROOT, run_command
 
 from mindformers_glm32k import files
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights import merge, split
-from mindformers_glm32k.weights import reshard as pieces
-from mindformers_glm32k.weights.strategy import read_stages, slice_of
-from weights.parallel import CASES, TINY_SIZES, read_weights, whole_tensors, write_checkpoint, write_layout
+from mindformers_glm32k.weights import merge, reshard, split
+from mindformers_glm32k.weights.strategy import read_stages
+from weights.parallel import CASES, TINY_DIMS, read_weights, whole_tensors, write_checkpoint, write_layout
 from weights.synthetic import chatglm_shapes, random_values, write_folder
 
 WEIGHT = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
@@ -85,7 +84,7 @@ def is_cut_of(folder, strategy, whole):
         layouts = {name: layout for name, layout in stages[rank // 2].items() if name in whole}
         assert set(found) == set(layouts)
         for name, layout in layouts.items():
-            np.testing.assert_array_equal(found[name], slice_of(whole[name], layout, rank % 2), name)
+            np.testing.assert_array_equal(found[name], layout.shard_of(whole[name], rank % 2), name)
 
 
 @pytest.mark.parametrize("dtype, suffix", [("fp32", ".ckpt"), ("fp16", ".safetensors")])
@@ -99,9 +98,9 @@ def test_weights_alone(strategy, dtype, suffix, tmp_path):
 
 @pytest.mark.usefixtures("in_process")
 def test_one_tensor_at_a_time_gives_the_same(strategy, tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
+    monkeypatch.setattr(reshard, "CHUNK_BYTES", 1)
     tensors = whole_tensors(states=False)
-    split(write_checkpoint(tmp_path / "whole.ckpt", tensors), tmp_path / "parts", strategy, TINY_SIZES)
+    split(write_checkpoint(tmp_path / "whole.ckpt", tensors), tmp_path / "parts", strategy, TINY_DIMS)
     is_cut_of(tmp_path / "parts", strategy, {name: values for name, (values, _) in tensors.items()})
 
 
@@ -159,7 +158,7 @@ def damaged(tensors, damage):
 )
 def test_damaged_checkpoints(strategy, damage, words, tmp_path):
     whole = write_checkpoint(tmp_path / "whole.ckpt", damaged(whole_tensors(), damage))
-    refused(tmp_path, words, whole, strategy, TINY_SIZES)
+    refused(tmp_path, words, whole, strategy, TINY_DIMS)
 
 
 def refused(tmp_path, words, *arguments):
@@ -190,15 +189,15 @@ def test_full_disk(strategy, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("in_process")
 def test_a_wrong_cut_is_found(strategy, tmp_path, monkeypatch):
     """The control of the comparison: parts dealt to the wrong ranks."""
-    right = pieces.cut
+    right = reshard.split_chunk
 
     def swapped(*arguments):
         found = right(*arguments)
         return {0: found[1], 1: found[0]}
 
-    monkeypatch.setattr(pieces, "cut", swapped)
+    monkeypatch.setattr(reshard, "split_chunk", swapped)
     whole = write_checkpoint(tmp_path / "whole.ckpt", whole_tensors())
-    refused(tmp_path, ["rank_0", "other values than its part"], whole, strategy)
+    refused(tmp_path, ["rank_0", "other values than its shard"], whole, strategy)
 
 
 def test_an_output_that_exists_is_left_alone(strategy, tmp_path):
@@ -221,15 +220,15 @@ KILLED = """
 import sys
 sys.path[:0] = [{root!r}]
 import time
-from mindformers_glm32k.weights import reshard as pieces
+from mindformers_glm32k.weights import reshard
 from mindformers_glm32k.weights import split
-pieces.PIECE_BYTES = 1
-cut = pieces.cut
+reshard.CHUNK_BYTES = 1
+cut = reshard.split_chunk
 def slow(*arguments):
     print("cutting", flush=True)
     time.sleep(0.2)
     return cut(*arguments)
-pieces.cut = slow
+reshard.split_chunk = slow
 split({whole!r}, {output!r}, {strategy!r})
 """
 

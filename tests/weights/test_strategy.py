@@ -12,7 +12,7 @@ from mindspore import (
 )
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.strategy import ParameterLayout, read_file, read_stages, read_strategy, slice_of
+from mindformers_glm32k.weights.strategy import ShardSpec, read_file, read_stages, read_strategy
 from weights.strategy_files import write_strategy
 
 # name -> dev_matrix, tensor_map, optimizer step and size
@@ -77,12 +77,12 @@ def test_parts_are_those_of_mindspore(cut, name):
     folder, whole, parts = cut
     layout = read_strategy(folder / "strategy.ckpt")[name]
     for rank, expected in enumerate(parts):
-        np.testing.assert_array_equal(slice_of(whole[name], layout, rank), expected[name], str(rank))
+        np.testing.assert_array_equal(layout.shard_of(whole[name], rank), expected[name], str(rank))
         assert layout.full_shape(expected[name].shape) == whole[name].shape
     copies = {}
     for rank in range(8):
-        copies.setdefault(layout.position(rank), []).append(parts[rank][name].tobytes())
-    assert len(copies) == np.prod(layout.parts)
+        copies.setdefault(layout.index(rank), []).append(parts[rank][name].tobytes())
+    assert len(copies) == np.prod(layout.counts)
     assert all(len(set(same)) == 1 for same in copies.values())
 
 
@@ -93,18 +93,20 @@ def test_merged_file_says_the_same(cut):
 
 
 def test_ranks_count_from_the_first_of_their_stage_and_repeat_beyond_it():
-    layout = ParameterLayout((2,), ((0,), ()))
+    layout = ShardSpec((2,), ((0,), ()))
     assert layout.slices(1, (4, 3)) == (slice(2, 4), slice(0, 3)) == layout.slices(3, (4, 3))
 
 
 def test_a_scalar_is_whole():
-    assert ParameterLayout((2, 2), ()).slices(3, ()) == ()
+    assert ShardSpec((2, 2), ()).slices(3, ()) == ()
 
 
-@pytest.mark.parametrize("shape, words", [((4,), "1 axes, the layout is for 2"), ((5, 4), "cut evenly into (2, 1)")])
+@pytest.mark.parametrize(
+    "shape, words", [((4,), "1 axes, the layout is for 2"), ((5, 4), "divided evenly into (2, 1)")]
+)
 def test_shapes_that_do_not_fit(shape, words):
     with pytest.raises(InputError, match=words.replace("(", r"\(").replace(")", r"\)")):
-        ParameterLayout((2,), ((0,), ())).slices(0, shape)
+        ShardSpec((2,), ((0,), ())).slices(0, shape)
 
 
 def test_stages_come_from_any_number_of_files(tmp_path):

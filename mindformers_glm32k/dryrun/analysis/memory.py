@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from mindformers_glm32k.dryrun.analysis.trace import Buffer, Event, Trace
+from mindformers_glm32k.weights.names import SCRATCH_PREFIX, STATE_PREFIXES
 
 
 @dataclass
@@ -42,9 +43,9 @@ def parameter_kind(name: str) -> str:
     """Which kind a parameter is, by the prefixes that MindSpore and MindFormers give: "accumulators" (gradients summed
     over micro batches), "optimizer" (AdamW's moments), "cache" (keys and values of prediction), "weights", or "other"
     (counters, loss scale, …)."""
-    if name.startswith("accu_grads."):
+    if name.startswith(SCRATCH_PREFIX):
         return "accumulators"
-    if name.startswith(("adam_m.", "adam_v.", "moments.", "moment1.", "moment2.", "exp_avg")):
+    if name.startswith(STATE_PREFIXES):
         return "optimizer"
     if name.endswith(("key_cache", "value_cache")):
         return "cache"

@@ -14,8 +14,8 @@ from mindformers_glm32k.dryrun.simulator import operators, state
 from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter
 from mindformers_glm32k.dryrun.simulator.operators.values import Parameter
 from mindformers_glm32k.parallel import ParallelLayout
-from mindformers_glm32k.weights.parameters import plain_name
-from mindformers_glm32k.weights.strategy import ParameterLayout
+from mindformers_glm32k.weights.names import plain_name
+from mindformers_glm32k.weights.strategy import ShardSpec
 
 # An element whose gradient in some step is this small beside the parameter's largest has rounding noise for a gradient
 # (the bias of the keys, which softmax does not see; a few of any weight). AdamW makes steps of full size out of noise:
@@ -98,7 +98,7 @@ class NoiseWatch:
 def compare_training(
     result: TrainingRun,
     reference: TrainingRun,
-    layouts: Sequence[Mapping[str, ParameterLayout]],
+    layouts: Sequence[Mapping[str, ShardSpec]],
     layout: ParallelLayout,
     config: dict,
 ) -> dict:

@@ -15,12 +15,11 @@ from mindformers_glm32k.dryrun.simulator.operators.values import Array, round_bf
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.weights import convert, is_huggingface
-from mindformers_glm32k.weights.checkpoint import open_source
-from mindformers_glm32k.weights.dtypes import cast
-from mindformers_glm32k.weights.model_dims import sizes_from_tensors
-from mindformers_glm32k.weights.parameters import COUNTER, SCRATCH_PREFIX, STATE_PREFIXES, kind_of
-from mindformers_glm32k.weights.plan import weights_in
-from mindformers_glm32k.weights.strategy import ParameterLayout
+from mindformers_glm32k.weights.checkpoint import open_source, weights_in
+from mindformers_glm32k.weights.model_dims import dims_from_tensors
+from mindformers_glm32k.weights.names import COUNTER, SCRATCH_PREFIX, STATE_PREFIXES, kind_of
+from mindformers_glm32k.weights.strategy import ShardSpec
+from mindformers_glm32k.weights.tensors import cast
 from mindformers_glm32k.weights.writer import CheckpointWriter
 
 _FILE_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -52,7 +51,7 @@ def sizes_of(path: str | PathLike, config: dict) -> dict[str, int]:
     Raises:
         InputError: no weights, or broken ones.
     """
-    sizes = sizes_from_tensors(weights_in(open_source(path).tensors))
+    sizes = dims_from_tensors(weights_in(open_source(path).tensors))
     groups = int(config["model"]["model_config"]["multi_query_group_num"])
     if sizes.kv_rows % groups:
         raise InputError(
@@ -109,7 +108,7 @@ def load_weights(path: str | PathLike, state: State, config: dict, work: Path) -
 
 
 def shard(
-    program: Program, rank_in_stage: int, layouts: Mapping[str, ParameterLayout], whole: State, counters: State
+    program: Program, rank_in_stage: int, layouts: Mapping[str, ShardSpec], whole: State, counters: State
 ) -> dict[str, Array]:
     """What a rank holds before the first step.
 
@@ -138,7 +137,7 @@ def shard(
 def gather(
     interpreters: Sequence[RankInterpreter],
     ranks_of_stages: Sequence[range],
-    layouts_of_stages: Sequence[Mapping[str, ParameterLayout]],
+    layouts_of_stages: Sequence[Mapping[str, ShardSpec]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[str, Array], dict[str, tuple[list[int], float]]]:
     """Whole parameters of the given whole `shapes` from what all ranks (`interpreters` by rank) hold.
@@ -193,7 +192,7 @@ def save(interpreter: RankInterpreter, folder: Path, steps: int, prefix: str = "
         values.append(np.array(count, np.int32).tobytes())
     name = f"rank_{interpreter.rank}"
     target = Path(folder) / name / f"{prefix}_{name}-1_{steps}.ckpt"
-    with atomic_path(target) as path, CheckpointWriter(path, entries) as writer:
+    with atomic_path(target) as path, CheckpointWriter.for_file(path, entries) as writer:
         for (entry, _, _), value in zip(entries, values):
             writer.write(entry, value)
         writer.finish()

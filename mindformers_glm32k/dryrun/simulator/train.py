@@ -25,7 +25,7 @@ from mindformers_glm32k.dryrun.simulator.report import write_reports
 from mindformers_glm32k.dryrun.simulator.scale_down import Request
 from mindformers_glm32k.files import copy_atomically
 from mindformers_glm32k.parallel import ParallelLayout
-from mindformers_glm32k.weights.strategy import ParameterLayout, read_strategy
+from mindformers_glm32k.weights.strategy import ShardSpec, read_strategy
 
 _JOBS = 2  # programs compiled at the same time
 Sequences = Mapping[str, np.ndarray]  # by column (steps, sequences, tokens)
@@ -36,7 +36,7 @@ class CompiledRank:
     """Programs of a rank that are ready to be run."""
 
     state: dict[str, np.ndarray]  # initial values that its process left
-    layouts: dict[str, ParameterLayout]  # of its stage; {} for one device
+    layouts: dict[str, ShardSpec]  # of its stage; {} for one device
     inputs: list[list[int]]  # shapes that it was compiled for
     columns: list[str]  # names of these inputs
     phases: dict[str, Program]  # "train", or of prediction "prefill" and "increment", or "predict"
@@ -144,8 +144,8 @@ def _layouts(program, strategy, compiled):
             tuple(axis for axis in (axes if isinstance(axes, list) else [axes]) if axis != -1)
             for axes in compiled[name]["tensor_map"]
         )
-        left = ParameterLayout(matrix, tensor_map).slice_shape(compiled[name]["shape"])
-        layouts[name] = ParameterLayout(matrix, tensor_map, left[0] // spec.shape[0])
+        left = ShardSpec(matrix, tensor_map).shard_shape(compiled[name]["shape"])
+        layouts[name] = ShardSpec(matrix, tensor_map, left[0] // spec.shape[0])
     return layouts
 
 

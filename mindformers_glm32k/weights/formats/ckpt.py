@@ -1,4 +1,4 @@
-"""MindSpore's .ckpt format, read and written piece by piece.
+"""MindSpore's .ckpt format, read and written a part at a time.
 
 A .ckpt is a protobuf `Checkpoint` (schema: mindspore/ccsrc/utils/checkpoint.proto): field 1, repeated, a `Value` of
 tag (1) and tensor (2); the tensor of dims (1), tensor_type (2) and tensor_content (3). Large tensors are several
@@ -7,14 +7,20 @@ all tensors in memory; here the framing is written by hand, so that the content 
 With crc_check the file ends in `crc_num` and ten bytes.
 """
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.files import require_file
-from mindformers_glm32k.weights.dtypes import FROM_MINDSPORE, ITEM_SIZE, item_size, mindspore_name
-from mindformers_glm32k.weights.formats.safetensors import read_header
-from mindformers_glm32k.weights.tensors import StoredTensor, element_count, open_for_reading
+from mindformers_glm32k.weights.tensors import (
+    FROM_MINDSPORE,
+    ITEM_SIZE,
+    StoredTensor,
+    mindspore_name,
+    open_for_reading,
+    stored_bytes,
+)
 
 SLICE_BYTES = 512 << 20  # content of one value; MindSpore cuts at the same size
 _CRC_TAIL = 17  # b"crc_num" and ten bytes
@@ -22,18 +28,9 @@ _LENGTH_DELIMITED, _VARINT = 2, 0
 _NAMES_MAX = 1 << 16  # bytes of a tag or type; more means that the file is not a checkpoint
 
 
-def frame(name, shape, dtype):
-    """The protobuf framing of one tensor.
-
-    Args:
-        name (str): the parameter's name.
-        shape (tuple[int, ...]): its shape.
-        dtype (str): "fp32", "fp16" or "bf16"; a counter's, as in the file that it comes from.
-
-    Returns:
-        list[tuple[bytes, int]]: for each slice the bytes that precede its content, and the content's length.
-    """
-    total = element_count(shape) * item_size(dtype)
+def frame(name: str, shape: tuple[int, ...], dtype: str) -> list[tuple[bytes, int]]:
+    """The protobuf framing of one tensor: for each slice the bytes before its content, and the content's length."""
+    total = stored_bytes(shape, dtype)
     tag = _field(1, name.encode("utf-8"))
     dims = shape or (0,)  # how MindSpore writes a scalar
     kind = b"".join(b"\x08" + _varint(size) for size in dims) + _field(2, mindspore_name(dtype).encode("ascii"))
@@ -60,32 +57,9 @@ def _field(number, payload):
     return bytes([number << 3 | _LENGTH_DELIMITED]) + _varint(len(payload)) + payload
 
 
-def read_index(path):
-    """Lists names, shapes and dtypes of a checkpoint file without loading any value.
-
-    Args:
-        path (str | os.PathLike): a `.ckpt` or `.safetensors` file.
-
-    Returns:
-        dict[str, tuple[tuple[int, ...], str]]: name -> (shape, dtype) in file order; dtypes are "fp32", "fp16",
-        "bf16", and for others the format's own word ("Int32", "I64", "str").
-
-    Raises:
-        InputError: missing, empty, of another format, or broken.
-    """
-    path = require_file(path, "checkpoint", "Give a .ckpt or .safetensors file")
-    reader = read_header if path.suffix == ".safetensors" else read_ckpt
-    return {tensor.name: (tensor.shape, tensor.dtype) for tensor in reader(Path(path))}
-
-
-def read_ckpt(path):
-    """Lists the tensors of a .ckpt without loading their values.
-
-    Args:
-        path (pathlib.Path): the file.
-
-    Returns:
-        list[StoredTensor]: in file order; other dtypes keep MindSpore's name ("Int32").
+def read_ckpt(path: Path) -> list[StoredTensor]:
+    """Lists the tensors of a .ckpt in file order, without their values; dtypes that are no weight's keep MindSpore's
+    name ("Int32").
 
     Raises:
         InputError: not a MindSpore checkpoint, encrypted, or truncated.

@@ -4,26 +4,32 @@ Source: https://github.com/huggingface/safetensors (README, "Format"). Values ar
 maps or holds a whole file as the library's `safe_open` may.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import struct
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.dtypes import FROM_SAFETENSORS, ITEM_SIZE, item_size, safetensors_code
-from mindformers_glm32k.weights.tensors import StoredTensor, element_count, open_for_reading
+from mindformers_glm32k.weights.tensors import (
+    FROM_SAFETENSORS,
+    ITEM_SIZE,
+    StoredTensor,
+    open_for_reading,
+    safetensors_code,
+    stored_bytes,
+)
 
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
 _OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
-def read_header(path):
-    """Lists the tensors of a file in the order of their data.
-
-    Args:
-        path (pathlib.Path): the file.
-
-    Returns:
-        list[StoredTensor]: dtypes that are no weight's keep the format's own name ("I64").
+def read_header(path: Path) -> list[StoredTensor]:
+    """Lists the tensors of a file in the order of their data; dtypes that are no weight's keep the format's own name
+    ("I64").
 
     Raises:
         InputError: not a safetensors file, truncated, or a header that contradicts itself or the file's size.
@@ -71,9 +77,9 @@ def _entry(path, name, entry, base):
         raise InputError(f"{path}: key {name!r}: corrupt entry in the safetensors header: {entry!r}") from error
     dtype = FROM_SAFETENSORS.get(code, code)
     item = ITEM_SIZE.get(dtype) or _OTHER_SIZES.get(code)
-    if item is not None and end - begin != element_count(shape) * item:
+    if item is not None and end - begin != prod(shape) * item:
         raise InputError(
-            f"{path}: key {name!r}: shape {tuple(shape)} of {code} needs {element_count(shape) * item} "
+            f"{path}: key {name!r}: shape {tuple(shape)} of {code} needs {prod(shape) * item} "
             f"bytes, the header gives it {end - begin}; the file is corrupt"
         )
     return StoredTensor(name, tuple(shape), dtype, path, ((base + begin, end - begin),))
@@ -99,19 +105,18 @@ def _check_layout(path, tensors, base, size):
         )
 
 
-def build_header(entries, metadata):
-    """The bytes before the values, and where each tensor's values start.
+def build_header(
+    entries: Iterable[tuple[str, tuple[int, ...], str]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[int]]:
+    """The bytes before the values, padded to 8, and each tensor's offset in the file.
 
     Args:
-        entries (list[tuple[str, tuple[int, ...], str]]): name, shape, dtype, in the order of their data.
-        metadata (dict[str, str]): the format's free text entries.
-
-    Returns:
-        tuple[bytes, list[int]]: the header, padded to 8 bytes, and each tensor's offset in the file.
+        entries: name, shape, dtype, in the order of their data.
+        metadata: the format's free text entries.
     """
     header, offsets, position = {"__metadata__": metadata}, [], 0
     for name, shape, dtype in entries:
-        nbytes = element_count(shape) * item_size(dtype)
+        nbytes = stored_bytes(shape, dtype)
         header[name] = {
             "dtype": safetensors_code(dtype),
             "shape": list(shape),

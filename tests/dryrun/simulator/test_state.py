@@ -8,10 +8,10 @@ import pytest
 from mindformers_glm32k.dryrun.analysis.mindir import Spec
 from mindformers_glm32k.dryrun.simulator import state
 from mindformers_glm32k.dryrun.simulator.operators.values import Parameter
-from mindformers_glm32k.weights.strategy import ParameterLayout
+from mindformers_glm32k.weights.strategy import ShardSpec
 
 NAME = "layers.0.dense.weight"
-LAYOUT = {NAME: ParameterLayout((2, 2), ((0,), ()), 2)}  # dp 2 x mp 2: rows over mp, and over dp by the optimizer
+LAYOUT = {NAME: ShardSpec((2, 2), ((0,), ()), 2)}  # dp 2 x mp 2: rows over mp, and over dp by the optimizer
 
 
 def ranks_of(whole):

@@ -15,7 +15,7 @@ from mindformers_glm32k.dryrun.simulator.comparison import compare_parameters
 from mindformers_glm32k.dryrun.simulator.network import NetworkError
 from mindformers_glm32k.dryrun.simulator.train import random_sequences
 from mindformers_glm32k.weights.checkpoint import open_source
-from mindformers_glm32k.weights.strategy import ParameterLayout
+from mindformers_glm32k.weights.strategy import ShardSpec
 
 BETA = 0.9  # of the first moment, in the YAML
 # places among the inputs of the attention kernels
@@ -136,8 +136,8 @@ def test_an_mlp_in_chunks_equals_the_whole(two_ranks_in_chunks, weights, rows, r
 def test_a_shard_on_the_wrong_axis_is_found(four_ranks, weights, rows, reference_run):
     name = "transformer.encoder.layers.0.self_attention.dense.weight"
     right = four_ranks.programs[0].layouts[name]
-    assert right.slice_shape((64, 64)) == (32, 32)  # columns over mp, rows over dp by the optimizer
-    wrong = ParameterLayout((2, 2), ((0,), (1,)))  # rows over mp, columns over dp
+    assert right.shard_shape((64, 64)) == (32, 32)  # columns over mp, rows over dp by the optimizer
+    wrong = ShardSpec((2, 2), ((0,), (1,)))  # rows over mp, columns over dp
     programs = [copy.copy(compiled) for compiled in four_ranks.programs]
     for compiled in programs:
         compiled.layouts = {**compiled.layouts, name: wrong}

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.checkpoint import read_index
 from mindformers_glm32k.weights.formats import ckpt as ms_checkpoint
-from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt, read_index
+from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt
 from weights.synthetic import write_safetensors
 
 

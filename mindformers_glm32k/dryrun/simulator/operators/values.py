@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_glm32k.dryrun.analysis.mindir import Spec
-from mindformers_glm32k.weights.dtypes import cast
+from mindformers_glm32k.weights.tensors import cast
 
 Array = np.ndarray
 NUMPY = {

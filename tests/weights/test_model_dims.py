@@ -7,8 +7,7 @@ import pytest
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import convert_reversed, load_hf_weights
-from mindformers_glm32k.weights.hf_config import PUBLISHED, read_config, to_chatglm, to_glm
-from mindformers_glm32k.weights.model_dims import sizes_from_config
+from mindformers_glm32k.weights.model_dims import PUBLISHED, dims_from_config, read_config, to_chatglm, to_glm
 
 
 def test_published_fields(reference):
@@ -21,7 +20,7 @@ def test_glm_is_the_inverse_of_chatglm():
     assert native["eos_token_id"] == [2, 64795, 64797]
     back = to_chatglm(native, "config.json")
     assert back == {key: value for key, value in PUBLISHED.items() if key != "_name_or_path"}
-    assert sizes_from_config(native, "a") == sizes_from_config(PUBLISHED, "b")
+    assert dims_from_config(native, "a") == dims_from_config(PUBLISHED, "b")
 
 
 def test_what_the_file_leaves_out_is_not_left_to_another_model_s_defaults():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.dtypes import cast, check_dtype, count_overflow
+from mindformers_glm32k.weights.tensors import cast, check_dtype, count_overflow
 
 BITS = np.arange(1 << 16, dtype=np.uint16)
 

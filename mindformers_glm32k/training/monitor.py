@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import time
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -87,7 +88,7 @@ class GLM32KMonitor(Callback):
         )
 
     @staticmethod
-    def _global_step(arguments):
+    def _global_step(arguments: Any) -> int:
         step = getattr(getattr(arguments.network, "optimizer", None), "global_step", None)
         return int(step.asnumpy().reshape(-1)[0]) if step is not None else 0
 

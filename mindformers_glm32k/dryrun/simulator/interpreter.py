@@ -228,7 +228,7 @@ class RankInterpreter:
             self.non_finite.append(NonFinite(self.rank, self.step, place, _shapes(plain(result)), now))
 
     @staticmethod
-    def _location(node):
+    def _location(node: Any) -> str:
         micro = node.marks.get("micro")
         return (
             f"{node.scope or node.name}{f' {node.instance}' if node.instance else ''}"

@@ -141,7 +141,7 @@ class Network:
             self.changed.notify_all()
 
     @staticmethod
-    def _check(group, index, members):
+    def _check(group: str, index: int, members: dict) -> None:
         if len({brought for brought, _ in members.values()}) == 1:
             return
         brings = "; ".join(

@@ -115,8 +115,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _all(args):
     status = _predict(args)
+    if status:
+        return status
     args.predictions = args.output_dir
-    return status or _score(args) or _report(args)
+    return _report(args, _scores_said(args))
 
 
 def _predict(args):
@@ -206,6 +208,11 @@ def _datasets(args):
 
 
 def _score(args):
+    _scores_said(args)
+    return 0
+
+
+def _scores_said(args):
     from mindformers_glm32k.longbench import tables
 
     scores = _scored(args, args.predictions)
@@ -214,10 +221,10 @@ def _score(args):
     for line in scores.warnings():
         print(line, file=sys.stderr)
     print(f"scores: {path}")
-    return 0
+    return scores
 
 
-def _report(args):
+def _report(args, mine=None):
     from pathlib import Path
 
     from mindformers_glm32k.longbench import write_report
@@ -229,10 +236,12 @@ def _report(args):
         if name in named:
             raise InputError(f"--compare {text}: two runs are called {name!r}; write NAME={folder}")
         named[name] = folder
-    runs = {name: _scored(args, folder) for name, folder in named.items()}
-    for name, scores in runs.items():
-        for line in scores.warnings():
-            print(f"{name}: {line}", file=sys.stderr)
+    runs = {}
+    for name, folder in named.items():
+        runs[name] = mine if mine and not runs else _scored(args, folder)
+        if runs[name] is not mine:
+            for line in runs[name].warnings():
+                print(f"{name}: {line}", file=sys.stderr)
     html, markdown = write_report(runs, Path(args.report_dir or args.predictions))
     print(f"report: {html}\n        {markdown}")
     return 0

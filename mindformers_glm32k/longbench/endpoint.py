@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import http.client
 import json
 import os
+import queue
 import random
 import sys
 import threading
@@ -74,21 +74,43 @@ class EndpointEngine:
             InputError: the server refuses a request.
             CommandFailed: it does not answer in all attempts.
         """
-        pool = concurrent.futures.ThreadPoolExecutor(self._concurrency)
-        waiting: set[concurrent.futures.Future] = set()
+        self._stopped.clear()
+        todo: queue.SimpleQueue = queue.SimpleQueue()
+        done: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(self._concurrency):  # daemons: an interrupted program does not wait for answers
+            threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
+        waiting, error = 0, None
         try:
             for request in requests:
-                waiting.add(pool.submit(self._ask, request))
-                if len(waiting) >= 2 * self._concurrency:
-                    done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-                else:
-                    done = {future for future in waiting if future.done()}
-                    waiting -= done
-                yield from (future.result() for future in done)
-            yield from (future.result() for future in concurrent.futures.as_completed(waiting))
+                todo.put(request)
+                waiting += 1
+                while error is None and (waiting >= 2 * self._concurrency or not done.empty()):
+                    answer, error = done.get()
+                    waiting -= 1
+                    if error is None:
+                        yield answer
+                if error is not None:
+                    break
+            while waiting and (error is None or not done.empty()):  # after an error: only what is there
+                answer, failed = done.get()
+                waiting -= 1
+                if failed is None:
+                    yield answer
+                error = error or failed
         finally:
             self._stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for _ in range(self._concurrency):
+                todo.put(None)
+        if error is not None:
+            raise error
+
+    def _work(self, todo, done):
+        while (request := todo.get()) is not None and not self._stopped.is_set():
+            try:
+                done.put((self._ask(request), None))
+            except Exception as error:
+                self._stopped.set()
+                done.put((None, error))
 
     def _ask(self, request):
         body = {"model": self._model, "max_tokens": request.max_new_tokens, "temperature": 0.0}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mindformers_glm32k.errors import CommandFailed, InputError
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ class LocalEngine:
     differs: list[str] = []
 
     def __init__(
-        self, config_arguments: list[str], checkpoint: str | None, tokenizer_file: str, vocabulary, batch_size
+        self,
+        config_arguments: list[str],
+        checkpoint: str | None,
+        tokenizer_file: str,
+        vocabulary: Vocabulary,
+        batch_size: int | None = None,
     ):
         from mindformers_glm32k.run_mindformer import read_config
 

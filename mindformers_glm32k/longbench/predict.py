@@ -19,6 +19,7 @@ from mindformers_glm32k.longbench.engines import Engine, Request
 from mindformers_glm32k.longbench.predictions import PredictionFile
 from mindformers_glm32k.longbench.prompt_ids import WITHOUT_CHAT_FORMAT, build_prompt_ids
 from mindformers_glm32k.tokenizer import chat_format as chat
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 PROTOCOL = "pred.py for chatglm3-6b-32k, 1"
 MAX_LENGTH = 31500  # model2maxlen.json
@@ -73,7 +74,7 @@ class Prompts:
         options: see `Options`.
     """
 
-    def __init__(self, vocabulary, templates: PromptTemplates | None, options: Options):
+    def __init__(self, vocabulary: Vocabulary, templates: PromptTemplates | None, options: Options):
         self._vocabulary, self._templates, self._options = vocabulary, templates, options
         self._tokenizer = SimpleNamespace(vocabulary=vocabulary)
 
@@ -124,7 +125,7 @@ class Prompts:
         return len(chat.conversation_ids(self._vocabulary, empty, add_generation_prompt=True))
 
 
-def fitted(options: Options, room: int | None, vocabulary, datasets: Iterable[str]) -> Options:
+def fitted(options: Options, room: int | None, vocabulary: Vocabulary, datasets: Iterable[str]) -> Options:
     """The options with their max_length: what is asked for, by default pred.py's or what fits into the model.
 
     Args:

@@ -84,6 +84,21 @@ def test_requests_are_prepared_as_they_are_sent():
     assert first and len(prepared) <= 10
 
 
+def test_answers_that_are_there_are_not_lost_to_one_that_fails():
+    with serving(faults=[None] * 5 + [400], delay=0.05) as (url, _):
+        answers = []
+        with pytest.raises(InputError, match="HTTP 400"):
+            for answer in EndpointEngine(url, concurrency=1).answer(map(request, range(20))):
+                answers.append(answer)
+    assert len(answers) == 5
+
+
+def test_an_engine_answers_again():
+    with serving() as (url, _):
+        engine = EndpointEngine(url)
+        assert [len(list(engine.answer(map(request, range(3))))) for _ in range(2)] == [3, 3]
+
+
 def test_retry_after_is_obeyed():
     with serving(faults=[429], headers=[("Retry-After", "0.4")]) as (url, _):
         begun = time.monotonic()

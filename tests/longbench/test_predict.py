@@ -187,6 +187,24 @@ def test_killed_five_times_and_every_sample_is_there_once(command, tmp_path):
     assert 40 <= asked <= 40 + 5 * 4, "only what was under way is asked for again"
 
 
+def test_an_interrupted_run_ends_at_once(command, tmp_path):
+    with serving(reply=lambda body: time.sleep(20) or "late") as (url, server):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mindformers_glm32k", *command, "--base_url", url],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 60
+        while server.hits < 16 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=30)[1]
+    assert (process.returncode, error) == (130, "interrupted; the same command goes on where it stopped\n")
+    assert time.monotonic() - begun < 10, "and not when the server answers"
+
+
 def test_rows_of_preprocess_and_of_make_data_are_predicted(tmp_path, small_vocab_file):
     rows = [
         {

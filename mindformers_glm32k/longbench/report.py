@@ -110,8 +110,8 @@ def _lead(runs):
         verdict = "beyond" if overall.beyond else "within"
         where = common[0] if len(common) == 1 else f"the mean of {len(common)} data sets"
         each = (
-            f" Beyond chance, it is better in {sum(better[: len(common)])} and worse in {sum(better[len(common) :])} of "
-            "them."
+            f" Beyond chance, it is better in {sum(better[: len(common)])} and worse in {sum(better[len(common) :])} "
+            "of them."
         )
         lines.append(
             f"{mine} scores {_signed(overall.value)} points against {name} in {where}: {verdict} what chance gives "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -238,7 +238,7 @@ class StoredTensor:
         """The bytes of a small entry of any dtype, as a counter."""
         return b"".join(chunk.tobytes() for chunk in self._raw_chunks(CHUNK_BYTES, 0, self._held_bytes()))
 
-    def checksum(self, on_read=lambda nbytes: None) -> int:
+    def checksum(self, on_read: Callable[[int], None] = lambda nbytes: None) -> int:
         """CRC-32 of the bytes as they lie in the file, of any dtype; `on_read` hears how many were read."""
         found = 0
         for chunk in self._raw_chunks(CHUNK_BYTES, 0, self._held_bytes()):

@@ -92,7 +92,7 @@ class FlashAttentionScore(_FlashAttentionScore):
     has two axes and is not sharded.
     """
 
-    def shard(self, in_strategy=None, out_strategy=None) -> FlashAttentionScore:
+    def shard(self, in_strategy: tuple | None = None, out_strategy: tuple | None = None) -> FlashAttentionScore:
         *others, mask = in_strategy
         if isinstance(mask, Layout):
             fields = mask.to_dict()

@@ -125,6 +125,68 @@ def test_a_broken_pickle_is_an_input_error(tmp_path, data):
         read_torch(path)
 
 
+def _nested(depth):
+    """A tuple that holds the one before it twice, `depth` times over: its hash and its text take 2^depth steps."""
+    return b"\x80\x02)" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(depth))
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"\x80\x02}r\xff\xff\xff\x7f.", None),  # a memo by index would take 32 GiB
+        (b"\x80\x02}r\xff\xff\xff\xff" + b"h\x00.", "corrupt"),
+        (b"\x80\x05\x96" + b"\xff" * 7 + b"\x0f.", "operation BYTEARRAY8"),  # allocates before it reads
+        (b"\x80\x02I" + b"9" * 1_000_000 + b"\n.", "operation INT"),  # quadratic in its digits
+        (b"\x80\x02\x8b\xff\xff\xff\x7f.", "operation LONG4"),
+        (b"\x80\x04\x95" + b"\xff" * 8 + b".", "corrupt"),  # a frame longer than memory
+        (_nested(60) + b"}" + b"h\x3bK\x01s.", "a key that is a tuple"),
+        (b"\x80\x02}" + _nested(60)[2:] + b"K\x01s.", "a key that is a tuple"),
+        (_nested(60) + b")R.", "to call a tuple"),
+        (_nested(60) + b"Q.", "corrupt"),
+        (b"\x80\x02" + b")\x85" + b"\x85" * 300_000 + b"}" + b"h\x00.", "corrupt"),  # deeper than the C stack
+        (b"\x80\x02}" + b")" + b"\x85" * 300_000 + b"K\x01s.", "a key that is a tuple"),
+    ],
+    ids=range(12),
+)
+def test_pickles_that_would_take_all_memory_or_time(tmp_path, data, words):
+    import resource
+    import time
+
+    path = tmp_path / "greedy.bin"
+    write_torch(path, {"w": np.zeros(2, np.float32)}, pickle=data)
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    if words is None:
+        assert read_torch(path) == []
+    else:
+        with pytest.raises(InputError, match=f"greedy.bin: .*{words}") as error:
+            read_torch(path)
+        assert len(str(error.value)) < 2000
+    assert time.perf_counter() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 << 10  # KB
+
+
+def test_a_tensor_with_figures_beyond_any_file(tmp_path):
+    """Products of a million large dimensions would take hours."""
+    path = tmp_path / "figures.bin"
+    good = state_dict_pickle({"w": np.zeros(2, np.float32)}, {})
+    shape = b"(" + b"J\x02\x00\x00\x00" + b"t"
+    assert good.count(shape) == 1
+    large = b"\x8a\xff" + b"\xff" * 254 + b"\x7f"
+    for wrong in (b"(" + large * 50_000 + b"t", b"(" + large + b"t", b"(" + b"K\x01" * 65 + b"t"):
+        write_torch(path, {"w": np.zeros(2, np.float32)}, pickle=good.replace(shape, wrong))
+        with pytest.raises(InputError, match="figures.bin: .*corrupt"):
+            read_torch(path)
+
+
+def test_a_repeated_key_is_refused(tmp_path):
+    path = tmp_path / "twice.bin"
+    tensors = {"v": np.zeros(2, np.float32), "w": np.ones(2, np.float32)}
+    good = state_dict_pickle(tensors, {})
+    write_torch(path, tensors, pickle=good.replace(b"X\x01\x00\x00\x00v", b"X\x01\x00\x00\x00w"))
+    with pytest.raises(InputError, match="twice.bin: key 'w' stands twice"):
+        read_torch(path)
+
+
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_every_cut_and_many_flips_of_a_pickle_are_input_errors_or_harmless(tmp_path):
     """Nothing but InputError may come out of the machine, whatever the bytes are."""

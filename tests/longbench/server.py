@@ -77,8 +77,11 @@ def serving(**settings):
             with contextlib.suppress(OSError, ValueError):
                 super().handle()
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.daemon_threads = True
+    class Listener(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128  # of the default 5, connections of a busy machine are reset
+
+    httpd = Listener(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{httpd.server_address[1]}/v1", server

@@ -42,7 +42,7 @@ COMMANDS = {
     ),
     "merge": (
         "mindformers_glm32k.commands.merge",
-        "join the checkpoints of all NPUs into one file, LoRA adapters too, and check it",
+        "merge the checkpoints of all NPUs into one file, LoRA adapters too, and check it",
     ),
 }
 

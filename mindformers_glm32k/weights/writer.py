@@ -1,4 +1,4 @@
-"""The one way to write checkpoints: every byte's place known before the start, every tensor read back before the end.
+"""The one way to write checkpoints: every byte's offset known before the start, every tensor read back before the end.
 
 Files are made in a work folder (see files.work_folder) and move to their final names when all of them are verified.
 """
@@ -80,7 +80,7 @@ def parse_size(text: str | int | None) -> int | None:
 def lay_out(
     tensors: Iterable[TensorSpec], name: str, max_shard_size: int | None = None, framework: str = "ms"
 ) -> list[OutputFile]:
-    """Distributes tensors over files, in order, and places every byte.
+    """Distributes tensors over files, in order, and gives every byte its offset.
 
     Args:
         tensors: what to write.
@@ -97,25 +97,25 @@ def lay_out(
         filled += tensor.nbytes
     stem, suffix = os.path.splitext(name)
     names = [f"{stem}-{index:05d}-of-{len(shards):05d}{suffix}" for index in range(1, len(shards) + 1)]
-    place = _place_safetensors if suffix == ".safetensors" else _place_ckpt
-    return [place(file, shard, framework) for file, shard in zip(names if len(shards) > 1 else [name], shards)]
+    lay_out_file = _lay_out_safetensors if suffix == ".safetensors" else _lay_out_ckpt
+    return [lay_out_file(file, shard, framework) for file, shard in zip(names if len(shards) > 1 else [name], shards)]
 
 
-def _place_ckpt(name, tensors, _):
+def _lay_out_ckpt(name, tensors, _):
     from mindformers_glm32k.weights.formats.ckpt import frame
 
     position, framing, segments = 0, [], {}
     for tensor in tensors:
-        places = []
+        ranges = []
         for before, length in frame(*tensor):
             framing.append((position, before))
-            places.append((position + len(before), length))
+            ranges.append((position + len(before), length))
             position += len(before) + length
-        segments[tensor] = tuple(places)
+        segments[tensor] = tuple(ranges)
     return OutputFile(name, position, tuple(framing), segments)
 
 
-def _place_safetensors(name, tensors, framework):
+def _lay_out_safetensors(name, tensors, framework):
     from mindformers_glm32k.weights.formats.safetensors import build_header
 
     header, offsets = build_header(tensors, {"format": framework})
@@ -144,6 +144,7 @@ class CheckpointWriter:
         self.folder, self.files = folder, files
         self.digests: dict[str, tuple[str, int]] = {}  # name -> SHA-256, CRC-32 of the little-endian values
         self._open, self._handles = {}, []
+        self._flusher, self._flushes = ThreadPoolExecutor(1), []
         for file in files:
             handle = open(folder / file.name, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
             self._handles.append(handle)
@@ -163,6 +164,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_) -> None:
+        self._flusher.shutdown()
         for handle in self._handles:
             handle.close()
 
@@ -185,8 +187,17 @@ class CheckpointWriter:
             raise ValueError(f"{name}: more than its {stored_bytes(output.shape, output.dtype)} bytes")
         self._open[name][3:] = [zlib.crc32(data, crc) if running_crc is None else running_crc, end]
 
-    def flush(self) -> None:
-        """Hands what is written to the disk."""
+    def flush_until(self, written: threading.Event) -> None:
+        """Hands what is written to the disk again and again, beside the caller's work: left to itself, the system waits
+        for the last flush."""
+
+        def run():
+            while not written.wait(_FLUSH_SECONDS):
+                self._flush()
+
+        self._flushes.append(self._flusher.submit(run))
+
+    def _flush(self):
         for file in self.files:
             flush(self.folder / file.name)
 
@@ -200,9 +211,9 @@ class CheckpointWriter:
             if position != stored_bytes(output.shape, output.dtype):
                 raise ValueError(f"{name}: {position} bytes were written")
             self.digests[name] = digest.hexdigest(), crc
-        with ThreadPoolExecutor(1) as pool:  # the disk is busy while the processor compares
-            flushed = pool.submit(self.flush)
-            self._verify(workers, progress)
+        self._flushes.append(self._flusher.submit(self._flush))  # the disk is busy while the processor compares
+        self._verify(workers, progress)
+        for flushed in self._flushes:
             flushed.result()
 
     def _verify(self, workers, progress):
@@ -251,18 +262,12 @@ def write_groups(
     """
     bar = _Bar("convert", sum(target.nbytes for group in groups for target in group.targets), progress)
     written = threading.Event()
-
-    def flush_until_written():  # left to itself, the system waits for the last flush
-        while not written.wait(_FLUSH_SECONDS):
-            writer.flush()
-
-    with bar, ThreadPoolExecutor(1) as flusher:
-        flushed = flusher.submit(flush_until_written)
+    writer.flush_until(written)
+    with bar:
         try:
             _in_parallel(lambda group: _write_group(writer, group, bar.update, check_crc), groups, workers)
         finally:
             written.set()
-        flushed.result()
 
 
 def _write_group(writer, group, on_written, check_crc):

@@ -40,14 +40,14 @@ class Case:
         self.programs = train.compile_ranks(arguments, self.layout, work)
         self.strategy = work / "strategy"
 
-    def run(self, whole, rows, programs=None):
+    def run(self, whole, sequences, programs=None):
         """train.run on these programs, or on changed ones."""
-        return train.run(programs or self.programs, self.layout, whole, rows)
+        return train.run(programs or self.programs, self.layout, whole, sequences)
 
 
 @pytest.fixture(scope="session")
 def one_device(tmp_path_factory):
-    """Two rows on one device."""
+    """Two sequences on one device."""
     return Case(
         tmp_path_factory.mktemp("one_device"),
         use_parallel=False,

@@ -88,14 +88,14 @@ def check_published(report, golden):
     np.testing.assert_allclose(margins, golden["greedy_margin"].min(0), atol=3e-5)
 
 
-def shift_slots(monkeypatch, number):
-    """Lets the call `number` write one token into the next slot."""
+def shift_slots(monkeypatch, index):
+    """Lets the call `index` write one token into the next slot."""
     extend, calls = Blocks.extend, []
 
     def wrong(blocks, counts):
         slots = extend(blocks, counts)
         calls.append(counts)
-        if len(calls) == number:
+        if len(calls) == index:
             slots[0] += 1
         return slots
 
@@ -115,7 +115,7 @@ def test_a_token_in_the_wrong_slot_changes_the_text(one_card, golden, monkeypatc
 def test_traces_count_tokens(one_card, capsys):
     one_card.run(["layers-CellList/0-ChatGLM2Block/mlp"])
     steps = [line.split()[2] for line in capsys.readouterr().out.splitlines() if " SiLU " in line]
-    assert steps == [str(number) for number in range(1, ANSWER + 1)]
+    assert steps == [str(index) for index in range(1, ANSWER + 1)]
 
 
 def test_caches_begin_empty_each_time(one_card):

@@ -13,7 +13,7 @@ SCALAR = Spec((), "float32", 4)
 BOOL = Spec((), "bool", 1)
 
 
-def number(name, value):
+def constant(name, value):
     """A constant tensor."""
     array = np.asarray(value, np.float32)
     return Node(name, "Constant", [], value=Spec(array.shape, "float32", 4), data=array.tobytes())
@@ -60,7 +60,7 @@ def test_closures_keep_their_arguments():
     nodes = [
         Node("function", "Constant", [], value="add", callee="add"),
         Node("closure", "Partial", ["function", "x"]),
-        number("ten", [10, 20]),
+        constant("ten", [10, 20]),
         Node("result", "call", ["ten"], FLOAT, callee="closure"),
     ]
     np.testing.assert_array_equal(interpreter(program(nodes, ["result"], [add])).run(x(1, 2)), [11, 22])
@@ -68,14 +68,14 @@ def test_closures_keep_their_arguments():
 
 @pytest.mark.parametrize("values, expected", [((3, 0), 1.0), ((-3, 0), -1.0)])
 def test_switch_chooses_a_closure(values, expected):
-    yes = Graph("yes", [], [number("up", [1, 1])], ["up"])
-    no = Graph("no", [], [number("down", [-1, -1])], ["down"])
+    yes = Graph("yes", [], [constant("up", [1, 1])], ["up"])
+    no = Graph("no", [], [constant("down", [-1, -1])], ["down"])
     axes = Node("axes", "Constant", [], value=(0,))
     keep = Node("keep", "Constant", [], value=0)
     nodes = [
         axes,
         keep,
-        number("zero", 0),
+        constant("zero", 0),
         Node("sum", "ReduceSum", ["x", "axes", "keep"], SCALAR),
         Node("positive", "Greater", ["sum", "zero"], BOOL),
         Node("a", "Constant", [], value="yes", callee="yes"),
@@ -130,7 +130,7 @@ def test_parameters_that_are_missing_or_misshapen(given, words):
 
 def test_the_first_value_that_is_not_finite_is_told_once_a_step():
     nodes = [
-        number("zero", [0, 1]),
+        constant("zero", [0, 1]),
         Node("quotient", "Div", ["x", "zero"], FLOAT, scope="Default/a"),
         Node("more", "Add", ["quotient", "x"], FLOAT, scope="Default/b"),
     ]

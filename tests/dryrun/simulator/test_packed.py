@@ -27,7 +27,7 @@ PACKED = {
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """All rows on one device."""
+    """All sequences on one device."""
     return Case(
         tmp_path_factory.mktemp("packed_one"),
         use_parallel=False,
@@ -40,7 +40,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """The same on two devices, two rows on each."""
+    """The same on two devices, two sequences on each."""
     return Case(
         tmp_path_factory.mktemp("packed_ranks"),
         parallel_config__data_parallel=2,
@@ -66,14 +66,14 @@ def documents(lengths, seed):
     return found
 
 
-def step_of(*rows):
-    """Columns of one step, of the documents of each row."""
-    arrays = zip(*(packed_row(row, LENGTH, 0) for row in rows))
+def step_of(*sequences):
+    """Columns of one step, of the documents of each sequence."""
+    arrays = zip(*(packed_row(each, LENGTH, 0) for each in sequences))
     return {name: np.stack(values)[None] for name, values in zip(COLUMNS, arrays)}
 
 
 @pytest.fixture(scope="module")
-def rows():
+def sequences():
     """Rows with one to seven documents, full ones and others."""
     return step_of(
         documents((30, 50), 1), documents((17, 1, 33), 2), documents((80,), 3), documents((20, 10, 9, 11, 5, 4, 21), 4)
@@ -81,9 +81,9 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def whole(one, weights, rows):
-    """The rows on one device."""
-    return one.run(weights, rows)
+def whole(one, weights, sequences):
+    """The sequences on one device."""
+    return one.run(weights, sequences)
 
 
 def loss_of(result):
@@ -100,23 +100,23 @@ def kernels_of(case):
     ]
 
 
-def test_a_layout_equals_one_device(ranks, weights, rows, whole):
-    report = train.compare(ranks.run(weights, rows), whole, ranks.programs, ranks.layout, ranks.config)
+def test_a_layout_equals_one_device(ranks, weights, sequences, whole):
+    report = train.compare(ranks.run(weights, sequences), whole, ranks.programs, ranks.layout, ranks.config)
     assert report["agrees"], report["problems"]
     assert report["largest_moment_difference_relative"] < 1e-5
 
 
-def test_documents_that_end_elsewhere_are_found(ranks, weights, rows, whole):
+def test_documents_that_end_elsewhere_are_found(ranks, weights, sequences, whole):
     shifted = {
-        **rows,
-        "document_ids": np.concatenate([rows["document_ids"][..., :1], rows["document_ids"][..., :-1]], -1),
+        **sequences,
+        "document_ids": np.concatenate([sequences["document_ids"][..., :1], sequences["document_ids"][..., :-1]], -1),
     }
     report = train.compare(ranks.run(weights, shifted), whole, ranks.programs, ranks.layout, ranks.config)
     assert not report["agrees"] and report["problems"][0].startswith("step 1: loss is")
 
 
 def test_a_document_beside_others_counts_as_it_does_alone(one, weights):
-    """The same documents in two rows or each in its own: the same loss and the same gradient."""
+    """The same documents in two sequences or each in its own: the same loss and the same gradient."""
     first, second, third, fourth = documents((30, 50, 42, 17), 5)
     together = one.run(weights, step_of((first, second), (third, fourth), (), ()))
     alone = one.run(weights, step_of((first,), (second,), (third,), (fourth,)))
@@ -124,11 +124,11 @@ def test_a_document_beside_others_counts_as_it_does_alone(one, weights):
     norms = [float(np.ravel(result.outputs[0][0][4])[0]) for result in (together, alone)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     merged = step_of((first, second), (third, fourth), (), ())
-    merged["document_ids"][merged["document_ids"] == 1] = 0  # the second of a row sees the first
+    merged["document_ids"][merged["document_ids"] == 1] = 0  # the second of a sequence sees the first
     assert abs(loss_of(one.run(weights, merged)) - loss_of(alone)) > 1e-3
 
 
-def test_the_cpu_computes_the_same_loss(one, weights, rows, whole):
+def test_the_cpu_computes_the_same_loss(one, weights, sequences, whole):
     fields = {key: value for key, value in one.config["model"]["model_config"].items() if value is not None}
     network = GLM32KForConditionalGeneration(GLM32KConfig(**{**fields, "cells": "portable"}))
     names = {parameter.name: parameter for parameter in network.get_parameters()}
@@ -136,7 +136,7 @@ def test_the_cpu_computes_the_same_loss(one, weights, rows, whole):
     for name, parameter in names.items():
         parameter.set_data(ms.Tensor(weights[name].astype(np.float32)))
     network.set_train(True)
-    loss = network(*(ms.Tensor(np.ascontiguousarray(rows[name][0])) for name in COLUMNS))
+    loss = network(*(ms.Tensor(np.ascontiguousarray(sequences[name][0])) for name in COLUMNS))
     assert loss_of(whole) == pytest.approx(loss.asnumpy().item(), rel=1e-5)
 
 

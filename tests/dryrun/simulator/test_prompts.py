@@ -23,13 +23,13 @@ def config(**model):
 
 
 @pytest.mark.parametrize(
-    "count, rows, lengths", [(16, 3, [48, 48, 48]), (10, 3, [42, 54, 48]), (1, 2, [33, 63]), (4, 1, [48])]
+    "count, batch, lengths", [(16, 3, [48, 48, 48]), (10, 3, [42, 54, 48]), (1, 2, [33, 63]), (4, 1, [48])]
 )
-def test_random_prompts_differ_in_length_where_there_is_room(count, rows, lengths):
-    prompts = make_prompts(config(batch_size=rows), count)
+def test_random_prompts_differ_in_length_where_there_is_room(count, batch, lengths):
+    prompts = make_prompts(config(batch_size=batch), count)
     assert [len(ids) for ids in prompts] == lengths
     assert all(ids.dtype == np.int32 and ids.min() >= 3 and ids.max() < 100 for ids in prompts)
-    assert check_prompts(prompts, config(batch_size=rows), count)[0] is not None
+    assert check_prompts(prompts, config(batch_size=batch), count)[0] is not None
 
 
 def test_given_prompts_become_int32():

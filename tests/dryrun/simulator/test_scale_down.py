@@ -36,8 +36,8 @@ def test_every_shipped_layout_still_fits_its_small_model(name):
     model = small["model"]["model_config"]
     assert scale_down.num_weights(model) < 5e6 and model["seq_length"] <= 256
     assert model["hidden_size"] == model["num_attention_heads"] * model["kv_channels"]
-    rows = small["train_dataset"]
-    assert rows["max_source_length"] + rows["max_target_length"] + 1 == model["seq_length"]
+    dataset = small["train_dataset"]
+    assert dataset["max_source_length"] + dataset["max_target_length"] + 1 == model["seq_length"]
     run = model["seq_length"] // small["parallel_config"].get("context_parallel", 1)
     assert 1 < run // model["loss_chunk_size"] <= 4  # the loss is still computed in several chunks
     assert model.get("mlp_chunk_size", 1) < run

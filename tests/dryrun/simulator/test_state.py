@@ -1,4 +1,4 @@
-"""Parameters cut for ranks and put together again."""
+"""Parameters sharded for ranks and gathered again."""
 
 from types import SimpleNamespace
 
@@ -45,14 +45,14 @@ def shapes(whole):
 
 def test_parts_and_back(whole):
     interpreters = ranks_of(whole)
-    parts = [interpreter.parameters[NAME].value for interpreter in interpreters]
-    assert len({part.tobytes() for part in parts}) == 4
+    shards = [interpreter.parameters[NAME].value for interpreter in interpreters]
+    assert len({shard.tobytes() for shard in shards}) == 4
     assert not interpreters[0].parameters[f"accu_grads.{NAME}"].value.any()
     assert interpreters[3].parameters["micro_step"].value[0] == 3
-    joined, unequal = state.gather(interpreters, [range(4)], [LAYOUT], shapes(whole))
+    gathered, unequal = state.gather(interpreters, [range(4)], [LAYOUT], shapes(whole))
     assert unequal == {}
     for name, value in whole.items():
-        np.testing.assert_array_equal(joined[name], value)
+        np.testing.assert_array_equal(gathered[name], value)
 
 
 def test_copies_that_differ_are_named_with_rank_and_size(whole):

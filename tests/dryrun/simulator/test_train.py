@@ -24,13 +24,13 @@ MASK = {"FlashAttentionScore": 6, "FlashAttentionScoreGrad": 7}
 
 
 @pytest.fixture(scope="module")
-def rows():
+def sequences():
     return random_sequences(["input_ids", "labels"], (2, 64), 2, 1024)
 
 
 @pytest.fixture(scope="module")
-def reference_run(one_device, weights, rows):
-    return one_device.run(weights, rows)
+def reference_run(one_device, weights, sequences):
+    return one_device.run(weights, sequences)
 
 
 def compared(result, reference_run, case, programs=None):
@@ -77,8 +77,8 @@ def name_here(name):
     return name.replace("word_embeddings.weight", "embedding_weight")
 
 
-def test_four_ranks_equal_one_device(four_ranks, weights, rows, reference_run):
-    result = four_ranks.run(weights, rows)
+def test_four_ranks_equal_one_device(four_ranks, weights, sequences, reference_run):
+    result = four_ranks.run(weights, sequences)
     report = compared(result, reference_run, four_ranks)
     assert report["agrees"], report["problems"]
     assert report["largest_moment_difference_relative"] < 1e-5
@@ -88,8 +88,8 @@ def test_four_ranks_equal_one_device(four_ranks, weights, rows, reference_run):
     assert len(losses) == 2 and abs(losses[0] - np.log(1024)) > 0.1  # not that of an even guess
 
 
-def test_upstreams_transform_ckpt_merges_what_the_ranks_leave(four_ranks, weights, rows, reference_run, tmp_path):
-    for interpreter in four_ranks.run(weights, rows).interpreters:
+def test_upstreams_transform_ckpt_merges_what_the_ranks_leave(four_ranks, weights, sequences, reference_run, tmp_path):
+    for interpreter in four_ranks.run(weights, sequences).interpreters:
         state.save(interpreter, tmp_path / "checkpoint", 2)
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("checkpoint/*/*"))
     assert names == [f"checkpoint/rank_{rank}/glm32k_rank_{rank}-1_2.ckpt" for rank in range(4)]
@@ -123,17 +123,17 @@ def test_upstreams_transform_ckpt_merges_what_the_ranks_leave(four_ranks, weight
     assert differences[0].relative < 1e-5, differences[0]
 
 
-def test_an_mlp_in_chunks_equals_the_whole(two_ranks_in_chunks, weights, rows, reference_run):
+def test_an_mlp_in_chunks_equals_the_whole(two_ranks_in_chunks, weights, sequences, reference_run):
     case = two_ranks_in_chunks
     program = case.programs[0].program
     gates = sum(node.op == "SiLU" for graph in (program.main, *program.graphs.values()) for node in graph.nodes)
     chunks, layers = 3, case.config["model"]["model_config"]["num_layers"]
     assert gates == 3 * chunks * layers  # forward, recomputed with the layer, and for the gradient
-    report = compared(case.run(weights, rows), reference_run, case)
+    report = compared(case.run(weights, sequences), reference_run, case)
     assert report["agrees"], report["problems"]
 
 
-def test_a_shard_on_the_wrong_axis_is_found(four_ranks, weights, rows, reference_run):
+def test_a_shard_on_the_wrong_axis_is_found(four_ranks, weights, sequences, reference_run):
     name = "transformer.encoder.layers.0.self_attention.dense.weight"
     right = four_ranks.programs[0].layouts[name]
     assert right.shard_shape((64, 64)) == (32, 32)  # columns over mp, rows over dp by the optimizer
@@ -141,11 +141,11 @@ def test_a_shard_on_the_wrong_axis_is_found(four_ranks, weights, rows, reference
     programs = [copy.copy(compiled) for compiled in four_ranks.programs]
     for compiled in programs:
         compiled.layouts = {**compiled.layouts, name: wrong}
-    report = compared(four_ranks.run(weights, rows, programs), reference_run, four_ranks, programs)
+    report = compared(four_ranks.run(weights, sequences, programs), reference_run, four_ranks, programs)
     assert not report["agrees"] and report["problems"][0].startswith("step 1: loss is")
 
 
-def test_a_missing_collective_on_all_ranks_is_found(four_ranks, weights, rows, reference_run):
+def test_a_missing_collective_on_all_ranks_is_found(four_ranks, weights, sequences, reference_run):
     dropped = []
     programs = changed(four_ranks, lambda node: None)
     for compiled in programs:
@@ -158,12 +158,12 @@ def test_a_missing_collective_on_all_ranks_is_found(four_ranks, weights, rows, r
         node.op, node.inputs = "Depend", [node.inputs[0], node.inputs[0]]
         dropped.append(node.scope)
     assert len(set(dropped)) == 1
-    report = compared(four_ranks.run(weights, rows, programs), reference_run, four_ranks, programs)
+    report = compared(four_ranks.run(weights, sequences, programs), reference_run, four_ranks, programs)
     assert not report["agrees"]
     assert report["problems"][0].startswith("step 1: loss is")
 
 
-def test_a_collective_that_one_rank_leaves_out_is_found(four_ranks, weights, rows):
+def test_a_collective_that_one_rank_leaves_out_is_found(four_ranks, weights, sequences):
     dropped = []
 
     def drop(node):
@@ -172,19 +172,19 @@ def test_a_collective_that_one_rank_leaves_out_is_found(four_ranks, weights, row
             node.op, node.inputs = "Depend", [node.inputs[0], node.inputs[0]]
 
     with pytest.raises(NetworkError, match="deadlock|differ in their collective"):
-        four_ranks.run(weights, rows, changed(four_ranks, drop, ranks=[1]))
+        four_ranks.run(weights, sequences, changed(four_ranks, drop, ranks=[1]))
 
 
-def test_another_reduction_on_one_rank_is_found_with_its_place(four_ranks, weights, rows):
+def test_another_reduction_on_one_rank_is_found_with_its_place(four_ranks, weights, sequences):
     def turn(node):
         if node.op == "AllReduce":
             node.attributes = {**node.attributes, "op": "max"}
 
     with pytest.raises(NetworkError, match=r"max.*\(rank \d at "):
-        four_ranks.run(weights, rows, changed(four_ranks, turn, ranks=[3]))
+        four_ranks.run(weights, sequences, changed(four_ranks, turn, ranks=[3]))
 
 
-def test_a_mask_that_leaks_is_found(four_ranks, weights, rows, reference_run):
+def test_a_mask_that_leaks_is_found(four_ranks, weights, sequences, reference_run):
     programs = changed(four_ranks, lambda node: None)
     for compiled in programs:
         for graph in (compiled.program.main, *compiled.program.graphs.values()):
@@ -192,7 +192,7 @@ def test_a_mask_that_leaks_is_found(four_ranks, weights, rows, reference_run):
                 if node.op.startswith("FlashAttentionScore"):
                     node.inputs[MODE[node.op]], node.inputs[MASK[node.op]] = "mode_0", "no_mask"
         compiled.program.main.nodes[:0] = [Node("mode_0", "Constant", [], value=0), Node("no_mask", "Constant", [])]
-    report = compared(four_ranks.run(weights, rows, programs), reference_run, four_ranks, programs)
+    report = compared(four_ranks.run(weights, sequences, programs), reference_run, four_ranks, programs)
     assert not report["agrees"] and report["problems"][0].startswith("step 1: loss is")
 
 

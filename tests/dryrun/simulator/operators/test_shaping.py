@@ -75,9 +75,9 @@ def test_stack_never_guesses_its_axis():
 
 
 @covers("Split")
-@pytest.mark.parametrize("axis, number", [(0, 2), (1, 3), (-1, 2)])
-def test_split(axis, number):
-    same(call("Split", X, axis, number, to=("float32",) * number), run(primitive("Split", axis, number), X))
+@pytest.mark.parametrize("axis, output_num", [(0, 2), (1, 3), (-1, 2)])
+def test_split(axis, output_num):
+    same(call("Split", X, axis, output_num, to=("float32",) * output_num), run(primitive("Split", axis, output_num), X))
 
 
 @covers("SplitWithSize")

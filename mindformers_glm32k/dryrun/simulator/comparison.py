@@ -120,11 +120,6 @@ def compare_training(
     problems += [f"{name} is held by no rank" for name in sorted(set(shapes) - set(whole))]
     weights = [item for item in differences if plain_name(item.name) == item.name]
     moments = [item for item in differences if plain_name(item.name) != item.name]
-    counted = {
-        (kind, interpreter.rank): count
-        for interpreter in result.interpreters
-        for kind, count in operators.collectives_of(interpreter.op_counts).items()
-    }
     return {
         "agrees": not problems,
         "problems": problems,
@@ -138,21 +133,32 @@ def compare_training(
         "unequal_copies": {name: {"ranks": ranks, "largest": largest} for name, (ranks, largest) in unequal.items()},
         "non_finite": _first_of_steps(result.interpreters),
         "non_finite_one_device": _first_of_steps(reference.interpreters),
-        "collectives": [
-            {"kind": kind, "rank": rank, "count": count} for (kind, rank), count in sorted(counted.items())
-        ],
+        "collectives": _collectives([("", interpreter) for interpreter in result.interpreters]),
     }
 
 
 def _first_of_steps(interpreters):
     """Of each step the operator that was the first on any rank to make something not finite."""
-    events = sorted((item for one in interpreters for item in one.non_finite), key=lambda item: item.when)
     first = {}
-    for item in events:
-        first.setdefault(
-            item.step, {"step": item.step + 1, "rank": item.rank, "place": item.place, "output": item.output}
-        )
-    return [first[step] for step in sorted(first)]
+    for item in sorted((item for one in interpreters for item in one.non_finite), key=lambda item: item.when):
+        first.setdefault(item.step, item)
+    return [
+        {"step": step + 1, "rank": item.rank, "place": item.place, "output": item.output}
+        for step, item in sorted(first.items())
+    ]
+
+
+def _collectives(interpreters):
+    """Of pairs of a phase (of prediction) and an interpreter the collectives that ran, for execution.json."""
+    counted = [
+        (kind, one.rank, phase, count)
+        for phase, one in interpreters
+        for kind, count in operators.collectives_of(one.op_counts).items()
+    ]
+    return [
+        {"kind": kind, "rank": rank, **({"phase": phase} if phase else {}), "count": count}
+        for kind, rank, phase, count in sorted(counted, key=lambda item: item[:3])
+    ]
 
 
 def _step(ranks, one, layout, factor):
@@ -287,11 +293,6 @@ def compare_generation(result: GenerationRun, reference: GenerationRun, allowed:
     problems += [f"a message that nobody receives: {what}" for what in result.unread]
     largest = max((step["logit_difference"] for step in steps), default=0.0)
     interpreters = [(phase, one) for phases in result.interpreters for phase, one in phases.items()]
-    counted = {
-        (kind, one.rank, phase): count
-        for phase, one in interpreters
-        for kind, count in operators.collectives_of(one.op_counts).items()
-    }
     return {
         "agrees": not problems,
         "problems": problems,
@@ -304,10 +305,7 @@ def compare_generation(result: GenerationRun, reference: GenerationRun, allowed:
         "largest_logit_difference_relative": largest / scale,
         "steps": steps,
         "non_finite": [vars(event) for _, one in interpreters for event in one.non_finite],
-        "collectives": [
-            {"kind": kind, "rank": rank, "phase": phase, "count": count}
-            for (kind, rank, phase), count in sorted(counted.items())
-        ],
+        "collectives": _collectives(interpreters),
     }
 
 

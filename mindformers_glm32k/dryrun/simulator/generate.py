@@ -50,10 +50,7 @@ class Decoding:
     dtype: str  # of what is computed
 
     def run(self, traces: Sequence[str] = ()) -> dict:
-        """Decodes with the programs of all ranks and with one device's; results and seconds, for execution.json.
-
-        `traces` are operators or parameters whose values are printed.
-        """
+        """Decodes with the programs of all ranks and with one device's: results and seconds, for execution.json."""
         alone = self.layout.world == 1
         reference = generate([self.one], self.whole, self.prompts, self.count, traces if alone else ())
         result = reference if alone else generate(self.programs, self.whole, self.prompts, self.count, traces)
@@ -107,11 +104,7 @@ def prepare(request: Request, config: dict, prompts: Sequence[Sequence[int]] | N
         weights = {name: value for name, value in one.state.items() if not _is_cache(name)}
         if kernels:
             weights = {name: wide(value) for name, value in weights.items()}
-        whole = (
-            state.load_weights(load_checkpoint, weights, config, work)
-            if load_checkpoint
-            else state.random_weights(weights)
-        )
+        whole = state.initial_weights(load_checkpoint, weights, config, work)
     precision_text = precision
     if kernels:
         precision_text += (
@@ -144,14 +137,9 @@ def generate(
     count: int,
     traces: Sequence[str] = (),
 ) -> GenerationRun:
-    """Decodes greedily with the programs of all ranks.
+    """Decodes `count` tokens after each of B prompts (int32) with the programs of all ranks of one pipeline stage.
 
-    Args:
-        programs: by rank, of one pipeline stage.
-        whole: whole parameters, the caches left out.
-        prompts: B arrays of int32.
-        count: tokens to generate.
-        traces: see `make_watch`.
+    `whole` are the whole parameters, the caches left out; `traces` see `make_watch`.
     """
     started = time.monotonic()
     network = Network(len(programs))
@@ -170,14 +158,8 @@ def generate(
 
 
 class Blocks:
-    """Which blocks of the cache belong to which prompt: the next free one, whenever a prompt's last block is full.
-
-    Args:
-        prompts: B.
-        width: blocks that a prompt can have.
-        size: tokens of a block.
-        blocks: there are.
-    """
+    """Which of `blocks` of `size` tokens belong to which of B prompts, at most `width` to each: the next free one,
+    whenever a prompt's last block is full."""
 
     def __init__(self, prompts: int, width: int, size: int, blocks: int):
         self.width, self.size, self.blocks = width, size, blocks
@@ -232,13 +214,9 @@ class CachedGenerator:
         )
 
     def run(self, task: tuple[list[np.ndarray], int]) -> tuple[np.ndarray, np.ndarray]:
-        """Decodes greedily.
+        """Decodes greedily: tokens (B, N) int32 and logits (N, B, V).
 
-        Args:
-            task: prompts, B arrays of int32, as long together as the program was compiled for; N.
-
-        Returns:
-            Tokens (B, N) int32, logits (N, B, V).
+        `task`: prompts, B arrays of int32, as long together as the program was compiled for; N.
         """
         prompts, count = task
         interpreter = self.interpreters[PREFILL]

@@ -157,19 +157,12 @@ def run_ranks(
     batches: Sequence[Sequence[Any]],
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[list[Any]]:
-    """Runs steps on all ranks.
+    """Runs steps on all ranks, a thread each: per step and rank the result. The first failure of any rank is raised.
 
     Args:
         ranks: by rank what runs a step: its `run` takes the rank's inputs.
-        network: that they were given.
         batches: per step and rank the inputs.
         on_step: gets (rank, step) after each step of each rank.
-
-    Returns:
-        Per step and rank the result.
-
-    Raises:
-        SimulationError, NetworkError: the first failure of any rank.
     """
     results = [[None] * len(ranks) for _ in batches]
     errors = []

@@ -42,14 +42,9 @@ def random_weights(state: State, seed: int = 0) -> dict[str, Array]:
 
 
 def sizes_of(path: str | PathLike, config: dict) -> dict[str, int]:
-    """The model's sizes by a checkpoint's tensors, by key of model_config.
+    """The sizes of model_config by the tensors of a checkpoint, as `glm32k convert` reads it or whole of MindSpore.
 
-    Args:
-        path: any checkpoint that `glm32k convert` reads, or a whole one of MindSpore.
-        config: merged configuration; the number of key-value groups is taken from it.
-
-    Raises:
-        InputError: no weights, or broken ones.
+    The number of key-value groups is taken from the configuration. InputError: no weights, or broken ones.
     """
     sizes = dims_from_tensors(weights_in(open_source(path).tensors))
     groups = int(config["model"]["model_config"]["multi_query_group_num"])
@@ -105,6 +100,11 @@ def load_weights(path: str | PathLike, state: State, config: dict, work: Path) -
             "qkv_concat and mlp_concat"
         )
     return result
+
+
+def initial_weights(path: str | PathLike | None, state: State, config: dict, work: Path) -> dict[str, Array]:
+    """One device's state with the weights of a checkpoint (see `load_weights`), or random ones without it."""
+    return load_weights(path, state, config, work) if path else random_weights(state)
 
 
 def shard(

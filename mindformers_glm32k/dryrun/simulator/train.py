@@ -63,11 +63,7 @@ def simulate(request: Request, config: dict) -> dict:
         one, programs = compile_with_reference(arguments, one_arguments, layout, work, output)
         compiled = time.monotonic() - started
         sequences, source = read_sequences(one_arguments, one[0], steps, config, work)
-        whole = (
-            state.load_weights(load_checkpoint, one[0].state, config, work)
-            if load_checkpoint
-            else state.random_weights(one[0].state)
-        )
+        whole = state.initial_weights(load_checkpoint, one[0].state, config, work)
         for file in (work / "strategy").glob("ckpt_strategy_rank_*.ckpt"):
             copy_atomically(file, output / "strategy" / file.name)
     beta = float((config["optimizer"].get("betas") or (0.9,))[0])
@@ -158,14 +154,9 @@ def run(
     announce: bool = False,
     beta: float = 0.9,
 ) -> TrainingRun:
-    """Runs the programs of a layout.
+    """Runs the programs of a layout, by rank, from the whole parameters before the first step.
 
-    Args:
-        programs: by rank.
-        whole: whole parameters before the first step.
-        traces: what is printed, see `make_watch`.
-        announce: whether steps are reported on standard error.
-        beta: of the optimizer's first moment.
+    `traces` see `make_watch`; `announce` reports steps on standard error; `beta` is that of the first moment.
     """
     network = Network(layout.world)
     interpreters = []
@@ -233,16 +224,9 @@ def make_watch(traces: Sequence[str]) -> Callable | None:
 def read_sequences(
     arguments: list[str], one: CompiledRank, steps: int, config: dict, work: Path
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Sequences of the configuration's data set, or random ones where its files are not there.
+    """Sequences of the configuration's data set, or random ones where its files are not there; and in words which.
 
-    Args:
-        arguments: run_mindformer's, of one device.
-        one: its program.
-        config: merged configuration.
-        work: folder for the log.
-
-    Returns:
-        By column (steps, sequences, …); and in words where they come from.
+    `arguments` are run_mindformer's of one device, `one` its program; the log goes to the folder `work`.
     """
     vocab_size = int(config["model"]["model_config"]["padded_vocab_size"])
     found = read_batches(arguments, steps, work)
@@ -260,14 +244,9 @@ def read_sequences(
 def random_sequences(
     columns: Sequence[str], shape: Sequence[int], steps: int, vocab_size: int, seed: int = 7
 ) -> dict[str, np.ndarray]:
-    """Sequences of random tokens, each with a prompt of another length.
+    """Sequences of random tokens, each with a prompt of another length; `shape` is (sequences of a step, tokens).
 
-    Args:
-        columns: wanted: input_ids, labels, input_mask, position_ids, document_ids.
-        shape: sequences of a step, tokens of a sequence.
-
-    Returns:
-        By column (steps, sequences, tokens).
+    Columns are input_ids, labels, input_mask, position_ids and document_ids.
     """
     rng = np.random.default_rng(seed)
     batch, length = shape

@@ -16,7 +16,7 @@ COMMANDS = {
         "write a small vocabulary and long-context tasks in the LongBench layout",
     ),
     "preprocess": (
-        "mindformers_glm32k.longbench.preprocess",
+        "mindformers_glm32k.commands.preprocess",
         "write LongBench as training records in the AdGen layout, some documents held out",
     ),
     "longbench": (

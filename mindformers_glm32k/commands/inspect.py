@@ -1,21 +1,24 @@
-"""Print training rows as the model sees them, and compare their prompts with what prediction feeds."""
+"""Print training sequences as the model sees them, and compare their prompts with what prediction feeds."""
 
+from __future__ import annotations
+
+import argparse
 import sys
 
+from mindformers_glm32k.commands import run_command
 from mindformers_glm32k.errors import InputError
 
 TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 
 
-def add_arguments(parser):
-    """Adds the command's options to an argparse parser."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML of the run, as for run_mindformer")
     parser.add_argument(
         "-n",
         "--rows",
         type=int,
         default=3,
-        help="rows to print, from the first of the first epoch on. Default %(default)s",
+        help="sequences to print, from the first of the first epoch on. Default %(default)s",
     )
     parser.add_argument("--dataset", choices=("train", "eval"), default="train", help="which data set. Default train")
     parser.add_argument(
@@ -31,147 +34,33 @@ def add_arguments(parser):
     )
 
 
-def run(args):
-    """Prints the rows; see the module's docstring.
-
-    Args:
-        args (argparse.Namespace): as `add_arguments` declares, with `overrides`.
-
-    Raises:
-        InputError: a configuration or data that a training run would refuse, too.
-    """
-    from mindformers_glm32k.data.dataset import check_vocabulary, first_rows
-    from mindformers_glm32k.data.render import RowText
+def run(args: argparse.Namespace) -> int:
+    from mindformers_glm32k.data.dataset import check_vocabulary, first_sequences
+    from mindformers_glm32k.data.render import SequenceText, TokenText
+    from mindformers_glm32k.generation.prompts import ChatPromptTokenizer
     from mindformers_glm32k.run_mindformer import read_config
 
     if args.rows < 1:
-        raise InputError(f"-n {args.rows}: at least one row is needed")
+        raise InputError(f"-n {args.rows}: at least one sequence is needed")
     config = read_config(["--config", args.config, *args.overrides])
-    section = f"{args.dataset}_dataset"
+    section, model = f"{args.dataset}_dataset", config.model.model_config
     kind = (config.get(f"{section}_task") or {}).get("type")
     if kind != "GLM32KDataset":
-        raise InputError(f"{section}_task.type: {kind!r} is not GLM32KDataset, whose rows can be printed")
-    rows, samples, tokenizer = first_rows(config[section])
-    check_vocabulary(tokenizer, config.model.model_config.padded_vocab_size)
+        raise InputError(f"{section}_task.type: {kind!r} is not GLM32KDataset, whose sequences can be printed")
+    sequences, samples, tokenizer = first_sequences(config[section])
+    check_vocabulary(tokenizer, model.padded_vocab_size)
     color = sys.stdout.isatty() if args.color == "auto" else args.color == "always"
-    writer = RowText(tokenizer.vocabulary, color, args.whole)
-    print(writer.legend())
-    for number, (numbers, documents, columns) in zip(range(1, args.rows + 1), rows):
-        print("\n" + row_text(number, numbers, documents, columns, samples, writer, tokenizer, config))
-
-
-def row_text(number, numbers, documents, columns, samples, writer, tokenizer, config):
-    """One row with its documents and comparisons.
-
-    Args:
-        number (int): of the row, from 1.
-        numbers (list[int]): the samples in it.
-        documents (list[Row]): their tokens.
-        columns (dict[str, np.ndarray]): the row as the model gets it.
-        samples (SampleSource): all samples.
-        writer (RowText): writes tokens.
-        tokenizer (GLM32KTokenizer): for prompts as prediction feeds them.
-        config (MindFormerConfig): of the run.
-
-    Returns:
-        str
-    """
-    from mindformers_glm32k.data.encode import IGNORED
-
-    length, used = len(columns["input_ids"]), sum(len(document.input_ids) for document in documents)
-    labels = columns["labels"]
-    weights = columns.get("input_mask")
-    if weights is None:
-        weights = (labels != IGNORED).astype("float32")
-    parts = [
-        writer.border(
-            f"row {number}: {len(documents)} document{'s' * (len(documents) != 1)}, {used} of {length} "
-            f"tokens, {100 * (1 - used / length):.1f} % padding"
-        )
-    ]
-    end = 0
-    for place, (sample, document) in enumerate(zip(numbers, documents), 1):
-        start, end = end, end + len(document.input_ids)
-        learnt = labels[start:end] != IGNORED
-        title = (
-            f"document {place} of {len(documents)}: {samples.place(sample)}: {end - start} tokens, "
-            f"{int(learnt.sum())} learnt"
-        )
-        if "input_mask" in columns and learnt.any():
-            title += f", weight {weights[start:end][learnt].max():.4g} each"
-        if document.dropped:
-            title += f"; left out: {document.dropped}"
-        elif document.seams:
-            title += f"; cut from {document.tokens_before} tokens"
-        parts += [
-            writer.border(title),
-            writer.document(
-                columns["input_ids"][start:end],
-                labels[start:end],
-                weights[start:end],
-                document,
-                float(weights.max()) or 1.0,
-            ),
-        ]
-        if not document.dropped:
-            parts.append(
-                writer.border("prediction: " + against_prediction(samples[sample], document, tokenizer, config, writer))
-            )
-    if end < length:
-        parts.append(writer.border(f"padding: {length - end} tokens"))
-    return "\n".join(parts)
-
-
-def against_prediction(sample, document, tokenizer, config, writer):
-    """What prediction would feed for the last answer of a sample, against the tokens before it in training.
-
-    Args:
-        sample (Sample | Chat | Text): the sample.
-        document (Row): its tokens.
-        tokenizer (GLM32KTokenizer): the data set's.
-        config (MindFormerConfig): has model.model_config.
-        writer (RowText): writes tokens.
-
-    Returns:
-        str: one paragraph.
-    """
-    import numpy as np
-
-    from mindformers_glm32k.data.encode import IGNORED
-    from mindformers_glm32k.data.formats import Sample, Text
-    from mindformers_glm32k.data.render import comparison
-    from mindformers_glm32k.generation.prompts import ChatPromptTokenizer
-
-    if isinstance(sample, Text):
-        return "plain text, which no prompt asks for"
-    learnt = np.flatnonzero(document.labels != IGNORED)
-    answer = tokenizer.vocabulary.special["<|assistant|>"]
-    asked = [int(place) for place in learnt if document.input_ids[place] == answer]
-    if not asked:
-        return "no answer is asked for in what is left"
-    training = document.input_ids[: asked[-1] + 1].tolist()
-    model = config.model.model_config
-    longest = model.seq_length - (model.get("max_new_tokens") or 1)
-    if isinstance(sample, Sample):
-        prompts = ChatPromptTokenizer(tokenizer.vocab_file, longest_prompt=1 << 40)
-        prediction = list(prompts([sample.prompt])["input_ids"][0])
-    else:
-        *history, last = _before_the_last_answer(sample)
-        prediction = tokenizer.build_chat_input(last["content"], history, last["role"])["input_ids"][0].tolist()
-    text = comparison(training, [int(index) for index in prediction], document.seams, writer.text)
-    if len(prediction) > longest:
-        text += f"; prediction refuses it, for a prompt may have {longest} tokens in seq_length {model.seq_length}"
-    return text
-
-
-def _before_the_last_answer(sample):
-    """list[dict]: the messages before the last turn that is learnt."""
-    turns = sample.turns()
-    last = max(place for place, turn in enumerate(turns) if turn.learnt)
-    return [{"role": turn.role, "content": turn.content, "metadata": turn.metadata} for turn in turns[:last]]
+    tokens = TokenText(tokenizer.vocabulary, color, args.whole)
+    fed = ChatPromptTokenizer(tokenizer.vocab_file, longest_prompt=1 << 40)
+    longest_prompt = model.seq_length - (model.get("max_new_tokens") or 1)
+    text = SequenceText(
+        samples, tokens, tokenizer, lambda prompt: fed([prompt])["input_ids"][0], longest_prompt, model.seq_length
+    )
+    print(tokens.legend())
+    for number, sequence in zip(range(1, args.rows + 1), sequences):
+        print("\n" + text.write(number, *sequence))
+    return 0
 
 
 if __name__ == "__main__":
-    from mindformers_glm32k.commands import run_command
-
     sys.exit(run_command(sys.modules[__name__], "glm32k inspect"))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 _FACE = {
     "WITHOUT_CHAT_FORMAT": "prompt_ids",
     "build_prompt_ids": "prompt_ids",
+    "find": "files",
     "score_folder": "score",
     "score_rows": "score",
 }

@@ -1,8 +1,12 @@
 """LongBench's files in a folder or in the published data.zip, line by line."""
 
+from __future__ import annotations
+
 import contextlib
+import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,27 +20,21 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Ru
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file of LongBench.
-
-    Attributes:
-        path (Path): the file, or the zip file that holds it.
-        member (str | None): its name in the zip file.
-        size (int): bytes, unpacked.
-    """
+    """One file of LongBench: `path`, or the `member` of that zip file; `size` in bytes, unpacked."""
 
     path: Path
-    member: str
+    member: str | None
     size: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
 
     @property
-    def stem(self):
-        """str: its name without folder and ending."""
+    def stem(self) -> str:
+        """The name without folder and ending."""
         return Path(self.member or self.path).stem
 
-    def lines(self):
+    def lines(self) -> Iterator[tuple[int, bytes | None, int]]:
         """Yields (number from 1, bytes or None, bytes read so far) of each line, as `raw_lines`; InputError where the
         zip file is damaged."""
         with contextlib.ExitStack() as stack:
@@ -52,15 +50,12 @@ class DataFile:
                 raise InputError(f"{self}: cannot be unpacked ({error}); get the zip file again") from error
 
 
-def find(data_path, is_longbench_e):
-    """The files to read.
+def find(data_path: str | os.PathLike, is_longbench_e: bool) -> tuple[list[DataFile], list[str]]:
+    """The files to read, in the order of their names, and what was not taken, with reasons.
 
     Args:
-        data_path (str | os.PathLike): a folder, a zip file, or one .jsonl file.
-        is_longbench_e (bool): LongBench-E's files, which end in `_e.jsonl`, or the others.
-
-    Returns:
-        tuple[list[DataFile], list[str]]: the files in the order of their names, and what was not taken, with reasons.
+        data_path: a folder, a zip file, or one .jsonl file.
+        is_longbench_e: LongBench-E's files, which end in `_e.jsonl`, or the others.
 
     Raises:
         InputError: no such path, no zip file, or no file of the kind in it.

@@ -1,47 +1,43 @@
-"""How long rows are, by data set: a table and a picture."""
+"""How long records are, by data set: a table and a picture."""
 
+from __future__ import annotations
+
+import os
 from array import array
+from typing import Any
 
 import numpy as np
 
-ROW = 32768  # tokens of the model's longest row
+SEQUENCE = 32768  # tokens of the model's longest sequence
 _BATCH = 1 << 20  # characters that are tokenized together, in parallel threads
 
 
-class RowLengths:
-    """Lengths of rows: in tokens with a vocabulary, else the `length` that LongBench's records bring along (words, in
-    Chinese characters). Kept are 8 bytes a row.
+class RecordLengths:
+    """Lengths of records, 8 bytes each: in tokens with a Vocabulary, else the `length` that LongBench's records bring
+    along (words, in Chinese characters)."""
 
-    Args:
-        vocabulary (Vocabulary | None): counts tokens.
-    """
-
-    def __init__(self, vocabulary=None):
+    def __init__(self, vocabulary: Any = None):
         self._vocabulary = vocabulary
-        self._rows = {}  # (data set, side) -> lengths of prompts, lengths of answers
-        self._waiting, self._characters = [], 0  # rows that are not yet tokenized
+        self._columns = {}  # (data set, side) -> lengths of prompts, lengths of answers
+        self._waiting, self._characters = [], 0  # records that are not yet tokenized
 
-    def add(self, side, row):
-        """Counts one row.
-
-        Args:
-            side (str): "train" or "heldout".
-            row (dict): has dataset, content and summary, and length where there is no vocabulary.
-        """
-        columns = self._rows.setdefault((row["dataset"], side), (array("i"), array("i")))
+    def add(self, side: str, record: dict) -> None:
+        """Counts one record of a side, "train" or "heldout": it has dataset, content and summary, and length where there
+        is no vocabulary."""
+        columns = self._columns.setdefault((record["dataset"], side), (array("i"), array("i")))
         if self._vocabulary is None:
-            length = row.get("length")
+            length = record.get("length")
             columns[0].append(length if isinstance(length, int) else 0)
             return
-        self._waiting.append((columns, row["content"], row["summary"]))
-        self._characters += len(row["content"]) + len(row["summary"])
+        self._waiting.append((columns, record["content"], record["summary"]))
+        self._characters += len(record["content"]) + len(record["summary"])
         if self._characters > _BATCH:
             self._tokenize()
 
     def _tokenize(self):
         if not self._waiting:
             return
-        # rows of the same record, one for each answer, have one prompt
+        # records of the same document, one for each answer, have one prompt
         texts = list(dict.fromkeys(text for _, *both in self._waiting for text in both))
         counts = dict(zip(texts, map(len, self._vocabulary.encode_batch(texts))))
         for columns, prompt, answer in self._waiting:
@@ -49,74 +45,58 @@ class RowLengths:
             columns[1].append(counts[answer])
         self._waiting, self._characters = [], 0
 
-    def rows(self, side):
-        """int: rows of a side in all."""
+    def records(self, side: str, dataset: str | None = None) -> int:
+        """Records of a side, of one data set or in all."""
         self._tokenize()
-        return sum(len(prompts) for (_, of_side), (prompts, _) in self._rows.items() if of_side == side)
+        return sum(
+            len(prompts)
+            for (name, of_side), (prompts, _) in self._columns.items()
+            if of_side == side and dataset in (name, None)
+        )
 
-    def _of(self, name, place):
-        """np.ndarray: lengths of a data set's prompts (place 0) or answers (1), both sides together."""
+    def _of(self, dataset, column):
+        """Lengths of a data set's (None: all) prompts (column 0) or answers (1), both sides together."""
         self._tokenize()
         return np.array(
             [
                 length
-                for (dataset, _), columns in self._rows.items()
-                if name in (dataset, None)
-                for length in columns[place]
+                for (name, _), columns in self._columns.items()
+                if dataset in (name, None)
+                for length in columns[column]
             ],
             np.int64,
         )
 
-    def table(self):
-        """str: one line for each data set and one for all."""
+    def table(self) -> str:
+        """One line for each data set and one for all."""
         tokens = self._vocabulary is not None
-        head = ["data set", "rows", "held out", "median", "95 %", "longest"]
-        head += ["longest answer", f"above {ROW}"] if tokens else []
-        lines = [head]
-        for name in [*sorted({dataset for dataset, _ in self._rows}), None]:
-            prompts = self._of(name, 0)
-            held_out = sum(
-                len(columns[0])
-                for (dataset, side), columns in self._rows.items()
-                if side == "heldout" and name in (dataset, None)
-            )
-            line = [
-                "all" if name is None else name,
-                len(prompts),
-                held_out,
-                *(int(np.percentile(prompts, part)) for part in (50, 95, 100)),
-            ]
-            if tokens:
-                line += [self._of(name, 1).max(), (prompts + self._of(name, 1) > ROW).sum()]
-            lines.append(line)
-        widths = [max(len(str(line[column])) for line in lines) for column in range(len(head))]
+        lines = [["data set", "records", "held out", "median", "95 %", "longest"]]
+        lines[0] += ["longest answer", f"above {SEQUENCE}"] if tokens else []
+        for name in [*sorted({dataset for dataset, _ in self._columns}), None]:
+            prompts, answers = self._of(name, 0), self._of(name, 1)
+            parts = [int(np.percentile(prompts, part)) for part in (50, 95, 100)]
+            line = ["all" if name is None else name, len(prompts), self.records("heldout", name), *parts]
+            lines.append(line + ([answers.max(), (prompts + answers > SEQUENCE).sum()] if tokens else []))
+        widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
         unit = "tokens" if tokens else "words (Chinese: characters) of the document; --tokenizer counts tokens"
-        return "\n".join(
-            [f"Lengths of prompts in {unit}"]
-            + [
-                "  ".join(
-                    str(cell).ljust(width) if not column else str(cell).rjust(width)
-                    for column, (cell, width) in enumerate(zip(line, widths))
-                ).rstrip()
-                for line in lines
-            ]
-        )
+        text = [f"Lengths of prompts in {unit}"]
+        for first, *others in lines:
+            cells = [first.ljust(widths[0])] + [str(cell).rjust(width) for cell, width in zip(others, widths[1:])]
+            text.append("  ".join(cells).rstrip())
+        return "\n".join(text)
 
-    def draw(self, path):
-        """Draws a histogram of the tokens of prompt and answer together.
-
-        Args:
-            path (str | os.PathLike): the PNG file.
-        """
+    def draw(self, path: str | os.PathLike) -> None:
+        """Draws a histogram of the tokens of prompt and answer together, a PNG file."""
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        names = sorted({dataset for dataset, _ in self._rows})
+        names = sorted({dataset for dataset, _ in self._columns})
         lengths = [self._of(name, 0) + self._of(name, 1) for name in names]
         first = int(np.log2(max(1, min(part.min() for part in lengths))))
-        last = int(np.ceil(np.log2(max(ROW, max(part.max() for part in lengths)) + 1)))
+        last = int(np.ceil(np.log2(max(SEQUENCE, max(part.max() for part in lengths)) + 1)))
+        ticks = [2**power for power in range(first, last + 1)]
         figure = Figure(figsize=(10, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -127,17 +107,12 @@ class RowLengths:
             label=names,
             color=matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(names))),
         )
-        axes.axvline(ROW, color="black", linestyle="--", label=f"{ROW} tokens")
+        axes.axvline(SEQUENCE, color="black", linestyle="--", label=f"{SEQUENCE} tokens")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(
-            [2**power for power in range(first, last + 1)], [str(2**power) for power in range(first, last + 1)]
-        )
+        axes.set_xticks(ticks, list(map(str, ticks)))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(
-            xlabel="tokens of prompt and answer",
-            ylabel="rows",
-            title=f"{sum(map(len, lengths))} rows, {sum((part > ROW).sum() for part in lengths)} longer than "
-            f"{ROW} tokens",
-        )
+        longer = sum((part > SEQUENCE).sum() for part in lengths)
+        title = f"{sum(map(len, lengths))} records, {longer} longer than {SEQUENCE} tokens"
+        axes.set(xlabel="tokens of prompt and answer", ylabel="records", title=title)
         figure.legend(loc="outside right upper", fontsize="small")
         figure.savefig(path, dpi=120)

@@ -1,123 +1,122 @@
-"""Write LongBench as training rows in the AdGen layout, some documents held out.
+"""LongBench as training records in the AdGen format, some documents held out.
 
-    glm32k preprocess --data_path DIR_OR_ZIP --output_path OUT --prompt_config_file dataset2prompt.json
-
-writes OUT/longbench_e.jsonl (OUT/longbench.jsonl with --is_longbench_e False): a row holds the whole prompt as
-`content`, the answer as `summary`, where in the prompt the document stands as `context_span`, and of the original
-dataset, _id, length, language, all_classes and all its answers. OUT/longbench_e.manifest.json says which samples were
-trained on. With --holdout the rows of some documents go to OUT/heldout/longbench_e.jsonl, with --tokenizer a picture of
-the lengths to OUT/longbench_e_lengths.png. All files are written, or none.
+A record of the output holds the whole prompt as `content`, the answer as `summary`, where in the prompt the document
+stands as `context_span`, and of the original dataset, _id, length, language, all_classes and all its answers. A
+manifest says which samples were trained on. All files are written, or none.
 """
+
+from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from mindformers_glm32k.checks import true_or_false
 from mindformers_glm32k.data.formats import LongBenchLayout, text_field
 from mindformers_glm32k.data.holdout import LOUD, Manifest, is_held_out, is_test_set, manifest_path
-from mindformers_glm32k.data.jsonl import ON_ERROR, RAISE, Problems, parse_line
+from mindformers_glm32k.data.jsonl import RAISE, Problems, parse_line
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
-from mindformers_glm32k.longbench import files as longbench_files
-from mindformers_glm32k.longbench.lengths import RowLengths
+from mindformers_glm32k.longbench.files import OUTPUTS, DataFile
+from mindformers_glm32k.longbench.lengths import RecordLengths
 
-_KEPT = ("dataset", "_id", "length", "answers", "language", "all_classes")
-
-
-def add_arguments(parser):
-    """Adds the command's options to an argparse parser."""
-    parser.add_argument(
-        "--data_path",
-        default="./data",
-        help="folder with LongBench's .jsonl files, or its data.zip as it is. Default %(default)s",
-    )
-    parser.add_argument(
-        "--output_path", default="./", help="folder to write to; made when it is not there. Default %(default)s"
-    )
-    parser.add_argument(
-        "--prompt_config_file",
-        default="./dataset2prompt.json",
-        help="LongBench's config/dataset2prompt.json. Default %(default)s",
-    )
-    parser.add_argument(
-        "--is_longbench_e",
-        type=true_or_false,
-        nargs="?",
-        const=True,
-        default=True,
-        metavar="True|False",
-        help="take LongBench-E's files, *_e.jsonl, or else all others. Default %(default)s",
-    )
-    parser.add_argument(
-        "--all_answers",
-        action="store_true",
-        help="a row for each answer that is not blank; else the first answer alone",
-    )
-    parser.add_argument(
-        "--holdout",
-        type=float,
-        default=0.0,
-        help="part of the documents that is held out, 0.0 to "
-        "0.9; rows of one document are never on both sides. Default %(default)s",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="chooses the documents held out. Default %(default)s")
-    parser.add_argument("--tokenizer", help="tokenizer.model, or its folder, to count tokens with")
-    parser.add_argument(
-        "--on_error",
-        choices=ON_ERROR,
-        default=RAISE,
-        help="damaged lines are fatal, or skipped and reported. Default %(default)s",
-    )
+KEPT_FIELDS = ("dataset", "_id", "length", "answers", "language", "all_classes")
+_MOST_HELD_OUT = 0.9
 
 
-def run(args):
-    """Writes the files and says what is in them; see the module's docstring.
+@dataclass(frozen=True)
+class Preprocessed:
+    """What has been written.
+
+    Attributes:
+        paths: "train" and "manifest", and "heldout" and "picture" where they were asked for.
+        lengths: of all records.
+        problems: of each file with lines that were skipped.
+        manifest: the samples of both sides.
+        outdated: records that an earlier run held out, which are trained on now.
+    """
+
+    paths: dict[str, Path]
+    lengths: RecordLengths
+    problems: list[Problems]
+    manifest: Manifest
+    outdated: Path | None
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the split for whoever scores the model on LongBench."""
+        holdout = self.manifest.holdout
+        if not holdout and any(map(is_test_set, self.manifest.trained)):
+            return [f"{LOUD}Pass --holdout 0.1 to keep a tenth of the documents for them."]
+        if holdout and not self.lengths.records("heldout"):
+            return [
+                f"NO DOCUMENT IS HELD OUT: there are few, and --holdout {holdout} took none of them; pass a larger "
+                "one, or another --seed."
+            ]
+        return []
+
+
+def preprocess(
+    files: list[DataFile],
+    output_path: str | os.PathLike,
+    prompt_config_file: str | os.PathLike,
+    is_longbench_e: bool = True,
+    all_answers: bool = False,
+    holdout: float = 0.0,
+    seed: int = 0,
+    tokenizer: str | os.PathLike | None = None,
+    on_error: str = RAISE,
+) -> Preprocessed:
+    """Writes the records of LongBench's files for training.
 
     Args:
-        args (argparse.Namespace): as `add_arguments` declares.
+        files: what `find` returns.
+        output_path: the folder to write to: longbench_e.jsonl (longbench.jsonl), its manifest, with `holdout`
+            heldout/longbench_e.jsonl, with `tokenizer` a picture of the lengths.
+        prompt_config_file: LongBench's dataset2prompt.json.
+        is_longbench_e: for the files' names.
+        all_answers: a record for each answer that is not blank; else the first answer alone.
+        holdout: part of the documents that is held out, 0.0 to 0.9.
+        seed: chooses them, >= 0.
+        tokenizer: tokenizer.model, or its folder, to count tokens with.
+        on_error: "raise", or "skip" for damaged lines, which are reported then.
 
     Raises:
-        InputError: wrong options, no files, no prompt for a data set, or a damaged line; nothing is written then.
+        InputError: wrong options, no prompt for a data set, or a damaged line; nothing is written then.
     """
-    if not 0.0 <= args.holdout <= 0.9:
-        raise InputError(f"--holdout: {args.holdout} is not within 0.0 and 0.9")
-    if args.seed < 0:
-        raise InputError(f"--seed: {args.seed} is not a whole number of at least 0")
-    layout = LongBenchLayout(PromptTemplates(args.prompt_config_file))
-    lengths = RowLengths(_vocabulary(args.tokenizer))
-    files, passed_over = longbench_files.find(args.data_path, args.is_longbench_e)
-    for line in passed_over:
-        print(line)
-
-    folder, name = Path(args.output_path), longbench_files.OUTPUTS[args.is_longbench_e]
-    paths = {
-        "train": folder / name,
-        "heldout": folder / "heldout" / name if args.holdout else None,
-        "manifest": manifest_path(folder / name),
-        "picture": folder / f"{Path(name).stem}_lengths.png" if args.tokenizer else None,
-    }
-    manifest = Manifest(args.holdout, args.seed)
+    if not 0.0 <= holdout <= _MOST_HELD_OUT:
+        raise InputError(f"--holdout: {holdout} is not within 0.0 and {_MOST_HELD_OUT}")
+    if seed < 0:
+        raise InputError(f"--seed: {seed} is not a whole number of at least 0")
+    layout = LongBenchLayout(PromptTemplates(prompt_config_file))
+    lengths, manifest = RecordLengths(_vocabulary(tokenizer)), Manifest(holdout, seed)
+    target = Path(output_path) / OUTPUTS[is_longbench_e]
+    held_out_target = target.parent / "heldout" / target.name
+    paths = {"train": target, "manifest": manifest_path(target)}
+    if holdout:
+        paths["heldout"] = held_out_target
+    if tokenizer:
+        paths["picture"] = target.with_name(f"{target.stem}_lengths.png")
     with contextlib.ExitStack() as stack:  # all files or none
-        new = {key: stack.enter_context(atomic_path(path)) for key, path in paths.items() if path}
+        new = {key: stack.enter_context(atomic_path(path)) for key, path in paths.items()}
         with contextlib.ExitStack() as opened:
             outputs = {
-                key: opened.enter_context(open(new[key], "w", encoding="utf-8"))
-                for key in ("train", "heldout")
-                if key in new
+                side: opened.enter_context(open(new[side], "w", encoding="utf-8"))
+                for side in ("train", "heldout")
+                if side in new
             }
-            problems = _write_rows(files, layout, args, outputs, manifest, lengths)
-        if not lengths.rows("train"):
+            problems = _write_records(files, layout, all_answers, on_error, outputs, manifest, lengths)
+        if not lengths.records("train"):
             raise InputError(
-                f"no rows to train on: {lengths.rows('heldout')} are held out; take another --seed or a "
+                f"no records to train on: {lengths.records('heldout')} are held out; take another --seed or a "
                 "smaller --holdout"
             )
         manifest.write(new["manifest"])
         if "picture" in new:
             lengths.draw(new["picture"])
-    _report(args, paths, lengths, problems, manifest)
+    outdated = held_out_target if not holdout and held_out_target.is_file() else None
+    return Preprocessed(paths, lengths, problems, manifest, outdated)
 
 
 def _vocabulary(path):
@@ -128,22 +127,18 @@ def _vocabulary(path):
     return Vocabulary(Path(path) / "tokenizer.model" if Path(path).is_dir() else path)
 
 
-def _write_rows(files, layout, args, outputs, manifest, lengths):
-    """Streams all records into the open `outputs` ("train" and, where it is asked for, "heldout").
-
-    Returns:
-        list[Problems]: of each file with lines that were skipped.
-    """
+def _write_records(files, layout, all_answers, on_error, outputs, manifest, lengths):
+    """Streams all records into the open `outputs`; returns the Problems of each file with lines that were skipped."""
     from tqdm import tqdm
 
     for file in files:  # before hours of work: is there a prompt for each file's data set?
         for number, raw, _ in file.lines():
             with contextlib.suppress(_Damaged):
-                layout.prompts.template(_record(raw, number)["dataset"])
+                layout.prompts.template(_parsed(raw, number)["dataset"])
                 break
     all_problems = []
     with tqdm(
-        total=sum(file.size for file in files), unit="B", unit_scale=True, desc="rows", disable=None
+        total=sum(file.size for file in files), unit="B", unit_scale=True, desc="records", disable=None
     ) as progress:  # None: none where the output is no terminal
         for file in files:
             problems, before = Problems(file), 0
@@ -153,18 +148,18 @@ def _write_rows(files, layout, args, outputs, manifest, lengths):
                 if raw is not None and not raw.strip():
                     continue
                 try:
-                    record = _record(raw, number)
-                    rows = _rows(record, layout, args.all_answers)
+                    source = _parsed(raw, number)
+                    records = _training_records(source, layout, all_answers)
                 except InputError as error:
                     problems.add(number, error)
-                    if args.on_error == RAISE:
+                    if on_error == RAISE:
                         raise InputError(f"{problems.text()}. Mend it, or pass --on_error skip") from error
                     continue
-                side = "heldout" if is_held_out(record["context"], args.holdout, args.seed) else "train"
-                manifest.add(record, side == "heldout")
-                for row in rows:
-                    outputs[side].write(json.dumps(row, ensure_ascii=False) + "\n")
-                    lengths.add(side, row)
+                side = "heldout" if is_held_out(source["context"], manifest.holdout, manifest.seed) else "train"
+                manifest.add(source, side == "heldout")
+                for record in records:
+                    outputs[side].write(json.dumps(record, ensure_ascii=False) + "\n")
+                    lengths.add(side, record)
             if problems.count:
                 all_problems.append(problems)
     return all_problems
@@ -174,7 +169,7 @@ class _Damaged(InputError):
     """A line that is no record with a data set's name."""
 
 
-def _record(raw, number):
+def _parsed(raw, number):
     try:
         record = parse_line(raw, first=number == 1)
         text_field(record, "dataset", "LongBench's lines name their data set")
@@ -183,54 +178,18 @@ def _record(raw, number):
     return record
 
 
-def _rows(record, layout, all_answers):
-    """list[dict]: the rows of one record, checked."""
+def _training_records(record, layout, all_answers):
+    """The records for training that one of LongBench's gives, checked."""
     sample = layout.sample(record)
     if not isinstance(record.get("_id"), (str, int, type(None))):
         raise InputError(f"field '_id' is {type(record['_id']).__name__}; a text or number is needed")
     answers = [sample.answer]
     if all_answers:
-        texts = {f"answers[{place}]": answer for place, answer in enumerate(record["answers"])}
+        texts = {f"answers[{index}]": answer for index, answer in enumerate(record["answers"])}
         answers = [text_field(texts, name, "answers are texts", may_be_empty=True) for name in texts]
-        answers = [answer for answer in answers if answer.strip()]  # nothing can be learnt of a blank one
-    kept = {key: record[key] for key in _KEPT if key in record}
+        answers = [answer for answer in answers if answer.strip()]  # nothing can be learned of a blank one
+    kept = {key: record[key] for key in KEPT_FIELDS if key in record}
     return [
         {"content": sample.prompt, "summary": answer, "context_span": list(sample.context), **kept}
         for answer in answers
     ]
-
-
-def _report(args, paths, lengths, problems, manifest):
-    for found in problems:
-        print(f"{found.count} damaged lines skipped: {found.text()}")
-    print(lengths.table())
-    for key, what in (
-        ("train", "rows to train on"),
-        ("heldout", "rows held out"),
-        ("manifest", "the _ids of both, for the scores"),
-        ("picture", "the lengths"),
-    ):
-        if paths[key]:
-            count = f"{lengths.rows(key)} " if key in ("train", "heldout") else ""
-            print(f"{paths[key]}: {count}{what}")
-    old = paths["train"].parent / "heldout" / paths["train"].name
-    if not args.holdout and old.is_file():
-        print(f"{old}: not of this run, and its rows are trained on now; remove it")
-    print(
-        f"Train with: run_mindformer --config research/glm32k/finetune_glm32k.yaml "
-        f"--train_dataset_dir {paths['train']} …"
-    )
-    if not args.holdout and any(is_test_set(name) for name in manifest.trained):
-        print(f"\n{LOUD}Pass --holdout 0.1 to keep a tenth of the documents for them.", file=sys.stderr)
-    elif args.holdout and not lengths.rows("heldout"):
-        print(
-            f"\nNO DOCUMENT IS HELD OUT: there are few, and --holdout {args.holdout} took none of them; pass a "
-            "larger one, or another --seed.",
-            file=sys.stderr,
-        )
-
-
-if __name__ == "__main__":
-    from mindformers_glm32k.commands import run_command
-
-    sys.exit(run_command(sys.modules[__name__], "python -m mindformers_glm32k.longbench.preprocess"))

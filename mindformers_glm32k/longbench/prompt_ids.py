@@ -1,5 +1,9 @@
 """The ids that LongBench's pred.py feeds to chatglm3-6b-32k."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from mindformers_glm32k.checks import whole_number
 from mindformers_glm32k.data.prompts import PromptTemplate, plain_name
 from mindformers_glm32k.data.truncation import halves
@@ -10,21 +14,18 @@ from mindformers_glm32k.tokenizer import chat_format as chat
 WITHOUT_CHAT_FORMAT = frozenset(("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"))
 
 
-def build_prompt_ids(sample, prompt_template, tokenizer, max_length):
-    """Builds the prompt of one LongBench sample.
+def build_prompt_ids(sample: dict, prompt_template: str, tokenizer: Any, max_length: int) -> list[int]:
+    """The prompt of one LongBench sample, which generation continues.
 
     The order of the steps matters and is pred.py's: the prompt is formatted and tokenized without special tokens;
     above `max_length` its first and its last half are decoded, joined and tokenized again (which may give a few
-    tokens more or less); the chat format, or for WITHOUT_CHAT_FORMAT only `[gMASK] sop`, comes after the cut.
+    tokens more or less); the chat format, or for WITHOUT_CHAT_FORMAT only `[gMASK] sop`, comes after the truncation.
 
     Args:
-        sample (dict): a line of LongBench's data: `dataset` and the texts that the template names.
-        prompt_template (str): the data set's template of dataset2prompt.json, in str.format's syntax.
-        tokenizer: has `vocabulary`, as GLM32KTokenizer does.
-        max_length (int): tokens of the formatted prompt, >= 2; 31500 in LongBench's model2maxlen.json for this model.
-
-    Returns:
-        list[int]: the ids, which generation continues.
+        sample: a line of LongBench's data: `dataset` and the texts that the template names.
+        prompt_template: the data set's template of dataset2prompt.json, in str.format's syntax.
+        tokenizer: a GLM32KTokenizer.
+        max_length: tokens of the formatted prompt, >= 2; 31500 in LongBench's model2maxlen.json for this model.
 
     Raises:
         InputError: no `dataset`, a field that the template needs and the sample lacks, or a wrong template.

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mindformers_glm32k import cli
-from mindformers_glm32k.commands.make_data import MAX_TARGET_LENGTH
 from mindformers_glm32k.data.sources import SampleSource
+from mindformers_glm32k.data.synthetic import MAX_TARGET_LENGTH
 from mindformers_glm32k.tokenizer import chat_format as chat
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_files_and_another_one_does_not(tmp_path):
         (["--seq_length", "32769"], "--seq_length 32769: must be from 1 to 32768"),
         (["--samples", "0", "--facts", "9"], "--samples 0: must be at least 1; --facts 9: must be from 1 to 8"),
         (["--filler", "1.0"], "--filler 1.0"),
-        (["--seq_length", "64", "--facts", "1", "--filler", "0"], "different rows with these options"),
+        (["--seq_length", "64", "--facts", "1", "--filler", "0"], "different records with these options"),
     ],
 )
 def test_options_that_do_not_work_are_named_and_nothing_is_written(tmp_path, capsys, options, message):

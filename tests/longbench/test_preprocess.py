@@ -136,7 +136,7 @@ def test_rows_without_a_holdout_are_said_loudly_when_they_are_trained_on(folder,
     assert contamination_warning(SampleSource(out)) == []
     capsys.readouterr()
     assert run(folder) == 0
-    assert "heldout/longbench_e.jsonl: not of this run, and its rows are trained on now" in capsys.readouterr().out
+    assert "heldout/longbench_e.jsonl: not of this run, and its records are trained on now" in capsys.readouterr().out
     [warning] = contamination_warning(SampleSource(out))
     assert "TRAINED ON LONGBENCH'S TEST SET" in warning and str(out / "longbench_e.jsonl") in warning
     assert contamination_warning(SampleSource(out / "heldout"))
@@ -351,4 +351,4 @@ def test_the_reference_set_keeps_every_row(reference, tmp_path, is_longbench_e):
         assert row["content"] == prompts[one["dataset"]].format(**one) == source[index].prompt
         assert row["summary"] == one["answers"][0] == source[index].answer
         assert row["content"][slice(*source[index].context)] == one["context"]
-        assert all(row[key] == one[key] for key in preprocess._KEPT)
+        assert all(row[key] == one[key] for key in preprocess.KEPT_FIELDS)

@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 from mindformers_glm32k import registry
-from mindformers_glm32k.data.dataset import KNOWN_KEYS, row_length
+from mindformers_glm32k.data.dataset import KNOWN_KEYS, sequence_length
 from mindformers_glm32k.data.loader import GLM32KDataLoader
 from mindformers_glm32k.overrides import normalize_values
 from mindformers_glm32k.preflight.run_config import check_config, constructor_keys
@@ -140,7 +140,7 @@ def test_lengths_fit(name):
     values = raw(name)
     model = values["model"]["model_config"]
     for section in ("train_dataset", "eval_dataset"):
-        assert row_length(values[section]) <= model["seq_length"]
+        assert sequence_length(values[section]) <= model["seq_length"]
     assert model["multi_query_group_num"] == 2
     if model["use_past"]:
         assert model["num_blocks"] * model["block_size"] >= model["seq_length"] * model["batch_size"]

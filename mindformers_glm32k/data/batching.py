@@ -6,9 +6,9 @@ import numpy as np
 from mindspore.dataset import GeneratorDataset
 
 from mindformers_glm32k.data.encode import IGNORED, padded
-from mindformers_glm32k.data.packing import COLUMNS, StreamedRows
+from mindformers_glm32k.data.packing import COLUMNS, StreamedSequences
 
-ROW_COLUMNS = ["input_ids", "labels"]
+UNPACKED_COLUMNS = ["input_ids", "labels"]
 
 
 class PaddingCounter:
@@ -42,14 +42,14 @@ class PaddingCounter:
             )
 
 
-class FixedRows:
+class FixedSequences:
     """Sample number -> input_ids, labels: int32 (row length,).
 
     Args:
         tokens (TokenizedSamples): rows without padding.
         length (int): row length.
         pad_id (int): the token of padding.
-        cuts (CutCounter), padding (PaddingCounter | None): told of each row.
+        cuts (TruncationCounter), padding (PaddingCounter | None): told of each row.
     """
 
     def __init__(self, tokens, length, pad_id, cuts, padding):
@@ -67,8 +67,8 @@ class FixedRows:
         return padded(row.input_ids, self._length, self._pad_id), padded(row.labels, self._length, IGNORED)
 
 
-class RaggedRows(FixedRows):
-    """As FixedRows, without padding: that comes with the batch."""
+class RaggedSequences(FixedSequences):
+    """As FixedSequences, without padding: that comes with the batch."""
 
     def _columns(self, row):
         return row.input_ids, row.labels
@@ -98,14 +98,14 @@ class BatchPadding:
 
 
 def fixed_batches(loader, rows, config):
-    """Batches of FixedRows over the loader's sample numbers."""
+    """Batches of FixedSequences over the loader's sample numbers."""
     return _mapped(loader, rows, config).batch(config.batch_size, drop_remainder=config.drop_remainder)
 
 
 def ragged_batches(loader, rows, padding, config):
-    """Batches of RaggedRows, padded each to a length of its own."""
+    """Batches of RaggedSequences, padded each to a length of its own."""
     return _mapped(loader, rows, config).batch(
-        config.batch_size, drop_remainder=config.drop_remainder, per_batch_map=padding, input_columns=ROW_COLUMNS
+        config.batch_size, drop_remainder=config.drop_remainder, per_batch_map=padding, input_columns=UNPACKED_COLUMNS
     )
 
 
@@ -113,16 +113,16 @@ def _mapped(loader, rows, config):
     dataset = loader.map(
         rows,
         input_columns=["sample"],
-        output_columns=ROW_COLUMNS,
+        output_columns=UNPACKED_COLUMNS,
         num_parallel_workers=config.num_parallel_workers,
         python_multiprocessing=config.python_multiprocessing,
     )
-    return dataset.project(ROW_COLUMNS)
+    return dataset.project(UNPACKED_COLUMNS)
 
 
 def packed_batches(rows, sampler, config):
-    """Batches of PlannedRows or StreamedRows at the places that the sampler names. A stream has one reader."""
-    workers = 1 if isinstance(rows, StreamedRows) else config.num_parallel_workers
+    """Batches of PlannedSequences or StreamedSequences at the places that the sampler names. A stream has one reader."""
+    workers = 1 if isinstance(rows, StreamedSequences) else config.num_parallel_workers
     dataset = GeneratorDataset(
         rows,
         COLUMNS,
@@ -137,7 +137,7 @@ WORST = 5  # rows named in a report
 _COUNTS = ("rows", "cut", "dropped", "tokens", "lost")
 
 
-class CutReport:
+class TruncationReport:
     """What one pass over the data had to cut. Plain numbers: it can be pickled, and reports of parts be merged.
 
     Attributes:
@@ -217,7 +217,7 @@ class CutReport:
         return report
 
 
-class CutCounter:
+class TruncationCounter:
     """Counts cuts; warns at the first one and sums up after every epoch's worth of rows.
 
     The counts lie in shared memory: worker processes that are forked from this one count together.
@@ -232,18 +232,18 @@ class CutCounter:
     def __init__(self, place, rows_per_epoch, log, truncation="middle"):
         self._place, self._log, self._truncation = place, log, truncation
         self._rows_per_epoch = rows_per_epoch
-        self._numbers = multiprocessing.Array("q", CutReport()._numbers())  # with its lock
+        self._numbers = multiprocessing.Array("q", TruncationReport()._numbers())  # with its lock
         self._warned = multiprocessing.Value("b", 0)
 
     def add(self, sample, before, after):
-        """Counts one row; see `CutReport.add`."""
+        """Counts one row; see `TruncationReport.add`."""
         with self._numbers.get_lock():
-            report = CutReport._from_numbers(list(self._numbers))
+            report = TruncationReport._from_numbers(list(self._numbers))
             lost = report.add(sample, before, after)
             first = lost and not self._warned.value
             self._warned.value = self._warned.value or first
             epoch_ends = report.rows >= self._rows_per_epoch
-            self._numbers[:] = (CutReport() if epoch_ends else report)._numbers()
+            self._numbers[:] = (TruncationReport() if epoch_ends else report)._numbers()
         if first:
             self._log.warning(
                 "%s: %s (truncation: %s); a summary follows after each epoch",

@@ -11,20 +11,20 @@ from mindformers.tools.register import MindFormerConfig
 
 from mindformers_glm32k.checks import boolean, choice, reject_unknown, whole_number, workers
 from mindformers_glm32k.data.batching import (
-    ROW_COLUMNS,
+    UNPACKED_COLUMNS,
     BatchPadding,
-    CutCounter,
-    FixedRows,
+    FixedSequences,
     PaddingCounter,
-    RaggedRows,
+    RaggedSequences,
+    TruncationCounter,
     fixed_batches,
     packed_batches,
     ragged_batches,
 )
-from mindformers_glm32k.data.encode import IGNORED, ON_LONG_ANSWER, RAISE, RowBuilder, padded
+from mindformers_glm32k.data.encode import IGNORED, ON_LONG_ANSWER, RAISE, SampleEncoder, padded
 from mindformers_glm32k.data.loader import EpochSampler, StreamSampler, samples_of
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
-from mindformers_glm32k.data.packing import PlannedRows, StreamedRows, plan_rows
+from mindformers_glm32k.data.packing import PlannedSequences, StreamedSequences, plan_sequences
 from mindformers_glm32k.data.tokens import TokenizedSamples, all_lengths, kept_lengths
 from mindformers_glm32k.data.truncation import TRUNCATIONS
 from mindformers_glm32k.errors import InputError
@@ -32,7 +32,7 @@ from mindformers_glm32k.tokenizer.word_encoder import WordEncoder
 
 
 class GLM32KDataset(BaseDataset):
-    """Batches for training and evaluation; `rows.py` shows what a row holds, `packing.py` what a packed one does.
+    """Batches for training and evaluation; `encode.py` shows what a row holds, `packing.py` what a packed one does.
 
     Calling it returns a MindSpore dataset, as MindFormers' own dataset classes do, with int32 columns input_ids and
     labels of shape (batch_size, row length); packed rows have position_ids, document_ids and input_mask (float32)
@@ -90,7 +90,7 @@ class GLM32KDataset(BaseDataset):
         return batches.repeat(config.repeat)
 
 
-def first_rows(dataset_config):
+def first_sequences(dataset_config):
     """The rows of the first epoch one by one, as one process sees them, and what is in them.
 
     Args:
@@ -110,7 +110,7 @@ def first_rows(dataset_config):
                 samples, documents = packed.documents(place)
                 yield samples, documents, dict(zip(PACKED_COLUMNS, packed.columns(documents)))
         else:
-            length = row_length(config)
+            length = sequence_length(config)
             for sample in _sampler(config, loader, tokens):
                 row = tokens[sample]
                 yield (
@@ -132,11 +132,11 @@ def _parts(config, shard_id, num_shards):
 
 
 def _tokens(config, samples, tokenizer):
-    length = row_length(config)
+    length = sequence_length(config)
     encoder = (
         SimpleNamespace(vocabulary=WordEncoder(tokenizer.vocabulary)) if hasattr(tokenizer, "vocabulary") else tokenizer
     )
-    builder = RowBuilder(
+    builder = SampleEncoder(
         encoder, config.max_source_length, config.max_target_length, length, config.truncation, config.on_long_answer
     )
     return TokenizedSamples(samples, builder, tokenizer)
@@ -145,7 +145,7 @@ def _tokens(config, samples, tokenizer):
 def _lengths(config, tokens, order):
     """Tokens of each sample; those of data that has been seen before are on disk."""
     names = ("max_source_length", "max_target_length", "truncation", "on_long_answer")
-    settings = {**{name: config[name] for name in names}, "row_length": row_length(config)}
+    settings = {**{name: config[name] for name in names}, "sequence_length": sequence_length(config)}
     section = dict(config.data_loader) if isinstance(config.data_loader, dict) else None
     kept = kept_lengths(
         tokens.samples, tokens.tokenizer, settings, section, config.cache_tokens, config.cache_dir, logger
@@ -161,7 +161,7 @@ def _sampler(config, loader, tokens):
 
 
 def _unpacked(config, loader, tokens, pad_id):
-    rows, length = loader.get_dataset_size(), row_length(config)
+    rows, length = loader.get_dataset_size(), sequence_length(config)
     if config.drop_remainder and rows < config.batch_size:
         raise InputError(
             f"{rows} rows make no batch of batch_size={config.batch_size}; give more rows, "
@@ -172,16 +172,16 @@ def _unpacked(config, loader, tokens, pad_id):
     if config.pad_to_multiple_of:
         return ragged_batches(
             loader,
-            RaggedRows(tokens, length, pad_id, cuts, None),
+            RaggedSequences(tokens, length, pad_id, cuts, None),
             BatchPadding(config.pad_to_multiple_of, length, pad_id, padding),
             config,
         )
-    return fixed_batches(loader, FixedRows(tokens, length, pad_id, cuts, padding), config)
+    return fixed_batches(loader, FixedSequences(tokens, length, pad_id, cuts, padding), config)
 
 
 def _packed(config, loader, tokens, pad_id):
     """The packed rows and the sampler of their places."""
-    length, order, equal = row_length(config), loader.sampler.order(), config.loss_weights == SAMPLE
+    length, order, equal = sequence_length(config), loader.sampler.order(), config.loss_weights == SAMPLE
     shards, batch = order["num_shards"], config.batch_size if config.drop_remainder else 1
     if config.rows_per_epoch:
         if config.rows_per_epoch % (batch * shards):
@@ -191,7 +191,7 @@ def _packed(config, loader, tokens, pad_id):
             )
         rows = config.rows_per_epoch // shards
         counters = _counters(config, tokens.samples, len(tokens) // shards, rows)
-        return StreamedRows(
+        return StreamedSequences(
             config.packing_window,
             config.documents_per_row,
             order["shuffle"],
@@ -206,7 +206,7 @@ def _packed(config, loader, tokens, pad_id):
             *counters,
         ), StreamSampler(rows)
     lengths = _lengths(config, tokens, order)
-    plan = plan_rows(lengths, length, config.packing_window, order, batch, config.documents_per_row)
+    plan = plan_sequences(lengths, length, config.packing_window, order, batch, config.documents_per_row)
     documents, total, left_out = int((lengths > 0).sum()), int(lengths.sum()), int((lengths == 0).sum())
     logger.info(
         "packing: %d samples in %d rows of %d tokens, %.1f %% of them padding; %d samples left out",
@@ -222,12 +222,12 @@ def _packed(config, loader, tokens, pad_id):
             "ranks; give more samples, a smaller batch_size, or set packing: False"
         )
     counters = _counters(config, tokens.samples, documents // shards, len(plan) // shards)
-    return PlannedRows(plan, lengths, tokens, length, pad_id, equal, *counters), EpochSampler(len(plan), **order)
+    return PlannedSequences(plan, lengths, tokens, length, pad_id, equal, *counters), EpochSampler(len(plan), **order)
 
 
 def _counters(config, samples, samples_per_epoch, rows_per_epoch):
     return (
-        CutCounter(samples.place, samples_per_epoch, logger, config.truncation),
+        TruncationCounter(samples.location, samples_per_epoch, logger, config.truncation),
         PaddingCounter(rows_per_epoch, logger),
     )
 
@@ -271,7 +271,7 @@ SAMPLE, TOKEN = "sample", "token"
 DEFAULTS = {
     "data_loader": None,
     "tokenizer": None,
-    "input_columns": ROW_COLUMNS,
+    "input_columns": UNPACKED_COLUMNS,
     "max_source_length": None,
     "max_target_length": None,
     "seq_length": None,
@@ -329,7 +329,7 @@ def checked(dataset_config):
     given = {key: value for key, value in dataset_config.items() if value is not None}
     config = MindFormerConfig()
     config.update({**DEFAULTS, **given})
-    row_length(config)
+    sequence_length(config)
     for name in ("batch_size", "repeat", "prefetch_size", "packing_window"):
         whole_number(config[name], name, 1)
     for name in ("rows_per_epoch", "documents_per_row", "pad_to_multiple_of"):
@@ -346,8 +346,8 @@ def checked(dataset_config):
             raise InputError(f"{name}: {config[name]!r} has no meaning with packing: {config.packing}; remove it")
     choice(config.truncation, "truncation", tuple(TRUNCATIONS))
     choice(config.on_long_answer, "on_long_answer", ON_LONG_ANSWER)
-    columns = PACKED_COLUMNS if config.packing else ROW_COLUMNS
-    if list(config.input_columns) not in (columns, ROW_COLUMNS):
+    columns = PACKED_COLUMNS if config.packing else UNPACKED_COLUMNS
+    if list(config.input_columns) not in (columns, UNPACKED_COLUMNS):
         raise InputError(f"input_columns: {config.input_columns!r} is not {columns}, the columns there are")
     if config.ignore_pad_token_for_loss is not True:
         raise InputError(
@@ -360,7 +360,7 @@ def checked(dataset_config):
     return config
 
 
-def row_length(dataset_config):
+def sequence_length(dataset_config):
     """Tokens of a row: `seq_length` where it is given, else max_source_length + max_target_length + 1 (end token).
 
     Args:

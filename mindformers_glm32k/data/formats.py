@@ -23,14 +23,14 @@ class Turn:
         role (str): "system", "user", "assistant" or "observation".
         content (str): the text.
         metadata (str): the rest of the role's line; the tool's name where an assistant calls one.
-        learnt (bool): whether the content and the token that ends it have a part in the loss.
+        in_loss (bool): whether the content and the token that ends it have a part in the loss.
         context (tuple[int, int] | None): where in `content`, in characters, the long document stands.
     """
 
     role: str
     content: str
     metadata: str = ""
-    learnt: bool = False
+    in_loss: bool = False
     context: Optional[tuple[int, int]] = None
 
 
@@ -50,7 +50,7 @@ class Sample:
 
     def turns(self):
         """tuple[Turn, Turn]: the same as a conversation."""
-        return Turn("user", self.prompt, context=self.context), Turn("assistant", self.answer, learnt=True)
+        return Turn("user", self.prompt, context=self.context), Turn("assistant", self.answer, in_loss=True)
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class ChatLayout:
                 raise InputError(f"message {number} of {field!r}: {error}") from error
         if record.get("tools"):
             turns = _with_tools(turns, messages[0], record["tools"], is_own_message=field == "conversations")
-        if not any(turn.learnt for turn in turns):
+        if not any(turn.in_loss for turn in turns):
             raise InputError(f"field {field!r} has no assistant message to learn from; add one or remove the line")
         return Chat(tuple(turns))
 
@@ -281,7 +281,7 @@ def _turns(message):
         if role != "system":
             raise InputError(f"'tools' belong to a system message; found in one of the role {role}")
         content += "\n" + _listed(message["tools"])
-    return [Turn(role, content, metadata, learnt=role == "assistant" and loss is not False)]
+    return [Turn(role, content, metadata, in_loss=role == "assistant" and loss is not False)]
 
 
 def _tool_turns(message, learnt):

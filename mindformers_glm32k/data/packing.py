@@ -1,7 +1,7 @@
 """Packing: several documents into one row of fixed length, each with positions, an attention and a weight of its own.
 
     input_ids     a1 a2 a3 a4 b1 b2 b3 c1 c2 c3 c4 <pad> <pad>      three documents
-    labels         ·  · a4  ·  · b3  ·  · c3 c4  ·    ·     ·       as `rows.py` makes them
+    labels         ·  · a4  ·  · b3  ·  · c3 c4  ·    ·     ·       as `encode.py` makes them
     input_mask     0  0  1  0  0  1  0  0 .5 .5  0    0     0       weight of each position in the loss
     position_ids   0  1  2  3  0  1  2  0  1  2  3    0     1       restart with each document
     document_ids   0  0  0  0  1  1  1  2  2  2  2    3     3       a token attends within its document only
@@ -140,11 +140,11 @@ def split_to_multiple(rows, multiple):
     return rows
 
 
-def packed_row(documents, capacity, pad_id, equal_samples=True):
+def packed_sequence(documents, capacity, pad_id, equal_samples=True):
     """The columns of one row.
 
     Args:
-        documents (Sequence[Row]): what lies in it; has input_ids and labels, int32 (length,).
+        documents (Sequence[EncodedSample]): what lies in it; has input_ids and labels, int32 (length,).
         capacity (int): tokens of the row, at least those of the documents together.
         pad_id (int): the token behind the last document.
         equal_samples (bool): weights that make samples count alike; False: tokens.
@@ -170,7 +170,7 @@ def packed_row(documents, capacity, pad_id, equal_samples=True):
     return input_ids, labels, input_mask, position_ids, document_ids
 
 
-class PackedRows:
+class PackedSequences:
     """Rows of several documents by number, or without an end; what `GeneratorDataset` draws from.
 
     Args:
@@ -178,7 +178,7 @@ class PackedRows:
         capacity (int): tokens of a row.
         pad_id (int): the token of padding.
         equal_samples (bool): whether samples count alike in the loss, or tokens.
-        cuts (CutCounter), padding (PaddingCounter): told of each row.
+        cuts (TruncationCounter), padding (PaddingCounter): told of each row.
     """
 
     def __init__(self, tokens, capacity, pad_id, equal_samples, cuts, padding):
@@ -193,21 +193,21 @@ class PackedRows:
         return self.columns(rows)
 
     def documents(self, place):
-        """tuple[list[int], list[Row]]: the samples in the row at a place, and their tokens."""
+        """tuple[list[int], list[EncodedSample]]: the samples in the row at a place, and their tokens."""
         raise NotImplementedError
 
     def columns(self, rows):
-        """tuple[np.ndarray, ...]: the columns of a row with these documents (list[Row]); see `packed_row`."""
-        return packed_row(rows, self._capacity, self._pad_id, self._equal_samples)
+        """tuple[np.ndarray, ...]: the columns of a row with these documents (list[EncodedSample]); see `packed_sequence`."""
+        return packed_sequence(rows, self._capacity, self._pad_id, self._equal_samples)
 
 
-class PlannedRows(PackedRows):
+class PlannedSequences(PackedSequences):
     """Rows whose documents are known beforehand.
 
     Args:
         plan (list[list[int]]): samples of each row.
         lengths (np.ndarray): tokens of each sample, as they were planned.
-        others: as PackedRows.
+        others: as PackedSequences.
     """
 
     def __init__(self, plan, lengths, *others):
@@ -226,14 +226,14 @@ class PlannedRows(PackedRows):
         for sample, row in zip(samples, rows):
             if len(row.input_ids) != self._lengths[sample]:
                 raise InputError(
-                    f"{self.tokens.samples.place(sample)}: {len(row.input_ids)} tokens, and {self._lengths[sample]} "
+                    f"{self.tokens.samples.location(sample)}: {len(row.input_ids)} tokens, and {self._lengths[sample]} "
                     "when rows were planned; has the file changed? Start again, with the lengths in .glm32k_cache "
                     "removed if they are damaged"
                 )
         return samples, rows
 
 
-class StreamedRows(PackedRows):
+class StreamedSequences(PackedSequences):
     """Rows packed while they are asked for: pass after pass over this rank's share of the documents.
 
     In pass p rank r of n has the places r, r + n, r + 2n, … of the order that seed and p make: each document is in one
@@ -246,7 +246,7 @@ class StreamedRows(PackedRows):
         shuffle (bool), seed (int): determine the order.
         shard_id (int), num_shards (int): this rank.
         threads (int): that tokenize ahead of what is asked for.
-        others: as PackedRows.
+        others: as PackedSequences.
     """
 
     def __init__(self, window, most, shuffle, seed, shard_id, num_shards, threads, *others):
@@ -295,7 +295,7 @@ class StreamedRows(PackedRows):
                 yield sample, len(row.input_ids)
 
 
-def plan_rows(lengths, capacity, window, order, batch, most=None):
+def plan_sequences(lengths, capacity, window, order, batch, most=None):
     """Packs all documents of an epoch.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_glm32k.data.encode import IGNORED, Row
+from mindformers_glm32k.data.encode import IGNORED, EncodedSample
 from mindformers_glm32k.data.formats import Chat, Sample, Text
 from mindformers_glm32k.data.sources import SampleSource
 
@@ -44,7 +44,7 @@ class TokenText:
         return self._paint(_BORDER, f"--- {text}")
 
     def document(
-        self, ids: np.ndarray, labels: np.ndarray, weights: np.ndarray, encoded: Row, heaviest: float
+        self, ids: np.ndarray, labels: np.ndarray, weights: np.ndarray, encoded: EncodedSample, heaviest: float
     ) -> str:
         """The text of one document.
 
@@ -57,15 +57,15 @@ class TokenText:
         weight = np.where(targets == IGNORED, 0, np.concatenate(([0], weights[:-1])))
         special = np.isin(ids, list(self._roles)) | (ids == self._vocabulary.eos_id)
         changes = np.flatnonzero((np.diff(weight) != 0) | (np.diff(special) != 0)) + 1
-        starts = sorted({0, *changes.tolist(), *(cut for cut in encoded.seams if cut < len(ids))})
+        starts = sorted({0, *changes.tolist(), *(cut for cut in encoded.cut_points if cut < len(ids))})
         parts = []
         for start, stop in zip(starts, [*starts[1:], len(ids)]):
-            if start in encoded.seams:
-                lost = f" {encoded.tokens_before - encoded.tokens_after} tokens" if len(encoded.seams) == 1 else ""
+            if start in encoded.cut_points:
+                lost = f" {encoded.tokens_before - encoded.tokens_after} tokens" if len(encoded.cut_points) == 1 else ""
                 parts.append(self._paint(_CUT, f"✂{lost} ✂"))
             if start < stop:
                 parts.append(self._stretch(ids[start:stop], weight[start], special[start], heaviest))
-        if len(ids) in encoded.seams:
+        if len(ids) in encoded.cut_points:
             parts.append(self._paint(_CUT, "✂ ✂"))
         wrong = np.flatnonzero((targets != IGNORED) & (targets != ids))
         if len(wrong):
@@ -125,7 +125,9 @@ class SequenceText:
         self._samples, self._tokens, self._tokenizer, self._fed = samples, tokens, tokenizer, fed
         self._longest_prompt, self._seq_length = longest_prompt, seq_length
 
-    def write(self, number: int, indices: list[int], documents: list[Row], columns: dict[str, np.ndarray]) -> str:
+    def write(
+        self, number: int, indices: list[int], documents: list[EncodedSample], columns: dict[str, np.ndarray]
+    ) -> str:
         """The text of sequence `number`.
 
         Args:
@@ -155,7 +157,7 @@ class SequenceText:
                 title += f", weight {weights[here][in_loss].max():.4g} each"
             if document.dropped:
                 title += f"; left out: {document.dropped}"
-            elif document.seams:
+            elif document.cut_points:
                 title += f"; truncated from {document.tokens_before} tokens"
             heaviest = float(weights.max()) or 1.0
             text = self._tokens.document(ids[here], labels[here], weights[here], document, heaviest)
@@ -166,7 +168,7 @@ class SequenceText:
             lines.append(border(f"padding: {length - end} tokens"))
         return "\n".join(lines)
 
-    def _against_prediction(self, sample: Sample | Chat | Text, document: Row) -> str:
+    def _against_prediction(self, sample: Sample | Chat | Text, document: EncodedSample) -> str:
         """What prediction would feed for the last answer of a sample, against the tokens before it in training."""
         if isinstance(sample, Text):
             return "plain text, which no prompt asks for"
@@ -181,7 +183,7 @@ class SequenceText:
             *history, last = _before_the_last_answer(sample)
             prediction = self._tokenizer.build_chat_input(last["content"], history, last["role"])["input_ids"][0]
         prediction = [int(index) for index in prediction]
-        text = comparison(training, prediction, document.seams, self._tokens.text)
+        text = comparison(training, prediction, document.cut_points, self._tokens.text)
         if len(prediction) > self._longest_prompt:
             text += (
                 f"; prediction refuses it, for a prompt may have {self._longest_prompt} tokens "
@@ -193,19 +195,19 @@ class SequenceText:
 def _before_the_last_answer(chat):
     """The messages before the last turn that is in the loss."""
     turns = chat.turns()
-    last = max(index for index, turn in enumerate(turns) if turn.learnt)
+    last = max(index for index, turn in enumerate(turns) if turn.in_loss)
     return [{"role": turn.role, "content": turn.content, "metadata": turn.metadata} for turn in turns[:last]]
 
 
 def comparison(
-    training: list[int], prediction: list[int], seams: Iterable[int], describe: Callable[[list[int]], str]
+    training: list[int], prediction: list[int], cut_points: Iterable[int], describe: Callable[[list[int]], str]
 ) -> str:
     """One sentence that compares a prompt in training with what prediction feeds, token by token.
 
     Args:
         training: ids of the sequence up to the first one that is to be learned.
         prediction: ids that the model would be fed.
-        seams: positions in `training` before which tokens were cut out.
+        cut_points: positions in `training` before which tokens were cut out.
         describe: ids as text.
     """
     if training == prediction:
@@ -219,7 +221,7 @@ def comparison(
         f"the prompt has {len(training)} tokens, prediction feeds {len(prediction)}; the first {same} are the same, "
         f"and the last {behind}"
     )
-    if same + behind == len(training) and any(same - 1 <= cut <= same + 1 for cut in seams):
+    if same + behind == len(training) and any(same - 1 <= cut <= same + 1 for cut in cut_points):
         return f"{text}: what differs is the truncation alone"
     return (
         f"{text}; from token {same} on training has {describe(training[same : same + 8])!r}, "

@@ -64,7 +64,7 @@ class SampleSource:
         (lines, layout), record = self._locate(index)
         return layout.sample(lines[record])
 
-    def place(self, index):
+    def location(self, index):
         """str: file and line of sample `index`, for messages."""
         (lines, _), record = self._locate(index)
         return f"{lines.path}, line {lines.line(record)}"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mindformers_glm32k.data.encode import Row, RowBuilder
+from mindformers_glm32k.data.encode import EncodedSample, SampleEncoder
 from mindformers_glm32k.data.line_index import cache_folder, cache_name
 from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
@@ -48,17 +48,17 @@ class TokenizedSamples:
         tokenizer: the builder's GLM32KTokenizer.
     """
 
-    def __init__(self, samples: SampleSource, builder: RowBuilder, tokenizer):
-        self.samples, self._builder, self.tokenizer = samples, builder, tokenizer
+    def __init__(self, samples: SampleSource, builder: SampleEncoder, tokenizer):
+        self.samples, self._encoder, self.tokenizer = samples, builder, tokenizer
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, sample: int) -> Row:
+    def __getitem__(self, sample: int) -> EncodedSample:
         try:
-            return self._builder.tokens(self.samples[sample])
+            return self._encoder.encode(self.samples[sample])
         except InputError as error:
-            place = self.samples.place(sample)
+            place = self.samples.location(sample)
             if str(error).startswith(place.partition(",")[0]):
                 raise
             raise InputError(f"{place}: {error}") from error
@@ -108,7 +108,7 @@ def kept_lengths(
     Args:
         samples: the samples.
         tokenizer: the GLM32KTokenizer that makes tokens of them.
-        settings: JSON-able; how rows are made of the samples, with `row_length`.
+        settings: JSON-able; how rows are made of the samples, with `sequence_length`.
         section: the data_loader section, for the options that decide what a sample is; None where there is only a
             finished loader, whose options are not known: then nothing is kept.
         configured: whether to keep lengths; None: from KEPT_FROM bytes of data on.
@@ -138,10 +138,10 @@ def kept_lengths(
         for old in set(path.parent.glob(f"{glob.escape(prefix)}-*.lengths.npy")) - {path}:
             old.unlink(missing_ok=True)
             log.info("removed %s: its data has changed", old)
-        kept = _mapped(path, len(samples), settings["row_length"])
+        kept = _mapped(path, len(samples), settings["sequence_length"])
         if kept is None:
             _make(path, len(samples))
-            kept = _mapped(path, len(samples), settings["row_length"])
+            kept = _mapped(path, len(samples), settings["sequence_length"])
     except OSError as error:
         log.warning("lengths of the samples are not kept: %s", error)
         return None

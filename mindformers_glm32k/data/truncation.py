@@ -1,7 +1,7 @@
-"""How a conversation that is too long is cut, by the names of the YAML's `truncation`.
+"""How a conversation that is too long is truncated, by the names of the YAML's `truncation`.
 
-Only what users say and tools return is ever cut (in plain text: the text itself); role tokens, system messages and
-answers stay. First the room is shared among these messages, then each message is cut to its share.
+Only what users say and tools return ever loses tokens (in plain text: the text itself); role tokens, system messages
+and answers stay. First the room is shared among these messages, then each message is truncated to its share.
 
     middle     the longest messages give way first, down to one common length; the cut falls inside the context
                where that is known (LongBench's {context}), else in the middle, so that the question stays
@@ -12,25 +12,27 @@ answers stay. First the room is shared among these messages, then each message i
     drop       nothing is cut; what is too long is left out
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Optional
 
 LEAST = 2  # tokens that stay of any message
 
 
-def middle(length, room, context):
+def middle(length: int, room: int, context: tuple[int, int]) -> tuple[int, int]:
     """Cuts in the middle of the context; instructions before it and the question behind it stay.
 
     Where they alone are longer than the room, the context goes and then the text before the question, of which at
     most half the room is left to a long beginning; the last words stay in any case.
 
     Args:
-        length (int): tokens of the message's text, > room.
-        room (int): tokens that may stay, >= 2.
-        context (tuple[int, int]): where the context stands, in tokens, 0 <= start <= stop <= length.
+        length: tokens of the message's text, > room.
+        room: tokens that may stay, >= 2.
+        context: where the context stands, in tokens, 0 <= start <= stop <= length.
 
     Returns:
-        tuple[int, int]: tokens kept at the start and at the end; their sum is `room`.
+        tokens kept at the start and at the end; their sum is `room`.
     """
     before, behind = context[0], length - context[1]
     left_over = room - before - behind  # tokens of the context that may stay
@@ -41,44 +43,44 @@ def middle(length, room, context):
     return head, room - head
 
 
-def left(_length, room, _context):
-    """Keeps the end; arguments and result as those of `middle`."""
+def left(_length: int, room: int, _context: tuple[int, int]) -> tuple[int, int]:
+    """Keeps the end; otherwise as `middle`."""
     return 0, room
 
 
-def right(_length, room, _context):
-    """Keeps the beginning; arguments and result as those of `middle`."""
+def right(_length: int, room: int, _context: tuple[int, int]) -> tuple[int, int]:
+    """Keeps the beginning; otherwise as `middle`."""
     return room, 0
 
 
-def both_halves(_length, room, _context):
+def both_halves(_length: int, room: int, _context: tuple[int, int]) -> tuple[int, int]:
     """Keeps half the room, rounded down, at either end, as pred.py does; otherwise as `middle`."""
     return room // 2, room // 2
 
 
-def level(lengths, room):
+def level(lengths: list[int], room: int) -> list[int]:
     """Shares the room so that the longest messages give way first, down to one common length.
 
     Args:
-        lengths (list[int]): tokens of each message.
-        room (int): tokens that may stay in all, at least LEAST (or the length, where that is less) for each message.
+        lengths: tokens of each message.
+        room: tokens that may stay in all, at least LEAST (or the length, where that is less) for each message.
 
     Returns:
-        list[int]: tokens that may stay of each message, <= its length; their sum is the smaller of room and all.
+        tokens that may stay of each message, <= its length; their sum is the smaller of room and all.
     """
     shares, left_over = [0] * len(lengths), room
-    for place, index in enumerate(sorted(range(len(lengths)), key=lambda index: lengths[index])):
-        shares[index] = min(lengths[index], left_over // (len(lengths) - place))
+    for done, index in enumerate(sorted(range(len(lengths)), key=lambda index: lengths[index])):
+        shares[index] = min(lengths[index], left_over // (len(lengths) - done))
         left_over -= shares[index]
     return shares
 
 
-def newest_first(lengths, room):
+def newest_first(lengths: list[int], room: int) -> list[int]:
     """Shares the room so that the oldest text gives way first; otherwise as `level`."""
     return oldest_first(lengths[::-1], room)[::-1]
 
 
-def oldest_first(lengths, room):
+def oldest_first(lengths: list[int], room: int) -> list[int]:
     """Shares the room so that the newest text gives way first; otherwise as `level`."""
     shares = [min(length, LEAST) for length in lengths]
     left_over = room - sum(shares)
@@ -89,34 +91,27 @@ def oldest_first(lengths, room):
     return shares
 
 
-def halves(ids, half, decode):
-    """LongBench's cut: the first and the last tokens, back as a text. Letters may break at its two inner ends.
+def halves(ids: list[int], half: int, decode: Callable[[list[int]], str]) -> str:
+    """LongBench's truncation: the text of the first and the last `half` >= 1 tokens. Letters may break at its two
+    inner ends.
 
     Source: pred.py of LongBench. Tokenizing the text again may give a few tokens more or less than 2 * half.
-
-    Args:
-        ids (list[int]): tokens of a text, more than 2 * half.
-        half (int): tokens kept at either end, >= 1.
-        decode (Callable[[list[int]], str]): the tokenizer's.
-
-    Returns:
-        str: the text of both ends, joined.
     """
     return decode(ids[:half]) + decode(ids[-half:])
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """One way to cut.
+    """One mode.
 
     Attributes:
-        share (Callable | None): (lengths, room) -> tokens that may stay of each message; None where nothing is cut.
-        keep (Callable | None): (length, room, context) -> tokens kept at the start and at the end of a message.
-        tokenize_again (bool): whether the ends of a message are decoded, joined and tokenized again.
+        share: (lengths, room) -> tokens that may stay of each message; None where nothing is cut.
+        keep: (length, room, context) -> tokens kept at the start and at the end of a message.
+        tokenize_again: whether the ends of a message are decoded, joined and tokenized again.
     """
 
-    share: Optional[Callable] = None
-    keep: Optional[Callable] = None
+    share: Callable | None = None
+    keep: Callable | None = None
     tokenize_again: bool = False
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from mindformers_glm32k.config import GLM32KConfig
-from mindformers_glm32k.data.dataset import check_vocabulary, row_length
+from mindformers_glm32k.data.dataset import check_vocabulary, sequence_length
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import packing_problems
 
@@ -20,7 +20,7 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
     from mindformers.models.build_tokenizer import build_tokenizer
 
     dataset, model = config[section], config.model.model_config
-    length = row_length(dataset)
+    length = sequence_length(dataset)
     if length > model.seq_length:
         raise InputError(
             f"{section}: sequences have {length} tokens (max_source_length {dataset.max_source_length} + "

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Writes LongBench as training records in the AdGen layout; takes upstream's options of this script, and more.
-=======
-"""Writes LongBench as training records in the AdGen format, with the options of upstream's glm32k_preprocess.py and more.
->>>>>>> cae8948 (Commands make-data, preprocess and inspect parse and print; the rooms below do the work)
 
     python research/glm32k/glm32k_preprocess.py --data_path data --output_path out \
         --prompt_config_file dataset2prompt.json --is_longbench_e True

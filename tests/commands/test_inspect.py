@@ -42,7 +42,7 @@ def tiny(tmp_path_factory):
 def test_rows_as_they_are(tiny, capsys):
     status, text, _ = printed(capsys, "-n", "2", *tiny)
     assert status == 0
-    assert text.count("--- row ") == 2 and text.count("--- document 1 of 1: ") == 2
+    assert text.count("--- sequence ") == 2 and text.count("--- document 1 of 1: ") == 2
     assert (
         len(re.findall(r"Question: What is the \w+\?«<\|assistant\|>»\[1\| ⏎\n The \w+ is \w+\.\]\[1\|«</s>»\]", text))
         == 2
@@ -66,14 +66,14 @@ def test_packed_rows_with_cuts_in_colour(tiny, capsys):
         *tiny,
     )
     assert status == 0
-    assert re.search(r"--- row 1: 3 documents, \d+ of 256 tokens", text)
+    assert re.search(r"--- sequence 1: 3 documents, \d+ of 256 tokens", text)
     assert re.search(
-        r"document 2 of 3: .*train.jsonl, line \d+: \d+ tokens, \d+ learnt, weight 0\.1\d* each; "
-        r"cut from \d+ tokens",
+        r"document 2 of 3: .*train.jsonl, line \d+: \d+ tokens, \d+ in the loss, weight 0\.1\d* each; "
+        r"truncated from \d+ tokens",
         text,
     )
     assert "\x1b[1;31m✂ " in text and "\x1b[7m" in text
-    assert len(re.findall("what differs is the cut alone", text)) == 3
+    assert len(re.findall("what differs is the truncation alone", text)) == 3
 
 
 def test_the_evaluation_data(tiny, capsys):
@@ -128,14 +128,14 @@ def test_longbench_with_the_published_vocabulary(reference, capsys):
         "False",
     )
     assert status == 0
-    assert len(re.findall(r"✂ \d+ tokens ✂", text)) == 2 and text.count("what differs is the cut alone") == 2
+    assert len(re.findall(r"✂ \d+ tokens ✂", text)) == 2 and text.count("what differs is the truncation alone") == 2
     assert "prediction refuses it, for a prompt may have 4095 tokens" in text
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["-n", "0"], "-n 0: at least one row"),
+        (["-n", "0"], "-n 0: at least one sequence"),
         (["--train_dataset_task.type", "KeyWordGenDataset"], "train_dataset_task.type: 'KeyWordGenDataset'"),
         (["--train_dataset.pakcing", "True"], "unknown key 'pakcing', did you mean 'packing'"),
         (["--model.model_config.padded_vocab_size", "100"], "set padded_vocab_size"),

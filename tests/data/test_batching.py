@@ -11,7 +11,7 @@ from mindformers.tools.register import MindFormerConfig
 
 from mindformers_glm32k.data import batching as batches_module
 from mindformers_glm32k.data import dataset as dataset_module
-from mindformers_glm32k.data.batching import WORST, CutCounter, CutReport
+from mindformers_glm32k.data.batching import WORST, TruncationCounter, TruncationReport
 from mindformers_glm32k.data.dataset import GLM32KDataset
 from mindformers_glm32k.data.packing import COLUMNS
 from mindformers_glm32k.errors import InputError
@@ -252,11 +252,11 @@ def test_lengths_that_are_kept_are_not_counted_again(section, tokenizer, monkeyp
     section.update(cache_tokens=True, packing=True)
     once = epochs(GLM32KDataset(section))[0]
     with monkeypatch.context() as patched:
-        patched.setattr(dataset_module.RowBuilder, "tokens", None)  # would fail if it were called
+        patched.setattr(dataset_module.SampleEncoder, "encode", None)  # would fail if it were called
         again = GLM32KDataset(section)
     for one, two in zip(once, epochs(again)[0]):
         assert all((one[name] == two[name]).all() for name in COLUMNS)
-    monkeypatch.setattr(dataset_module.RowBuilder, "tokens", None)
+    monkeypatch.setattr(dataset_module.SampleEncoder, "encode", None)
     with pytest.raises(TypeError):  # another truncation has other tokens
         GLM32KDataset({**section, "truncation": "left"})
 
@@ -317,7 +317,7 @@ def place(sample):
 
 def test_the_first_cut_is_told_at_once_and_each_epoch_is_summed_up():
     log = Log()
-    cuts = CutCounter(place, 4, log, "left")
+    cuts = TruncationCounter(place, 4, log, "left")
     for sample, lengths in enumerate([(15, 15), (32, 15), (20, 0), (8, 8)]):
         cuts.add(sample, *lengths)
     first, summary = log.lines
@@ -335,7 +335,7 @@ def test_the_first_cut_is_told_at_once_and_each_epoch_is_summed_up():
 
 
 def test_a_row_that_comes_twice_is_named_once():
-    report = CutReport()
+    report = TruncationReport()
     for sample in (3, 1, 3, 3):
         report.add(sample, 10 + sample, 10)
     assert report.worst == [(13, 10, 3), (11, 10, 1)] and report.cut == 4
@@ -343,7 +343,7 @@ def test_a_row_that_comes_twice_is_named_once():
 
 def test_nothing_is_said_where_nothing_is_cut():
     log = Log()
-    cuts = CutCounter(place, 2, log)
+    cuts = TruncationCounter(place, 2, log)
     for sample in range(6):
         cuts.add(sample, 10, 10)
     assert log.lines == []
@@ -351,7 +351,7 @@ def test_nothing_is_said_where_nothing_is_cut():
 
 def test_forked_workers_count_together():
     log = Log()
-    cuts = CutCounter(place, 9, log)
+    cuts = TruncationCounter(place, 9, log)
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=cuts.add, args=(number, 20 + number, 10)) for number in range(8)]
     for worker in workers:
@@ -365,13 +365,13 @@ def test_forked_workers_count_together():
 
 def test_reports_of_parts_make_the_report_of_the_whole():
     rng = random.Random(0)
-    whole, parts = CutReport(), [CutReport() for _ in range(3)]
+    whole, parts = TruncationReport(), [TruncationReport() for _ in range(3)]
     for sample in range(200):
         before = rng.randint(5, 50)
         after = rng.choice([before, 0, 5])
         assert whole.add(sample, before, after) == (after != before)
         parts[sample % 3].add(sample, before, after)
-    merged = CutReport()
+    merged = TruncationReport()
     for part in parts:
         merged.merge(pickle.loads(pickle.dumps(part)))
     assert vars(merged) == vars(whole) and len(whole.worst) == WORST

@@ -9,7 +9,7 @@ from mindformers.dataset import build_dataset
 from mindformers.tools.register import MindFormerConfig
 
 from mindformers_glm32k.data import dataset as dataset_module
-from mindformers_glm32k.data.dataset import GLM32KDataset, check_vocabulary, row_length
+from mindformers_glm32k.data.dataset import GLM32KDataset, check_vocabulary, sequence_length
 from mindformers_glm32k.data.loader import GLM32KDataLoader
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.glm32k_tokenizer import GLM32KTokenizer
@@ -161,10 +161,10 @@ def test_a_loader_may_be_given_instead_of_its_section(section):
 
 def test_row_length():
     lengths = {"max_source_length": 30720, "max_target_length": 2047}
-    assert row_length(lengths) == 32768
-    assert row_length({**lengths, "seq_length": 40000}) == 40000
+    assert sequence_length(lengths) == 32768
+    assert sequence_length({**lengths, "seq_length": 40000}) == 40000
     with pytest.raises(InputError, match="seq_length=32767 is smaller"):
-        row_length({**lengths, "seq_length": 32767})
+        sequence_length({**lengths, "seq_length": 32767})
 
 
 def test_a_vocabulary_that_the_embedding_does_not_hold_is_refused(small_vocab_file):

@@ -117,14 +117,14 @@ def test_assistants_are_learnt_and_nobody_else(field):
     assert turns(record) == [
         Turn("system", "s"),
         Turn("user", "q"),
-        Turn("assistant", "a", learnt=True),
+        Turn("assistant", "a", in_loss=True),
         Turn("user", "q"),
-        Turn("assistant", "a", learnt=True),
+        Turn("assistant", "a", in_loss=True),
     ]
 
 
 def test_an_answer_may_be_kept_out_of_the_loss():
-    assert [turn.learnt for turn in turns({"messages": [USER, {**ANSWER, "loss": False}, USER, ANSWER]})] == [
+    assert [turn.in_loss for turn in turns({"messages": [USER, {**ANSWER, "loss": False}, USER, ANSWER]})] == [
         False,
         False,
         False,
@@ -171,10 +171,10 @@ def test_the_published_format_of_tools():
         Turn("system", TOOLS_INTRODUCTION + '\n[\n    "weather: tells it"\n]'),
         Turn("system", "s"),
         Turn("user", "q"),
-        Turn("assistant", "thought", learnt=True),
+        Turn("assistant", "thought", in_loss=True),
         Turn("assistant", "```python\ntool_call(city='Köln', days=3, fine=True)\n```", "weather", True),
         Turn("observation", '{"sky": "天"}'),
-        Turn("assistant", "a", learnt=True),
+        Turn("assistant", "a", in_loss=True),
     ]
 
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings, strategies
 
 from mindformers_glm32k.data.packing import (
     COLUMNS,
-    PlannedRows,
-    StreamedRows,
+    PlannedSequences,
+    StreamedSequences,
     first_fit,
     pack,
-    packed_row,
-    plan_rows,
+    packed_sequence,
+    plan_sequences,
     split_to_multiple,
 )
 from mindformers_glm32k.errors import InputError
@@ -118,7 +118,7 @@ def document(length, learnt):
 
 
 def test_a_row_as_in_the_picture():
-    row = packed_row([document(4, 1), document(3, 1), document(4, 2)], 13, 0)
+    row = packed_sequence([document(4, 1), document(3, 1), document(4, 2)], 13, 0)
     columns = dict(zip(COLUMNS, row))
     assert columns["input_ids"].tolist() == [10, 11, 12, 13, 10, 11, 12, 10, 11, 12, 13, 0, 0]
     assert columns["labels"].tolist() == [-100, -100, 13, -100, -100, 12, -100, -100, 12, 13, -100, -100, -100]
@@ -128,9 +128,9 @@ def test_a_row_as_in_the_picture():
     assert {name: column.dtype for name, column in columns.items()} == {
         name: np.float32 if name == "input_mask" else np.int32 for name in COLUMNS
     }
-    by_token = packed_row([document(4, 1), document(4, 2)], 8, 0, equal_samples=False)[2]
+    by_token = packed_sequence([document(4, 1), document(4, 2)], 8, 0, equal_samples=False)[2]
     assert by_token.tolist() == [0, 0, 1, 0, 0, 1, 1, 0]
-    assert packed_row([], 3, 7)[0].tolist() == [7, 7, 7] and not packed_row([], 3, 7)[2].any()
+    assert packed_sequence([], 3, 7)[0].tolist() == [7, 7, 7] and not packed_sequence([], 3, 7)[2].any()
 
 
 @given(strategies.lists(strategies.integers(1, 12), min_size=1, max_size=12), strategies.randoms())
@@ -145,7 +145,7 @@ def test_the_loss_is_the_mean_over_samples_however_they_are_packed(answers, rng)
     while order:  # rows of one to three samples, on any device
         size = rng.randint(1, 3)
         row, order = order[:size], order[size:]
-        columns = dict(zip(COLUMNS, packed_row([samples[number] for number in row], CAPACITY, 0)))
+        columns = dict(zip(COLUMNS, packed_sequence([samples[number] for number in row], CAPACITY, 0)))
         loss = np.zeros(CAPACITY)
         loss[columns["labels"] != -100] = np.concatenate([losses[number] for number in row])
         total += (columns["input_mask"] * loss).sum()
@@ -173,7 +173,7 @@ class Tokens:
 
 
 class Counter:
-    """Stands for CutCounter and PaddingCounter."""
+    """Stands for TruncationCounter and PaddingCounter."""
 
     def __init__(self):
         self.calls = []
@@ -188,7 +188,7 @@ def lengths():
 
 
 def stream(tokens, shard_id=0, num_shards=1, shuffle=True, seed=0, window=3, threads=2, cuts=None, most=None):
-    return StreamedRows(
+    return StreamedSequences(
         window,
         most,
         shuffle,
@@ -211,11 +211,11 @@ def samples_in(rows, places):
 
 def test_a_plan_has_every_sample_once_and_a_multiple_of_rows(lengths):
     order = {"shuffle": True, "seed": 1, "num_shards": 2, "shard_id": 1}
-    plan = plan_rows(np.array(lengths), TOKENS_A_ROW, 4, order, 4)
+    plan = plan_sequences(np.array(lengths), TOKENS_A_ROW, 4, order, 4)
     assert len(plan) % 8 == 0
     assert sorted(sample for row in plan for sample in row) == list(range(100))
     cuts, padding = Counter(), Counter()
-    rows = PlannedRows(plan, np.array(lengths), Tokens(lengths), TOKENS_A_ROW, 0, True, cuts, padding)
+    rows = PlannedSequences(plan, np.array(lengths), Tokens(lengths), TOKENS_A_ROW, 0, True, cuts, padding)
     assert len(rows) == len(plan) and samples_in(rows, range(len(plan))) == plan
     ids, _, _, _, document_ids = rows[3]
     assert [int(ids[document_ids == place][0]) for place in range(len(plan[3]))] == plan[3]
@@ -225,10 +225,10 @@ def test_a_plan_has_every_sample_once_and_a_multiple_of_rows(lengths):
 
 def test_other_lengths_than_were_planned_are_an_error(lengths):
     tokens = Tokens(lengths)
-    tokens.samples = SimpleNamespace(place=lambda sample: f"data.jsonl, line {sample + 1}")
+    tokens.samples = SimpleNamespace(location=lambda sample: f"data.jsonl, line {sample + 1}")
     planned = np.array(lengths)
     planned[7] -= 1
-    rows = PlannedRows([[3, 5], [6, 7]], planned, tokens, TOKENS_A_ROW, 0, True, Counter(), Counter())
+    rows = PlannedSequences([[3, 5], [6, 7]], planned, tokens, TOKENS_A_ROW, 0, True, Counter(), Counter())
     assert rows.documents(0)[0] == [3, 5]
     with pytest.raises(InputError, match=f"data.jsonl, line 8: {lengths[7]} tokens, and {lengths[7] - 1} when"):
         rows.documents(1)
@@ -237,7 +237,7 @@ def test_other_lengths_than_were_planned_are_an_error(lengths):
 def test_nothing_to_pack_is_said():
     order = {"shuffle": False, "seed": 0, "num_shards": 1, "shard_id": 0}
     with pytest.raises(InputError, match="every sample was left out"):
-        plan_rows(np.array([0, 0]), TOKENS_A_ROW, 4, order, 1)
+        plan_sequences(np.array([0, 0]), TOKENS_A_ROW, 4, order, 1)
     with pytest.raises(InputError, match="every sample was left out"):
         stream(Tokens([0, 0])).documents(0)
 
@@ -306,5 +306,5 @@ def test_a_limit_of_documents_holds_in_both_ways(lengths):
     rows = stream(tokens, most=2)
     assert max(len(rows.documents(place)[0]) for place in range(60)) == 2
     order = {"shuffle": True, "seed": 0, "shard_id": 0, "num_shards": 1}
-    plan = plan_rows(np.array(lengths), TOKENS_A_ROW, 3, order, 1, most=2)
+    plan = plan_sequences(np.array(lengths), TOKENS_A_ROW, 3, order, 1, most=2)
     assert max(map(len, plan)) == 2 and sorted(sample for row in plan for sample in row) == list(range(100))

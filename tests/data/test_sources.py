@@ -25,7 +25,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     write(tmp_path / ".a.x7.tmp.jsonl", *adgen(9))  # left behind by a program that was killed while it wrote a.jsonl
     source = SampleSource(tmp_path)
     assert [source[index].prompt for index in range(len(source))] == ["q0", "q1", "q2", "q3", "q4"]
-    assert source.place(4) == f"{tmp_path / 'b.jsonl'}, line 2"
+    assert source.location(4) == f"{tmp_path / 'b.jsonl'}, line 2"
     assert [(layout, size) for _, layout, size in source.files()] == [("adgen", 3), ("adgen", 2)]
     with pytest.raises(IndexError):
         source[5]
@@ -66,7 +66,7 @@ def test_damaged_lines_are_skipped_and_told_by_file(tmp_path):
         SampleSource(tmp_path)
     source = SampleSource(tmp_path, on_error="skip")
     assert [source[index].prompt for index in range(3)] == ["q0", "q1", "q2"]
-    assert source.place(0) == f"{path}, line 2"
+    assert source.location(0) == f"{path}, line 2"
     [problem] = source.problems()
     assert problem.startswith(f"1 of 3 lines are damaged and skipped: {path}: line 1: column 'summary' is missing")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.data import tokens as tokens_module
-from mindformers_glm32k.data.encode import RowBuilder
+from mindformers_glm32k.data.encode import SampleEncoder
 from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.data.tokens import TokenizedSamples, all_lengths, in_order, kept_lengths
 from mindformers_glm32k.errors import InputError
@@ -35,12 +35,12 @@ def source(tmp_path):
 
 
 def made(source, tokenizer):
-    return TokenizedSamples(source, RowBuilder(tokenizer, 40, 15, 60), tokenizer)
+    return TokenizedSamples(source, SampleEncoder(tokenizer, 40, 15, 60), tokenizer)
 
 
 def kept(source, tokenizer, configured=True, section=None, cache_dir=None, **settings):
     section = {} if section is None else section
-    return kept_lengths(source, tokenizer, {"row_length": 60, **settings}, section, configured, cache_dir, LOG)
+    return kept_lengths(source, tokenizer, {"sequence_length": 60, **settings}, section, configured, cache_dir, LOG)
 
 
 def name_of(lengths):
@@ -57,14 +57,14 @@ def test_what_is_known_is_not_counted_again(source, tokenizer, expected, monkeyp
     tokens = made(source, tokenizer)
     assert all_lengths(tokens, 2).tolist() == expected
     assert all_lengths(tokens, 2, 100, kept(source, tokenizer)).tolist() == expected
-    monkeypatch.setattr(RowBuilder, "tokens", None)
+    monkeypatch.setattr(SampleEncoder, "encode", None)
     assert all_lengths(tokens, 1, 0, kept(source, tokenizer)).tolist() == expected
 
 
 def test_an_interrupted_count_goes_on(source, tokenizer, expected, monkeypatch):
     monkeypatch.setattr(tokens_module, "_CHUNK", 10)
     tokens, asked = made(source, tokenizer), []
-    make = tokens._builder.tokens
+    make = tokens._encoder.encode
 
     def until_200(sample):
         asked.append(sample)
@@ -72,7 +72,7 @@ def test_an_interrupted_count_goes_on(source, tokenizer, expected, monkeypatch):
             raise KeyboardInterrupt
         return make(sample)
 
-    monkeypatch.setattr(tokens._builder, "tokens", until_200)
+    monkeypatch.setattr(tokens._encoder, "encode", until_200)
     with pytest.raises(KeyboardInterrupt):
         all_lengths(tokens, 1, 0, kept(source, tokenizer))
     assert (kept(source, tokenizer) > 0).sum() == 190
@@ -81,7 +81,7 @@ def test_an_interrupted_count_goes_on(source, tokenizer, expected, monkeypatch):
 
 
 def test_samples_without_tokens_are_known_too(source, tokenizer):
-    builder = RowBuilder(tokenizer, 40, 15, 60, truncation="drop")
+    builder = SampleEncoder(tokenizer, 40, 15, 60, truncation="drop")
     lengths = kept(source, tokenizer)
     found = all_lengths(TokenizedSamples(source, builder, tokenizer), 1, 0, lengths)
     assert found.min() == 0 and lengths.min() == 1 and found.dtype == np.int32
@@ -92,14 +92,14 @@ def test_two_ranks_share_the_work(source, tokenizer, expected, monkeypatch):
     ranks = [made(source, tokenizer) for _ in range(2)]
     counts = [0, 0]
     for rank, tokenized in enumerate(ranks):
-        make = tokenized._builder.tokens
+        make = tokenized._encoder.encode
 
         def tokens(sample, rank=rank, make=make):
             counts[rank] += 1
             time.sleep(0.001)
             return make(sample)
 
-        monkeypatch.setattr(tokenized._builder, "tokens", tokens)
+        monkeypatch.setattr(tokenized._encoder, "encode", tokens)
     found = [None, None]
 
     def work(rank):
@@ -189,7 +189,7 @@ def test_damaged_lengths_are_counted_again(source, tokenizer, expected, damage):
 
 def test_little_data_and_finished_loaders_keep_nothing(source, tokenizer, tmp_path, monkeypatch):
     assert kept(source, tokenizer, None) is None and kept(source, tokenizer, False) is None
-    assert kept_lengths(source, tokenizer, {"row_length": 60}, None, True, None, LOG) is None
+    assert kept_lengths(source, tokenizer, {"sequence_length": 60}, None, True, None, LOG) is None
     assert not (tmp_path / ".glm32k_cache").exists()
     monkeypatch.setattr(tokens_module, "KEPT_FROM", 100)
     assert kept(source, tokenizer, None) is not None

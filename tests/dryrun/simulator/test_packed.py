@@ -9,8 +9,8 @@ import pytest
 from dryrun.simulator.conftest import Case
 from dryrun.tiny import CONFIG, run_command
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
-from mindformers_glm32k.data.encode import IGNORED, Row
-from mindformers_glm32k.data.packing import COLUMNS, packed_row
+from mindformers_glm32k.data.encode import IGNORED, EncodedSample
+from mindformers_glm32k.data.packing import COLUMNS, packed_sequence
 from mindformers_glm32k.dryrun.analysis.analyze import is_square
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
 from mindformers_glm32k.dryrun.simulator import state, train
@@ -62,13 +62,13 @@ def documents(lengths, seed):
         ids = rng.integers(3, 1024, length).astype(np.int32)
         labels = np.append(ids[1:], IGNORED).astype(np.int32)
         labels[: length // 3] = IGNORED
-        found.append(Row(ids, labels, length, length, length // 3))
+        found.append(EncodedSample(ids, labels, length, length, length // 3))
     return found
 
 
 def step_of(*sequences):
     """Columns of one step, of the documents of each sequence."""
-    arrays = zip(*(packed_row(each, LENGTH, 0) for each in sequences))
+    arrays = zip(*(packed_sequence(each, LENGTH, 0) for each in sequences))
     return {name: np.stack(values)[None] for name, values in zip(COLUMNS, arrays)}
 
 

@@ -1,4 +1,4 @@
-"""ChatGLM3-6B-32K for MindFormers 1.6 to 1.9.
+"""ChatGLM3-6B-32K for MindFormers 1.6 to 2.1.
 
 Importing this package is enough for MindFormers' YAMLs, Auto classes and Trainer to find GLM32K.
 """

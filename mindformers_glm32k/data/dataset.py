@@ -1,13 +1,18 @@
 """GLM32KDataset: the `train_dataset_task` and `eval_dataset_task` of the YAML."""
 
+from __future__ import annotations
+
 import copy
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 from mindformers.dataset.base_dataset import BaseDataset
 from mindformers.dataset.dataloader import build_dataset_loader
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
+from mindspore.dataset import Dataset
 
 from mindformers_glm32k.checks import boolean, choice, reject_unknown, whole_number, workers
 from mindformers_glm32k.data.batching import (
@@ -25,61 +30,101 @@ from mindformers_glm32k.data.encode import IGNORED, ON_LONG_ANSWER, RAISE, Sampl
 from mindformers_glm32k.data.loader import EpochSampler, StreamSampler, samples_of
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.data.packing import PlannedSequences, StreamedSequences, plan_sequences
+from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.data.tokens import TokenizedSamples, all_lengths, kept_lengths
 from mindformers_glm32k.data.truncation import TRUNCATIONS
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.word_encoder import WordEncoder
 
+SAMPLE, TOKEN = "sample", "token"
+# Read here, with the value that stands for a missing key (None: needed, or nothing).
+DEFAULTS = {
+    "data_loader": None,
+    "tokenizer": None,
+    "input_columns": UNPACKED_COLUMNS,
+    "max_source_length": None,
+    "max_target_length": None,
+    "seq_length": None,
+    "truncation": "middle",
+    "on_long_answer": RAISE,
+    "packing": False,
+    "packing_window": 64,
+    "rows_per_epoch": None,
+    "documents_per_row": None,
+    "loss_weights": SAMPLE,
+    "sort_by_length": False,
+    "pad_to_multiple_of": None,
+    "cache_tokens": None,
+    "cache_dir": None,
+    "ignore_pad_token_for_loss": True,
+    "batch_size": 8,
+    "repeat": 1,
+    "drop_remainder": True,
+    "num_parallel_workers": 1,
+    "python_multiprocessing": False,
+    "seed": 0,
+    "prefetch_size": 1,
+    "numa_enable": False,
+}
+# What MindFormers' trainer writes into the section or reads from it; nothing for this class to do.
+_HOST_KEYS = (
+    "do_eval auto_tune filepath_prefix autotune_per_step profile micro_batch_num output_columns construct_args_key "
+    "mixup_op"
+).split()
+KNOWN_KEYS = frozenset(DEFAULTS) | frozenset(_HOST_KEYS)
+
 
 class GLM32KDataset(BaseDataset):
-    """Batches for training and evaluation; `encode.py` shows what a row holds, `packing.py` what a packed one does.
+    """Batches for training and evaluation; `encode.py` shows what a sequence holds, `packing.py` what a packed one
+    does.
 
     Calling it returns a MindSpore dataset, as MindFormers' own dataset classes do, with int32 columns input_ids and
-    labels of shape (batch_size, row length); packed rows have position_ids, document_ids and input_mask (float32)
-    besides. In data-parallel mode each rank has its share of the rows; where MindFormers feeds the whole global batch
-    to each device (semi-auto parallel with full_batch), each has all.
+    labels of shape (batch_size, sequence length); packed sequences have position_ids, document_ids and input_mask
+    (float32) besides. In data-parallel mode each rank has its share of the sequences; where MindFormers feeds the whole
+    global batch to each device (semi-auto parallel with full_batch), each has all.
 
     Args:
-        dataset_config (dict): the `train_dataset` or `eval_dataset` section, with the keys
+        dataset_config: the `train_dataset` or `eval_dataset` section, with the keys
 
             - data_loader: a section with `type: GLM32KDataLoader`, or what that class returns.
             - tokenizer: a section with `type` and `vocab_file`, or a tokenizer.
-            - max_source_length (int): tokens of the prompt, chat format included.
-            - max_target_length (int): tokens of the answer without its end token, >= 1; a longer one is kept whole
+            - max_source_length: tokens of the prompt, chat format included.
+            - max_target_length: tokens of the answer without its end token, >= 1; a longer one is kept whole
               where the prompt can make room for it.
-            - seq_length (int | None): row length, >= max_source_length + max_target_length + 1, which is the default.
-            - truncation (str): how too long prompts are cut: "middle" (default), "left", "right", "longbench" or
+            - seq_length: sequence length, >= max_source_length + max_target_length + 1, which is the default.
+            - truncation: how too long prompts are truncated: "middle" (default), "left", "right", "longbench" or
               "drop"; see truncation.py.
-            - on_long_answer (str): "raise" (default) or "drop", where answers alone do not fit a row.
-            - packing (bool): several samples in a row. Default False.
-            - packing_window (int): the samples of so many full rows are packed together, >= 1. Default 64.
-            - documents_per_row (int | None): samples of a packed row, at most. Default as many as it has room for; for
+            - on_long_answer: "raise" (default) or "drop", where answers alone do not fit a sequence.
+            - packing: several samples in a sequence. Default False.
+            - packing_window: the samples of so many full sequences are packed together, >= 1. Default 64.
+            - documents_per_row: samples of a packed sequence, at most. Default as many as it has room for; for
               an NPU with flash attention GLM32KTrainer takes model_config.documents_per_row.
-            - rows_per_epoch (int | None): packed rows of an epoch, all ranks together: a multiple of their number
+            - rows_per_epoch: packed sequences of an epoch, all ranks together: a multiple of their number
               and batch_size. By default an epoch has each sample once, for which all samples are tokenized before
               the first step. With a number, packing goes along with training, pass after pass over the samples
-              (each once a pass), and an epoch is so many rows of that.
-            - loss_weights (str): in packed rows each "sample" (default) counts alike in the loss, or each "token".
-            - sort_by_length (bool): samples of about the same length come into one batch. Default False.
-            - pad_to_multiple_of (int | None): a batch is padded to its longest row, rounded up to a multiple of this
-              and at most the row length, instead of to the row length: its shape varies, and each shape is compiled.
-            - cache_tokens (bool | None): the samples' numbers of tokens, which packing without rows_per_epoch needs
+              (each once a pass), and an epoch is so many sequences of that.
+            - loss_weights: in packed sequences each "sample" (default) counts alike in the loss, or each "token".
+            - sort_by_length: samples of about the same length come into one batch. Default False.
+            - pad_to_multiple_of: a batch is padded to its longest sequence, rounded up to a multiple of this
+              and at most the sequence length, instead of to the sequence length: its shape varies, and each shape is
+              compiled.
+            - cache_tokens: the samples' numbers of tokens, which packing without rows_per_epoch needs
               before the first step, are kept on disk for the next run; by default from 8 MB of data on.
-            - cache_dir (str | None): where they are, and the index of big files' lines. By default `.glm32k_cache`
+            - cache_dir: where they are, and the index of big files' lines. By default `.glm32k_cache`
               beside the data, or in the output folder where that cannot be written.
-            - input_columns (list[str]): ["input_ids", "labels"], or those of packed rows.
-            - batch_size (int), repeat (int), prefetch_size (int): >= 1.
-            - num_parallel_workers (int): >= 1; no more than the machine has cores are used.
-            - drop_remainder (bool), python_multiprocessing (bool), numa_enable (bool).
-            - seed (int): >= 0; the data_loader's own `seed` goes first.
-            - ignore_pad_token_for_loss (bool): True; padding never has a part in the loss.
+            - input_columns: ["input_ids", "labels"], or those of packed sequences.
+            - batch_size, repeat, prefetch_size: >= 1.
+            - num_parallel_workers: >= 1; no more than the machine has cores are used.
+            - drop_remainder, python_multiprocessing, numa_enable.
+            - seed: >= 0; the data_loader's own `seed` goes first.
+            - ignore_pad_token_for_loss: True; padding is never in the loss.
         **kwargs: the same keys, when there is no dataset_config.
 
     Raises:
-        InputError: unknown keys, wrong values, files that are missing or unfit, fewer rows than one batch.
+        InputError: unknown keys, wrong values, files that are missing or unfit, fewer sequences than one batch.
     """
 
-    def __new__(cls, dataset_config=None, **kwargs):
+    def __new__(cls, dataset_config: dict | None = None, **kwargs: Any) -> Dataset:
         config = checked(dataset_config or kwargs)
         cls.init_dataset_config(config)
         loader, tokens, pad_id = _parts(config, *cls._generate_shard_info())
@@ -90,40 +135,34 @@ class GLM32KDataset(BaseDataset):
         return batches.repeat(config.repeat)
 
 
-def first_sequences(dataset_config):
-    """The rows of the first epoch one by one, as one process sees them, and what is in them.
-
-    Args:
-        dataset_config (dict): as GLM32KDataset's.
+def first_sequences(dataset_config: dict) -> tuple[Iterator[tuple], SampleSource, Any]:
+    """The sequences of the first epoch one by one, as one process sees them, and what is in them.
 
     Returns:
-        tuple[Iterator, SampleSource, GLM32KTokenizer]: of (samples, documents, columns): numbers of the samples, their
-        Rows, and the columns by name, padded to the row length; the samples; the tokenizer.
+        an iterator of (samples, documents, columns): indices of the samples, their EncodedSamples, and the columns by
+        name, padded to the sequence length; the samples; the tokenizer.
     """
     config = checked(dataset_config)
     loader, tokens, pad_id = _parts(config, None, None)
 
-    def rows():
+    def sequences():
         if config.packing:
             packed, sampler = _packed(config, loader, tokens, pad_id)
-            for place in sampler:
-                samples, documents = packed.documents(place)
+            for index in sampler:
+                samples, documents = packed.documents(index)
                 yield samples, documents, dict(zip(PACKED_COLUMNS, packed.columns(documents)))
         else:
             length = sequence_length(config)
             for sample in _sampler(config, loader, tokens):
-                row = tokens[sample]
-                yield (
-                    [sample],
-                    [row],
-                    {"input_ids": padded(row.input_ids, length, pad_id), "labels": padded(row.labels, length, IGNORED)},
-                )
+                encoded = tokens[sample]
+                ids, labels = padded(encoded.input_ids, length, pad_id), padded(encoded.labels, length, IGNORED)
+                yield [sample], [encoded], {"input_ids": ids, "labels": labels}
 
-    return rows(), tokens.samples, tokens.tokenizer
+    return sequences(), tokens.samples, tokens.tokenizer
 
 
 def _parts(config, shard_id, num_shards):
-    """The loader of this rank's sample numbers, their TokenizedSamples, and the id of padding."""
+    """The loader of this rank's samples, their TokenizedSamples, and the id of padding."""
     loader = _loader(config, shard_id, num_shards)
     tokenizer = config.tokenizer
     if isinstance(tokenizer, dict):
@@ -161,26 +200,26 @@ def _sampler(config, loader, tokens):
 
 
 def _unpacked(config, loader, tokens, pad_id):
-    rows, length = loader.get_dataset_size(), sequence_length(config)
-    if config.drop_remainder and rows < config.batch_size:
+    samples, length = loader.get_dataset_size(), sequence_length(config)
+    if config.drop_remainder and samples < config.batch_size:
         raise InputError(
-            f"{rows} rows make no batch of batch_size={config.batch_size}; give more rows, "
+            f"{samples} records make no batch of batch_size={config.batch_size}; give more records, "
             "a smaller batch_size, or set drop_remainder: False"
         )
     _sampler(config, loader, tokens)
-    cuts, padding = _counters(config, tokens.samples, rows, rows)
+    truncations, padding = _counters(config, tokens.samples, samples, samples)
     if config.pad_to_multiple_of:
         return ragged_batches(
             loader,
-            RaggedSequences(tokens, length, pad_id, cuts, None),
+            RaggedSequences(tokens, length, pad_id, truncations, None),
             BatchPadding(config.pad_to_multiple_of, length, pad_id, padding),
             config,
         )
-    return fixed_batches(loader, FixedSequences(tokens, length, pad_id, cuts, padding), config)
+    return fixed_batches(loader, FixedSequences(tokens, length, pad_id, truncations, padding), config)
 
 
 def _packed(config, loader, tokens, pad_id):
-    """The packed rows and the sampler of their places."""
+    """The packed sequences and the sampler of their indices."""
     length, order, equal = sequence_length(config), loader.sampler.order(), config.loss_weights == SAMPLE
     shards, batch = order["num_shards"], config.batch_size if config.drop_remainder else 1
     if config.rows_per_epoch:
@@ -189,27 +228,24 @@ def _packed(config, loader, tokens, pad_id):
                 f"rows_per_epoch: {config.rows_per_epoch} is not a multiple of batch_size={batch} times "
                 f"{shards} ranks; take {-(-config.rows_per_epoch // (batch * shards)) * batch * shards}"
             )
-        rows = config.rows_per_epoch // shards
-        counters = _counters(config, tokens.samples, len(tokens) // shards, rows)
+        count = config.rows_per_epoch // shards
+        counters = _counters(config, tokens.samples, len(tokens) // shards, count)
         return StreamedSequences(
             config.packing_window,
             config.documents_per_row,
-            order["shuffle"],
-            order["seed"],
-            order["shard_id"],
-            shards,
+            order,
             config.num_parallel_workers,
             tokens,
             length,
             pad_id,
             equal,
             *counters,
-        ), StreamSampler(rows)
+        ), StreamSampler(count)
     lengths = _lengths(config, tokens, order)
     plan = plan_sequences(lengths, length, config.packing_window, order, batch, config.documents_per_row)
     documents, total, left_out = int((lengths > 0).sum()), int(lengths.sum()), int((lengths == 0).sum())
     logger.info(
-        "packing: %d samples in %d rows of %d tokens, %.1f %% of them padding; %d samples left out",
+        "packing: %d samples in %d sequences of %d tokens, %.1f %% of them padding; %d samples left out",
         documents,
         len(plan),
         length,
@@ -218,27 +254,22 @@ def _packed(config, loader, tokens, pad_id):
     )
     if not all(plan):
         raise InputError(
-            f"packing: {documents} samples are too few for a batch of {batch} rows on each of {shards} "
+            f"packing: {documents} samples are too few for a batch of {batch} sequences on each of {shards} "
             "ranks; give more samples, a smaller batch_size, or set packing: False"
         )
     counters = _counters(config, tokens.samples, documents // shards, len(plan) // shards)
     return PlannedSequences(plan, lengths, tokens, length, pad_id, equal, *counters), EpochSampler(len(plan), **order)
 
 
-def _counters(config, samples, samples_per_epoch, rows_per_epoch):
+def _counters(config, samples, samples_per_epoch, sequences_per_epoch):
     return (
         TruncationCounter(samples.location, samples_per_epoch, logger, config.truncation),
-        PaddingCounter(rows_per_epoch, logger),
+        PaddingCounter(sequences_per_epoch, logger),
     )
 
 
-def check_vocabulary(tokenizer, padded_vocab_size):
-    """Raises InputError when the tokenizer has ids that the model's embedding does not have.
-
-    Args:
-        tokenizer: has vocab_size, special tokens included.
-        padded_vocab_size (int): rows of the model's embedding.
-    """
+def check_vocabulary(tokenizer: Any, padded_vocab_size: int) -> None:
+    """Raises InputError when the tokenizer has ids, special tokens included, that the model's embedding lacks."""
     if tokenizer.vocab_size > padded_vocab_size:
         raise InputError(
             f"the vocabulary {getattr(tokenizer, 'vocab_file', '') or ''} has {tokenizer.vocab_size} ids, "
@@ -248,7 +279,7 @@ def check_vocabulary(tokenizer, padded_vocab_size):
 
 
 def _loader(config, shard_id, num_shards):
-    """The dataset of sample numbers that this rank draws from."""
+    """The dataset of the samples that this rank draws from."""
     loader = config.data_loader
     if isinstance(loader, dict):
         loader = MindFormerConfig(**copy.deepcopy(dict(loader)))
@@ -266,65 +297,8 @@ def _loader(config, shard_id, num_shards):
     return loader
 
 
-SAMPLE, TOKEN = "sample", "token"
-# Read here, with the value that stands for a missing key (None: needed, or nothing).
-DEFAULTS = {
-    "data_loader": None,
-    "tokenizer": None,
-    "input_columns": UNPACKED_COLUMNS,
-    "max_source_length": None,
-    "max_target_length": None,
-    "seq_length": None,
-    "truncation": "middle",
-    "on_long_answer": RAISE,
-    "packing": False,
-    "packing_window": 64,
-    "rows_per_epoch": None,
-    "documents_per_row": None,
-    "loss_weights": SAMPLE,
-    "sort_by_length": False,
-    "pad_to_multiple_of": None,
-    "cache_tokens": None,
-    "cache_dir": None,
-    "ignore_pad_token_for_loss": True,
-    "batch_size": 8,
-    "repeat": 1,
-    "drop_remainder": True,
-    "num_parallel_workers": 1,
-    "python_multiprocessing": False,
-    "seed": 0,
-    "prefetch_size": 1,
-    "numa_enable": False,
-}
-# What MindFormers' trainer writes into the section or reads from it; nothing for this class to do.
-_HOST_KEYS = (
-    "do_eval",
-    "auto_tune",
-    "filepath_prefix",
-    "autotune_per_step",
-    "profile",
-    "micro_batch_num",
-    "output_columns",
-    "construct_args_key",
-    "mixup_op",
-)
-KNOWN_KEYS = frozenset(DEFAULTS) | frozenset(_HOST_KEYS)
-
-
-def checked(dataset_config):
-    """A copy of the section with the defaults filled in.
-
-    Args:
-        dataset_config (dict): the `train_dataset` or `eval_dataset` section.
-
-    Returns:
-        MindFormerConfig
-
-    Raises:
-        InputError: names what is wrong with it.
-    """
-    from mindformers.tools.register import MindFormerConfig
-
+def checked(dataset_config: dict) -> MindFormerConfig:
+    """A copy of the section with the defaults filled in; InputError names what is wrong with it."""
     reject_unknown(dataset_config, KNOWN_KEYS, "dataset_config")
     given = {key: value for key, value in dataset_config.items() if value is not None}
     config = MindFormerConfig()
@@ -360,14 +334,8 @@ def checked(dataset_config):
     return config
 
 
-def sequence_length(dataset_config):
-    """Tokens of a row: `seq_length` where it is given, else max_source_length + max_target_length + 1 (end token).
-
-    Args:
-        dataset_config (dict): the `train_dataset` or `eval_dataset` section.
-
-    Returns:
-        int
+def sequence_length(dataset_config: dict) -> int:
+    """`seq_length` where it is given, else max_source_length + max_target_length + 1 (end token).
 
     Raises:
         InputError: lengths missing or no whole numbers, or seq_length smaller than source + target + 1.

@@ -22,11 +22,11 @@ modes); head, tail, role tokens and answers stay:
     truncated  [gMASK] sop <|user|> \n I1 I2 C1 C2       C6 Q1 Q2 <|assistant|> \n A1 </s>
                                                   ^ EncodedSample.cut_points
 
-The model's loss compares the logits at a position with the label at the same position (it does not shift), so the labels
-are shifted here: labels[i] is input_ids[i + 1] where that is in the loss. The prompt's ids are those of
+The model's loss compares the logits at a position with the label at the same position (it does not shift), so the
+labels are shifted here: labels[i] is input_ids[i + 1] where that is in the loss. The prompt's ids are those of
 `build_chat_input`, which generation feeds too; the model has to produce everything behind <|assistant|> itself, the
-line break that the published chat format puts there (or a tool's name before it) included. `\n` stands for the two
-ids that the tokenizer makes of a line break. Source of the loss mask: preprocess_utils.py of ChatGLM3's
+line break that the published chat format puts there (or a tool's name before it) included. `\n` stands for the two ids
+that the tokenizer makes of a line break. Source of the loss mask: preprocess_utils.py of ChatGLM3's
 finetune_chatmodel_demo, whose labels stand one position further right, for its model shifts them itself.
 """
 

@@ -4,15 +4,22 @@ A sample is one of three: a `Sample` (one question with its answer), a `Chat` (a
 (no roles at all, for continued training).
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any
 
 from mindformers_glm32k.checks import nearest
+from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.vocabulary import ROLES
 
 RENAME = "set origin_columns if the columns have other names"
+TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:"
+_KEYS = ("role", "content", "metadata", "tools", "loss", "name", "parameters", "observation")
+_HINT = 'a message looks like {"role": "user", "content": "…"}'
 
 
 @dataclass(frozen=True)
@@ -20,18 +27,18 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-        role (str): "system", "user", "assistant" or "observation".
-        content (str): the text.
-        metadata (str): the rest of the role's line; the tool's name where an assistant calls one.
-        in_loss (bool): whether the content and the token that ends it have a part in the loss.
-        context (tuple[int, int] | None): where in `content`, in characters, the long document stands.
+        role: "system", "user", "assistant" or "observation".
+        content: the text.
+        metadata: the rest of the role's line; the tool's name where an assistant calls one.
+        in_loss: whether the content and the token that ends it are in the loss.
+        context: where in `content`, in characters, the long document stands.
     """
 
     role: str
     content: str
     metadata: str = ""
     in_loss: bool = False
-    context: Optional[tuple[int, int]] = None
+    context: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,42 +46,33 @@ class Sample:
     """One question with its answer.
 
     Attributes:
-        prompt (str): what the user says, question included.
-        answer (str): what the model is to answer.
-        context (tuple[int, int]): where in `prompt`, in characters, the long document stands. Cuts fall inside it.
+        prompt: what the user says, question included.
+        answer: what the model is to answer.
+        context: where in `prompt`, in characters, the long document stands. Truncation falls inside it.
     """
 
     prompt: str
     answer: str
     context: tuple[int, int]
 
-    def turns(self):
-        """tuple[Turn, Turn]: the same as a conversation."""
+    def turns(self) -> tuple[Turn, Turn]:
+        """The same as a conversation."""
         return Turn("user", self.prompt, context=self.context), Turn("assistant", self.answer, in_loss=True)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation; at least one of its turns is learnt.
-
-    Attributes:
-        messages (tuple[Turn]): in their order.
-    """
+    """A conversation; at least one of its turns is in the loss."""
 
     messages: tuple[Turn, ...]
 
-    def turns(self):
-        """tuple[Turn]: the messages."""
+    def turns(self) -> tuple[Turn, ...]:
         return self.messages
 
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text, all of it learnt.
-
-    Attributes:
-        text (str): not empty.
-    """
+    """Plain text, not empty, all of it in the loss."""
 
     text: str
 
@@ -83,23 +81,20 @@ class AdGenLayout:
     """{"content": "…", "summary": "…"}; other fields are ignored, but for `context_span`.
 
     `context_span`, where it is there, is [start, stop]: where in the first field, in characters, the long document
-    stands. `glm32k preprocess` writes it.
-
-    Args:
-        columns (tuple[str, str]): the names of the two fields.
+    stands. `glm32k preprocess` writes it. `columns` are the names of the two fields.
     """
 
     name = "adgen"
 
-    def __init__(self, columns):
+    def __init__(self, columns: Sequence[str]):
         self.fields = tuple(columns)
 
-    def matches(self, record):
-        """bool: whether a record has this layout's fields."""
+    def matches(self, record: dict) -> bool:
+        """Whether a record has this layout's fields."""
         return all(field in record for field in self.fields)
 
-    def sample(self, record):
-        """Turns a record into a Sample; InputError (without the place) when a field is missing or no text."""
+    def sample(self, record: dict) -> Sample:
+        """InputError (without the location) when a field is missing or no text."""
         prompt, answer = (text_field(record, field, RENAME) for field in self.fields)
         return Sample(prompt, answer, _span(record.get("context_span"), len(prompt)))
 
@@ -119,22 +114,20 @@ def _span(context, length):
 class LongBenchLayout:
     """{"input": "…", "context": "…", "answers": ["…"], "dataset": "…", …}: prompt by template, first answer.
 
-    Args:
-        prompts (PromptTemplates | None): None only where the layout is asked what it matches.
+    `prompts` are None only where the layout is asked what it matches.
     """
 
     name = "longbench"
     fields = ("input", "context", "answers", "dataset")
 
-    def __init__(self, prompts):
+    def __init__(self, prompts: PromptTemplates | None):
         self.prompts = prompts
 
-    def matches(self, record):
-        """bool: whether a record has this layout's fields."""
+    def matches(self, record: dict) -> bool:
         return all(field in record for field in self.fields)
 
-    def sample(self, record):
-        """Turns a record into a Sample; InputError (without the place) when a field is missing or wrong."""
+    def sample(self, record: dict) -> Sample:
+        """InputError (without the location) when a field is missing or wrong."""
         hint = "LongBench's fields are " + ", ".join(self.fields)
         text_field(record, "context", hint, may_be_empty=True)
         text_field(record, "dataset", hint)
@@ -154,28 +147,16 @@ class TextLayout:
     name = "text"
     fields = ("text",)
 
-    def matches(self, record):
-        """bool: whether a record has this layout's field."""
+    def matches(self, record: dict) -> bool:
         return "text" in record
 
-    def sample(self, record):
-        """Turns a record into a Text; InputError (without the place) when the field is missing, empty or no text."""
+    def sample(self, record: dict) -> Text:
+        """InputError (without the location) when the field is missing, empty or no text."""
         return Text(text_field(record, "text", "plain text stands in the field 'text'"))
 
 
-def layout_of(record, layouts):
-    """The first layout that a record matches.
-
-    Args:
-        record (dict): the first record of a file.
-        layouts (list): in order of preference.
-
-    Returns:
-        one of `layouts`
-
-    Raises:
-        InputError: none matches; the message lists the fields found and the fields known.
-    """
+def layout_of(record: dict, layouts: list[Any]) -> Any:
+    """The first layout that a record matches; InputError, with the fields found and those known, where none does."""
     for layout in layouts:
         if layout.matches(record):
             return layout
@@ -193,14 +174,14 @@ def _names(record):
     return ", ".join(map(repr, record)) or "(none)"
 
 
-def text_field(record, field, hint, may_be_empty=False):
-    """Returns the text (str) in a record's field.
+def text_field(record: dict, field: str, hint: str, may_be_empty: bool = False) -> str:
+    """The text in a record's field.
 
     Args:
-        record (dict)
-        field (str): its name.
-        hint (str): what to do when it is missing or no text.
-        may_be_empty (bool): whether blank text is fine.
+        record: of a file.
+        field: its name.
+        hint: what to do when it is missing or no text.
+        may_be_empty: whether blank text is fine.
 
     Raises:
         InputError: missing, no text, blank, or with half a surrogate pair, which no tokenizer can read.
@@ -223,24 +204,29 @@ def text_field(record, field, hint, may_be_empty=False):
     return value
 
 
-TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:"
-_KEYS = ("role", "content", "metadata", "tools", "loss", "name", "parameters", "observation")
-_HINT = 'a message looks like {"role": "user", "content": "…"}'
-
-
 class ChatLayout:
-    """Records with a list of messages; fields besides `messages` or `conversations`, and `tools`, are ignored."""
+    """Chats, as ChatGLM3's published fine-tuning data has them.
+
+        {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
+        {"conversations": […], "tools": […]}
+
+    A message has `role` (system, user, assistant, observation, or tool) and `content`; an assistant's may have
+    `metadata` (the name of the tool it calls), a system message `tools`, any message `loss: false`, which keeps an
+    answer out of the loss. Other fields of the record are ignored. Sources: README and preprocess_utils.py of
+    ChatGLM3's finetune_chatmodel_demo for `conversations`, `tools` and the role `tool`; its PROMPT.md for metadata and
+    observations.
+    """
 
     name = "chat"
     fields = ("messages (or conversations)",)
     _LISTS = ("messages", "conversations")
 
-    def matches(self, record):
-        """bool: whether a record has one of the two lists."""
+    def matches(self, record: dict) -> bool:
+        """Whether a record has one of the two lists."""
         return any(field in record for field in self._LISTS)
 
-    def sample(self, record):
-        """Turns a record into a Chat; InputError (without the place) when something is missing or wrong."""
+    def sample(self, record: dict) -> Chat:
+        """InputError (without the location) when something is missing or wrong."""
         field = next((name for name in self._LISTS if name in record), None)
         if field is None:
             raise InputError(f"has neither 'messages' nor 'conversations'; {_HINT}")
@@ -284,7 +270,7 @@ def _turns(message):
     return [Turn(role, content, metadata, in_loss=role == "assistant" and loss is not False)]
 
 
-def _tool_turns(message, learnt):
+def _tool_turns(message, in_loss):
     name = text_field(message, "name", "a tool message has name, parameters and observation")
     parameters, observation = message.get("parameters"), message.get("observation")
     if not isinstance(parameters, dict):
@@ -293,7 +279,7 @@ def _tool_turns(message, learnt):
         observation = json.dumps(observation, ensure_ascii=False)
     arguments = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
     return [
-        Turn("assistant", f"```python\ntool_call({arguments})\n```", name, learnt),
+        Turn("assistant", f"```python\ntool_call({arguments})\n```", name, in_loss),
         Turn("observation", observation),
     ]
 

@@ -1,9 +1,13 @@
 """JSON-lines files: records read at random through the index of their lines, and checked."""
 
+from __future__ import annotations
+
 import json
 import os
 import weakref
 from array import array
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -13,6 +17,8 @@ from mindformers_glm32k.data.line_index import LineIndex
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
 
+MAX_PROBLEMS = 5  # lines named in one message
+MAX_LINE_BYTES = 64 << 20  # some 16 million tokens; a longer line is no record, and is not read into memory
 CHECKED_BYTES = 16 << 20  # checked before a run starts, in a tenth of a second; what follows, when it is read
 RAISE, SKIP = "raise", "skip"
 ON_ERROR = (RAISE, SKIP)
@@ -21,7 +27,7 @@ _PROGRESS_FROM = 64 << 20  # bytes
 
 
 class JsonLines:
-    """The records of one JSON-lines file by number.
+    """The records of one JSON-lines file by index.
 
     The constructor checks the lines of the first CHECKED_BYTES and the last one (a file that was cut off ends in a
     broken one), so that a small file is known to be sound before a training run starts; a line behind that is checked
@@ -30,21 +36,28 @@ class JsonLines:
     is safe from several threads and from forked or spawned processes.
 
     Args:
-        path (str | os.PathLike): the file, UTF-8, one JSON object per line. Empty lines at the end are ignored.
-        check (Callable[[dict], object] | None): called with each record; raises InputError, whose message does
-            not name the place, when the record is not fit for use.
-        cache_dir (str | os.PathLike | None): where the index of a big file is kept; see `cache_folder`.
-        on_error (str): what happens to damaged lines: "raise" an InputError, or "skip" them.
+        path: the file, UTF-8, one JSON object per line. Empty lines at the end are ignored.
+        check: called with each record; raises InputError, whose message does not name the location, when the record is
+            not fit for use.
+        cache_dir: where the index of a big file is kept; see `cache_folder`.
+        on_error: what happens to damaged lines: "raise" an InputError, or "skip" them.
 
     Attributes:
-        problems (Problems): the damaged lines that were skipped.
+        path: the file.
+        problems: the damaged lines that were skipped.
 
     Raises:
         InputError: no such file, an empty one, or one without a single sound line; where they are not to be skipped,
             lines that are empty, broken, too long or refused by `check`, of which up to MAX_PROBLEMS are named.
     """
 
-    def __init__(self, path, check=None, cache_dir=None, on_error=RAISE):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        check: Callable[[dict], Any] | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        on_error: str = RAISE,
+    ):
         choice(on_error, "on_error", ON_ERROR)
         self._index = LineIndex(path, cache_dir)
         self.path, self._check = self._index.path, check
@@ -94,7 +107,7 @@ class JsonLines:
         return tqdm(total=size, unit="B", unit_scale=True, desc=f"checking {self.path}", disable=size < _PROGRESS_FROM)
 
     def _is_sound(self, record):
-        """bool: whether line `record` of the index can be used; if not, it is among the problems."""
+        """Whether line `record` of the index can be used; if not, it is among the problems."""
         start, stop = self._index[record]
         raw = None if stop - start > MAX_LINE_BYTES else self._read(record)
         try:
@@ -108,20 +121,12 @@ class JsonLines:
             )
             return False
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._index) if self._kept is None else len(self._kept)
 
-    def __getitem__(self, index):
-        """Reads one record.
-
-        Args:
-            index (int): 0 <= index < len(self).
-
-        Returns:
-            dict
-
-        Raises:
-            InputError: a line that is broken or refused by `check`, or a file that has changed since it was checked.
+    def __getitem__(self, index: int) -> dict:
+        """Reads one record; InputError for a line that is broken or refused by `check`, or a file that has changed
+        since it was checked.
         """
         record = self._record(index)
         start, stop = self._index[record]
@@ -140,7 +145,7 @@ class JsonLines:
             ) from error
 
     def _record(self, index):
-        """int: the number in the index of record `index`, 0 <= index < len(self)."""
+        """The position in the line index of record `index`, 0 <= index < len(self)."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
         return int(index) if self._kept is None else int(self._kept[index])
@@ -158,32 +163,29 @@ class JsonLines:
             self._check(parsed)
         return parsed
 
-    def sizes(self, indices):
-        """np.ndarray: int64 bytes of the lines of the records `indices` (int array)."""
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Bytes (int64) of the lines of the records `indices`."""
         return self._index.sizes(indices if self._kept is None else self._kept[np.asarray(indices)])
 
-    def line(self, index):
-        """int: the line number, from 1, of record `index`, empty lines counted."""
+    def line(self, index: int) -> int:
+        """The line number, from 1, of a record, empty lines counted."""
         return self._index.line(self._record(index))
 
     def __getstate__(self):
         return {**vars(self), "_descriptor": None}  # a descriptor means nothing in another process
 
 
-def first_record(path, check=None, on_error=RAISE):
-    """Reads one line alone, the first one or the first sound one, to find out what a file holds.
+def first_record(path: str | os.PathLike, check: Callable[[dict], Any] | None = None, on_error: str = RAISE) -> dict:
+    """One line read alone, the first one or the first sound one, to find out what a file holds.
 
     Args:
-        path (str | os.PathLike)
-        check (Callable[[dict], object] | None): as for JsonLines.
-        on_error (str): "raise", or "skip" to look on where the first lines are damaged.
-
-    Returns:
-        dict
+        path: the file.
+        check: as for JsonLines.
+        on_error: "raise", or "skip" to look on where the first lines are damaged.
 
     Raises:
-        InputError: no such file, an empty one, or a first line that is damaged (when skipping: all of the first
-            1000 are).
+        InputError: no such file, an empty one, or a first line that is damaged (when skipping: all of the first 1000
+            are).
     """
     path = require_file(path, "data file", "Give a file with one JSON object per line.")
     problems = Problems(path)
@@ -201,44 +203,31 @@ def first_record(path, check=None, on_error=RAISE):
     raise InputError(problems.text())
 
 
-MAX_PROBLEMS = 5  # lines named in one message
-MAX_LINE_BYTES = 64 << 20  # some 16 million tokens; a longer line is no record, and is not read into memory
-
-
 class Problems:
-    """The damaged lines of one file: how many, and what is wrong with the first ones.
+    """The damaged lines of one file: `count`, and what is wrong with the first ones."""
 
-    Attributes:
-        path (str | os.PathLike): the file.
-        count (int): damaged lines.
-    """
-
-    def __init__(self, path):
+    def __init__(self, path: Any):
         self.path, self.count, self._first = path, 0, []
 
-    def add(self, line, problem):
-        """Counts a line (int, its number from 1); `problem` says what is wrong with it."""
+    def add(self, line: int, problem: Any) -> None:
+        """Counts a line, by its number from 1; `problem` says what is wrong with it."""
         self.count += 1
         if len(self._first) < MAX_PROBLEMS:
             self._first.append((line, str(problem)))
 
-    def text(self, all_counted=True):
-        """str: the lines named in one sentence; without `all_counted` the search ended before the file did."""
+    def text(self, all_counted: bool = True) -> str:
+        """The lines named in one sentence; without `all_counted` the search ended before the file did."""
         more = self.count - len(self._first)
         named = "; ".join(f"line {line}: {problem}" for line, problem in sorted(self._first))
         rest = f"; and {more} more" if all_counted else "; and more"
         return f"{self.path}: {named}" + (rest if more else "")
 
 
-def raw_lines(file, limit=MAX_LINE_BYTES):
+def raw_lines(file: BinaryIO, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, bytes | None]]:
     """Reads a binary file line by line; what is longer than `limit` bytes is passed over in pieces.
 
-    Args:
-        file: open for reading bytes, at its beginning.
-        limit (int): bytes.
-
     Yields:
-        tuple[int, bytes | None]: the line's number from 1, and the line with its end; None for one that is too long.
+        the line's number from 1, and the line with its end; None for one that is too long.
     """
     number = 0
     while True:
@@ -254,15 +243,12 @@ def raw_lines(file, limit=MAX_LINE_BYTES):
         yield number, raw
 
 
-def parse_line(raw, first=False):
+def parse_line(raw: bytes | None, first: bool = False) -> dict:
     """Parses one line.
 
     Args:
-        raw (bytes | None): the line; None stands for one that is longer than MAX_LINE_BYTES.
-        first (bool): whether it is the file's first one, which may have a byte order mark.
-
-    Returns:
-        dict
+        raw: the line; None stands for one that is longer than MAX_LINE_BYTES.
+        first: whether it is the file's first one, which may have a byte order mark.
 
     Raises:
         InputError: says what is wrong with the line, but not where it stands.

@@ -1,4 +1,9 @@
-"""GLM32KDataLoader: the `data_loader` section of the YAML."""
+"""GLM32KDataLoader: the `data_loader` section of the YAML; and the order of the samples, epoch by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from mindspore.dataset import GeneratorDataset, Sampler
@@ -9,31 +14,17 @@ from mindformers_glm32k.data.jsonl import ON_ERROR, RAISE
 from mindformers_glm32k.data.sources import AUTO, LAYOUTS, SampleSource
 from mindformers_glm32k.errors import InputError
 
-# column name -> what it holds of sample number `index`
+# column name -> what it holds of sample `index`
 COLUMNS = {
     "prompt": lambda source, index: np.array(source[index].prompt),
     "answer": lambda source, index: np.array(source[index].answer),
     "sample": lambda source, index: np.array(index, np.int64),
 }
 _KEYS = (
-    "type",
-    "dataset_dir",
-    "shuffle",
-    "origin_columns",
-    "layout",
-    "prompt_config_file",
-    "num_samples",
-    "num_shards",
-    "shard_id",
-    "seed",
-    "column_names",
-    "phase",
-    "version",
-    "num_parallel_workers",
-    "python_multiprocessing",
-    "on_error",
-    "cache_dir",
-)
+    "type dataset_dir shuffle origin_columns layout prompt_config_file num_samples num_shards shard_id seed "
+    "column_names phase version num_parallel_workers python_multiprocessing on_error cache_dir"
+).split()
+WINDOW = 50  # batches within which samples are sorted by size
 _TEXTS = {"prompt", "answer"}  # columns that only a single question has
 
 
@@ -41,29 +32,29 @@ class GLM32KDataLoader:
     """Questions with answers from JSON lines, as a MindSpore dataset.
 
     Calling it returns a `GeneratorDataset`, as MindFormers' own loaders do; `samples_of` returns the `SampleSource`
-    behind it, which maps sample numbers to samples.
+    behind it, which maps indices to samples.
 
     Args:
-        dataset_dir (str): a file, or a folder whose *.jsonl are read in the order of their names.
-        shuffle (bool): a new order in each epoch. Default False.
-        origin_columns (list[str]): the fields of AdGen lines. Default ["content", "summary"].
-        layout (str): "adgen", "longbench", "chat", "text", or "auto" (default): by the first record of each file.
-        prompt_config_file (str | None): LongBench's dataset2prompt.json; needed for its layout.
-        num_samples (int | None): read only the first samples, this many, >= 1.
-        num_shards (int | None): number of ranks that share the samples, >= 1. Default: not shared.
-        shard_id (int | None): this rank, 0 <= shard_id < num_shards.
-        seed (int): determines the shuffled orders, >= 0. Default 0.
-        column_names (list[str]): any of "prompt", "answer" (texts, the default) and "sample" (the number);
-            chats and plain text have the number only.
-        phase (str | None): "train" or "eval", as MindFormers' YAMLs say it; both are read alike. Without it, what is
+        dataset_dir: a file, or a folder whose *.jsonl are read in the order of their names.
+        shuffle: a new order in each epoch. Default False.
+        origin_columns: the fields of AdGen lines. Default ["content", "summary"].
+        layout: "adgen", "longbench", "chat", "text", or "auto" (default): by the first record of each file.
+        prompt_config_file: LongBench's dataset2prompt.json; needed for its layout.
+        num_samples: read only the first samples, this many, >= 1.
+        num_shards: number of ranks that share the samples, >= 1. Default: not shared.
+        shard_id: this rank, 0 <= shard_id < num_shards.
+        seed: determines the shuffled orders, >= 0. Default 0.
+        column_names: any of "prompt", "answer" (texts, the default) and "sample" (the index);
+            chats and plain text have the index only.
+        phase: "train" or "eval", as MindFormers' YAMLs say it; both are read alike. Without it, what is
             shuffled is for training, and LongBench's test sets in it are warned of.
-        version (int | None): MindFormers' choice of a row format; taken and not used, there is one format.
-        num_parallel_workers (int): threads or processes that read, >= 1, at most the number of cores. Default 1.
-        python_multiprocessing (bool): processes instead of threads. Default False.
-        on_error (str): damaged lines (bad UTF-8, broken JSON, missing fields, wrong types, more than 64 MB) are
+        version: MindFormers' choice of a record format; taken and not used, there is one format.
+        num_parallel_workers: threads or processes that read, >= 1, at most the number of cores. Default 1.
+        python_multiprocessing: processes instead of threads. Default False.
+        on_error: damaged lines (bad UTF-8, broken JSON, missing fields, wrong types, more than 64 MB) are
             fatal, "raise" (default), or left out, "skip". They are reported with file and line either way; to skip
             them, all lines are read once before the first batch.
-        cache_dir (str | None): where the index of a big file's lines is kept; by default `.glm32k_cache` beside it,
+        cache_dir: where the index of a big file's lines is kept; by default `.glm32k_cache` beside it,
             or in the output folder where that cannot be written.
 
     Raises:
@@ -72,24 +63,24 @@ class GLM32KDataLoader:
 
     def __new__(
         cls,
-        dataset_dir=None,
-        shuffle=False,
-        origin_columns=("content", "summary"),
-        layout=AUTO,
-        prompt_config_file=None,
-        num_samples=None,
-        num_shards=None,
-        shard_id=None,
-        seed=0,
-        column_names=("prompt", "answer"),
-        phase=None,
-        version=None,
-        num_parallel_workers=1,
-        python_multiprocessing=False,
-        on_error=RAISE,
-        cache_dir=None,
-        **unknown,
-    ):
+        dataset_dir: str | None = None,
+        shuffle: bool = False,
+        origin_columns: Sequence[str] = ("content", "summary"),
+        layout: str = AUTO,
+        prompt_config_file: str | None = None,
+        num_samples: int | None = None,
+        num_shards: int | None = None,
+        shard_id: int | None = None,
+        seed: int = 0,
+        column_names: Sequence[str] = ("prompt", "answer"),
+        phase: str | None = None,
+        version: int | None = None,
+        num_parallel_workers: int = 1,
+        python_multiprocessing: bool = False,
+        on_error: str = RAISE,
+        cache_dir: str | None = None,
+        **unknown: Any,
+    ) -> GeneratorDataset:
         from mindformers.tools.logger import logger
 
         reject_unknown(unknown, _KEYS, "data_loader")
@@ -123,7 +114,7 @@ class GLM32KDataLoader:
             dataset_dir, tuple(origin_columns), layout, prompt_config_file, num_samples, cache_dir, on_error
         )
         for path, file_layout, size in source.files():
-            logger.info("%s: %d rows, layout %s", path, size, file_layout)
+            logger.info("%s: %d records, layout %s", path, size, file_layout)
             if file_layout in ("chat", "text") and _TEXTS & set(column_names):
                 raise InputError(
                     f"{path}: lines of the layout {file_layout} have no columns prompt and answer; "
@@ -134,12 +125,12 @@ class GLM32KDataLoader:
             logger.warning("%s", problem)
         if len(source) < num_shards:
             raise InputError(
-                f"data_loader.dataset_dir {dataset_dir}: {len(source)} rows are not enough for "
-                f"{num_shards} ranks; give more rows or use fewer ranks"
+                f"data_loader.dataset_dir {dataset_dir}: {len(source)} records are not enough for "
+                f"{num_shards} ranks; give more records or use fewer ranks"
             )
         if len(source) % num_shards:
             logger.info(
-                "%d of %d rows are left out in each epoch, so that %d ranks have equally many",
+                "%d of %d records are left out in each epoch, so that %d ranks have equally many",
                 len(source) % num_shards,
                 len(source),
                 num_shards,
@@ -153,7 +144,7 @@ class GLM32KDataLoader:
         )
 
 
-def samples_of(dataset):
+def samples_of(dataset: Any) -> SampleSource | None:
     """The SampleSource of a dataset that GLM32KDataLoader made; None for any other."""
     columns = getattr(dataset, "source", None)
     return columns.samples if isinstance(columns, _Columns) else None
@@ -176,46 +167,39 @@ def _names(value):
     return isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value)
 
 
-WINDOW = 50  # batches within which samples are sorted by size
-
-
 class EpochSampler(Sampler):
-    """Sample numbers of one rank, epoch by epoch.
+    """Samples of one rank, epoch by epoch.
 
-    Each epoch has one order of all samples; rank r of n takes its places r, r + n, r + 2n, … The global batch of n
-    ranks with b rows each is therefore the batch of one process with n * b rows. What does not divide by n is left
-    out (when shuffled, other samples in each epoch), so that all ranks make equally many steps. MindSpore asks for
-    every epoch's order, skipped ones included, so a resumed run continues where it stopped.
+    Each epoch has one order of all samples; rank r of n takes its positions r, r + n, r + 2n, … The global batch of n
+    ranks with b samples each is therefore the batch of one process with n * b. What does not divide by n is left out
+    (when shuffled, other samples in each epoch), so that all ranks make equally many steps. MindSpore asks for every
+    epoch's order, skipped ones included, so a resumed run continues where it stopped: the order is the same for one
+    process and for many, on any number of workers.
 
-    MindSpore's own samplers do not do: the shuffled order with shards differs from the one without, and
-    num_samples with shuffle draws with replacement.
+    MindSpore's own samplers do not do: the shuffled order with shards differs from the one without, and num_samples
+    with shuffle draws with replacement.
 
     Args:
-        size (int): number of samples.
-        shuffle (bool): a new order in each epoch, or the files' order.
-        seed (int): with the epoch's number it determines the order.
-        num_shards (int): number of ranks that share the samples.
-        shard_id (int): this rank, 0 <= shard_id < num_shards.
+        size: number of samples.
+        shuffle: a new order in each epoch, or the files' order.
+        seed: with the epoch's number it determines the order.
+        num_shards: number of ranks that share the samples.
+        shard_id: this rank, 0 <= shard_id < num_shards.
     """
 
-    def __init__(self, size, shuffle, seed=0, num_shards=1, shard_id=0):
+    def __init__(self, size: int, shuffle: bool, seed: int = 0, num_shards: int = 1, shard_id: int = 0):
         self._size, self._shuffle, self._seed = size, shuffle, seed
         self._num_shards, self._shard_id = num_shards, shard_id
         self._sizes, self._batch = None, 1
         self._epoch = 0
         super().__init__(num_samples=size // num_shards)
 
-    def sort_by(self, sizes, batch):
-        """Lets samples of about the same size come together.
-
-        Args:
-            sizes (np.ndarray): (size,), sizes of the samples in any unit.
-            batch (int): samples of a batch, those of all ranks counted.
-        """
+    def sort_by(self, sizes: np.ndarray, batch: int) -> None:
+        """Lets samples of about the same size (in any unit) come together; `batch` counts those of all ranks."""
         self._sizes, self._batch = sizes, batch
 
-    def order(self):
-        """dict: shuffle, seed, num_shards and shard_id, as another sampler takes them."""
+    def order(self) -> dict:
+        """shuffle, seed, num_shards and shard_id, as another sampler takes them."""
         return {
             "shuffle": self._shuffle,
             "seed": self._seed,
@@ -223,7 +207,7 @@ class EpochSampler(Sampler):
             "shard_id": self._shard_id,
         }
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         order = sample_order(self._size, self._shuffle, self._seed, self._epoch)
         if self._sizes is not None:
             order = _alike_together(order, self._sizes, self._batch, (self._seed, self._epoch), self._shuffle)
@@ -233,23 +217,19 @@ class EpochSampler(Sampler):
 
 
 class StreamSampler(Sampler):
-    """Places in an endless stream, epoch by epoch: 0 … n - 1, then n … 2 n - 1, and so on.
+    """Indices of an endless stream, epoch by epoch: 0 … n - 1, then n … 2 n - 1, with n sequences an epoch and rank."""
 
-    Args:
-        rows_per_epoch (int): n, for one rank.
-    """
+    def __init__(self, sequences_per_epoch: int):
+        self._sequences, self._epoch = sequences_per_epoch, 0
+        super().__init__(num_samples=sequences_per_epoch)
 
-    def __init__(self, rows_per_epoch):
-        self._rows, self._epoch = rows_per_epoch, 0
-        super().__init__(num_samples=rows_per_epoch)
-
-    def __iter__(self):
-        start, self._epoch = self._epoch * self._rows, self._epoch + 1
-        return iter(range(start, start + self._rows))
+    def __iter__(self) -> Iterator[int]:
+        start, self._epoch = self._epoch * self._sequences, self._epoch + 1
+        return iter(range(start, start + self._sequences))
 
 
-def sample_order(size, shuffle, seed, epoch):
-    """np.ndarray: int64 (size,), the order of all samples in one epoch."""
+def sample_order(size: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
+    """The order of all samples in one epoch, int64 (size,)."""
     return np.random.default_rng((seed, epoch)).permutation(size) if shuffle else np.arange(size)
 
 

@@ -1,6 +1,9 @@
 """Prompt templates in the format of LongBench's dataset2prompt.json: {data set: "… {context} … {input} …"}."""
 
+from __future__ import annotations
+
 import json
+import os
 import string
 
 from mindformers_glm32k.errors import InputError
@@ -10,8 +13,8 @@ CONTEXT = "context"  # the field that holds the long document
 _HINT = "It maps each data set's name to its prompt, as LongBench's config/dataset2prompt.json does."
 
 
-def plain_name(dataset):
-    """str: the data set's name without LongBench-E's ending `_e`; both have the same prompt and metric."""
+def plain_name(dataset: str) -> str:
+    """The data set's name without LongBench-E's ending `_e`; both have the same prompt and metric."""
     return dataset[:-2] if dataset.endswith("_e") else dataset
 
 
@@ -19,14 +22,14 @@ class PromptTemplate:
     """One prompt in str.format's syntax, with plain field names only.
 
     Args:
-        text (str): the template.
-        what (str): what it is, for messages ("the prompt of 'trec'").
+        text: the template.
+        what: what it is, for messages ("the prompt of 'trec'").
 
     Raises:
         InputError: no text, an unbalanced brace, or a field without a plain name.
     """
 
-    def __init__(self, text, what):
+    def __init__(self, text: str, what: str):
         self._what = what
         if not isinstance(text, str):
             raise InputError(f"{what} is {type(text).__name__}, not a text")
@@ -44,18 +47,12 @@ class PromptTemplate:
                 "write {context}, {input} or another field's name, or {{ }} for braces in the text"
             )
 
-    def render(self, record):
-        """Fills the fields in, as `template.format(**record)` does.
-
-        Args:
-            record (dict): has the texts that the template names.
+    def render(self, record: dict) -> tuple[str, tuple[int, int]]:
+        """Fills the fields in, as `template.format(**record)` does; InputError for one that is missing or no text.
 
         Returns:
-            tuple[str, tuple[int, int]]: the prompt and where in it, in characters, the context stands
-            (the whole prompt where the template has no {context}).
-
-        Raises:
-            InputError: a field that is missing or no text.
+            the prompt and where in it, in characters, the context stands (all of it where the template has no
+            {context}).
         """
         text, span = "", None
         for literal, field in self._pieces:
@@ -73,16 +70,9 @@ class PromptTemplate:
 
 
 class PromptTemplates:
-    """The prompts of a file by data set.
+    """The prompts of a JSON file by data set; InputError where there is none, or a wrong template in it."""
 
-    Args:
-        path (str | os.PathLike): the JSON file.
-
-    Raises:
-        InputError: no such file, not a JSON object of texts, or a wrong template.
-    """
-
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.path = require_file(path, "prompt file", _HINT)
         try:
             templates = json.loads(self.path.read_text(encoding="utf-8"))
@@ -95,19 +85,12 @@ class PromptTemplates:
             for name, text in templates.items()
         }
 
-    def render(self, record):
-        """The prompt of one LongBench record and where its context stands; see `PromptTemplate.render`.
-
-        Args:
-            record (dict): has `dataset` and the texts that its template names.
-
-        Raises:
-            InputError: no prompt for the data set, or a field that is missing or no text.
-        """
+    def render(self, record: dict) -> tuple[str, tuple[int, int]]:
+        """The prompt of one LongBench record and where its context stands; see `PromptTemplate.render`."""
         return self.template(record["dataset"]).render(record)
 
-    def template(self, dataset):
-        """PromptTemplate: that of a data set; InputError, with the names there are, for one without."""
+    def template(self, dataset: str) -> PromptTemplate:
+        """That of a data set; InputError, with the names there are, for one without."""
         # LongBench-E names its files hotpotqa_e; the prompts are those of hotpotqa.
         for name in (dataset, plain_name(dataset)):
             if name in self._templates:

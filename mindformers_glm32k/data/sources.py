@@ -1,10 +1,22 @@
 """All samples of a file or a folder, by number."""
 
+from __future__ import annotations
+
+import os
 from pathlib import Path
 
 import numpy as np
 
-from mindformers_glm32k.data.formats import AdGenLayout, ChatLayout, LongBenchLayout, TextLayout, layout_of
+from mindformers_glm32k.data.formats import (
+    AdGenLayout,
+    Chat,
+    ChatLayout,
+    LongBenchLayout,
+    Sample,
+    Text,
+    TextLayout,
+    layout_of,
+)
 from mindformers_glm32k.data.jsonl import RAISE, JsonLines, first_record
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
@@ -18,14 +30,14 @@ class SampleSource:
     """Random access to the samples of one or more files; JsonLines says which lines are checked when it is built.
 
     Args:
-        dataset_dir (str | os.PathLike): a file, or a folder whose *.jsonl are read in the order of their names.
-        columns (tuple[str, str]): the two fields of the AdGen layout.
-        layout (str): one of LAYOUTS; "auto" looks at the first record of each file, and takes the first layout in
-            LAYOUTS' order whose fields it has.
-        prompt_config_file (str | os.PathLike | None): the templates of the LongBench layout.
-        num_samples (int | None): read only the first samples, this many.
-        cache_dir (str | os.PathLike | None): where indexes of big files are kept; see `cache_folder`.
-        on_error (str): "raise" or "skip", for damaged lines; see JsonLines.
+        dataset_dir: a file, or a folder whose *.jsonl are read in the order of their names.
+        columns: the two fields of the AdGen layout.
+        layout: one of LAYOUTS; "auto" looks at the first record of each file, and takes the first layout in LAYOUTS'
+            order whose fields it has.
+        prompt_config_file: the templates of the LongBench layout.
+        num_samples: read only the first samples, this many.
+        cache_dir: where indexes of big files are kept; see `cache_folder`.
+        on_error: "raise" or "skip", for damaged lines; see JsonLines.
 
     Raises:
         InputError: files missing, empty or with lines that are not fit for use, or no templates where needed.
@@ -33,13 +45,13 @@ class SampleSource:
 
     def __init__(
         self,
-        dataset_dir,
-        columns=("content", "summary"),
-        layout=AUTO,
-        prompt_config_file=None,
-        num_samples=None,
-        cache_dir=None,
-        on_error=RAISE,
+        dataset_dir: str | os.PathLike,
+        columns: tuple[str, str] = ("content", "summary"),
+        layout: str = AUTO,
+        prompt_config_file: str | os.PathLike | None = None,
+        num_samples: int | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        on_error: str = RAISE,
     ):
         prompts = PromptTemplates(prompt_config_file) if prompt_config_file else None
         candidates = [AdGenLayout(columns), LongBenchLayout(prompts), ChatLayout(), TextLayout()]
@@ -50,7 +62,7 @@ class SampleSource:
         self._ends = np.cumsum([len(lines) for lines, _ in self._files])
         self._size = min(int(self._ends[-1]), num_samples or int(self._ends[-1]))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._size
 
     def _locate(self, index):
@@ -59,27 +71,27 @@ class SampleSource:
         file = int(np.searchsorted(self._ends, index, side="right"))
         return self._files[file], int(index) - (int(self._ends[file - 1]) if file else 0)
 
-    def __getitem__(self, index):
-        """Sample number `index`, 0 <= index < len(self)."""
+    def __getitem__(self, index: int) -> Sample | Chat | Text:
         (lines, layout), record = self._locate(index)
         return layout.sample(lines[record])
 
-    def location(self, index):
-        """str: file and line of sample `index`, for messages."""
+    def location(self, index: int) -> str:
+        """File and line of a sample, for messages."""
         (lines, _), record = self._locate(index)
         return f"{lines.path}, line {lines.line(record)}"
 
-    def sizes(self):
-        """np.ndarray: int64 (len(self),), bytes of each sample's line."""
+    def sizes(self) -> np.ndarray:
+        """Bytes of each sample's line, int64 (len(self),)."""
         return np.concatenate([lines.sizes(np.arange(len(lines))) for lines, _ in self._files])[: self._size]
 
-    def files(self):
-        """list[tuple[str, str, int]]: path, layout and number of records of each file."""
+    def files(self) -> list[tuple[str, str, int]]:
+        """Path, layout and number of records of each file."""
         return [(str(lines.path), layout.name, len(lines)) for lines, layout in self._files]
 
-    def longbench_files(self):
-        """list[tuple[str, str]]: path and data set of each file with LongBench's samples, in its own layout or as
-        rows of `glm32k preprocess`, by its first record."""
+    def longbench_files(self) -> list[tuple[str, str]]:
+        """Path and data set of each file with LongBench's samples, in its own layout or as records of `glm32k
+        preprocess`, by its first record.
+        """
         found = []
         for lines, layout in self._files:
             record = lines[0]
@@ -87,8 +99,8 @@ class SampleSource:
                 found.append((str(lines.path), record.get("dataset")))
         return found
 
-    def problems(self):
-        """list[str]: for each file with damaged lines that are skipped: how many of how many, and the first ones."""
+    def problems(self) -> list[str]:
+        """For each file with damaged lines that are skipped: how many of how many, and the first ones."""
         return [
             f"{lines.problems.count} of {lines.problems.count + len(lines)} lines are damaged and skipped: "
             f"{lines.problems.text()}"

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -41,15 +42,15 @@ _WITHOUT_EFFECT = frozenset(
 
 
 class TokenizedSamples:
-    """Unpadded rows by the sample's number; InputError, with file and line, where none can be made.
+    """Unpadded samples by index; InputError, with file and line, where none can be made.
 
     Attributes:
         samples: the samples.
-        tokenizer: the builder's GLM32KTokenizer.
+        tokenizer: the encoder's GLM32KTokenizer.
     """
 
-    def __init__(self, samples: SampleSource, builder: SampleEncoder, tokenizer):
-        self.samples, self._encoder, self.tokenizer = samples, builder, tokenizer
+    def __init__(self, samples: SampleSource, encoder: SampleEncoder, tokenizer: Any):
+        self.samples, self._encoder, self.tokenizer = samples, encoder, tokenizer
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -58,14 +59,14 @@ class TokenizedSamples:
         try:
             return self._encoder.encode(self.samples[sample])
         except InputError as error:
-            place = self.samples.location(sample)
-            if str(error).startswith(place.partition(",")[0]):
+            location = self.samples.location(sample)
+            if str(error).startswith(location.partition(",")[0]):
                 raise
-            raise InputError(f"{place}: {error}") from error
+            raise InputError(f"{location}: {error}") from error
 
 
 def all_lengths(tokens: TokenizedSamples, threads: int, start: int = 0, kept: np.ndarray | None = None) -> np.ndarray:
-    """Tokens of every sample's row, int32 (samples,); 0 where the truncation leaves it out.
+    """Tokens of every sample, int32 (samples,); 0 where the truncation leaves it out.
 
     Args:
         tokens: the samples; those that `kept` does not have are tokenized, with a progress bar.
@@ -92,12 +93,12 @@ def all_lengths(tokens: TokenizedSamples, threads: int, start: int = 0, kept: np
 
 def kept_lengths(
     samples: SampleSource,
-    tokenizer,
+    tokenizer: Any,
     settings: dict,
     section: dict | None,
     configured: bool | None,
     cache_dir: str | os.PathLike | None,
-    log,
+    log: Any,
 ) -> np.ndarray | None:
     """The file of a data set's lengths, mapped for reading and writing; None where none is kept.
 
@@ -108,7 +109,7 @@ def kept_lengths(
     Args:
         samples: the samples.
         tokenizer: the GLM32KTokenizer that makes tokens of them.
-        settings: JSON-able; how rows are made of the samples, with `sequence_length`.
+        settings: JSON-able; how samples are encoded, with `sequence_length`.
         section: the data_loader section, for the options that decide what a sample is; None where there is only a
             finished loader, whose options are not known: then nothing is kept.
         configured: whether to keep lengths; None: from KEPT_FROM bytes of data on.
@@ -191,7 +192,7 @@ def _digest(content):
 
 
 def in_order(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
-    """Yields function(item) of each item, in order; at most `ahead` that come next are computed meanwhile, in threads."""
+    """Yields function(item) of each item, in order; up to `ahead` that come next are computed meanwhile."""
 
     def call(item):
         if not threading.main_thread().is_alive():

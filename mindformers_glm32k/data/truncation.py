@@ -36,10 +36,7 @@ def middle(length: int, room: int, context: tuple[int, int]) -> tuple[int, int]:
     """
     before, behind = context[0], length - context[1]
     left_over = room - before - behind  # tokens of the context that may stay
-    if left_over >= 0:
-        head = before + (left_over + 1) // 2
-    else:
-        head = room - min(behind, room - min(before, room // 2))
+    head = before + (left_over + 1) // 2 if left_over >= 0 else room - min(behind, room - min(before, room // 2))
     return head, room - head
 
 

@@ -22,8 +22,9 @@ class RecordLengths:
         self._waiting, self._characters = [], 0  # records that are not yet tokenized
 
     def add(self, side: str, record: dict) -> None:
-        """Counts one record of a side, "train" or "heldout": it has dataset, content and summary, and length where there
-        is no vocabulary."""
+        """Counts one record of a side, "train" or "heldout": it has dataset, content and summary, and length where
+        there is no vocabulary.
+        """
         columns = self._columns.setdefault((record["dataset"], side), (array("i"), array("i")))
         if self._vocabulary is None:
             length = record.get("length")

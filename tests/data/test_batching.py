@@ -196,7 +196,7 @@ def test_a_stream_says_when_its_epoch_does_not_divide(section, ranks):
 
 def test_too_few_samples_for_the_ranks_are_an_error(section, ranks):
     ranks(0, 100)
-    with pytest.raises(InputError, match="too few for a batch of 2 rows on each of 100 ranks"):
+    with pytest.raises(InputError, match="too few for a batch of 2 sequences on each of 100 ranks"):
         GLM32KDataset({**section, "packing": True, "data_loader": {**section.data_loader, "num_samples": 150}})
 
 
@@ -300,7 +300,7 @@ def test_padding_is_counted_by_several_processes():
     )
     for _ in range(8):
         counter.add(1, 60, 80)
-    assert messages == ["padding: 25.0 % of the positions of 4 rows (240 tokens in 320 positions)"] * 2
+    assert messages == ["padding: 25.0 % of the positions of 4 sequences (240 tokens in 320 positions)"] * 2
 
 
 class Log:
@@ -322,23 +322,23 @@ def test_the_first_cut_is_told_at_once_and_each_epoch_is_summed_up():
         cuts.add(sample, *lengths)
     first, summary = log.lines
     assert (
-        first == "a.jsonl, line 2: cut from 32 to 15 tokens to fit the row (truncation: left); "
+        first == "a.jsonl, line 2: truncated from 32 to 15 tokens to fit the sequence (truncation: left); "
         "a summary follows after each epoch"
     )
     assert summary == (
-        "of 4 rows 1 were cut (truncation: left) and 1 left out, 37 of 75 tokens (49.3 %); most lost, "
+        "of 4 samples 1 were truncated (truncation: left) and 1 left out, 37 of 75 tokens (49.3 %); most lost, "
         "in tokens: a.jsonl, line 3: 20, left out; a.jsonl, line 2: 32 to 15"
     )
     for sample in range(4):
         cuts.add(sample, 11, 10)
-    assert len(log.lines) == 3 and "of 4 rows 4 were cut" in log.lines[2]
+    assert len(log.lines) == 3 and "of 4 samples 4 were truncated" in log.lines[2]
 
 
 def test_a_row_that_comes_twice_is_named_once():
     report = TruncationReport()
     for sample in (3, 1, 3, 3):
         report.add(sample, 10 + sample, 10)
-    assert report.worst == [(13, 10, 3), (11, 10, 1)] and report.cut == 4
+    assert report.worst == [(13, 10, 3), (11, 10, 1)] and report.truncated == 4
 
 
 def test_nothing_is_said_where_nothing_is_cut():
@@ -360,7 +360,7 @@ def test_forked_workers_count_together():
         worker.join()
     cuts.add(100, 1, 1)
     assert len(log.lines) == 1, "the warning of the first cut was another process's"
-    assert "of 9 rows 8 were cut" in log.lines[0] and "a.jsonl, line 8: 27 to 10" in log.lines[0]
+    assert "of 9 samples 8 were truncated" in log.lines[0] and "a.jsonl, line 8: 27 to 10" in log.lines[0]
 
 
 def test_reports_of_parts_make_the_report_of_the_whole():

@@ -111,8 +111,8 @@ def test_cuts_are_reported(section, monkeypatch):
     monkeypatch.setattr(dataset_module.logger, "warning", lambda text, *values: messages.append(text % values))
     section.update(max_source_length=20, drop_remainder=False)
     batches(GLM32KDataset(section))
-    assert "to fit the row" in messages[0] and "train.jsonl, line" in messages[0]
-    assert "of 10 rows" in messages[1] and "train.jsonl, line 10" in messages[1]
+    assert "to fit the sequence" in messages[0] and "train.jsonl, line" in messages[0]
+    assert "of 10 samples" in messages[1] and "train.jsonl, line 10" in messages[1]
 
 
 def test_more_workers_than_cores_are_no_error(section):
@@ -131,7 +131,7 @@ def test_more_workers_than_cores_are_no_error(section):
         ({"input_columns": ["input_ids"]}, "input_columns"),
         ({"ignore_pad_token_for_loss": False}, "ignore_pad_token_for_loss"),
         ({"batch_size": 0}, "batch_size: 0"),
-        ({"batch_size": 11}, "10 rows make no batch of batch_size=11"),
+        ({"batch_size": 11}, "10 records make no batch of batch_size=11"),
         ({"drop_remainder": "yes"}, "drop_remainder: 'yes'"),
         ({"seed": -1}, "seed: -1"),
         ({"tokenizer": None}, "tokenizer: missing"),

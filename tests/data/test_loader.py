@@ -84,7 +84,7 @@ def test_num_samples_and_other_columns(data):
         ({"column_names": ["input_ids"]}, "data_loader.column_names"),
         ({"num_samples": 0}, "data_loader.num_samples: 0"),
         ({"num_shards": 2, "shard_id": 2}, "data_loader.shard_id: 2"),
-        ({"num_shards": 11, "shard_id": 0}, "10 rows are not enough for 11 ranks"),
+        ({"num_shards": 11, "shard_id": 0}, "10 records are not enough for 11 ranks"),
         ({"origin_columns": ["question", "summary"]}, "train.jsonl: line 1: has the fields 'content', 'summary'"),
     ],
 )

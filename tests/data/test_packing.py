@@ -60,7 +60,7 @@ def test_each_document_is_in_one_row_and_in_one_only(lengths, window, seed):
 @given(LENGTHS, strategies.integers(1, 50), strategies.integers(1, 5))
 def test_rows_have_no_more_documents_than_allowed(lengths, window, most):
     documents = list(enumerate(lengths))
-    rows = list(pack(iter(documents), CAPACITY, window, most=most))
+    rows = list(pack(iter(documents), CAPACITY, window, max_documents=most))
     assert sorted(number for row in rows for number in row) == [number for number, length in documents if length]
     assert all(len(row) <= most and sum(lengths[number] for number in row) <= CAPACITY for row in rows)
 
@@ -191,10 +191,7 @@ def stream(tokens, shard_id=0, num_shards=1, shuffle=True, seed=0, window=3, thr
     return StreamedSequences(
         window,
         most,
-        shuffle,
-        seed,
-        shard_id,
-        num_shards,
+        {"shuffle": shuffle, "seed": seed, "shard_id": shard_id, "num_shards": num_shards},
         threads,
         tokens,
         TOKENS_A_ROW,
@@ -306,5 +303,5 @@ def test_a_limit_of_documents_holds_in_both_ways(lengths):
     rows = stream(tokens, most=2)
     assert max(len(rows.documents(place)[0]) for place in range(60)) == 2
     order = {"shuffle": True, "seed": 0, "shard_id": 0, "num_shards": 1}
-    plan = plan_sequences(np.array(lengths), TOKENS_A_ROW, 3, order, 1, most=2)
+    plan = plan_sequences(np.array(lengths), TOKENS_A_ROW, 3, order, 1, max_documents=2)
     assert max(map(len, plan)) == 2 and sorted(sample for row in plan for sample in row) == list(range(100))

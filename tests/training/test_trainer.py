@@ -203,7 +203,7 @@ def test_broken_data_is_named_by_its_line(lines, words, options, capsys):
 
 
 def test_fewer_rows_than_a_batch(options, capsys):
-    assert "8 rows make no batch of batch_size=9" in refused(options() + ["--batch_size", "9"], capsys)
+    assert "8 records make no batch of batch_size=9" in refused(options() + ["--batch_size", "9"], capsys)
 
 
 # --- prediction ---

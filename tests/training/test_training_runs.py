@@ -426,7 +426,9 @@ def test_packed_rows_train_and_are_evaluated(follow_ups):
     assert rows % BATCH == 0 and rows < ROWS and len(losses) == 4 * rows // BATCH
     assert np.isfinite(losses).all() and abs(losses[0] - math.log(512)) < 0.3
     assert np.mean(losses[-4:]) < 0.4 * losses[0]
-    padding = [float(share) for share in re.findall(rf"padding: ([\d.]+) % of the positions of {rows} rows", run.log)]
+    padding = [
+        float(share) for share in re.findall(rf"padding: ([\d.]+) % of the positions of {rows} sequences", run.log)
+    ]
     assert len(padding) >= 4 and max(padding) < 45  # so few documents do not fill their sequences
     first, last = perplexities(run)
     assert last[1] < first[1]

@@ -3,10 +3,10 @@
     python benchmarks/data.py [--size 2GB] [--vocab_file tokenizer.model] [--rounds 2] [--seconds 40]
 
 Writes AdGen lines with a mix of lengths like LongBench's (log-normal, median 5000 tokens, 0.2k to 60k), then lets each
-program, in a process of its own and in turn, make batches of one row of 32768 tokens from them:
+program, in a process of its own and in turn, make batches of one sequence of 32768 tokens from them:
 
     first     seconds from the building of the data set to the first batch, imports not counted; files are in the page
-              cache, indexes and tokens of earlier runs are removed but for the program that is to find them
+              cache, indexes and lengths of earlier runs are removed but for the program that is to find them
     tokens/s  tokens that are no padding, per second from the first batch on, for --seconds
     RSS       peak of the process above what it had after the imports, and that again with an eighth of the data
     padding   share of positions that hold no token
@@ -32,14 +32,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 REFERENCE = ROOT.parent / "shared" / "reference" / "tokenizer" / "tokenizer.model"
-SOURCE, TARGET, ROW = 30720, 2047, 32768
+SOURCE, TARGET, SEQUENCE = 30720, 2047, 32768
 
-UPSTREAM, ROWS, PACKED, CACHED = "upstream", "rows", "packed", "packed, cached"
+UPSTREAM, PLAIN, STREAMED, PLANNED, AGAIN = "upstream", "plain", "streamed", "planned", "planned again"
 TITLES = {
     UPSTREAM: "upstream: ADGenDataLoader, KeyWordGenDataset",
-    ROWS: "GLM32KDataset, one sample a row",
-    PACKED: "GLM32KDataset, packing, rows_per_epoch",
-    CACHED: "the same again, tokens on disk",
+    PLAIN: "GLM32KDataset, one sample a sequence",
+    STREAMED: "GLM32KDataset, packing, rows_per_epoch",
+    PLANNED: "GLM32KDataset, packing",
+    AGAIN: "the same again, lengths on disk",
 }
 
 
@@ -112,7 +113,7 @@ def dataset(program, path, vocab_file, workers):
         )
     from mindformers_glm32k.data.dataset import GLM32KDataset
 
-    packing = {"packing": True, "rows_per_epoch": 16000} if program != ROWS else {}
+    packing = {PLAIN: {}, STREAMED: {"packing": True, "rows_per_epoch": 16000}}.get(program, {"packing": True})
     return GLM32KDataset(
         {
             "data_loader": {"type": "GLM32KDataLoader", "dataset_dir": path, "shuffle": True},
@@ -138,14 +139,14 @@ def run_program(args):
     data = dataset(args.program, args.data, args.vocab_file, args.workers)
     batches = data.create_dict_iterator(num_epochs=1, output_numpy=True)
     first = None
-    tokens = positions = rows = 0
+    tokens = positions = sequences = 0
     for batch in batches:
         ids = batch["input_ids"]
         if first is None:
             first = time.perf_counter() - start
             continue  # the first one has been waited for
         positions += ids.size
-        rows += len(ids)
+        sequences += len(ids)
         tokens += int(np.count_nonzero(ids))  # padding has the id 0, which text does not give
         if time.perf_counter() - start - first > args.seconds:
             break
@@ -157,7 +158,7 @@ def run_program(args):
                 "first": first,
                 "speed": tokens / seconds,
                 "rss": _memory("VmHWM") - before,
-                "rows": rows,
+                "sequences": sequences,
                 "padding": 1 - tokens / max(positions, 1),
             }
         ),
@@ -174,7 +175,7 @@ def _memory(name):
 def measure(program, data, args):
     """Runs one program; returns its result (dict)."""
     cache = data.parent / ".glm32k_cache"
-    if program != CACHED:
+    if program != AGAIN:
         shutil.rmtree(cache, ignore_errors=True)
     command = [
         sys.executable,
@@ -248,12 +249,12 @@ def print_table(results, size, args):
         return statistics.median(result[name] for result in results[program, part])
 
     print(
-        f"{size / 1e9:.2f} GB of JSON lines, rows of {ROW} tokens, {args.workers} workers, {os.cpu_count()} cores, "
-        f"median of {args.rounds} rounds"
+        f"{size / 1e9:.2f} GB of JSON lines, sequences of {SEQUENCE} tokens, {args.workers} workers, "
+        f"{os.cpu_count()} cores, median of {args.rounds} rounds"
     )
     print(
         f"{'program':48} {'first s':>8} {'sooner':>7} {'tokens/s':>9} {'x':>5} {'RSS MB':>7} {'at 1/8':>7} "
-        f"{'padding %':>9} {'rows':>5}"
+        f"{'padding %':>9} {'sequences':>9}"
     )
     for program, title in TITLES.items():
         first, speed = median(program, 1, "first"), median(program, 1, "speed")
@@ -261,7 +262,7 @@ def print_table(results, size, args):
             f"{title:48} {first:8.2f} {median(UPSTREAM, 1, 'first') / first:7.1f} {speed:9.0f} "
             f"{speed / median(UPSTREAM, 1, 'speed'):5.2f} {median(program, 1, 'rss'):7.0f} "
             f"{median(program, 8, 'rss'):7.0f} {100 * median(program, 1, 'padding'):9.1f} "
-            f"{median(program, 1, 'rows'):5.0f}"
+            f"{median(program, 1, 'sequences'):9.0f}"
         )
 
 

@@ -27,6 +27,10 @@ COMMANDS = {
         "mindformers_glm32k.commands.inspect",
         "print training sequences as the model sees them, and compare their prompts with what prediction feeds",
     ),
+    "check": (
+        "mindformers_glm32k.commands.check",
+        "say all that is wrong with a run before it starts: YAML, data, checkpoint, layout; mend the YAML",
+    ),
     "convert": ("mindformers_glm32k.commands.convert", "convert a Hugging Face checkpoint to a MindSpore one"),
     "dryrun": (
         "mindformers_glm32k.commands.dryrun",

@@ -27,9 +27,12 @@ changed on disk; what is bound to another name is bound back.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mindformers_glm32k.errors import InputError
@@ -149,3 +152,65 @@ def barrier_on_cpu() -> Iterator[None]:
     finally:
         for module in users:
             module.barrier = upstream
+
+
+# MindFormers -> the MindSpore versions that the plugin has been tried with, and the release of CANN that upstream's
+# installation page of that version names
+TRIED_TOGETHER = {
+    "1.6": (("2.7",), "8.2"),
+    "1.7": (("2.7",), "8.3"),
+    "1.8": (("2.7",), "8.5"),
+    "1.9": (("2.9",), "9.0"),
+    "2.0": (("2.10",), None),
+    "2.1": (("2.10", "2.11"), None),
+}
+
+
+def version_problems() -> list[tuple[str, str, str]]:
+    """(what, found, what to do) for versions of MindFormers, MindSpore and Python that do not go together."""
+    import mindformers
+
+    found = []
+    host, runtime = ".".join(mindformers.__version__.split(".")[:2]), mindspore_version()
+    if host not in TRIED_TOGETHER:
+        found.append(("MindFormers", mindformers.__version__, f"tried are {', '.join(TRIED_TOGETHER)}"))
+    elif ".".join(runtime.split(".")[:2]) not in TRIED_TOGETHER[host][0]:
+        wanted = " or ".join(TRIED_TOGETHER[host][0])
+        found.append(
+            ("MindSpore", runtime, f"MindFormers {mindformers.__version__} goes with MindSpore {wanted}; install that")
+        )
+    if not (3, 9) <= sys.version_info[:2] <= (3, 12):
+        found.append(("Python", ".".join(map(str, sys.version_info[:3])), "use Python 3.9 to 3.12"))
+    cann, named = cann_version(), TRIED_TOGETHER.get(host, (None, None))[1]
+    if cann and named and cann != named:
+        found.append(("CANN", cann, f"MindFormers {mindformers.__version__} goes with CANN {named}"))
+    return found
+
+
+def cann_version() -> str | None:
+    """The release of the CANN toolkit on this machine, "8.2", None where none is found."""
+    home = os.environ.get("ASCEND_TOOLKIT_HOME") or "/usr/local/Ascend/ascend-toolkit/latest"
+    for path in sorted(Path(home).glob("*/ascend_toolkit_install.info")):
+        match = re.search(r"^version=(\d+\.\d+)", path.read_text(encoding="utf-8", errors="replace"), re.M)
+        if match:
+            return match[1]
+    return None
+
+
+def pynative_is_upstreams() -> bool:
+    """Whether `context.mode: 1` chooses MindFormers' PyNative trainer (2.0 on), which has no glm2."""
+    import mindformers
+
+    return int(mindformers.__version__.split(".")[0]) >= 2
+
+
+def host_config_classes() -> tuple[dict[str, type], ModuleType]:
+    """MindFormers' classes of the YAML's sections by their names, and its module of arguments of contexts; the latter
+    moved from mindformers.trainer to mindformers.core in 1.8."""
+    from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
+
+    try:
+        from mindformers.core import config_args
+    except ImportError:
+        from mindformers.trainer import config_args
+    return CONFIG_NAME_TO_CLASS, config_args

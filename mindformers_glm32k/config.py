@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mindformers.generation import GenerationConfig
 from mindformers.models.glm2 import ChatGLM2Config
@@ -159,11 +161,6 @@ class GLM32KConfig(ChatGLM2Config):
     ):
         kwargs = normalize_values(dict(kwargs))
         rope_ratio, eos_token_id = normalize_values([rope_ratio, eos_token_id])
-        problems = _unknown_keys(kwargs)
-        for derived, field in _DERIVED.items():
-            value = kwargs.pop(derived, None)
-            if value is not None and kwargs.setdefault(field, value) != value:
-                problems.append(f"{derived}={value!r}: contradicts {field}={kwargs[field]!r}")
         upstreams = dict(
             kwargs,
             seq_length=seq_length,
@@ -177,10 +174,13 @@ class GLM32KConfig(ChatGLM2Config):
             cells=cells,
             documents_per_row=documents_per_row,
         )
-        defaults = {name: parameter.default for name, parameter in _upstream_parameters().items()}
-        problems += _wrong_values({**defaults, **upstreams, **ours})
+        problems = field_problems({**upstreams, **ours})
         if problems:
             raise InputError("GLM32KConfig: " + "; ".join(problems))
+        for derived, field in _DERIVED.items():
+            value = upstreams.pop(derived, None)
+            if value is not None:
+                upstreams.setdefault(field, value)
         super().__init__(**upstreams)
         for name, value in ours.items():
             setattr(self, name, value)
@@ -225,6 +225,20 @@ class GLM32KConfig(ChatGLM2Config):
             return cls(**fields)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def field_problems(fields: Mapping[str, Any]) -> list[str]:
+    """One sentence for each of a model_config's keys that is unknown, contradicts another or has a wrong value."""
+    fields = normalize_values(dict(fields))
+    signature = inspect.signature(GLM32KConfig.__init__).parameters
+    problems = _unknown_keys([name for name in fields if name not in signature])
+    for derived, field in _DERIVED.items():
+        value = fields.pop(derived, None)
+        if value is not None and fields.setdefault(field, value) != value:
+            problems.append(f"{derived}={value!r}: contradicts {field}={fields[field]!r}")
+    parameters = {**_upstream_parameters(), **signature}
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return problems + _wrong_values({**defaults, **fields})
 
 
 def _upstream_parameters():

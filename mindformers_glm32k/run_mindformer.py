@@ -7,7 +7,9 @@ to be right, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from mindformers_glm32k.overrides import normalize_values, pairs, parse_value, r
 if TYPE_CHECKING:
     from mindformers.tools.register import MindFormerConfig
 
+_NEVER_NULL = ("runner_config", "runner_wrapper", "optimizer", "lr_schedule")
 RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
 
 # one of these is in the environment of a process that msrun, a rank table's launcher or mpirun started
@@ -106,33 +109,25 @@ def read_config(argv: Sequence[str] | None = None) -> MindFormerConfig:
         InputError: a missing or broken YAML, a key whose section does not exist, a misspelt option, a leftover option
             without a value.
     """
-    args, rest = build_parser().parse_known_args(argv)
-    if args.modal_type:
-        raise InputError("--modal_type: GLM32K is a text model; leave the option out")
-    _check_yaml(args.config)
-    leftovers = pairs(rest)
-    if args.register_path:
-        os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
-        sys.path.append(os.path.abspath(args.register_path))
+    args, leftovers, written = _parse(argv)
 
     from mindformers.tools.register import MindFormerConfig
 
     try:
         config = MindFormerConfig(args.config, **({"run_mode": args.run_mode} if args.run_mode else {}))
     except (KeyError, TypeError, ValueError, OSError) as error:  # a section of a wrong type or with unknown keys
-        raise InputError(f"{args.config}: {error.args[0] if len(error.args) == 1 else error}") from error
+        from mindformers_glm32k.preflight import findings_of_yaml
+
+        found = findings_of_yaml(normalize_values(written), args.run_mode)
+        lines = [finding.line() for finding in found if finding.severity == "error"]
+        reason = str(error.args[0]) if len(error.args) == 1 else str(error)
+        raise InputError(f"{args.config}: {'; '.join([reason, *lines])}") from error
     normalize_values(config)
+    for section in _NEVER_NULL:  # MindFormers has put its defaults, such as another learning rate, in place of a null
+        if section in written and written[section] is None:
+            config[section] = None
     reject_misspelt(leftovers, config, [name for name in vars(args) if name != "config"])
-    for name, _, key, _ in OVERRIDES:
-        value = getattr(args, name)
-        if value is not None:
-            set_key(config, key, value, f"--{name}")
-    for key, text in args.options or ():
-        set_key(config, key, parse_value(text), f"--options {key}")
-    if args.num_samples is not None:
-        for section in ("train_dataset", "eval_dataset"):
-            if config.get(section) and config[section].get("data_loader"):
-                set_key(config, f"{section}.data_loader.num_samples", args.num_samples, "--num_samples")
+    _override(config, args)
     path = config.load_checkpoint
     if isinstance(path, str) and path and not os.path.exists(path):
         raise InputError(
@@ -151,8 +146,63 @@ def read_config(argv: Sequence[str] | None = None) -> MindFormerConfig:
     return config
 
 
-def _check_yaml(path):
-    """InputError for what MindFormers passes over (a file by another name) or breaks off at (no mapping in it)."""
+def read_as_written(argv: Sequence[str] | None = None) -> tuple[dict, dict]:
+    """The YAML as it is written, without MindFormers' defaults and whatever is wrong with it, for `glm32k check`.
+
+    Returns:
+        the YAML, and a copy with the overrides of the command line.
+
+    Raises:
+        InputError: a missing or broken YAML, or an override of a section that does not exist.
+    """
+    args, leftovers, written = _parse(argv)
+    if "base_config" in written:
+        from mindformers.tools.register import MindFormerConfig
+
+        written = MindFormerConfig(args.config).to_dict()
+    normalize_values(written)
+    config = copy.deepcopy(written)
+    if args.run_mode:
+        config["run_mode"] = args.run_mode
+    if config.get("run_mode") not in RUN_MODES:
+        raise InputError(f"{args.config}: run_mode is {config.get('run_mode')!r}, allowed are {', '.join(RUN_MODES)}")
+    for section in ("context", "runner_config", "parallel", "parallel_config"):
+        config.setdefault(section, {})  # MindFormers has defaults for these
+    _override(config, args)
+    for key, text in leftovers:
+        set_key(config, key, parse_value(text), f"--{key}")
+    return written, config
+
+
+def _parse(argv):
+    """The known options, the (key, text) of the others, and the YAML's content."""
+    args, rest = build_parser().parse_known_args(argv)
+    if args.modal_type:
+        raise InputError("--modal_type: GLM32K is a text model; leave the option out")
+    written = _read_yaml(args.config)
+    leftovers = pairs(rest)
+    if args.register_path:
+        os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
+        sys.path.append(os.path.abspath(args.register_path))
+    return args, leftovers, written
+
+
+def _override(config, args):
+    for name, _, key, _ in OVERRIDES:
+        value = getattr(args, name)
+        if value is not None:
+            set_key(config, key, value, f"--{name}")
+    for key, text in args.options or ():
+        set_key(config, key, parse_value(text), f"--options {key}")
+    if args.num_samples is not None:
+        for section in ("train_dataset", "eval_dataset"):
+            if config.get(section) and config[section].get("data_loader"):
+                set_key(config, f"{section}.data_loader.num_samples", args.num_samples, "--num_samples")
+
+
+def _read_yaml(path):
+    """The YAML's content; InputError for what MindFormers passes over (a file by another name) or breaks off at (no
+    mapping in it)."""
     require_file(path, "--config", f"Give a YAML file (relative paths are seen from {os.getcwd()}).")
     if not path.endswith((".yaml", ".yml")):
         raise InputError(f"--config {path}: MindFormers reads files that end in .yaml or .yml; rename it")
@@ -166,6 +216,7 @@ def _check_yaml(path):
             f"--config {path}: a mapping of keys to values is needed, found "
             f"{'comments alone' if found is None else type(found).__name__}"
         )
+    return found
 
 
 def _prompts(predict_data):
@@ -184,10 +235,13 @@ def run(config: MindFormerConfig) -> list[dict] | None:
     from mindformers import Trainer, build_context
 
     from mindformers_glm32k.compat import barrier_on_cpu, set_output_path
-    from mindformers_glm32k.preflight import check_config
+    from mindformers_glm32k.preflight import config_findings, is_for_this_plugin, raise_errors, weights_findings
 
-    if config.trainer.type == "GLM32KTrainer":
-        check_config(config, config.run_mode)
+    if is_for_this_plugin(config):
+        found = config_findings(config, config.run_mode)
+        raise_errors([*found, *weights_findings(config, config.run_mode)])
+        for finding in found:
+            logging.getLogger("mindformers").warning("%s", finding.line())
     if config.use_parallel and not any(name in os.environ for name in _LAUNCHERS):
         raise InputError(
             "use_parallel: True needs several processes; start them with scripts/msrun_launcher.sh, or "

@@ -6,7 +6,15 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "Finding": "findings",
+    "raise_errors": "findings",
+    "all_findings": "check",
+    "findings_of_yaml": "check",
+    "mended": "check",
+    "is_for_this_plugin": "stale",
+    "weights_findings": "rules",
     "check_config": "run_config",
+    "config_findings": "run_config",
     "check_run_layout": "run_config",
     "check_dataset": "data",
     "check_packing": "data",

@@ -6,13 +6,16 @@ takes any key.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mindformers_glm32k.checks import did_you_mean, is_int, is_number
-from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import AXES, check_layout, one_program
+from mindformers_glm32k.preflight.findings import ERROR, SET, Finding, raise_errors, value_at
+from mindformers_glm32k.preflight.rules import rule_findings
+from mindformers_glm32k.preflight.schema import NOBODYS, constructor_keys, registered, unknown_keys
+from mindformers_glm32k.preflight.stale import stale_findings
 
 if TYPE_CHECKING:
     from mindformers.tools.register import MindFormerConfig
@@ -44,15 +47,53 @@ def _is_pair_of_fractions(value):
     )
 
 
+def _is_resume(value):
+    return isinstance(value, bool) or (isinstance(value, str) and value.endswith((".ckpt", ".safetensors")))
+
+
+def _is_memory(value):
+    return isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?GB", value) is not None
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
 _NUMBER = (_is_number, "a number of at least 0")
 _COUNT = (_is_int(1), "a whole number of at least 1")
+_WHOLE = (_is_int(-1), "a whole number")
 _FLOAT = (_is_float, "a number of at least 0, written with a decimal point")  # MindSpore's optimizers insist on it
 _BOOL = (_is_bool, "true or false")
+_RATIO = (lambda value: is_number(value, 0) and value <= 1, "a number from 0 to 1")
+_MODES = (0, 1, "GRAPH_MODE", "PYNATIVE_MODE")
 
 # dotted key -> (test, what is allowed). Keys that are missing or null are MindFormers' to fill in, but for _NEEDED.
 VALUES = {
     "seed": (_is_int(0), "a whole number of at least 0"),
-    **{key: _BOOL for key in ("use_parallel", "auto_trans_ckpt", "only_save_strategy", "do_eval")},
+    **{
+        key: _BOOL
+        for key in (
+            "use_parallel",
+            "auto_trans_ckpt",
+            "only_save_strategy",
+            "do_eval",
+            "random_weights",
+            "profile",
+            "ignore_data_skip",
+        )
+    },
+    "load_checkpoint": (_is_text, "the path of a file or folder"),
+    "output_dir": (lambda value: _is_text(value) and value, "the path of a folder"),
+    "resume_training": (_is_resume, "true, false or the name of a checkpoint's file"),
+    "eval_step_interval": _WHOLE,
+    "eval_epoch_interval": _WHOLE,
+    "context.mode": (lambda value: not isinstance(value, bool) and value in _MODES, "0 (graph mode) or 1 (PyNative)"),
+    "context.device_target": (lambda value: value in ("Ascend", "CPU"), "Ascend or CPU"),
+    "context.device_id": (_is_int(0), "a whole number of at least 0"),
+    "context.max_device_memory": (_is_memory, "a text such as 59GB"),
+    "context.max_call_depth": _COUNT,
+    **{f"parallel_config.{axis}": _COUNT for axis in (*AXES, "micro_batch_num", "gradient_aggregation_group")},
+    "micro_batch_interleave_num": _COUNT,
     "runner_config.epochs": _COUNT,
     "runner_config.batch_size": _COUNT,
     "runner_config.gradient_accumulation_steps": _COUNT,
@@ -60,7 +101,7 @@ VALUES = {
     "runner_config.sink_size": (lambda value: is_int(value, 1) or value == -1, "a whole number of at least 1, or -1"),
     "lr_schedule.learning_rate": _NUMBER,
     "lr_schedule.lr_end": _NUMBER,
-    "lr_schedule.warmup_ratio": _NUMBER,
+    "lr_schedule.warmup_ratio": _RATIO,
     "lr_schedule.warmup_steps": (_is_int(0), "a whole number of at least 0"),
     "lr_schedule.total_steps": (_is_int(-1), "a whole number of steps, or -1 for all of the run"),
     "optimizer.betas": (_is_pair_of_fractions, "a list of two numbers between 0 and 1"),
@@ -70,7 +111,14 @@ VALUES = {
     "runner_wrapper.max_grad_norm": _NUMBER,
     "runner_wrapper.scale_sense": (_is_scale, "a number or a section with the type of a loss scale cell"),
 }
+# the same for the items of `callbacks`
+CALLBACK_VALUES = {
+    **{key: _COUNT for key in ("save_checkpoint_steps", "keep_checkpoint_max", "per_print_times")},
+    **{key: _BOOL for key in ("integrated_save", "async_save", "save_trainable_params", "save_network_params")},
+    "prefix": (_is_text, "a text"),
+}
 _NEEDED = ("runner_config.epochs", "runner_config.batch_size")
+_IN_EVERY_RUN = ("", "context", "parallel_config")
 
 # sections of each kind of run, with MindFormers' category of the class that `type` names, if it names one
 _MODEL = {"model": None, "model.model_config": "config", "model.arch": "models"}
@@ -103,15 +151,30 @@ def check_config(config: MindFormerConfig, run_mode: str, built: Iterable[str] =
         run_mode: "train", "finetune", "eval" or "predict".
         built: sections that are not read, because the caller brings an object for them.
 
-    Raises:
-        InputError: sections missing, values of a wrong type, classes that are not registered, keys that a class does
-            not have; the model's fields as GLM32KConfig checks them.
-    """
-    from mindformers_glm32k.registry import load
+    MindFormers' Trainer adds keys of its own at the top level before it calls ours; those are passed over.
 
+    Raises:
+        InputError: every error that `config_findings` finds.
+    """
+    raise_errors(
+        finding for finding in config_findings(config, run_mode, built) if "." in finding.key or finding.fix != NOBODYS
+    )
+
+
+def config_findings(
+    config: Mapping[str, Any], run_mode: str, built: Iterable[str] = (), defaults: Iterable[str] = ()
+) -> list[Finding]:
+    """What is wrong with a configuration: stale and unknown keys of every section; sections missing, values of a wrong
+    type or size, classes that are not registered, keys that a class does not have, and keys that contradict each other,
+    of the sections that the run reads.
+
+    Args:
+        config, run_mode, built: as for `check_config`.
+        defaults: sections that may be missing, because MindFormers fills them in when it reads the YAML.
+    """
     sections = dict(_MODEL)
     if run_mode in ("train", "finetune"):
-        sections.update(_TRAIN, **(_EVALUATE if config.do_eval is True else {}))
+        sections.update(_TRAIN, **(_EVALUATE if config.get("do_eval") is True else {}))
     elif run_mode == "eval":
         sections.update(_EVALUATE)
     else:
@@ -120,30 +183,90 @@ def check_config(config: MindFormerConfig, run_mode: str, built: Iterable[str] =
         key: category
         for key, category in sections.items()
         if not any(key == name or key.startswith((name + ".", name + "_task")) for name in built)
+        and not (key in defaults and key not in config)
     }
-    problems = []
+    found = list(stale_findings(config))
+    named = {finding.key for finding in found}
+    for finding in (
+        *unknown_keys(config, named),
+        *_section_findings(config, sections),
+        *_value_findings(config, sections),
+        *_callback_findings(config, "optimizer" in sections),
+        *_model_findings(config),
+        *rule_findings(config, run_mode, built),
+    ):
+        if finding.key not in named and finding.key.rpartition(".")[0] not in named:  # one mistake, one finding
+            named.add(finding.key)
+            found.append(finding)
+    return found
+
+
+def _section_findings(config, sections):
     for key, category in sections.items():
-        section, parent = _value(config, key), key.rpartition(".")[0]
-        if parent and not isinstance(_value(config, parent), dict):
+        section, parent = value_at(config, key), key.rpartition(".")[0]
+        if parent and not isinstance(value_at(config, parent), Mapping):
             continue  # named already
         if category == "tokenizer" and hasattr(section, "build_chat_input"):
             continue  # Trainer(tokenizer=…) puts the object there
-        if not isinstance(section, dict):
-            problems.append(f"{key}: a section of keys is needed, found {section!r}")
+        if not isinstance(section, Mapping):
+            message = f"a section of keys is needed, found {section!r}"
+            yield Finding(ERROR, key, message, "copy it from a YAML of research/glm32k")
         elif category:
-            problems += _class_problems(section, category, key)
+            yield from _class_findings(section, category, key)
+
+
+def _value_findings(config, sections):
     for key, (fits, allowed) in VALUES.items():
-        value, section = _value(config, key), key.rpartition(".")[0]
-        read = not section or (section in sections and isinstance(_value(config, section), dict))
-        if read and (value is not None or key in _NEEDED) and not fits(value):
-            problems.append(f"{key}: {value!r} is not {allowed}")
-    if "optimizer" in sections:
-        for index, callback in enumerate(config.callbacks or ()):
-            problems += _class_problems(callback, "callback", f"callbacks.{index}")
-    if problems:
-        raise InputError("configuration: " + "; ".join(problems))
-    if "model" in sections and config.model.model_config.type == "GLM32KConfig":
-        load("GLM32KConfig")(**config.model.model_config)
+        parent, _, leaf = key.rpartition(".")
+        section = value_at(config, parent) if parent else config
+        if not isinstance(section, Mapping) or not (parent in _IN_EVERY_RUN or parent in sections):
+            continue
+        value = section.get(leaf)
+        if (value is not None or (key in _NEEDED and leaf in section)) and not fits(value):
+            yield _wrong(key, value, allowed, fits)
+
+
+def _wrong(key, value, allowed, fits):
+    """A wrong value; certain to be mended where it is a text of the right one."""
+    other = None
+    if isinstance(value, str) and value.isdecimal():
+        other = int(value)
+    elif isinstance(value, str) and value.lower() in ("yes", "true", "on", "no", "false", "off"):
+        other = value.lower() in ("yes", "true", "on")
+    elif key == "context.device_target" and isinstance(value, str):
+        other = {"cpu": "CPU", "ascend": "Ascend", "npu": "Ascend"}.get(value.lower())
+    elif key == "context.mode" and isinstance(value, str):
+        other = {"graph": 0, "graph_mode": 0, "pynative": 1, "pynative_mode": 1}.get(value.lower())
+    certain = other is not None and fits(other)
+    fix = f"write {other!r}" if certain else ""
+    return Finding(ERROR, key, f"{value!r} is not {allowed}", fix, (SET, other) if certain else None)
+
+
+def _callback_findings(config, trains):
+    for name in ("callbacks",) if trains else ():
+        callbacks = config.get(name)
+        if callbacks is not None and not isinstance(callbacks, (list, tuple)):
+            yield Finding(ERROR, name, f"a list of callbacks is needed, found {callbacks!r}", "write '- type: …' items")
+            continue
+        for index, callback in enumerate(callbacks or ()):
+            if not isinstance(callback, Mapping) and not isinstance(callback, str) and hasattr(callback, "step_end"):
+                continue  # an object
+            yield from _class_findings(callback, "callback", f"{name}.{index}")
+            for key, (fits, allowed) in CALLBACK_VALUES.items():
+                value = callback.get(key) if isinstance(callback, Mapping) else None
+                if value is not None and not fits(value):
+                    yield _wrong(f"{name}.{index}.{key}", value, allowed, fits)
+
+
+def _model_findings(config) -> Iterator[Finding]:
+    from mindformers_glm32k.config import field_problems
+
+    fields = value_at(config, "model.model_config")
+    if isinstance(fields, Mapping) and fields.get("type") == "GLM32KConfig":
+        for problem in field_problems(fields):
+            quoted = re.match(r"unknown key '(\w+)'", problem)
+            name = quoted[1] if quoted else re.split(r"[=:]", problem, maxsplit=1)[0]
+            yield Finding(ERROR, f"model.model_config.{name}", f"GLM32KConfig: {problem}")
 
 
 def check_run_layout(config: MindFormerConfig) -> None:
@@ -161,46 +284,22 @@ def check_run_layout(config: MindFormerConfig) -> None:
     check_layout({**config, "parallel_config": parallel}, get_group_size())
 
 
-def _value(config: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        config = config.get(key) if isinstance(config, dict) else None
-    return config
-
-
-def _class_problems(section: Any, category: str, key: str) -> list[str]:
+def _class_findings(section: Any, category: str, key: str) -> Iterator[Finding]:
     """What is wrong with `type` and the other keys of a section that a class is built from."""
     from mindformers.tools.register import MindFormerRegister
 
-    name = section.get("type") if isinstance(section, dict) else None
+    name = section.get("type") if isinstance(section, Mapping) else None
     classes = MindFormerRegister.registry.get(category, {})
     if name not in classes:
-        return [f"{key}.type: no {category} class is registered as {name!r}{did_you_mean(str(name), classes)}"]
+        near = did_you_mean(str(name), classes).lstrip(", ")
+        yield Finding(ERROR, f"{key}.type", f"no {category} class is registered as {name!r}", near)
+        return
     if category not in ("optimizer", "callback", "wrapper"):
-        return []  # these take further keys, or check theirs themselves
-    known, closed = constructor_keys(classes[name])
+        return  # these take further keys, or check theirs themselves
+    known, closed = constructor_keys(registered(category, name))
     if not closed and category != "wrapper":
-        return []
-    return [
-        f"{key}: {name} has no key {unknown!r}{did_you_mean(unknown, known)}"
-        for unknown in section
-        if unknown not in known | {"type"}
-    ]
-
-
-def constructor_keys(cls: type) -> tuple[set[str], bool]:
-    """Names that a class takes by keyword, those that it passes on to its bases included; and whether that is all
-    (False: it takes any)."""
-    names = set()
-    for base in cls.__mro__:
-        constructor = vars(base).get("__init__") or vars(base).get("__new__")
-        if constructor is None:
-            continue
-        parameters = inspect.signature(constructor).parameters.values()
-        names.update(
-            parameter.name
-            for parameter in parameters
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        )
-        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
-            return names, True
-    return names, False
+        return
+    for unknown in section:
+        if unknown not in known | {"type", "auto_register"}:
+            near = did_you_mean(unknown, known).lstrip(", ")
+            yield Finding(ERROR, f"{key}.{unknown}", f"{name} has no key {unknown!r}", near)

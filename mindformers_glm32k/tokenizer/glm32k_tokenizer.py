@@ -45,6 +45,7 @@ _WITHOUT_EFFECT = tuple(
     "additional_special_tokens added_tokens_decoder auto_map chat_template do_lower_case remove_space "
     "special_tokens_map_file split_special_tokens tokenizer_class tokenizer_file type".split()
 )
+KNOWN_ARGUMENTS = frozenset((*_TOKEN_NAMES, *_OWN, *_PASSED_ON, *_WITHOUT_EFFECT))
 _ENCODE_OPTIONS = tuple(
     "max_length stride pad_to_multiple_of return_tensors return_token_type_ids return_attention_mask "
     "return_overflowing_tokens return_special_tokens_mask return_length verbose".split()

@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    for remark in report["remarks"]:
+        print(remark, file=sys.stderr)
     written = report["output"]
     print(
         f"{len(report['tensors'])} tensors, {report['tensor_bytes']:,} bytes, verified: {written['path']} "

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from mindformers_glm32k.dryrun.compile.pool import read_layout
     from mindformers_glm32k.weights.checkpoint import open_source
+    from mindformers_glm32k.weights.config_json import check_agreement, config_of
     from mindformers_glm32k.weights.model_dims import dims_of_run
     from mindformers_glm32k.weights.splitting import refuse_existing, split
 
@@ -39,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
         launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
         layout, config = read_layout(launcher_arguments, args.devices)
         refuse_existing(Path(args.output))
-        open_source(args.load_checkpoint)  # broken or missing: no need to compile for it
+        open_source(args.load_checkpoint)  # broken, missing or of another model: no need to compile for it
+        check_agreement(config_of(args.load_checkpoint), config["model"]["model_config"], args.config)
         with compiled_strategy(args.config, config, layout, launcher_arguments) as strategy:
-            report = split(args.load_checkpoint, args.output, strategy, dims_of_run(config, args.config), True)
+            dims, model = dims_of_run(config, args.config), config["model"]["model_config"]
+            report = split(args.load_checkpoint, args.output, strategy, dims, True, model)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130

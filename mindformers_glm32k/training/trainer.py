@@ -148,7 +148,8 @@ def _convert_huggingface_folder(config):
     path, model = compat.checkpoint_path(config), config.model.model_config
     concat = (model.get("qkv_concat", True), model.get("mlp_concat", True))
     folder, suffix = config.output_dir or "./output", config.get("load_ckpt_format")
-    chosen = checkpoint_to_load(path, folder, suffix, *concat, bool(config.auto_trans_ckpt))
+    later = bool(config.auto_trans_ckpt)
+    chosen = checkpoint_to_load(path, folder, suffix, *concat, later, model_config=model, log=logger.warning)
     if chosen != path:
         logger.info("%s is a Hugging Face folder; loading %s, converted from it", path, chosen)
         compat.set_checkpoint_path(config, chosen)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.finding import HOW_TO_MERGE, find_files
 from mindformers_glm32k.weights.model_dims import ModelDims
-from mindformers_glm32k.weights.names import TensorKey, key_of, model_keys, name_of
-from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor
+from mindformers_glm32k.weights.names import TensorKey, foreign_kind, key_of, model_keys, name_of, unwrapped
+from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor, same_bits
 
 # suffix -> module and function of formats/ that list a file's tensors; imported when there is such a file
 _READERS = {
@@ -21,20 +23,6 @@ _READERS = {
     **dict.fromkeys((".bin", ".pt", ".pth"), ("torch_bin", "read_torch")),
     ".ckpt": ("ckpt", "read_ckpt"),
 }
-INDEX_SUFFIX = ".index.json"
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
-# In a folder the first pattern that matches wins: safetensors before .bin, whole sets before stray files.
-_PATTERNS = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "*.safetensors.index.json",
-    "*.ckpt.index.json",
-    "*.safetensors",
-    "pytorch_model*.bin",
-    "*.ckpt",
-)
 _MOST_NAMED = 12  # problems spelled out in one message
 
 
@@ -47,12 +35,14 @@ class Source:
         files: the weight files, in order.
         tensors: by name, in file order.
         config: the config.json beside them, None where there is none.
+        notes: what was passed over in finding the files, and why.
     """
 
     path: Path
     files: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
     config: Path | None
+    notes: tuple[str, ...] = ()
 
 
 def read_file(path: str | os.PathLike) -> list[StoredTensor]:
@@ -97,20 +87,7 @@ def open_source(path: str | os.PathLike) -> Source:
         InputError: nothing there, shards missing, or files and index contradict each other.
     """
     path = Path(path)
-    if path.is_dir():
-        chosen, folder = _choose(path), path
-    elif path.exists():
-        chosen, folder = [path], path.parent
-    else:
-        raise InputError(f"{path}: no such file or folder")
-    index = None
-    if chosen[0].name.endswith(INDEX_SUFFIX):
-        index_path = chosen[0]
-        index = _read_index(index_path)
-        chosen = [folder / name for name in sorted(set(index.values()))]
-        _require_all(chosen, index_path)
-    else:
-        _require_whole_set(chosen)
+    chosen, index, folder, notes = find_files(path)
     tensors = {}
     for file in chosen:
         for tensor in read_file(file):
@@ -123,67 +100,13 @@ def open_source(path: str | os.PathLike) -> Source:
     if index is not None:
         _compare_with_index(index, tensors, folder)
     config = folder / "config.json"
-    return Source(path, tuple(chosen), tensors, config if config.is_file() else None)
-
-
-def _choose(folder):
-    for pattern in _PATTERNS:
-        found = sorted(folder.glob(pattern))
-        if found and pattern.endswith(INDEX_SUFFIX) and len(found) > 1:
-            raise InputError(
-                f"{folder}: {len(found)} index files ({', '.join(path.name for path in found)}): give the one meant"
-            )
-        if found:
-            return found
-    raise InputError(f"{folder}: no weight files (*.safetensors, pytorch_model*.bin, *.ckpt) in this folder")
-
-
-def _read_index(path):
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(isinstance(file, str) and file == Path(file).name for file in weight_map.values()):
-            raise ValueError("weight_map must name a file in the same folder for every key")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a usable index ({type(error).__name__}: {error}); download it again") from error
-    return weight_map
-
-
-def _require_all(files, index_path):
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise InputError(
-            f"{index_path}: {len(missing)} of {len(files)} shards are missing from its folder: "
-            f"{', '.join(missing)}; download them"
-        )
-
-
-def _require_whole_set(files):
-    """Without an index the shards' own numbering tells which are missing."""
-    sets = {}
-    for file in files:
-        match = _SHARD.match(file.name)
-        if match:
-            sets.setdefault((match["stem"], match["count"], match["suffix"]), set()).add(int(match["index"]))
-    for (stem, count, suffix), indices in sets.items():
-        missing = [
-            f"{stem}-{index:05d}-of-{count}{suffix}" for index in range(1, int(count) + 1) if index not in indices
-        ]
-        if missing:
-            raise InputError(
-                f"{files[0].parent}: {len(missing)} of {int(count)} shards are missing: "
-                f"{', '.join(missing)}; download them and give the folder"
-            )
-    if len(sets) > 1 or (sets and sum(map(len, sets.values())) != len(files)):
-        raise InputError(
-            f"{files[0].parent}: files of several checkpoints lie in one folder "
-            f"({', '.join(file.name for file in files)}); give the index file of the one meant"
-        )
+    return Source(path, tuple(chosen), tensors, config if config.is_file() else None, tuple(notes))
 
 
 def _compare_with_index(index, tensors, folder):
     for name, file in index.items():
         tensor = tensors.get(name)
-        if tensor is None and key_of(name) is None:
+        if tensor is None and key_of(unwrapped(name)[0]) is None:
             continue  # a buffer that newer files leave out
         if tensor is None:
             raise InputError(
@@ -204,37 +127,83 @@ def _compare_with_index(index, tensors, folder):
         )
 
 
-def weights_of(source: Source) -> tuple[dict[TensorKey, StoredTensor], list[str]]:
-    """The weights of a source, and the names in it that are none.
+def weights_of(source: Source) -> tuple[dict[TensorKey, StoredTensor], list[str], list[str]]:
+    """The weights of a source, the names in it that are none, and notes on what was taken off or taken once.
 
     Raises:
-        InputError: unknown names, weights of other dtypes, or a part that is there twice.
+        InputError: adapters, unknown names, weights of other dtypes, or a part that is there twice with other values.
     """
-    weights, skipped, problems, holders = {}, [], [], {}
+    _refuse_adapters(source)
+    weights, skipped, problems, wrappers, twice = {}, [], [], Counter(), []
     for name, tensor in source.tensors.items():
+        plain, wrapper = unwrapped(name)
         try:
-            key = key_of(name)
+            key = key_of(plain)
         except InputError as error:
             problems.append(f"{tensor.file}: {error}")
             continue
         if key is None:
             skipped.append(name)
             continue
+        wrappers[wrapper] += 1
         if tensor.dtype not in ITEM_SIZE:
             problems.append(
                 f"{tensor.file}: key {name!r} has dtype {tensor.dtype}, {', '.join(ITEM_SIZE)} are "
                 "understood; quantized weights cannot be converted"
             )
-            continue
-        for part in key.parts:
-            other = holders.setdefault((part, key.layer), tensor)
-            if other is not tensor:
-                problems.append(f"{tensor.file}: key {name!r} holds what {other.name!r} in {other.file.name} holds too")
-        weights[key] = tensor
+        elif key in weights:
+            twice.append(([tensor], weights[key]))
+        else:
+            weights[key] = tensor
+    twice += _take_fused(weights)
+    for split, whole in twice:
+        if not _equal_values(split, whole):
+            problems.append(
+                f"{split[0].file}: key {split[0].name!r} holds what {whole.name!r} in {whole.file.name} holds too, and "
+                "the values are not equal; remove the wrong one"
+            )
     raise_problems(source.path, problems)
     if not weights:
         raise InputError(f"{source.path}: no weights in it")
-    return weights, skipped
+    notes = [f"{source.path}: {wrapper!r} is taken off {n} names" for wrapper, n in wrappers.items() if wrapper]
+    notes += [
+        f"{split[0].file}: key {split[0].name!r} holds the values of {whole.name!r} once more, which are taken once"
+        for split, whole in twice
+    ]
+    return weights, skipped, notes
+
+
+def _refuse_adapters(source):
+    kind = foreign_kind(source.tensors)
+    if kind == "ptuning":
+        raise InputError(
+            f"{source.path}: holds a prefix of P-Tuning v2 (prefix_encoder), which is no part of this model and cannot "
+            "be converted; give the base model's folder, or fine-tune with LoRA and merge"
+        )
+    if kind == "peft":
+        folder = source.path if source.path.is_dir() else source.path.parent
+        raise InputError(
+            f"{source.path}: holds matrices of a PEFT adapter; {HOW_TO_MERGE.format(folder=folder)} "
+            "(a whole PEFT model: save it with merge_and_unload() first)"
+        )
+
+
+def _take_fused(weights):
+    """Takes split tensors out of `weights` where their fused form is there too; yields them with it, to be compared."""
+    found = []
+    for key in [key for key in weights if len(key.parts) > 1]:
+        split = [TensorKey((part,), key.layer) for part in key.parts]
+        there = [weights.pop(one) for one in split if one in weights]
+        if there:
+            found.append((there, weights[key]))
+    return found
+
+
+def _equal_values(ones, other):
+    """Whether tensors, one on the other along axis 0, hold the bits of `other`."""
+    if {one.dtype for one in ones} != {other.dtype} or sum(one.nbytes for one in ones) != other.nbytes:
+        return False
+    return same_bits(np.concatenate([one.load().reshape(-1) for one in ones]), other.load().reshape(-1))
 
 
 def weights_in(tensors: Mapping[str, StoredTensor]) -> dict[TensorKey, StoredTensor]:
@@ -242,7 +211,7 @@ def weights_in(tensors: Mapping[str, StoredTensor]) -> dict[TensorKey, StoredTen
     found = {}
     for name, tensor in tensors.items():
         try:
-            key = key_of(name)
+            key = key_of(unwrapped(name)[0])
         except InputError:  # adapters, and parameters of a model that somebody extended
             continue
         if key is not None:

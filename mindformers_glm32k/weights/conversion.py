@@ -20,15 +20,10 @@ import numpy as np
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import copy_atomically, require_space, work_folder
-from mindformers_glm32k.weights.checkpoint import INDEX_SUFFIX, Source, check_against, open_source, weights_of
-from mindformers_glm32k.weights.model_dims import (
-    ModelDims,
-    config_text,
-    dims_from_config,
-    dims_from_tensors,
-    find_config,
-    read_config,
-)
+from mindformers_glm32k.weights.checkpoint import Source, check_against, open_source, weights_of
+from mindformers_glm32k.weights.config_json import check_agreement, config_of, config_text, find_config, read_config
+from mindformers_glm32k.weights.finding import INDEX_SUFFIX
+from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_config, dims_from_tensors
 from mindformers_glm32k.weights.names import TensorKey
 from mindformers_glm32k.weights.plan import TensorGroup, make_groups, make_targets
 from mindformers_glm32k.weights.tensors import StoredTensor, cast, check_dtype
@@ -84,9 +79,9 @@ def convert(
     Raises:
         InputError: bad input or options; nothing is left behind.
     """
-    source, weights, skipped = _open_weights(input_path, dtype, workers)
+    source, weights, skipped, remarks = _open_weights(input_path, dtype, workers)
     output = _output_file(output_path, format)
-    dims, fields, layout = _dims(source, weights, config or source.config)
+    dims, fields, layout = _dims(source, weights, config, remarks)
     check_against(dims, weights, source.path)
     qkv_concat = layout.get("qkv_concat", True) if qkv_concat is None else qkv_concat
     mlp_concat = layout.get("mlp_concat", True) if mlp_concat is None else mlp_concat
@@ -101,10 +96,10 @@ def convert(
     with work_folder(output) as work:
         done = _load_report(report_path) if reuse else {}
         if done.get("fingerprint") == fingerprint and all(_has_size(output.parent / file.name, file) for file in files):
-            return done
-        tensors = _write(work, output.parent, files, groups, workers, progress, check_crc)
+            return {"remarks": remarks, **done}
+        tensors = _write(work, output.parent, files, groups, workers, progress, remarks, check_crc)
         publish(work, output.parent, [file.name for file in files], dict.fromkeys(names, index) if index else {})
-        report = _report(source, output, files, fingerprint, tensors, skipped, dims, fields)
+        report = _report(source, output, files, fingerprint, tensors, skipped, dims, fields, remarks)
         write_report(report_path, report)  # last: it vouches for what lies there
     return report
 
@@ -139,10 +134,12 @@ def convert_reversed(
     """
     if hf_naming not in ("chatglm", "glm"):
         raise InputError(f"hf_naming {hf_naming!r}: choose chatglm or glm")
-    source, weights, skipped = _open_weights(input_path, dtype, workers)
+    source, weights, skipped, remarks = _open_weights(input_path, dtype, workers)
     dims = dims_from_tensors(weights)
     check_against(dims, weights, source.path)
-    fields = find_config(config or hf_files, source.path, source.config, dims)
+    known = find_config(config or hf_files, source.path, dims)
+    fields = known.fields
+    remarks += known.notes
     targets = make_targets(dims, weights, hf_naming, hf_naming == "chatglm", True, dtype)
     groups = make_groups(dims, weights, targets)
     output = Path(output_path)
@@ -155,9 +152,9 @@ def convert_reversed(
     main_dtype = dtype or Counter(target.dtype for target in targets.values()).most_common(1)[0][0]
     texts = {"config.json": config_text(fields, hf_naming, main_dtype), **({_HF_INDEX: index} if index else {})}
     with work_folder(output, output if output.is_dir() else None) as work:
-        tensors = _write(work, output, files, groups, workers, progress)
+        tensors = _write(work, output, files, groups, workers, progress, remarks)
         publish(work, output, [file.name for file in files], texts)
-        report = _report(source, output, files, _fingerprint(files, groups), tensors, skipped, dims, fields)
+        report = _report(source, output, files, _fingerprint(files, groups), tensors, skipped, dims, fields, remarks)
         write_report(output.with_name(output.name + ".report.json"), report)
     if hf_files:
         _copy_companions(Path(hf_files), output, hf_naming)
@@ -167,34 +164,42 @@ def convert_reversed(
 def load_hf_weights(path: str | os.PathLike) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the weights of a Hugging Face checkpoint, one tensor in memory at a time: the name as in the file, and the
     values; bf16 is widened to float32, which is exact. Buffers are skipped."""
-    weights, _ = weights_of(open_source(path))
+    weights, _, _ = weights_of(open_source(path))
     for tensor in weights.values():
         values = tensor.load()
         yield tensor.name, cast(values, "bf16", "fp32") if tensor.dtype == "bf16" else np.asarray(values)
 
 
 def _open_weights(input_path, dtype, workers):
-    """Checks the common options; returns the source, its weights and the names that are skipped."""
+    """Checks the common options; returns the source, its weights, the names that are skipped, and notes."""
     if dtype is not None:
         check_dtype(dtype)
     if type(workers) is not int or workers < 1:
         raise InputError(f"workers {workers!r}: a number of threads, 1 or more, is needed")
     source = open_source(input_path)
-    return (source, *weights_of(source))
+    weights, skipped, notes = weights_of(source)
+    return source, weights, skipped, [*source.notes, *notes]
 
 
 def _dims(
-    source: Source, weights: Mapping[TensorKey, StoredTensor], config: str | os.PathLike | None
+    source: Source, weights: Mapping[TensorKey, StoredTensor], config: str | os.PathLike | None, remarks: list[str]
 ) -> tuple[ModelDims, dict[str, Any] | None, dict[str, bool]]:
     """Returns dimensions, config.json fields (None when unknown) and the layout that a YAML names."""
-    if config is None:
+    beside = config_of(source.path) or (read_config(source.config) if source.config else None)
+    known = beside if config is None else read_config(config)
+    if known is None:
+        remarks.append(f"{source.path}: no config.json beside it: rope_ratio and epsilon are unknown and not checked")
         return dims_from_tensors(weights), None, {}
-    fields, layout = read_config(config)
-    return dims_from_config(fields, config), fields, layout
+    dims = dims_from_config(known.fields, known.origin)
+    check_agreement(beside, known.fields, known.origin)
+    remarks += known.notes
+    return dims, known.fields, known.layout
 
 
 def _output_file(path, format):
     output = Path(path)
+    if output.is_dir():
+        raise _is_folder(output)
     format = format or ("safetensors" if output.suffix == ".safetensors" else "ckpt")
     if format not in FORMATS:
         raise InputError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
@@ -203,8 +208,12 @@ def _output_file(path, format):
     if output.suffix != "." + format:
         output = output.with_name(f"{output.name}.{format}")  # as mindspore.save_checkpoint does
     if output.is_dir():
-        raise InputError(f"{output}: is a folder, a file name is needed")
+        raise _is_folder(output)
     return output
+
+
+def _is_folder(path):
+    return InputError(f"{path}: is a folder; give the name of a file, such as {path / 'model.ckpt'}")
 
 
 def _refuse_overwriting(source, outputs):
@@ -264,12 +273,17 @@ def _has_size(path, file):
     return path.is_file() and path.stat().st_size == file.size
 
 
-def _write(work, destination, files, groups, workers, progress, check_crc=True):
+def _write(work, destination, files, groups, workers, progress, remarks, check_crc=True):
     """Writes and verifies all files in the work folder; returns what a report says of their tensors."""
     require_space(destination, sum(file.size for file in files), work)
     with CheckpointWriter(work, files) as writer:
         write_groups(writer, groups, workers, progress, check_crc)
         writer.finish(workers, progress)
+    remarks += [
+        f"WARNING: {tensor.file}: key {tensor.name!r}: {'all' if nbytes >= tensor.nbytes else nbytes} of its "
+        f"{tensor.nbytes} bytes are zeros; is the download whole?"
+        for tensor, nbytes in writer.zeros.items()
+    ]
     holder = {tensor.name: file.name for file in files for tensor in file.segments}
     tensors = {name: {"file": holder[name], **entry} for name, entry in writer.describe().items()}
     for group in groups:
@@ -280,7 +294,7 @@ def _write(work, destination, files, groups, workers, progress, check_crc=True):
     return tensors
 
 
-def _report(source, output, files, fingerprint, tensors, skipped, dims, fields):
+def _report(source, output, files, fingerprint, tensors, skipped, dims, fields, remarks):
     """What was read, what was written, and a checksum of every tensor; the config.json is for the way back."""
     return {
         "source": {"path": str(source.path), "files": {file.name: file.stat().st_size for file in source.files}},
@@ -290,6 +304,7 @@ def _report(source, output, files, fingerprint, tensors, skipped, dims, fields):
         "tensor_bytes": sum(tensor.nbytes for file in files for tensor in file.segments),
         "sizes": asdict(dims),
         "skipped": skipped,
+        "remarks": remarks,
         "huggingface_config": fields,
         "tensors": tensors,
     }

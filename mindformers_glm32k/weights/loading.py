@@ -11,12 +11,25 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import Busy
-from mindformers_glm32k.weights.checkpoint import open_source
+from mindformers_glm32k.weights.checkpoint import open_source, read_file
+from mindformers_glm32k.weights.config_json import check_agreement, config_of
 from mindformers_glm32k.weights.conversion import convert
-from mindformers_glm32k.weights.names import key_of, name_of
+from mindformers_glm32k.weights.finding import ADAPTER_CONFIG, INDEX_SUFFIX, snapshot_of
+from mindformers_glm32k.weights.names import (
+    STATE_PREFIXES,
+    adapter_of,
+    foreign_kind,
+    key_of,
+    name_of,
+    plain_name,
+    unwrapped,
+)
 from mindformers_glm32k.weights.writer import FORMATS
 
 FOLDER = "converted_from_huggingface"
@@ -24,26 +37,56 @@ _WAIT_SECONDS = 1.0
 
 
 def is_huggingface(path: str | os.PathLike) -> bool:
-    """Whether a folder holds weights under Hugging Face names, judged by those that differ from MindFormers'; not so
-    files, and folders without whole checkpoints, such as those with rank_N subfolders.
+    """Whether a folder is one of Hugging Face, or of another kind that a conversion understands or refuses in words: it
+    has weight files, and not under MindFormers' names. Not so files, and folders such as those with rank_N subfolders.
 
     Raises:
-        InputError: weight files are there, but broken or incomplete.
+        InputError: weight files are there, but broken or incomplete; or a hub's cache with several snapshots.
     """
     path = Path(path)
-    if not path.is_dir() or not any(
-        entry.suffix in (".safetensors", ".bin") or entry.name.endswith(".index.json") for entry in path.iterdir()
+    if not path.is_dir():
+        return False
+    folder = snapshot_of(path)
+    if folder == path and not any(
+        entry.suffix in (".safetensors", ".bin") or entry.name.endswith(".index.json") or entry.name == ADAPTER_CONFIG
+        for entry in path.iterdir()
     ):
         return False
-    return any(_is_foreign(name) for name in open_source(path).tensors)
+    names = open_source(folder).tensors
+    return any(map(_is_foreign, names)) or not any(map(_is_mindspore, names))
 
 
 def _is_foreign(name):
+    plain = unwrapped(name)[0]
     try:
-        key = key_of(name)
-    except ValueError:  # adapters and the like: not for this module to judge
-        return False
+        key = key_of(plain)
+    except InputError:
+        return foreign_kind([name]) is not None
     return key is not None and name != name_of(key, "mindspore")
+
+
+def _is_mindspore(name):
+    """Whether MindFormers itself writes such a name: a weight, an adapter, a state or a counter."""
+    if adapter_of(plain_name(name)) or name.startswith(STATE_PREFIXES):
+        return True
+    try:
+        return key_of(name) is not None
+    except InputError:
+        return False
+
+
+def _refuse_foreign_file(path):
+    """One file of a Hugging Face folder: MindFormers would name its format, its names or its end wrongly."""
+    what = None
+    if path.suffix in (".bin", ".pt", ".pth") or path.name.endswith(INDEX_SUFFIX):
+        what = "a file"
+    elif path.suffix == ".safetensors" and any(_is_foreign(tensor.name) for tensor in read_file(path)):
+        what = "one file"
+    if what:
+        raise InputError(
+            f"load_checkpoint {path}: {what} of a Hugging Face checkpoint; give the folder, {path.parent}, or convert "
+            f"it first: glm32k convert --input_path {path.parent} --output_path OUT.ckpt"
+        )
 
 
 def checkpoint_to_load(
@@ -53,6 +96,8 @@ def checkpoint_to_load(
     qkv_concat: bool = True,
     mlp_concat: bool = True,
     shard_later: bool = False,
+    model_config: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> str | None:
     """What MindFormers shall load in place of `path`, which stays unless it is a Hugging Face folder.
 
@@ -65,11 +110,21 @@ def checkpoint_to_load(
         format: load_ckpt_format, "ckpt" or "safetensors".
         qkv_concat, mlp_concat: the model's layout.
         shard_later: auto_trans_ckpt: MindFormers then wants a folder, not a file.
+        model_config: the run's; what lies beside the checkpoint must agree with it in what shapes do not show.
+        log: hears what was passed over or taken for granted.
 
     Raises:
-        InputError: the Hugging Face files are broken, incomplete or of another model.
+        InputError: the Hugging Face files are broken, incomplete or of another model; or one file of them is given.
     """
-    if not path or not is_huggingface(path):
+    if not path or not os.path.exists(path):
+        return path
+    if os.path.isfile(path):
+        _refuse_foreign_file(Path(path))
+    foreign = is_huggingface(path)
+    if model_config is not None:
+        known = config_of(path)
+        check_agreement(known, model_config, "model.model_config of this run")
+    if not foreign:
         return path
     format = format if format in FORMATS else "ckpt"
     folder = Path(output_dir) / FOLDER
@@ -77,7 +132,8 @@ def checkpoint_to_load(
     file = folder / ("rank_0" if shard_later and format == "ckpt" else "") / f"model.{format}"
     while True:
         try:
-            convert(path, file, qkv_concat=qkv_concat, mlp_concat=mlp_concat, reuse=True)
+            for remark in convert(path, file, qkv_concat=qkv_concat, mlp_concat=mlp_concat, reuse=True)["remarks"]:
+                log(remark)
             break
         except Busy:
             time.sleep(_WAIT_SECONDS)

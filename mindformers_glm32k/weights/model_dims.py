@@ -1,19 +1,17 @@
-"""The model's dimensions and its config.json in both Hugging Face namings: one table of fields, and who gives them."""
+"""The one table of config.json's fields in both Hugging Face namings, and the dimensions that decide shapes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.names import QKV, TensorKey, adapter_of, key_of, plain_name
-from mindformers_glm32k.weights.tensors import TO_CONFIG, StoredTensor
+from mindformers_glm32k.weights.tensors import StoredTensor
 
 
-class _Field(NamedTuple):
+class Field(NamedTuple):
     """A field of ChatGLM's config.json.
 
     published: what THUDM/chatglm3-6b-32k has; also the default of GLM32KConfig.
@@ -31,11 +29,11 @@ class _Field(NamedTuple):
     shapes: bool = False
 
 
-_FIELDS = {
-    "_name_or_path": _Field("THUDM/chatglm3-6b-32k", in_yaml=False),
-    "model_type": _Field("chatglm", in_yaml=False),
-    "architectures": _Field(["ChatGLMModel"], in_yaml=False),
-    "auto_map": _Field(
+FIELDS = {
+    "_name_or_path": Field("THUDM/chatglm3-6b-32k", in_yaml=False),
+    "model_type": Field("chatglm", in_yaml=False),
+    "architectures": Field(["ChatGLMModel"], in_yaml=False),
+    "auto_map": Field(
         {
             "AutoConfig": "configuration_chatglm.ChatGLMConfig",
             "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -45,41 +43,38 @@ _FIELDS = {
         },
         in_yaml=False,
     ),
-    "add_bias_linear": _Field(False),
-    "add_qkv_bias": _Field(True, "attention_bias", filled_in=True, shapes=True),
-    "apply_query_key_layer_scaling": _Field(True),
-    "apply_residual_connection_post_layernorm": _Field(False),
-    "attention_dropout": _Field(0.0, "attention_dropout", filled_in=True),
-    "attention_softmax_in_fp32": _Field(True),
-    "bias_dropout_fusion": _Field(True),
-    "ffn_hidden_size": _Field(13696, "intermediate_size", shapes=True),
-    "fp32_residual_connection": _Field(False),
-    "hidden_dropout": _Field(0.0),
-    "hidden_size": _Field(4096, "hidden_size", shapes=True),
-    "kv_channels": _Field(128, "head_dim", shapes=True),
-    "layernorm_epsilon": _Field(1e-05, "rms_norm_eps", filled_in=True),
-    "rope_ratio": _Field(50),  # `glm`: rope_theta, see to_glm
-    "multi_query_attention": _Field(True, shapes=True),
-    "multi_query_group_num": _Field(2, "num_key_value_heads", shapes=True),
-    "num_attention_heads": _Field(32, "num_attention_heads", shapes=True),
-    "num_layers": _Field(28, "num_hidden_layers", shapes=True),
-    "original_rope": _Field(True, in_yaml=False),
-    "padded_vocab_size": _Field(65024, "vocab_size", shapes=True),
-    "post_layer_norm": _Field(True),
-    "rmsnorm": _Field(True),
-    "seq_length": _Field(32768, "max_position_embeddings", filled_in=True),
-    "use_cache": _Field(True, "use_cache", filled_in=True, in_yaml=False),
-    "torch_dtype": _Field("float16", "torch_dtype", in_yaml=False),
-    "transformers_version": _Field("4.30.2", in_yaml=False),
-    "tie_word_embeddings": _Field(False, "tie_word_embeddings", filled_in=True, in_yaml=False),
-    "eos_token_id": _Field(2, "eos_token_id", filled_in=True),
-    "pad_token_id": _Field(0, "pad_token_id", filled_in=True),
+    "add_bias_linear": Field(False),
+    "add_qkv_bias": Field(True, "attention_bias", filled_in=True, shapes=True),
+    "apply_query_key_layer_scaling": Field(True),
+    "apply_residual_connection_post_layernorm": Field(False),
+    "attention_dropout": Field(0.0, "attention_dropout", filled_in=True),
+    "attention_softmax_in_fp32": Field(True),
+    "bias_dropout_fusion": Field(True),
+    "ffn_hidden_size": Field(13696, "intermediate_size", shapes=True),
+    "fp32_residual_connection": Field(False),
+    "hidden_dropout": Field(0.0),
+    "hidden_size": Field(4096, "hidden_size", shapes=True),
+    "kv_channels": Field(128, "head_dim", shapes=True),
+    "layernorm_epsilon": Field(1e-05, "rms_norm_eps", filled_in=True),
+    "rope_ratio": Field(50),  # `glm`: rope_theta, see to_glm
+    "multi_query_attention": Field(True, shapes=True),
+    "multi_query_group_num": Field(2, "num_key_value_heads", shapes=True),
+    "num_attention_heads": Field(32, "num_attention_heads", shapes=True),
+    "num_layers": Field(28, "num_hidden_layers", shapes=True),
+    "original_rope": Field(True, in_yaml=False),
+    "padded_vocab_size": Field(65024, "vocab_size", shapes=True),
+    "post_layer_norm": Field(True),
+    "rmsnorm": Field(True),
+    "seq_length": Field(32768, "max_position_embeddings", filled_in=True),
+    "use_cache": Field(True, "use_cache", filled_in=True, in_yaml=False),
+    "torch_dtype": Field("float16", "torch_dtype", in_yaml=False),
+    "transformers_version": Field("4.30.2", in_yaml=False),
+    "tie_word_embeddings": Field(False, "tie_word_embeddings", filled_in=True, in_yaml=False),
+    "eos_token_id": Field(2, "eos_token_id", filled_in=True),
+    "pad_token_id": Field(0, "pad_token_id", filled_in=True),
 }
-PUBLISHED = {key: field.published for key, field in _FIELDS.items()}
-_GLM = {key: field.glm for key, field in _FIELDS.items() if field.glm}
-_ROPE_BASE = 10000.0
-_STOP_TOKENS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
-_MODEL_CONFIG_LAYOUT = ("qkv_concat", "mlp_concat")
+PUBLISHED = {key: field.published for key, field in FIELDS.items()}
+GLM_NAMES = {key: field.glm for key, field in FIELDS.items() if field.glm}
 
 
 @dataclass(frozen=True)
@@ -162,7 +157,7 @@ def dims_from_config(config: Mapping[str, Any], path: Any) -> ModelDims:
         raise InputError(f"{path}: model_type is {kind!r}, 'chatglm' or 'glm' is needed")
 
     def key_in_file(key):
-        return key if kind == "chatglm" else _GLM[key]
+        return key if kind == "chatglm" else GLM_NAMES[key]
 
     values, problems = {}, []
     for key in (
@@ -204,7 +199,7 @@ def dims_from_config(config: Mapping[str, Any], path: Any) -> ModelDims:
 def dims_of_run(config: Mapping[str, Any], path: Any) -> ModelDims:
     """The dimensions by the merged configuration of the run of the YAML `path`; raises as `dims_from_config` does."""
     model = config["model"]["model_config"]
-    given = {key: model[key] for key, field in _FIELDS.items() if field.shapes and model.get(key) is not None}
+    given = {key: model[key] for key, field in FIELDS.items() if field.shapes and model.get(key) is not None}
     return dims_from_config({**PUBLISHED, **given}, path)
 
 
@@ -235,131 +230,3 @@ def dims_from_tensors(weights: Mapping[TensorKey, StoredTensor]) -> ModelDims:
     kv_rows = (rows - q_rows) // 2 if key.parts == QKV else rows
     layers = 1 + max(key.layer for key in weights if key.layer is not None)
     return ModelDims(layers, vocab, hidden, ffn, q_rows, kv_rows, ("k_bias", 0) in by_part)
-
-
-def to_glm(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of transformers' native `glm` model, from that of ChatGLM.
-
-    ChatGLM multiplies the rotary base by rope_ratio and rotates half of each head (modeling_chatglm.py); that is
-    rope_theta = 10000 x rope_ratio and partial_rotary_factor = 0.5.
-    """
-    fields = {**{key: field.published for key, field in _FIELDS.items() if field.filled_in}, **fields}
-    config = {
-        "model_type": "glm",
-        "architectures": ["GlmForCausalLM"],
-        "hidden_act": "silu",
-        "partial_rotary_factor": 0.5,
-        "rope_theta": _ROPE_BASE * fields.get("rope_ratio", 1),
-    }
-    config.update({glm: fields[key] for key, glm in _GLM.items() if key in fields})
-    if not fields.get("multi_query_attention", True):
-        config["num_key_value_heads"] = fields["num_attention_heads"]
-    if fields.get("padded_vocab_size") == PUBLISHED["padded_vocab_size"] and fields.get("eos_token_id") == 2:
-        config["eos_token_id"] = list(_STOP_TOKENS)  # in a chat the model ends its turn with the next one's role token
-    return config
-
-
-def to_chatglm(config: Mapping[str, Any], path: Any) -> dict[str, Any]:
-    """The published model's config.json from that of a `glm` model: the inverse of to_glm.
-
-    Raises:
-        InputError: settings that ChatGLM3 does not have.
-    """
-    ratio = config.get("rope_theta", _ROPE_BASE) / _ROPE_BASE
-    if config.get("partial_rotary_factor", 0.5) != 0.5 or config.get("hidden_act", "silu") != "silu":
-        raise InputError(
-            f"{path}: partial_rotary_factor 0.5 and hidden_act silu are ChatGLM3's, found "
-            f"{config.get('partial_rotary_factor')!r} and {config.get('hidden_act')!r}"
-        )
-    fields = dict(PUBLISHED, rope_ratio=int(ratio) if ratio == int(ratio) else ratio)
-    fields.update({key: config[glm] for key, glm in _GLM.items() if glm in config})
-    if fields["eos_token_id"] == list(_STOP_TOKENS):
-        fields["eos_token_id"] = _STOP_TOKENS[0]
-    fields.pop("_name_or_path")
-    return fields
-
-
-def read_config(path: str | Path) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Reads a config.json (ChatGLM or `glm`), its folder, a conversion's report, or a MindFormers YAML.
-
-    Returns:
-        The fields as in ChatGLM's config.json, and the layout (`qkv_concat`, `mlp_concat`) that a YAML names.
-
-    Raises:
-        InputError: missing, unreadable, or of another model.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.suffix in (".yaml", ".yml"):
-        return _from_yaml(path)
-    config = _load_json(path)
-    config = config.get("huggingface_config", config)  # a conversion's report carries it
-    if not isinstance(config, dict) or config.get("model_type") not in ("chatglm", "glm"):
-        found = config.get("model_type") if isinstance(config, dict) else config
-        raise InputError(f"{path}: model_type is {found!r}, 'chatglm' or 'glm' is needed")
-    return (to_chatglm(config, path) if config["model_type"] == "glm" else config), {}
-
-
-def _load_json(path):
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: holds a {type(config).__name__}, a JSON object is needed")
-    return config
-
-
-def _from_yaml(path):
-    import yaml
-
-    try:
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["model_config"]
-        given = {key: model[key] for key, field in _FIELDS.items() if field.in_yaml and model.get(key) is not None}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{path}: no readable YAML with model.model_config ({type(error).__name__}: {error})"
-        ) from error
-    defaults = dict(PUBLISHED)
-    if model.get("type") == "ChatGLM2Config":  # upstream's own defaults where they differ from ours
-        defaults.update(rope_ratio=1, seq_length=2048)
-    for key, value in given.items():
-        if isinstance(value, str) and not isinstance(defaults[key], str):
-            try:
-                given[key] = float(value)  # YAML 1.1 reads 1e-5 as text
-            except ValueError as error:
-                raise InputError(f"{path}: model.model_config.{key} is {value!r}, a number is needed") from error
-    layout = {key: model[key] for key in _MODEL_CONFIG_LAYOUT if isinstance(model.get(key), bool)}
-    return dict(defaults, **given), layout
-
-
-def find_config(option: Any, checkpoint: Path, beside: Path | None, inferred: ModelDims) -> dict[str, Any]:
-    """The config of a checkpoint, as in ChatGLM's config.json, from the first of: the option, the config.json beside
-    it, the report of the conversion that made it, the published model when all dimensions are its.
-
-    Raises:
-        InputError: none of them is there, or it contradicts the dimensions inferred from the tensors.
-    """
-    stem = checkpoint.with_suffix("") if checkpoint.is_file() else checkpoint
-    report = stem.with_name(stem.name.replace(".ckpt.index", "").replace(".safetensors.index", "") + ".report.json")
-    kept = report.is_file() and _load_json(report).get("huggingface_config")
-    for path in (option, beside, report if kept else None):
-        if path is not None:
-            fields = read_config(path)[0]
-            wrong = dims_from_config(fields, path).differences(inferred)
-            if wrong:
-                raise InputError(f"{checkpoint}: does not fit {path}: {'; '.join(wrong)}")
-            return fields
-    if inferred == dims_from_config(PUBLISHED, "the published config.json"):
-        return dict(PUBLISHED)
-    raise InputError(
-        f"{checkpoint}: config.json cannot be made up from the weights (they do not tell the number of "
-        "heads); give --config with the original config.json or the YAML that trained the model"
-    )
-
-
-def config_text(fields: Mapping[str, Any], naming: str, dtype: str) -> str:
-    """The text of config.json, for "chatglm" or "glm", with the dtype of the weights."""
-    config = dict(to_glm(fields) if naming == "glm" else fields, torch_dtype=TO_CONFIG[dtype])
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

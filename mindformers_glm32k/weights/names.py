@@ -67,8 +67,14 @@ _COUNTER = re.compile(
     r"last_overflow_iterator_step|beta[12]_power|weight_decay|cur_epoch_num|cur_step_num|batch_num|"
     r"global_batch_size|random_op|_random_seed.*)$"
 )
+# What wrappers put before the names of the module inside: DDP and DeepSpeed, PEFT, torch.compile, FSDP, own classes.
+_WRAPPER = re.compile(
+    r"(module|base_model\.model|_orig_mod|model|_forward_module|_fsdp_wrapped_module|network|backbone)\."
+)
+_INNER_WRAPPER = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ADAPTER = re.compile(r"(?P<layer>.+)\.mindpet_delta_lora_(?P<side>[ab])$")
 _ANY_ADAPTER = re.compile(r"delta_lora|lora_[ABab]\b|\.lora_")
+_PEFT = re.compile(r"\.(lora_[A-Za-z_]+|base_layer|modules_to_save|original_module|ia3_l)\b|\bprompt_embeddings$")
 
 
 class TensorKey(NamedTuple):
@@ -114,6 +120,33 @@ def key_of(name: str) -> TensorKey | None:
     if _ANY_ADAPTER.search(name):
         raise InputError(f"{name!r} belongs to a LoRA adapter: merge the adapters into the base weights first")
     raise InputError(f"{name!r} is not a weight of ChatGLM3 under any known naming ({', '.join(NAMINGS)})")
+
+
+def unwrapped(name: str) -> tuple[str, str]:
+    """The name of a weight without what wrappers put around it, and what was taken off; a name that is none even so
+    stays as it is. ChatGLM's inner model, saved alone, lacks "transformer.", which is added."""
+    inner = _INNER_WRAPPER.sub("", name)
+    while True:
+        for candidate in (inner, "transformer." + inner):
+            try:
+                if key_of(candidate) is not None:
+                    return candidate, name[: len(name) - len(inner)] if name.endswith(inner) else "_orig_mod."
+            except InputError:
+                continue
+        match = _WRAPPER.match(inner)
+        if not match:
+            return name, ""
+        inner = inner[match.end() :]
+
+
+def foreign_kind(names: Iterable[str]) -> str | None:
+    """What tensors are that no whole model has: "peft" or "ptuning", by the first such name; None without one."""
+    for name in names:
+        if _PEFT.search(name):
+            return "peft"
+        if "prefix_encoder." in name:
+            return "ptuning"
+    return None
 
 
 def model_keys(num_layers: int, qkv_bias: bool, qkv_concat: bool, mlp_concat: bool) -> list[TensorKey]:

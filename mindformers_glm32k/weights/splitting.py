@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import flush, require_space, work_folder
 from mindformers_glm32k.weights import reshard
 from mindformers_glm32k.weights.checkpoint import Source, open_source, raise_problems, weights_in
+from mindformers_glm32k.weights.config_json import check_agreement, config_of
 from mindformers_glm32k.weights.conversion import convert
 from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt
 from mindformers_glm32k.weights.loading import is_huggingface
@@ -33,6 +35,7 @@ def split(
     strategy: str | os.PathLike,
     dims: ModelDims | None = None,
     progress: bool = False,
+    model_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Splits a whole checkpoint with MindSpore's transform_checkpoints and compares every shard with its own; returns
     the report, as written to OUTPUT/split.report.json.
@@ -44,6 +47,7 @@ def split(
         strategy: folder of strategy files, or a merged one.
         dims: of the model; None takes them from the tensors.
         progress: whether to show progress bars.
+        model_config: the run's; what lies beside the checkpoint must agree with it in what shapes do not show.
 
     Raises:
         InputError: what the checkpoint or the strategy lacks; nothing is left behind.
@@ -51,6 +55,9 @@ def split(
     """
     output, stages = Path(output), read_stages(strategy)
     refuse_existing(output)
+    known = config_of(checkpoint)
+    if model_config is not None:
+        check_agreement(known, model_config, "model.model_config of the run")
     with work_folder(output) as work:
         whole = checkpoint
         if is_huggingface(checkpoint):
@@ -70,7 +77,7 @@ def split(
         (result / "strategy").mkdir()  # it belongs to the shards: who merges them again finds it there
         for rank in range(plan.world):
             write_stage(strategy, rank // plan.devices, result / "strategy" / f"ckpt_strategy_rank_{rank}.ckpt")
-        report = _report(checkpoint, plan)
+        report = {**_report(checkpoint, plan), "huggingface_config": known and known.fields}
         (result / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         os.replace(result, output)
     return report

@@ -36,6 +36,7 @@ from mindformers_glm32k.weights.tensors import (
 
 FORMATS = ("ckpt", "safetensors")
 _FLUSH_SECONDS = 0.25
+_PAGE = 4096  # bytes, of memory and of file systems
 _UNITS = {"": 1, "B": 1}  # KB, MB, … by thousands, KIB, MIB, … by 1024
 _UNITS.update(
     {
@@ -143,6 +144,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, files: Sequence[OutputFile]) -> None:
         self.folder, self.files = folder, files
         self.digests: dict[str, tuple[str, int]] = {}  # name -> SHA-256, CRC-32 of the little-endian values
+        self.zeros: dict[StoredTensor, int] = {}  # sources with zeros where a trained weight has none -> bytes of them
         self._open, self._handles = {}, []
         self._flusher, self._flushes = ThreadPoolExecutor(1), []
         for file in files:
@@ -277,6 +279,9 @@ def _write_group(writer, group, on_written, check_crc):
         copied = source in sums and len(group.moves) == 1 and source.dtype == target.dtype
         start, stop = (count * ITEM_SIZE[source.dtype] for count in (move.source_start, move.source_start + move.count))
         for values in source.chunks(start=start, stop=stop):
+            zeros = _zero_bytes(source, values)
+            if zeros:
+                writer.zeros[source] = writer.zeros.get(source, 0) + zeros
             if source in sums:
                 sums[source] = zlib.crc32(values, sums[source])
             result = cast(values, source.dtype, target.dtype)
@@ -294,6 +299,22 @@ def _write_group(writer, group, on_written, check_crc):
                 f"{source.file}: key {source.name!r} is corrupt: the file's checksum (CRC-32) of it "
                 f"is {source.crc32:08x}, its bytes give {found:08x}; download it again"
             )
+
+
+def _zero_bytes(tensor, values):
+    """Bytes in `values` that are whole pages of zeros, as a hole of a file is; of small tensors all or none.
+
+    Biases may be zero, and so may rows of the vocabulary that no token uses.
+    """
+    if tensor.name.endswith("bias"):
+        return 0
+    data = values.view(np.uint8)
+    count = data.size // _PAGE
+    if count < 2 or "embed" in tensor.name or tensor.shape[:1] >= (1 << 14,):
+        return 0 if data.any() else data.size
+    pages = data[: count * _PAGE].view(np.uint64).reshape(count, -1)
+    suspects = np.flatnonzero(pages[:, 0] == 0)
+    return sum(_PAGE for page in suspects if not pages[page].any())
 
 
 def publish(folder: Path, destination: Path, names: Iterable[str], texts: Mapping[str, str]) -> None:

@@ -75,6 +75,60 @@ def test_many_processes_convert_once(folders, monkeypatch):
     assert len(runs) == 2  # another layout is another conversion
 
 
+def test_a_checkpoint_whose_config_is_not_the_run_s_is_refused(folders):
+    """Shapes agree; the rotary base, the epsilon and the heads do not show in them."""
+    convert(folders / "bin", folders / "converted" / "model.ckpt")
+    convert(folders / "bin", folders / "converted" / "sharded.safetensors", max_shard_size="200KB")
+    shards = sorted((folders / "converted").glob("sharded-*"))
+    run = {**TINY, "rope_ratio": 50, "layernorm_epsilon": "1e-5"}
+    for path in (folders / "bin", folders / "glm", folders / "converted" / "model.ckpt", shards[0]):
+        checkpoint_to_load(str(path), str(folders / "out"), model_config=run)
+        for change, message in (
+            ({"rope_ratio": 1}, "rope_ratio is 50, but model.model_config of this run has rope_ratio 1: another model"),
+            ({"rope_ratio": None, "type": "ChatGLM2Config"}, "rope_ratio is 50, but .* has rope_ratio 1"),
+            ({"layernorm_epsilon": 1e-6}, "layernorm_epsilon is 1e-05, but .* layernorm_epsilon 1e-06"),
+            (
+                {"num_attention_heads": 2, "kv_channels": 32, "multi_query_group_num": 1},
+                "num_attention_heads is 4, kv_channels is 16, multi_query_group_num is 2, but .* kv_channels 32",
+            ),
+            ({"padded_vocab_size": 1088}, "padded_vocab_size is 1024, but .* padded_vocab_size 1088"),
+            ({"post_layer_norm": False}, "post_layer_norm is True, but"),
+        ):
+            with pytest.raises(InputError, match=message):
+                checkpoint_to_load(str(path), str(folders / "none"), model_config={**run, **change})
+    assert not (folders / "none").exists()
+
+
+def test_one_file_of_a_hugging_face_folder(folders):
+    for path in (
+        folders / "bin" / "pytorch_model-00001-of-00002.bin",
+        folders / "bin" / "pytorch_model.bin.index.json",
+        folders / "glm" / "model.safetensors",
+        next((folders / "chatglm").glob("model-00001*.safetensors")),
+    ):
+        with pytest.raises(
+            InputError, match=f"{path.name}: (a|one) file of a Hugging Face.*give the folder, {path.parent}"
+        ):
+            checkpoint_to_load(str(path), str(folders / "out"))
+
+
+def test_folders_of_other_kinds_are_refused_in_words(folders):
+    """What MindFormers would answer with a traceback that names nothing."""
+    values = random_values({"model.layers.0.self_attn.rotary.weight": (4, 4), "model.score": (4,)}, "fp16")
+    prefix = random_values({"transformer.prefix_encoder.embedding.weight": (8, 192)}, "fp16")
+    write_folder(folders / "other", TINY, values, "bin", shards=1)
+    write_folder(folders / "ptuning", TINY, prefix, "safetensors", shards=1)
+    (folders / "adapter").mkdir()
+    (folders / "adapter" / "adapter_config.json").write_text("{}")
+    for name, message in (
+        ("other", "is not a weight of ChatGLM3"),
+        ("ptuning", r"P-Tuning v2 \(prefix_encoder\)"),
+        ("adapter", "a PEFT adapter, not a whole model; .*--adapter"),
+    ):
+        with pytest.raises(InputError, match=message):
+            checkpoint_to_load(str(folders / name), str(folders / "out"))
+
+
 def test_broken_folders_stop_the_run(folders):
     (folders / "bin" / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(InputError, match="1 of 2 shards are missing"):
@@ -99,7 +153,7 @@ def test_the_trainer_loads_the_converted_file(folders, monkeypatch, mode):
     monkeypatch.setattr(trainer, "ChatPromptTokenizer", lambda *_, **__: None)
     config = MindFormerConfig(str(ROOT / "research" / "glm32k" / "predict_glm32k_tiny_cpu.yaml"))
     config.load_checkpoint, config.output_dir = str(folders / "bin"), str(folders / "run")
-    config.model.model_config.qkv_concat = False
+    config.model.model_config.update(TINY, qkv_concat=False)
 
     class Tokenizer:
         """What predict reads of a tokenizer."""

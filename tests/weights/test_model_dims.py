@@ -7,7 +7,8 @@ import pytest
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import convert_reversed, load_hf_weights
-from mindformers_glm32k.weights.model_dims import PUBLISHED, dims_from_config, read_config, to_chatglm, to_glm
+from mindformers_glm32k.weights.config_json import read_config, to_chatglm, to_glm
+from mindformers_glm32k.weights.model_dims import PUBLISHED, dims_from_config
 
 
 def test_published_fields(reference):

@@ -16,6 +16,7 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.weights import convert, is_huggingface
 from mindformers_glm32k.weights.checkpoint import open_source, weights_in
+from mindformers_glm32k.weights.config_json import check_agreement, config_of
 from mindformers_glm32k.weights.model_dims import dims_from_tensors
 from mindformers_glm32k.weights.names import COUNTER, SCRATCH_PREFIX, STATE_PREFIXES, kind_of
 from mindformers_glm32k.weights.strategy import ShardSpec
@@ -68,9 +69,10 @@ def load_weights(path: str | PathLike, state: State, config: dict, work: Path) -
     is converted in the folder `work`.
 
     Raises:
-        InputError: weights are missing or have other shapes.
+        InputError: weights are missing, have other shapes, or are of a model that differs in what shapes do not show.
     """
     model = config["model"]["model_config"]
+    check_agreement(config_of(path), model, "model.model_config of the run")
     if is_huggingface(path):
         target = work / "converted.ckpt"
         convert(

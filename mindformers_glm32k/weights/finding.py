@@ -1,0 +1,230 @@
+"""Which files a checkpoint consists of: indices, numbered sets, hub caches, unfinished downloads, adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from mindformers_glm32k.errors import InputError
+
+INDEX_SUFFIX = ".index.json"
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
+# In a folder the first pattern that matches wins: safetensors before .bin, whole sets before stray files.
+_PATTERNS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "*.safetensors.index.json",
+    "*.ckpt.index.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "*.ckpt",
+)
+# What download tools put beside, or in place of, a file that is not all there: aria2, wget and curl scripts,
+# huggingface_hub, browsers, Xunlei, netdisk clients.
+_UNFINISHED = tuple(
+    ".aria2 .part .incomplete .crdownload .partial .download .downloading .aria2__temp .td .xltd .tmp .!qB".split()
+)
+ADAPTER_CONFIG = "adapter_config.json"
+HOW_TO_MERGE = "merge it into its base: glm32k convert --input_path BASE --adapter {folder} --output_path OUT.ckpt"
+
+
+class Found(NamedTuple):
+    """The files of a checkpoint.
+
+    files: the weight files, in order.
+    index: tensor -> file name, as the index says; None without one.
+    folder: where they lie.
+    notes: what was passed over, and why.
+    """
+
+    files: list[Path]
+    index: dict[str, str] | None
+    folder: Path
+    notes: list[str]
+
+
+def find_files(path: Path) -> Found:
+    """Finds the files of a checkpoint: a folder (also one of a hub's cache), one weight file, or an index file.
+
+    Raises:
+        InputError: nothing there, shards missing or not all there, an adapter alone, or a choice is the user's.
+    """
+    if path.is_dir():
+        folder, notes = _enter_hub_cache(path)
+        found = _find_in_folder(folder)
+        found.notes[:0] = notes
+    elif not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    elif path.name.endswith(INDEX_SUFFIX):
+        index = _read_index(path)
+        found = Found([path.parent / name for name in sorted(set(index.values()))], index, path.parent, [])
+        _require_all(found.files, path)
+    else:
+        found = Found([path], None, path.parent, [])
+        _require_whole_set(found.files)
+    for file in found.files:
+        _refuse_unfinished(file)
+    return found
+
+
+def snapshot_of(folder: Path) -> Path:
+    """The folder of a model inside a hub's cache; other folders are their own; InputError for several."""
+    return _enter_hub_cache(folder)[0]
+
+
+def _enter_hub_cache(folder):
+    """The snapshot inside a `models--*` folder of a hub's cache, or inside the whole cache; else the folder itself."""
+    if any(next(folder.glob(pattern), None) for pattern in _PATTERNS):
+        return folder, []
+    models = [folder] if (folder / "snapshots").is_dir() else sorted(folder.glob("models--*"))
+    models += sorted((folder / "hub").glob("models--*")) if not models else []
+    snapshots = [one for model in models for one in sorted((model / "snapshots").glob("*")) if one.is_dir()]
+    if not models:
+        return folder, []
+    if len(snapshots) > 1:
+        main = [_main_of(model) for model in models]
+        names = ", ".join(f"{one} (refs/main)" if one.name in main else str(one) for one in snapshots)
+        raise InputError(f"{folder}: a hub's cache with {len(snapshots)} snapshots; give the one meant: {names}")
+    if not snapshots:
+        raise InputError(f"{folder}: a hub's cache without a snapshot in it; download the model again")
+    return snapshots[0], [f"{folder}: a hub's cache; its snapshot {snapshots[0].name} is used"]
+
+
+def _main_of(model):
+    path = model / "refs" / "main"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _refuse_lost_links(folder):
+    """A cache copied without its links holds their texts in place of the files."""
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and path.stat().st_size < 256 and path.read_bytes().startswith(b"../../blobs/"):
+            raise InputError(
+                f"{path}: the text of a link into a hub's cache, not the file: the cache was copied without its "
+                f"links; copy it again with `cp -a`, or download the model again and give its snapshot {folder.name}"
+            )
+
+
+def _find_in_folder(folder):
+    _refuse_lost_links(folder)
+    failure, notes = None, []
+    for pattern in _PATTERNS:
+        paths = [path for path in sorted(folder.glob(pattern)) if not path.name.startswith("adapter_model")]
+        if not paths or (failure and pattern.endswith((".ckpt", ".ckpt.index.json"))):
+            continue  # another kind of checkpoint is no stand-in for a broken download
+        try:
+            found = _candidate(paths, pattern, folder, bool(failure))
+        except InputError as error:
+            failure = failure or error
+            if isinstance(error, _Unusable):
+                continue
+            raise
+        if failure:
+            notes.append(f"{str(failure).split(';')[0]}; the complete set {_names(found.files)} is used instead")
+        if (folder / ADAPTER_CONFIG).is_file():
+            how = HOW_TO_MERGE.format(folder=folder)
+            notes.append(f"{folder}: the PEFT adapter beside the weights is not used; {how}")
+        return found._replace(notes=notes)
+    if failure:
+        raise InputError(str(failure))
+    _refuse_adapter(folder)
+    parts = sorted(path.name for path in folder.iterdir() if path.name.endswith(_UNFINISHED))
+    if parts:
+        raise InputError(f"{folder}: only unfinished downloads ({', '.join(parts[:5])}); finish the download")
+    raise InputError(f"{folder}: no weight files (*.safetensors, pytorch_model*.bin, *.ckpt) in this folder")
+
+
+class _Unusable(InputError):
+    """This set is not all there; another in the folder may be."""
+
+
+def _candidate(paths, pattern, folder, instead):
+    """The set of files behind one pattern; `instead`: of another that is not all there, so only a whole set will do."""
+    if not pattern.endswith(INDEX_SUFFIX):
+        if instead and len(paths) > 1:
+            paths = [path for path in paths if _SHARD.match(path.name)] or paths
+        _require_whole_set(paths)
+        if instead and not (_SHARD.match(paths[0].name) or paths[0].name == pattern):
+            raise _Unusable(f"{paths[0]}: not a whole checkpoint")
+        return Found(paths, None, folder, [])
+    indices, failure = {}, None
+    for path in paths:
+        indices[path] = _read_index(path)
+        try:
+            _require_all([folder / name for name in sorted(set(indices[path].values()))], path)
+        except _Unusable as error:
+            del indices[path]
+            failure = failure or error
+    if len(indices) > 1:
+        raise InputError(
+            f"{folder}: {len(indices)} index files ({', '.join(path.name for path in indices)}): give the one meant"
+        )
+    if not indices:
+        raise failure
+    index = next(iter(indices.values()))
+    return Found([folder / name for name in sorted(set(index.values()))], index, folder, [])
+
+
+def _names(files):
+    return files[0].name if len(files) == 1 else f"{files[0].name} … {files[-1].name}"
+
+
+def _refuse_adapter(folder):
+    if (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("adapter_model.*")):
+        raise InputError(f"{folder}: a PEFT adapter, not a whole model; {HOW_TO_MERGE.format(folder=folder)}")
+
+
+def _refuse_unfinished(file):
+    for suffix in _UNFINISHED:
+        mark = file.with_name(file.name + suffix)
+        if mark.exists():
+            raise InputError(
+                f"{file}: {mark.name} lies beside it: the download is not finished, the file may have holes; finish "
+                f"the download, or remove {mark.name} where the file is known to be whole"
+            )
+
+
+def _read_index(path):
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(file, str) and file == Path(file).name for file in weight_map.values()):
+            raise ValueError("weight_map must name a file in the same folder for every key")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a usable index ({type(error).__name__}: {error}); download it again") from error
+    return weight_map
+
+
+def _require_all(files, index_path):
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise _Unusable(
+            f"{index_path}: {len(missing)} of {len(files)} shards are missing from its folder: "
+            f"{', '.join(missing)}; download them"
+        )
+
+
+def _require_whole_set(files):
+    """Without an index the shards' own numbering tells which are missing."""
+    sets = {}
+    for file in files:
+        match = _SHARD.match(file.name)
+        if match:
+            sets.setdefault((match["stem"], match["count"], match["suffix"]), set()).add(int(match["index"]))
+    for (stem, count, suffix), indices in sets.items():
+        missing = [
+            f"{stem}-{index:05d}-of-{count}{suffix}" for index in range(1, int(count) + 1) if index not in indices
+        ]
+        if missing:
+            raise _Unusable(
+                f"{files[0].parent}: {len(missing)} of {int(count)} shards are missing: "
+                f"{', '.join(missing)}; download them and give the folder"
+            )
+    if len(sets) > 1 or (sets and sum(map(len, sets.values())) != len(files)):
+        raise InputError(
+            f"{files[0].parent}: files of several checkpoints lie in one folder "
+            f"({', '.join(file.name for file in files)}); give the index file of the one meant"
+        )

@@ -1,0 +1,85 @@
+"""config.json as transformers 4 and 5 write it, and what it must not leave open: the rotary base."""
+
+import json
+
+import pytest
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights import convert, convert_reversed
+from mindformers_glm32k.weights.config_json import config_text, read_config, to_glm
+from mindformers_glm32k.weights.model_dims import PUBLISHED
+
+from .synthetic import TINY, chatglm_shapes, random_values, write_folder
+
+GLM = {key: value for key, value in to_glm(PUBLISHED).items() if key not in ("rope_theta", "rope_parameters")}
+GLM.pop("partial_rotary_factor")
+CHATGLM = {key: value for key, value in PUBLISHED.items() if key != "rope_ratio"}
+ROPE = {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5}
+
+
+def read(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, ratio",
+    (
+        ({**GLM, "rope_theta": 500000.0, "partial_rotary_factor": 0.5}, 50),
+        ({**GLM, "rope_parameters": ROPE}, 50),
+        ({**GLM, "rope_parameters": {"rope_theta": 10000.0}, "rope_theta": 10000.0}, 1),
+        ({**GLM, "rope_theta": 5000000, "rope_scaling": None}, 500),
+        ({**GLM, "rope_theta": 15000.0}, 1.5),
+        ({**CHATGLM, "rope_ratio": 50}, 50),
+        ({**CHATGLM, "rope_ratio": 50, "rope_theta": 10000.0}, 50),  # the base, as other programs write it
+        ({**CHATGLM, "rope_parameters": ROPE}, 50),
+        ({**CHATGLM, "rope_theta": 500000}, 50),
+        ({**CHATGLM, "seq_length": 8192}, 1),
+    ),
+)
+def test_the_rotary_base_of_every_form(tmp_path, config, ratio):
+    known = read(tmp_path, config)
+    assert known.fields["rope_ratio"] == ratio and "rope_parameters" not in known.fields
+    assert bool(known.notes) == (config.get("seq_length") == 8192)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    (
+        (GLM, "neither rope_theta nor rope_parameters is there; add rope_theta"),
+        ({**GLM, "rope_parameters": {"partial_rotary_factor": 0.5}}, "neither rope_theta nor rope_parameters"),
+        (CHATGLM, "neither rope_ratio nor rope_theta nor rope_parameters is there, and seq_length is 32768"),
+        ({**GLM, "rope_parameters": ROPE, "rope_theta": 10000.0}, "rope_theta is 10000.0, but 500000.0 in rope_param"),
+        ({**GLM, "rope_theta": 500000.0, "rope_ratio": 1}, "rope_theta is 500000.0, rope_ratio 1"),
+        ({**CHATGLM, "rope_ratio": 1, "rope_parameters": ROPE}, "rope_ratio is 1, rope_theta 500000.0"),
+        ({**GLM, "rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4}}, "rope_parameters is .*yarn"),
+        ({**GLM, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is .*linear"),
+        ({**GLM, "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}, "partial_rotary_factor 0.5"),
+        ({**GLM, "rope_theta": "much"}, "rope_theta is 'much', a positive number"),
+        ({**CHATGLM, "rope_ratio": 0}, "rope_ratio is 0, a positive number"),
+    ),
+)
+def test_what_is_refused(tmp_path, config, message):
+    with pytest.raises(InputError, match="config.json: " + message):
+        read(tmp_path, config)
+
+
+def test_both_versions_words_are_written(tmp_path):
+    config = json.loads(config_text(PUBLISHED, "glm", "bf16"))
+    assert config["rope_parameters"] == ROPE
+    assert (config["rope_theta"], config["partial_rotary_factor"]) == (500000.0, 0.5)
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    for gone in (("rope_parameters", "dtype"), ("rope_theta", "partial_rotary_factor", "torch_dtype")):
+        fields = read(tmp_path, {key: value for key, value in config.items() if key not in gone}).fields
+        assert (fields["rope_ratio"], fields["torch_dtype"]) == (50, "bfloat16")
+
+
+def test_configs_that_differ_are_refused_by_both_conversions(tmp_path):
+    write_folder(tmp_path / "hf", {**TINY, "rope_ratio": 1}, random_values(chatglm_shapes(TINY), "fp16"), "bin")
+    convert(tmp_path / "hf", tmp_path / "out.ckpt")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm", **TINY, "rope_ratio": 50}))
+    with pytest.raises(InputError, match="hf/config.json: rope_ratio is 1, but .*/config.json has rope_ratio 50"):
+        convert(tmp_path / "hf", tmp_path / "other.ckpt", config=tmp_path / "config.json")
+    with pytest.raises(InputError, match="out.report.json: rope_ratio is 1, but .*/config.json has rope_ratio 50"):
+        convert_reversed(tmp_path / "out.ckpt", tmp_path / "back", config=tmp_path / "config.json")
+    assert not (tmp_path / "back").exists() and not (tmp_path / "other.ckpt").exists()

@@ -10,6 +10,8 @@ keeps their names in decoded answers, takes one message in apply_chat_template, 
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -100,6 +102,20 @@ class GLM32KTokenizer(chat.ChatInput, PreTrainedTokenizer):
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **{key: kwargs[key] for key in _PASSED_ON if key in kwargs},
         )
+
+    @classmethod
+    def _from_experimental_pretrained(cls, resolved_vocab_files, *args, **kwargs) -> GLM32KTokenizer:
+        """Upstream's reader of a folder, spared what other programs say of special tokens in forms that it does not
+        know (lists of dictionaries, as newer transformers write them): the vocabulary fixes them."""
+        files = dict(resolved_vocab_files)
+        for key in ("special_tokens_map_file", "added_tokens_file", "tokenizer_file"):
+            files.pop(key, None)
+        path = files.get("tokenizer_config_file")
+        config = {**(_read_tokenizer_config(path) if path else {}), "tokenizer_class": cls.__name__}
+        with tempfile.TemporaryDirectory(prefix="glm32k_tokenizer_") as folder:
+            files["tokenizer_config_file"] = str(Path(folder) / "tokenizer_config.json")
+            Path(files["tokenizer_config_file"]).write_text(json.dumps(config), encoding="utf-8")
+            return super()._from_experimental_pretrained(files, *args, **kwargs)
 
     # --- the vocabulary ---
 
@@ -342,6 +358,17 @@ def _check_arguments(kwargs):
             problems.append(f"unknown argument {key!r}{did_you_mean(key, known)}")
     if problems:
         raise InputError("; ".join(problems))
+
+
+def _read_tokenizer_config(path):
+    """What of a tokenizer_config.json has an effect here; special tokens by their names, however they are written."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = {key: config[key] for key in _TOKEN_NAMES if config.get(key) is not None}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not a readable tokenizer_config.json ({error}); download it again") from error
+    kept = {key: config[key] for key in (*_OWN, *_PASSED_ON) if key in config}
+    return {**kept, **{key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}}
 
 
 def _check_encode_options(options, return_offsets_mapping):

@@ -139,6 +139,44 @@ def test_the_published_folder_loads(reference, tmp_path, golden):
         assert ids.tolist() == [case["ids"]]
 
 
+def test_folders_as_newer_programs_write_them_load(small, small_vocab_file, tmp_path):
+    """Special tokens are fixed, in whatever form they are repeated: names, dictionaries, lists, mappings by id."""
+
+    def token(name):
+        return {"content": name, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+
+    roles = [token("<|user|>"), token("<|observation|>")]
+    marked = {**token("</s>"), "__type": "AddedToken"}
+    decoder = {"64795": {**token("<|user|>"), "special": True}, "64797": {**token("<|observation|>"), "special": True}}
+    maps = (
+        {"additional_special_tokens": roles, "eos_token": token("</s>")},
+        {"additional_special_tokens": ["<|user|>"]},
+    )
+    configs = (
+        {"auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}},
+        {"eos_token": token("</s>"), "pad_token": "<unk>", "additional_special_tokens": roles},
+        {"added_tokens_decoder": decoder, "eos_token": marked, "additional_special_tokens": ["<|user|>"]},
+        {"extra_special_tokens": ["<|user|>"], "backend": "custom", "is_local": True, "added_tokens_decoder": decoder},
+    )
+    shutil.copy(small_vocab_file, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"<|user|>": 64795}')
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": 64795, "content": "<|user|>", "extra": 1}]}')
+    for special_map in maps:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_map))
+        for config in configs:
+            config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "right", **config}
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+            loaded = GLM32KTokenizer.from_pretrained(str(tmp_path))
+            assert loaded.encode("a<|user|>b") == small.encode("a<|user|>b") and loaded.padding_side == "right"
+            assert loaded.special_tokens_map == small.special_tokens_map and len(loaded) == len(small)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    with pytest.raises(InputError, match=r"eos_token '<\|endoftext\|>' is not ChatGLM3's"):
+        GLM32KTokenizer.from_pretrained(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match="tokenizer_config.json: not a readable"):
+        GLM32KTokenizer.from_pretrained(str(tmp_path))
+
+
 @pytest.mark.filterwarnings("ignore:Calling GLM32KTokenizer.from_pretrained")
 def test_the_file_alone_loads(small, small_vocab_file):
     for path in (small_vocab_file, small_vocab_file.parent):

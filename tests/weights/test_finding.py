@@ -104,7 +104,9 @@ def test_a_hub_s_cache(tmp_path, tensors, expected):
         found, remarks = converted(folder, tmp_path / "out")
         assert found == expected and ("its snapshot abc is used" in remarks) == (folder.name != "abc")
     shutil.copytree(cache / "snapshots" / "abc", cache / "snapshots" / "def", symlinks=True)
-    with pytest.raises(InputError, match=r"2 snapshots; give the one meant: .*/snapshots/abc \(refs/main\), .*/snapshots/def"):
+    with pytest.raises(
+        InputError, match=r"2 snapshots; give the one meant: .*/snapshots/abc \(refs/main\), .*/snapshots/def"
+    ):
         converted(cache, tmp_path)
     shutil.rmtree(cache / "snapshots" / "def")
     for path in (cache / "snapshots" / "abc").iterdir():  # as copies without links leave it

@@ -57,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
         samples, tokens, tokenizer, lambda prompt: fed([prompt])["input_ids"][0], longest_prompt, model.seq_length
     )
     print(tokens.legend())
+    for path, layout, records in samples.files():
+        print(f"{path}: {records} records, layout {layout}")
+    for note in samples.unused():
+        print(note)
     for number, sequence in zip(range(1, args.rows + 1), sequences):
         print("\n" + text.write(number, *sequence))
     return 0

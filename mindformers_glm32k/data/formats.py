@@ -14,12 +14,10 @@ from typing import Any
 from mindformers_glm32k.checks import nearest
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.tokenizer.vocabulary import ROLES
 
 RENAME = "set origin_columns if the columns have other names"
-TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:"
-_KEYS = ("role", "content", "metadata", "tools", "loss", "name", "parameters", "observation")
-_HINT = 'a message looks like {"role": "user", "content": "…"}'
+_NAMES_OF_RECORDS = frozenset(("id", "_id"))  # they tell records apart and carry nothing to learn
+_PREPROCESSED = frozenset(("dataset", "length", "answers", "language", "all_classes"))  # kept beside context_span
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Text:
 
 
 class AdGenLayout:
-    """{"content": "…", "summary": "…"}; other fields are ignored, but for `context_span`.
+    """{"content": "…", "summary": "…"}, with `system`, `history` and `context_span` beside them where they are given.
 
     `context_span`, where it is there, is [start, stop]: where in the first field, in characters, the long document
     stands. `glm32k preprocess` writes it. `columns` are the names of the two fields.
@@ -93,10 +91,15 @@ class AdGenLayout:
         """Whether a record has this layout's fields."""
         return all(field in record for field in self.fields)
 
-    def sample(self, record: dict) -> Sample:
+    def sample(self, record: dict) -> Sample | Chat:
         """InputError (without the location) when a field is missing or no text."""
         prompt, answer = (text_field(record, field, RENAME) for field in self.fields)
-        return Sample(prompt, answer, _span(record.get("context_span"), len(prompt)))
+        return after_history(record, Sample(prompt, answer, _span(record.get("context_span"), len(prompt))))
+
+    def unused(self, record: dict) -> list[str]:
+        """Names of the fields that carry text which no sample has."""
+        used = (*self.fields, *BESIDE, "context_span")
+        return unread(record, {*used, *_PREPROCESSED} if "context_span" in record else used)
 
 
 def _span(context, length):
@@ -140,9 +143,13 @@ class LongBenchLayout:
         prompt, context = self.prompts.render(record)
         return Sample(prompt, answer, context)
 
+    def unused(self, record: dict) -> list[str]:
+        """None: what LongBench's template leaves out of a record is meant to be left out."""
+        return []
+
 
 class TextLayout:
-    """{"text": "…"}; other fields are ignored."""
+    """{"text": "…"}."""
 
     name = "text"
     fields = ("text",)
@@ -153,6 +160,66 @@ class TextLayout:
     def sample(self, record: dict) -> Text:
         """InputError (without the location) when the field is missing, empty or no text."""
         return Text(text_field(record, "text", "plain text stands in the field 'text'"))
+
+    def unused(self, record: dict) -> list[str]:
+        return unread(record, self.fields)
+
+
+BESIDE = ("system", "history")  # fields beside one question with its answer
+
+
+def after_history(record: dict, sample: Sample) -> Sample | Chat:
+    """A sample behind the `system` prompt and the turns of `history` ([question, answer] pairs, or messages) of its
+    record; InputError where they are something else.
+    """
+    system, history = record.get("system"), json_value(record.get("history"))
+    turns = []
+    if carries_text(system):
+        turns.append(Turn("system", text_field(record, "system", "a system prompt is a text")))
+    if not isinstance(history, (list, type(None))):
+        raise InputError(f"field 'history' is {history!r:.60}; a list of [question, answer] is needed")
+    for number, entry in enumerate(history or (), 1):
+        values = list(entry.values()) if isinstance(entry, dict) else entry
+        if isinstance(entry, dict) and set(entry) == {"role", "content"} and entry["role"] in ("user", "assistant"):
+            text = text_field(entry, "content", f"entry {number} of 'history' has no text")
+            turns.append(Turn(entry["role"], text, in_loss=entry["role"] == "assistant"))
+        elif isinstance(values, list) and len(values) == 2:
+            names = [f"history, question {number}", f"history, answer {number}"]
+            question, answer = (
+                text_field(dict(zip(names, values)), name, "history is a list of [question, answer]") for name in names
+            )
+            turns += [Turn("user", question), Turn("assistant", answer, in_loss=True)]
+        else:
+            raise InputError(f"entry {number} of 'history' is {entry!r:.60}; [question, answer] is needed")
+    return Chat((*turns, *sample.turns())) if turns else sample
+
+
+def json_value(value: Any) -> Any:
+    """What a text says where it is a JSON list or object; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def carries_text(value: Any) -> bool:
+    """Whether there are letters in a value or in the values inside it."""
+    if isinstance(value, str):
+        return not value.isspace() and value != ""
+    if isinstance(value, dict):
+        return any(map(carries_text, value.values()))
+    return isinstance(value, list) and any(map(carries_text, value))
+
+
+def unread(record: dict, used: Any) -> list[str]:
+    """The fields of a record that carry text and are not among those `used`."""
+    return [
+        field
+        for field, value in record.items()
+        if field not in used and field not in _NAMES_OF_RECORDS and carries_text(value)
+    ]
 
 
 def layout_of(record: dict, layouts: list[Any]) -> Any:
@@ -202,98 +269,3 @@ def text_field(record: dict, field: str, hint: str, may_be_empty: bool = False) 
                 "which no tokenizer can read; mend the text"
             ) from error
     return value
-
-
-class ChatLayout:
-    """Chats, as ChatGLM3's published fine-tuning data has them.
-
-        {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
-        {"conversations": […], "tools": […]}
-
-    A message has `role` (system, user, assistant, observation, or tool) and `content`; an assistant's may have
-    `metadata` (the name of the tool it calls), a system message `tools`, any message `loss: false`, which keeps an
-    answer out of the loss. Other fields of the record are ignored. Sources: README and preprocess_utils.py of
-    ChatGLM3's finetune_chatmodel_demo for `conversations`, `tools` and the role `tool`; its PROMPT.md for metadata and
-    observations.
-    """
-
-    name = "chat"
-    fields = ("messages (or conversations)",)
-    _LISTS = ("messages", "conversations")
-
-    def matches(self, record: dict) -> bool:
-        """Whether a record has one of the two lists."""
-        return any(field in record for field in self._LISTS)
-
-    def sample(self, record: dict) -> Chat:
-        """InputError (without the location) when something is missing or wrong."""
-        field = next((name for name in self._LISTS if name in record), None)
-        if field is None:
-            raise InputError(f"has neither 'messages' nor 'conversations'; {_HINT}")
-        messages = record[field]
-        if not isinstance(messages, list) or not messages:
-            raise InputError(f"field {field!r} is {messages!r:.60}; a list with at least one message is needed")
-        turns = []
-        for number, message in enumerate(messages, 1):
-            try:
-                turns += _turns(message)
-            except InputError as error:
-                raise InputError(f"message {number} of {field!r}: {error}") from error
-        if record.get("tools"):
-            turns = _with_tools(turns, messages[0], record["tools"], is_own_message=field == "conversations")
-        if not any(turn.in_loss for turn in turns):
-            raise InputError(f"field {field!r} has no assistant message to learn from; add one or remove the line")
-        return Chat(tuple(turns))
-
-
-def _turns(message):
-    """[Turn] of one message; two of a `tool` message, which holds the call and what the tool returned."""
-    if not isinstance(message, dict):
-        raise InputError(f"is {type(message).__name__}, not an object; {_HINT}")
-    unknown = [key for key in message if key not in _KEYS]
-    if unknown:
-        raise InputError(f"has the unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
-    role, loss = message.get("role"), message.get("loss")
-    if not (loss is None or isinstance(loss, bool)):
-        raise InputError(f"'loss' is {loss!r:.40}, neither true nor false")
-    if role == "tool":
-        return _tool_turns(message, loss is not False)
-    if role not in ROLES:
-        raise InputError(f"role is {role!r:.40}, not one of {', '.join(ROLES)}, tool")
-    content = text_field(message, "content", _HINT, may_be_empty=True)
-    metadata = message.get("metadata")
-    metadata = "" if metadata is None else text_field(message, "metadata", _HINT, may_be_empty=True)
-    if message.get("tools") is not None:
-        if role != "system":
-            raise InputError(f"'tools' belong to a system message; found in one of the role {role}")
-        content += "\n" + _listed(message["tools"])
-    return [Turn(role, content, metadata, in_loss=role == "assistant" and loss is not False)]
-
-
-def _tool_turns(message, in_loss):
-    name = text_field(message, "name", "a tool message has name, parameters and observation")
-    parameters, observation = message.get("parameters"), message.get("observation")
-    if not isinstance(parameters, dict):
-        raise InputError(f"'parameters' of a tool message is {parameters!r:.40}; an object is needed")
-    if not isinstance(observation, str):
-        observation = json.dumps(observation, ensure_ascii=False)
-    arguments = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
-    return [
-        Turn("assistant", f"```python\ntool_call({arguments})\n```", name, in_loss),
-        Turn("observation", observation),
-    ]
-
-
-def _with_tools(turns, first, tools, is_own_message):
-    """Puts a record's tools in front: in a system message of their own, as ChatGLM3's own preprocessing does for
-    `conversations`; for `messages` in the system message that is there, as its prompt format does."""
-    if not is_own_message and turns[0].role == "system":
-        if first.get("tools") is not None:
-            raise InputError("tools are given twice, in the record and in its system message; remove one of them")
-        system = turns[0]
-        return [Turn("system", system.content + "\n" + _listed(tools), system.metadata)] + turns[1:]
-    return [Turn("system", TOOLS_INTRODUCTION + "\n" + _listed(tools))] + turns
-
-
-def _listed(tools):
-    return json.dumps(tools, indent=4, ensure_ascii=False)

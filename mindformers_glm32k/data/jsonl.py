@@ -26,6 +26,10 @@ _LOOKED_AT = 1000  # lines, to find out what a file holds where the first ones a
 _PROGRESS_FROM = 64 << 20  # bytes
 
 
+class BrokenJSON(InputError):
+    """A line that is not JSON."""
+
+
 class JsonLines:
     """The records of one JSON-lines file by index.
 
@@ -44,6 +48,7 @@ class JsonLines:
 
     Attributes:
         path: the file.
+        check: that of the constructor.
         problems: the damaged lines that were skipped.
 
     Raises:
@@ -60,7 +65,7 @@ class JsonLines:
     ):
         choice(on_error, "on_error", ON_ERROR)
         self._index = LineIndex(path, cache_dir)
-        self.path, self._check = self._index.path, check
+        self.path, self.check = self._index.path, check
         self._descriptor = None
         self._checked = 0  # so many records, from the first on, have been found sound
         self._kept = None  # numbers of the sound lines, where some are skipped
@@ -114,7 +119,7 @@ class JsonLines:
             self._parse(raw, record)
             return True
         except InputError as error:
-            cut_off = raw is not None and not raw.endswith(b"\n")
+            cut_off = isinstance(error, BrokenJSON) and not raw.endswith(b"\n")
             self.problems.add(
                 self._index.line(record),
                 f"{error} (the last line, not closed: is the file cut off?)" if cut_off else error,
@@ -159,8 +164,8 @@ class JsonLines:
 
     def _parse(self, raw, record):
         parsed = parse_line(raw, first=record == 0)
-        if self._check is not None:
-            self._check(parsed)
+        if self.check is not None:
+            self.check(parsed)
         return parsed
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
@@ -263,13 +268,13 @@ def parse_line(raw: bytes | None, first: bool = False) -> dict:
     try:
         record = json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+        raise BrokenJSON(f"not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
     except RecursionError as error:
         raise InputError("brackets nested too deeply for a record") from error
     except ValueError as error:
         if first and raw.strip() == b"[":
             raise InputError("the file is one JSON array over many lines; write one object per line") from error
-        raise InputError(f"broken JSON ({error}): {_shorten(raw)}; mend or remove the line") from error
+        raise BrokenJSON(f"broken JSON ({error}): {_shorten(raw)}; mend or remove the line") from error
     if not isinstance(record, dict):
         hint = (
             "the file is one JSON array; write one object per line"

@@ -38,7 +38,7 @@ class GLM32KDataLoader:
         dataset_dir: a file, or a folder whose *.jsonl are read in the order of their names.
         shuffle: a new order in each epoch. Default False.
         origin_columns: the fields of AdGen lines. Default ["content", "summary"].
-        layout: "adgen", "longbench", "chat", "text", or "auto" (default): by the first record of each file.
+        layout: one of sources.LAYOUTS; "auto" (default): by the fields of each file's first record.
         prompt_config_file: LongBench's dataset2prompt.json; needed for its layout.
         num_samples: read only the first samples, this many, >= 1.
         num_shards: number of ranks that share the samples, >= 1. Default: not shared.
@@ -115,13 +115,13 @@ class GLM32KDataLoader:
         )
         for path, file_layout, size in source.files():
             logger.info("%s: %d records, layout %s", path, size, file_layout)
-            if file_layout in ("chat", "text") and _TEXTS & set(column_names):
+            if file_layout not in ("adgen", "longbench") and _TEXTS & set(column_names):
                 raise InputError(
                     f"{path}: lines of the layout {file_layout} have no columns prompt and answer; "
                     "set train_dataset_task.type to GLM32KDataset"
                 )
         for_training = phase == "train" or phase is None and shuffle
-        for problem in source.problems() + (contamination_warning(source) if for_training else []):
+        for problem in source.problems() + source.unused() + (contamination_warning(source) if for_training else []):
             logger.warning("%s", problem)
         if len(source) < num_shards:
             raise InputError(

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from mindformers_glm32k.data.chats import ChatLayout, OpenAILayout, ShareGPTLayout
 from mindformers_glm32k.data.formats import (
     AdGenLayout,
     Chat,
-    ChatLayout,
     LongBenchLayout,
     Sample,
     Text,
     TextLayout,
+    carries_text,
     layout_of,
 )
 from mindformers_glm32k.data.jsonl import RAISE, JsonLines, first_record
 from mindformers_glm32k.data.prompts import PromptTemplates
+from mindformers_glm32k.data.question_formats import ALPACA, QUERY, QUESTION_LAYOUTS
 from mindformers_glm32k.errors import InputError
 
 AUTO = "auto"
-LAYOUTS = (AUTO, AdGenLayout.name, LongBenchLayout.name, ChatLayout.name, TextLayout.name)
+LAYOUTS = (
+    AUTO,
+    AdGenLayout.name,
+    LongBenchLayout.name,
+    ShareGPTLayout.name,
+    OpenAILayout.name,
+    ChatLayout.name,
+    ALPACA,
+    QUERY,
+    TextLayout.name,
+)
+_BEHIND = "messages behind the last answer"
 _HOW_TO_GIVE = "Set data_loader.dataset_dir or --train_dataset_dir / --eval_dataset_dir to a file or folder of .jsonl."
 
 
@@ -54,7 +68,10 @@ class SampleSource:
         on_error: str = RAISE,
     ):
         prompts = PromptTemplates(prompt_config_file) if prompt_config_file else None
-        candidates = [AdGenLayout(columns), LongBenchLayout(prompts), ChatLayout(), TextLayout()]
+        # fields that are a known layout's too have its other fields with them
+        named = [one for one in QUESTION_LAYOUTS if one.fields == tuple(columns)]
+        candidates = [*named, AdGenLayout(columns), LongBenchLayout(prompts), ShareGPTLayout(), OpenAILayout()]
+        candidates += [ChatLayout(), *QUESTION_LAYOUTS, TextLayout()]
         if layout != AUTO:
             candidates = [candidate for candidate in candidates if candidate.name == layout]
         self._files = [_open(path, candidates, cache_dir, on_error) for path in _data_files(dataset_dir)]
@@ -87,6 +104,17 @@ class SampleSource:
     def files(self) -> list[tuple[str, str, int]]:
         """Path, layout and number of records of each file."""
         return [(str(lines.path), layout.name, len(lines)) for lines, layout in self._files]
+
+    def unused(self) -> list[str]:
+        """For each file with fields that carry text and are in no sample: their names, and in how many records."""
+        return [
+            f"{lines.path}: not used are "
+            + ", ".join(f"{field!r} of {count}" for field, count in (+counts).items())
+            + f" of {lines.check.records} records; only the fields of the layout {layout.name} are"
+            for lines, layout in self._files
+            for counts in [lines.check.unused]
+            if +counts
+        ]
 
     def longbench_files(self) -> list[tuple[str, str]]:
         """Path and data set of each file with LongBench's samples, in its own layout or as records of `glm32k
@@ -132,4 +160,23 @@ def _open(path, candidates, cache_dir, on_error):
             f"{path}: this is LongBench's layout; set data_loader.prompt_config_file to the "
             "dataset2prompt.json that holds the prompts"
         )
-    return JsonLines(path, check=layout.sample, cache_dir=cache_dir, on_error=on_error), layout
+    check = _Check(layout)
+    lines = JsonLines(path, check=check, cache_dir=cache_dir, on_error=on_error)
+    check.counting = False
+    return lines, layout
+
+
+class _Check:
+    """Makes a sample of each record, and counts, in the records that are looked at before a run, what is not used."""
+
+    def __init__(self, layout):
+        self._layout, self.records, self.unused, self.counting = layout, 0, Counter(), True
+
+    def __call__(self, record):
+        sample = self._layout.sample(record)
+        if self.counting:
+            self.records += 1
+            self.unused.update(self._layout.unused(record))
+            if isinstance(sample, Chat) and not sample.messages[-1].in_loss:
+                self.unused[_BEHIND] += carries_text(sample.messages[-1].content)
+        return sample

@@ -94,11 +94,45 @@ def _fields(message: Any) -> tuple:
         if role != "system":
             raise InputError(f"tools belong to the system message; found in a {role} message")
         if isinstance(content, str):  # anything else is reported by message_ids
-            content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+            content += "\n" + listed_tools(message["tools"])
     return role, message.get("metadata"), content
 
 
-def with_tools(messages: Sequence[Mapping], tools: list | None) -> Sequence[Mapping]:
+def listed_tools(tools: Any) -> str:
+    """Tools as ChatGLM3 reads them, indented JSON.
+
+    Args:
+        tools: a list or an object, or the JSON text of one; an entry may be a JSON text, too, and OpenAI's
+            {"type": "function", "function": {…}}, which stands for the function.
+
+    Raises:
+        InputError: a text that is no JSON list or object.
+    """
+    if isinstance(tools, str):
+        parsed = _parsed(tools)
+        if not isinstance(parsed, (list, dict)):
+            raise InputError(f"tools are the text {tools!r:.60}, which is no JSON list; give a list of tools")
+        tools = parsed
+    if isinstance(tools, list):
+        tools = [_function(_parsed(tool) if isinstance(tool, str) else tool) for tool in tools]
+    return json.dumps(tools, indent=4, ensure_ascii=False)
+
+
+def _parsed(text):
+    """The list or object that a JSON text says; any other text as it is."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (list, dict)) else text
+
+
+def _function(tool):
+    wrapped = isinstance(tool, dict) and tool.get("type") == "function" and isinstance(tool.get("function"), dict)
+    return tool["function"] if wrapped else tool
+
+
+def with_tools(messages: Sequence[Mapping], tools: list | str | None) -> Sequence[Mapping]:
     """The messages with `tools` in the leading system message; InputError without one."""
     if tools is None:
         return messages
@@ -214,7 +248,7 @@ class ChatInput:
         max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool = False,
-        tools: list | None = None,
+        tools: list | str | None = None,
     ) -> list | str | np.ndarray | Tensor | BatchEncoding:
         """Turns a whole conversation into ids, with no way through text: role tokens cannot be forged.
 
@@ -228,7 +262,7 @@ class ChatInput:
             padding, max_length: as in transformers; padding goes to `padding_side`.
             return_tensors: "np" or "ms" for shape (batch, length).
             return_dict: whether a BatchEncoding with mask and positions is returned.
-            tools: to write into the system message, which must be there and have none.
+            tools: to write into the system message, which must be there and have none; a list or its JSON text.
 
         Returns:
             ids, or a list of them for a batch; array, BatchEncoding or text as asked for.

@@ -4,17 +4,8 @@ import json
 
 import pytest
 
-from mindformers_glm32k.data.formats import (
-    TOOLS_INTRODUCTION,
-    AdGenLayout,
-    ChatLayout,
-    LongBenchLayout,
-    Sample,
-    Text,
-    TextLayout,
-    Turn,
-    layout_of,
-)
+from mindformers_glm32k.data.chats import TOOLS_INTRODUCTION, ChatLayout
+from mindformers_glm32k.data.formats import AdGenLayout, LongBenchLayout, Sample, Text, TextLayout, Turn, layout_of
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
 
@@ -186,12 +177,12 @@ def test_the_published_format_of_tools():
         ({"messages": [USER]}, "'messages' has no assistant message to learn from"),
         ({"messages": [USER, {**ANSWER, "loss": False}]}, "no assistant message to learn from"),
         ({"messages": [USER, "a"]}, "message 2 of 'messages': is str, not an object"),
-        ({"messages": [{"role": "human", "content": "q"}, ANSWER]}, "message 1 of 'messages': role is 'human'"),
+        ({"messages": [{"role": "narrator", "content": "q"}, ANSWER]}, "message 1 of 'messages': role is 'narrator'"),
         ({"messages": [{"content": "q"}, ANSWER]}, "role is None"),
         ({"messages": [{"role": "user"}, ANSWER]}, "message 1.*'content' is missing"),
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "'content' is int"),
         ({"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}, "half a surrogate pair"),
-        ({"messages": [{**USER, "weight": 3}, ANSWER]}, "unknown key 'weight'"),
+        ({"messages": [{**USER, "wait": 3}, ANSWER]}, "unknown key 'wait'"),
         ({"messages": [{**USER, "loss": "no"}, ANSWER]}, "'loss' is 'no'"),
         ({"messages": [{**USER, "tools": []}, ANSWER]}, "'tools' belong to a system message"),
         ({"conversations": [USER, {"role": "tool", "name": "n", "parameters": "x"}]}, "'parameters' of a tool message"),

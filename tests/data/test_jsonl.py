@@ -207,3 +207,10 @@ def test_a_big_file_is_checked_at_both_ends_and_the_rest_when_it_is_read(tmp_pat
     write(path, '{"n": ', *good, '{"n": 40')
     with pytest.raises(InputError, match="line 1: broken JSON.*line 42: broken JSON"):
         JsonLines(path)
+
+
+def test_a_record_that_is_refused_is_not_called_cut_off(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"b": 1}')
+    with pytest.raises(InputError, match="line 1: field 'a' is missing$"):
+        JsonLines(path, whole_numbers)

@@ -76,7 +76,11 @@ def test_num_samples_and_other_columns(data):
     [
         ({"shufle": True}, "unknown key 'shufle', did you mean 'shuffle'"),
         ({"shuffle": "True"}, "data_loader.shuffle: 'True'"),
-        ({"layout": "adgn"}, "data_loader.layout: 'adgn' is not one of auto, adgen, longbench, chat, text"),
+        (
+            {"layout": "adgn"},
+            "data_loader.layout: 'adgn' is not one of auto, adgen, longbench, sharegpt, openai, chat, alpaca, query, "
+            "text",
+        ),
         ({"on_error": "ignore"}, "data_loader.on_error: 'ignore' is not one of raise, skip"),
         ({"phase": "dev"}, "data_loader.phase"),
         ({"origin_columns": ["content"]}, "data_loader.origin_columns"),

@@ -66,6 +66,10 @@ def test_tools_are_written_below_the_system_content(vocabulary):
     given = chat.with_tools([{"role": "system", "content": "Use:"}], tools)
     assert chat.conversation_ids(vocabulary, given) == with_key
     unchanged = [{"role": "user", "content": "a"}]
+    for as_text in (json.dumps(tools), [{"type": "function", "function": tools[0]}]):
+        assert chat.conversation_ids(vocabulary, chat.with_tools([given[0] | {"tools": None}], as_text)) == with_key
+    with pytest.raises(InputError, match="tools are the text 'weather'"):
+        chat.conversation_ids(vocabulary, chat.with_tools([given[0] | {"tools": None}], "weather"))
     assert chat.with_tools(unchanged, None) is unchanged
     with pytest.raises(InputError, match="system message"):
         chat.with_tools(unchanged, tools)

@@ -18,9 +18,10 @@ logging.raiseExceptions = False
 
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch):
-    """MindFormers writes output/, rank_0/ and the like into the current folder: every test gets its own, and
-    MindSpore's context of parallel runs, which a trainer sets for the whole process, as it was."""
+    """MindFormers writes output/, rank_0/ and the like into the current folder: every test gets its own, and what a
+    trainer sets for the whole process, MindSpore's context of parallel runs and RUN_MODE, as it was."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RUN_MODE", raising=False)
     yield tmp_path
     if "mindspore" in sys.modules:
         sys.modules["mindspore"].reset_auto_parallel_context()

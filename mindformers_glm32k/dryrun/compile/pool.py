@@ -120,7 +120,7 @@ def run_workers(
         environment = frontend.environment(rank, layout.world, None if for_simulation else own / "text")
         status = _follow(
             [*_WORKER, *options, "--", *launcher_arguments, "--output_dir", str(own / "output")],
-            {**os.environ, **environment, "LOCAL_DEFAULT_PATH": str(own / "output")},
+            {**_inherited(), **environment, "LOCAL_DEFAULT_PATH": str(own / "output")},
             log,
             lambda what: progress.note(rank, what),
         )
@@ -149,9 +149,15 @@ def _run_worker(name, what_failed, options, launcher_arguments, folder):
     """Runs a worker that compiles nothing; its log goes to `log_NAME.txt`."""
     log = folder / f"log_{name}.txt"
     command = [*_WORKER, "--folder", str(folder), *options, "--", *launcher_arguments]
-    status = _follow(command, {**os.environ, "LOCAL_DEFAULT_PATH": str(folder)}, log)
+    status = _follow(command, {**_inherited(), "LOCAL_DEFAULT_PATH": str(folder)}, log)
     if status != 0:
         raise _failure(what_failed, status, log)
+
+
+def _inherited():
+    """This process's environment without RUN_MODE: MindFormers leaves it there after a prediction, and a trainer that
+    finds it takes its own run for one."""
+    return {name: value for name, value in os.environ.items() if name != "RUN_MODE"}
 
 
 def _follow(command, environment, log, on_note=None):

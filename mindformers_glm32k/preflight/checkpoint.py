@@ -35,8 +35,15 @@ def check_checkpoint(path: str, network: nn.Cell) -> None:
         return
     from mindformers_glm32k.weights.checkpoint import read_index
 
-    stored = {name: tuple(shape) for name, (shape, _) in read_index(path).items()}
-    wanted, optional = _parameters(network)
+    problem = _misfit(
+        path, {name: tuple(shape) for name, (shape, _) in read_index(path).items()}, *_parameters(network)
+    )
+    if problem:
+        raise InputError(problem)
+
+
+def _misfit(path, stored, wanted, optional):
+    """How the shapes in a checkpoint differ from those that a model must have, and may have; None where they fit."""
     problems = []
     missing = [name for name in wanted if name not in stored]
     extra = [
@@ -51,12 +58,13 @@ def check_checkpoint(path: str, network: nn.Cell) -> None:
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             problems.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}")
-    if problems:
-        raise InputError(
-            f"{path} does not fit the model: {'; '.join(problems)}. Check model_config (num_layers, sizes, "
-            "qkv_concat and mlp_concat must be those the file was made with; `glm32k convert` writes "
-            "either layout)"
-        )
+    if not problems:
+        return None
+    return (
+        f"{path} does not fit the model: {'; '.join(problems)}. Check model_config (num_layers, sizes, "
+        "qkv_concat and mlp_concat must be those the file was made with; `glm32k convert` writes "
+        "either layout)"
+    )
 
 
 def _is_state(name: str, shape: tuple) -> bool:
@@ -84,7 +92,8 @@ def checkpoint_findings(path: str, config: Mapping[str, Any], dims: ModelDims) -
         config: the run's configuration.
         dims: the model's.
     """
-    from mindformers_glm32k.weights.checkpoint import check_against, open_source, read_file, weights_in, weights_of
+    from mindformers_glm32k.weights.checkpoint import check_against, open_source, read_file, weights_of
+    from mindformers_glm32k.weights.names import STATE_PREFIXES
     from mindformers_glm32k.weights.rank_files import choose
 
     if not isinstance(path, str) or not os.path.exists(path):
@@ -98,19 +107,77 @@ def checkpoint_findings(path: str, config: Mapping[str, Any], dims: ModelDims) -
             found += [Finding(WARNING, _PATH, remark) for remark in remarks if remark.startswith("left out")]
             if len(chosen.files) > 1:
                 return found  # shards of a layout: their shapes are the strategy's
-            tensors = next(iter(chosen.tensors.values()))
-            check_against(dims, weights_in(tensors), path)
+            path, tensors = str(chosen.files[0]), chosen.tensors[0]
         elif os.path.isdir(path):
-            tensors = open_source(path).tensors
-            check_against(dims, weights_of(open_source(path))[0], path)
+            source = open_source(path)
+            check_against(dims, weights_of(source)[0], path)
+            found += _setting_findings(os.path.join(path, "config.json"), config)
+            return [*found, *_value_findings(path, source.tensors, config)]
         else:
             tensors = {tensor.name: tensor for tensor in read_file(path)}
-            check_against(dims, weights_in(tensors), path)
     except InputError as error:
         hint = "check model_config, or load the checkpoint that belongs to it"
         return [*found, Finding(ERROR, _PATH, " ".join(str(error).split()), hint)]
-    found += _value_findings(path, tensors, config)
-    return found
+    foreign = _foreign(tensors)
+    problem = None
+    if foreign:
+        problem, hint = f"{path} has Hugging Face's names, such as {foreign}", "give the folder that it lies in"
+    else:
+        problem, hint = _misfit(path, *_shapes(tensors, config, dims)), ""
+    if problem:
+        return [*found, Finding(ERROR, _PATH, problem, hint)]
+    if config.get("resume_training") and not any(name.startswith(STATE_PREFIXES) for name in tensors):
+        hint = "resume from a checkpoint that training wrote, or set resume_training: False to start from these weights"
+        found.append(Finding(ERROR, "resume_training", f"{path} has no optimizer states", hint))
+    found += _setting_findings(os.path.splitext(path)[0] + ".report.json", config)
+    return [*found, *_value_findings(path, tensors, config)]
+
+
+def _setting_findings(path, config):
+    """What shapes do not show: settings of the published model, by its config.json or a conversion's report, that the
+    run's model_config contradicts."""
+    from mindformers_glm32k.weights.model_dims import PUBLISHED, read_config
+
+    if not os.path.isfile(path):
+        return
+    try:
+        published = read_config(path)[0]
+    except InputError:  # another program's file
+        return
+    model = config["model"]["model_config"]
+    for key in ("rope_ratio", "layernorm_epsilon"):
+        theirs = published.get(key, 1 if key == "rope_ratio" else PUBLISHED[key])
+        ours = model.get(key) if model.get(key) is not None else PUBLISHED[key]
+        if float(theirs) != float(ours):
+            hint = f"load the checkpoint of this model, or set {key}: {theirs}"
+            yield Finding(ERROR, f"model.model_config.{key}", f"{ours}, and {path} says {theirs}", hint)
+
+
+def _foreign(tensors):
+    """A weight under a name that is not MindFormers', None where there is none."""
+    from mindformers_glm32k.weights.names import key_of, name_of
+
+    for name in tensors:
+        try:
+            key = key_of(name)
+        except InputError:  # an adapter, or a parameter of a model that somebody extended
+            continue
+        if key is not None and name_of(key, "mindspore") != name:
+            return name
+    return None
+
+
+def _shapes(tensors, config, dims):
+    """What is stored, what the model must have and what it may have: {name: shape} each."""
+    from mindformers_glm32k.weights.names import model_keys, name_of
+
+    model = config["model"]["model_config"]
+    concat = [model.get(key, True) is not False for key in ("qkv_concat", "mlp_concat")]
+    keys = model_keys(dims.num_layers, dims.qkv_bias, *concat)
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    adapters = {name: shape for name, shape in stored.items() if "mindpet_delta" in name and model.get("pet_config")}
+    caches = {name: shape for name, shape in stored.items() if name.endswith(("key_cache", "value_cache"))}
+    return stored, {name_of(key, "mindspore"): dims.shape(key) for key in keys}, {**adapters, **caches}
 
 
 def _value_findings(path, tensors, config):

@@ -65,6 +65,22 @@ def rule_findings(config: Mapping[str, Any], run_mode: str, built: Iterable[str]
             "write False",
             (SET, False),
         )
+    past, flash = (value_at(config, f"model.model_config.{key}") for key in ("use_past", "use_flash_attention"))
+    if run_mode == config.get("run_mode") == "predict" and past is False and flash is True:
+        yield Finding(
+            ERROR,
+            "model.model_config.use_past",
+            "False with use_flash_attention: True: MindFormers predicts with both or with neither",
+            "set use_past: True and is_dynamic: True, or use_flash_attention: False",
+        )
+    if value_at(config, "monitor_config.monitor_on") is True and value_at(config, "context.device_target") == "CPU":
+        yield Finding(
+            ERROR,
+            "monitor_config.monitor_on",
+            "True on CPU: MindFormers' per-layer monitor uses operators without a CPU kernel",
+            "write False; GLM32KMonitor and tensorboard work",
+            (SET, False),
+        )
     yield from _lora(config)
     yield from _evaluation(config, run_mode, built)
 

@@ -14,7 +14,7 @@ from mindformers_glm32k.checks import did_you_mean, is_int, is_number
 from mindformers_glm32k.parallel import AXES, check_layout, one_program
 from mindformers_glm32k.preflight.findings import ERROR, SET, Finding, raise_errors, value_at
 from mindformers_glm32k.preflight.rules import rule_findings
-from mindformers_glm32k.preflight.schema import NOBODYS, constructor_keys, registered, unknown_keys
+from mindformers_glm32k.preflight.schema import NOBODYS, constructor_keys, registered, required_keys, unknown_keys
 from mindformers_glm32k.preflight.stale import stale_findings
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ def config_findings(
         *unknown_keys(config, named),
         *_section_findings(config, sections),
         *_value_findings(config, sections),
+        *(_scale_findings(config) if "runner_wrapper" in sections else ()),
         *_callback_findings(config, "optimizer" in sections),
         *_model_findings(config),
         *rule_findings(config, run_mode, built),
@@ -240,6 +241,18 @@ def _wrong(key, value, allowed, fits):
     certain = other is not None and fits(other)
     fix = f"write {other!r}" if certain else ""
     return Finding(ERROR, key, f"{value!r} is not {allowed}", fix, (SET, other) if certain else None)
+
+
+def _scale_findings(config):
+    """The cell of a loss scale is built from its section alone; the other classes get arguments from the trainer."""
+    key = "runner_wrapper.scale_sense"
+    section = value_at(config, key)
+    if isinstance(section, Mapping):
+        yield from _class_findings(section, "wrapper", key)
+        cls = registered("wrapper", section.get("type"))
+        for name in required_keys(cls) if cls else ():
+            if name not in section:
+                yield Finding(ERROR, f"{key}.{name}", f"missing, {section['type']} needs it", "see the shipped YAMLs")
 
 
 def _callback_findings(config, trains):

@@ -84,6 +84,13 @@ def constructor_keys(cls: type) -> tuple[set[str], bool]:
     return names, False
 
 
+def required_keys(cls: type) -> list[str]:
+    """Names that a class cannot do without."""
+    parameters = list(inspect.signature(cls).parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [one.name for one in parameters if one.default is one.empty and one.kind in kinds]
+
+
 def registered(category: str, name: Any) -> type | None:
     """The class that MindFormers' registry has under a name."""
     from mindformers.tools.register import MindFormerRegister

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,7 @@ MISTAKES = {
     "runner_wrapper.use_clip_gard": (True, "use_clip_grad"),
     "model.model_config.num_layer": (2, "num_layers"),
     "lr_schedule.warmup_step": (2, "warmup_steps"),
+    "runner_wrapper.scale_sense.scale_window": (GONE, "needs it"),
     "lr_schedule": (None, "a section of keys is needed"),
     "optimizer": (None, "a section of keys is needed"),
     # wrong types and ranges
@@ -161,6 +164,14 @@ def test_mistakes_of_the_command_line(option, words, written, capsys):
             "model.model_config.pet_config.target_modules",
             "matches no cell",
         ),
+        (
+            PREDICT,
+            {"model.model_config.use_past": False, "random_weights": True},
+            ["--predict_data", "a"],
+            "model.model_config.use_past",
+            "use_flash_attention: False",
+        ),
+        (TRAIN, {"monitor_config": {"monitor_on": True}}, [], "monitor_config.monitor_on", "without a CPU kernel"),
         (
             TRAIN,
             {"do_eval": True, "eval_dataset.data_loader.dataset_dir": ""},
@@ -292,7 +303,12 @@ OLD = {
     "runner_wrapper": {
         "type": "MFTrainOneStepCell",
         "use_clip_grad": True,
-        "scale_sense": {"type": "DynamicLossScaleUpdateCell", "loss_scale_value": 65536, "scale_factor": 2},
+        "scale_sense": {
+            "type": "DynamicLossScaleUpdateCell",
+            "loss_scale_value": 65536,
+            "scale_factor": 2,
+            "scale_window": 1000,
+        },
     },
     "optimizer": {"type": "FP32StateAdamWeightDecay", "beta1": 0.9, "beta2": 0.95, "eps": "1.e-8"},
     "callbacks": [
@@ -324,6 +340,22 @@ def test_fix_writes_a_yaml_beside_that_has_no_errors(written, capsys):
     # never over a file
     assert glm32k(["check", "--config", path, "--fix"]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_mended_yaml_trains(written, capsys):
+    assert glm32k(["check", "--config", written(OLD), "--fix"]) == 1
+    order = [sys.executable, "-m", "mindformers_glm32k.run_mindformer", "--config", "run_fixed.yaml"]
+    run = subprocess.run(order, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert list(Path("output/checkpoint/rank_0").glob("*-1_*.ckpt"))
+
+
+def test_json_is_all_that_is_printed(written):
+    """By a process of its own: MindFormers logs while it is imported."""
+    order = [sys.executable, "-m", "mindformers_glm32k", "check", "--json", "--config", written({"seed": "x"})]
+    run = subprocess.run(order, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1 and [one["key"] for one in json.loads(run.stdout)["findings"]] == ["seed"]
 
 
 def test_fix_without_anything_to_mend(written, capsys):

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     print(tokens.legend())
     for path, layout, records in samples.files():
         print(f"{path}: {records} records, layout {layout}")
-    for note in samples.unused():
+    for note in samples.left_out() + samples.unused():
         print(note)
     for number, sequence in zip(range(1, args.rows + 1), sequences):
         print("\n" + text.write(number, *sequence))

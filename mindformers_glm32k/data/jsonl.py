@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import weakref
 from array import array
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -45,9 +47,12 @@ class JsonLines:
             not fit for use.
         cache_dir: where the index of a big file is kept; see `cache_folder`.
         on_error: what happens to damaged lines: "raise" an InputError, or "skip" them.
+        shown: the file that `path` was made of, for messages; its records are what `path` has as lines.
+        keep_open: False where there are more files than a process may have open.
 
     Attributes:
-        path: the file.
+        path: the file, or the one that it was made of.
+        unit: what `line` counts, "line" or "record".
         check: that of the constructor.
         problems: the damaged lines that were skipped.
 
@@ -62,14 +67,18 @@ class JsonLines:
         check: Callable[[dict], Any] | None = None,
         cache_dir: str | os.PathLike | None = None,
         on_error: str = RAISE,
+        shown: Path | None = None,
+        keep_open: bool = True,
     ):
         choice(on_error, "on_error", ON_ERROR)
         self._index = LineIndex(path, cache_dir)
-        self.path, self.check = self._index.path, check
+        self.path, self.check = shown or self._index.path, check
+        self.unit = "record" if shown else "line"
+        self._keep_open = keep_open
         self._descriptor = None
         self._checked = 0  # so many records, from the first on, have been found sound
         self._kept = None  # numbers of the sound lines, where some are skipped
-        self.problems = Problems(self.path)
+        self.problems = Problems(self.path, self.unit)
         if on_error == SKIP:
             self._skip_damaged_lines()
         else:
@@ -140,7 +149,7 @@ class JsonLines:
             try:
                 return self._parse(raw, record)
             except InputError as error:
-                raise InputError(f"{self.path}: line {self.line(index)}: {error}") from error
+                raise InputError(f"{self.path}: {self.unit} {self.line(index)}: {error}") from error
         try:
             return parse_line(raw, first=start == 0)
         except InputError as error:
@@ -157,8 +166,11 @@ class JsonLines:
 
     def _read(self, record):
         start, stop = self._index[record]
+        if not self._keep_open:
+            with open(self._index.path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), stop - start, start)
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._descriptor = os.open(self._index.path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
         return os.pread(self._descriptor, stop - start, start)
 
@@ -180,12 +192,18 @@ class JsonLines:
         return {**vars(self), "_descriptor": None}  # a descriptor means nothing in another process
 
 
-def first_record(path: str | os.PathLike, check: Callable[[dict], Any] | None = None, on_error: str = RAISE) -> dict:
+def first_record(
+    path: str | os.PathLike,
+    check: Callable[[dict], Any] | None = None,
+    on_error: str = RAISE,
+    shown: Path | None = None,
+) -> dict:
     """One line read alone, the first one or the first sound one, to find out what a file holds.
 
     Args:
         path: the file.
         check: as for JsonLines.
+        shown: as for JsonLines.
         on_error: "raise", or "skip" to look on where the first lines are damaged.
 
     Raises:
@@ -193,7 +211,7 @@ def first_record(path: str | os.PathLike, check: Callable[[dict], Any] | None = 
             are).
     """
     path = require_file(path, "data file", "Give a file with one JSON object per line.")
-    problems = Problems(path)
+    problems = Problems(shown or path, "record" if shown else "line")
     with open(path, "rb") as file:
         for number, raw in raw_lines(file):
             try:
@@ -211,8 +229,8 @@ def first_record(path: str | os.PathLike, check: Callable[[dict], Any] | None = 
 class Problems:
     """The damaged lines of one file: `count`, and what is wrong with the first ones."""
 
-    def __init__(self, path: Any):
-        self.path, self.count, self._first = path, 0, []
+    def __init__(self, path: Any, unit: str = "line"):
+        self.path, self.unit, self.count, self._first = path, unit, 0, []
 
     def add(self, line: int, problem: Any) -> None:
         """Counts a line, by its number from 1; `problem` says what is wrong with it."""
@@ -223,7 +241,7 @@ class Problems:
     def text(self, all_counted: bool = True) -> str:
         """The lines named in one sentence; without `all_counted` the search ended before the file did."""
         more = self.count - len(self._first)
-        named = "; ".join(f"line {line}: {problem}" for line, problem in sorted(self._first))
+        named = "; ".join(f"{self.unit} {line}: {problem}" for line, problem in sorted(self._first))
         rest = f"; and {more} more" if all_counted else "; and more"
         return f"{self.path}: {named}" + (rest if more else "")
 
@@ -268,13 +286,16 @@ def parse_line(raw: bytes | None, first: bool = False) -> dict:
     try:
         record = json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
-        raise BrokenJSON(f"not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+        raise BrokenJSON(
+            f"not UTF-8 at byte {error.start}; convert the file to UTF-8 (from GBK: iconv -f GB18030 -t UTF-8)"
+        ) from error
     except RecursionError as error:
         raise InputError("brackets nested too deeply for a record") from error
     except ValueError as error:
-        if first and raw.strip() == b"[":
-            raise InputError("the file is one JSON array over many lines; write one object per line") from error
-        raise BrokenJSON(f"broken JSON ({error}): {_shorten(raw)}; mend or remove the line") from error
+        plain = raw.strip().removeprefix(codecs.BOM_UTF8).rstrip(b",") if hasattr(raw, "removeprefix") else raw
+        if plain != raw.strip():  # files put one behind the other, or lines taken out of an array
+            return parse_line(plain)
+        raise BrokenJSON(f"broken JSON ({error}): {_shorten(raw)}; {_remedy(raw.strip())}") from error
     if not isinstance(record, dict):
         hint = (
             "the file is one JSON array; write one object per line"
@@ -283,6 +304,21 @@ def parse_line(raw: bytes | None, first: bool = False) -> dict:
         )
         raise InputError(f"a JSON object is needed, found {type(record).__name__} {_shorten(raw)}; {hint}")
     return record
+
+
+def _remedy(raw):
+    """What to do about a line that is not JSON."""
+    if raw == b"[":
+        return "the file is one JSON array over many lines; write one object per line"
+    if not raw.strip(b"\0"):
+        return "zero bytes, as a full disk or a crash leaves them: restore the file or remove the line"
+    if raw == b"{" or raw.startswith(b"{") and raw.endswith((b",", b"{", b"[")):
+        return "the object runs over several lines; write one object per line"
+    if raw.startswith((b"{'", b'{"')) and b"': " in raw:
+        return "a Python dict, not JSON; write it with json.dumps"
+    if b"}{" in raw or b"} {" in raw:
+        return "several objects in one line; write one object per line"
+    return "mend or remove the line"
 
 
 def _shorten(raw, limit=60):

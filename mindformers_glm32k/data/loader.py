@@ -35,7 +35,7 @@ class GLM32KDataLoader:
     behind it, which maps indices to samples.
 
     Args:
-        dataset_dir: a file, or a folder whose *.jsonl are read in the order of their names.
+        dataset_dir: a file, or a folder whose data files are read in the order of their names.
         shuffle: a new order in each epoch. Default False.
         origin_columns: the fields of AdGen lines. Default ["content", "summary"].
         layout: one of sources.LAYOUTS; "auto" (default): by the fields of each file's first record.
@@ -111,7 +111,14 @@ class GLM32KDataLoader:
             raise InputError(f"data_loader.shard_id: {shard_id} is not below num_shards={num_shards}")
 
         source = SampleSource(
-            dataset_dir, tuple(origin_columns), layout, prompt_config_file, num_samples, cache_dir, on_error
+            dataset_dir,
+            tuple(origin_columns),
+            layout,
+            prompt_config_file,
+            num_samples,
+            cache_dir,
+            on_error,
+            phase == "eval",
         )
         for path, file_layout, size in source.files():
             logger.info("%s: %d records, layout %s", path, size, file_layout)
@@ -121,7 +128,12 @@ class GLM32KDataLoader:
                     "set train_dataset_task.type to GLM32KDataset"
                 )
         for_training = phase == "train" or phase is None and shuffle
-        for problem in source.problems() + source.unused() + (contamination_warning(source) if for_training else []):
+        for problem in (
+            source.problems()
+            + source.left_out()
+            + source.unused()
+            + (contamination_warning(source) if for_training else [])
+        ):
             logger.warning("%s", problem)
         if len(source) < num_shards:
             raise InputError(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_glm32k.data.chats import ChatLayout, OpenAILayout, ShareGPTLayout
+from mindformers_glm32k.data.folders import data_files, is_json_lines
 from mindformers_glm32k.data.formats import (
     AdGenLayout,
     Chat,
@@ -22,6 +23,7 @@ from mindformers_glm32k.data.formats import (
 from mindformers_glm32k.data.jsonl import RAISE, JsonLines, first_record
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.data.question_formats import ALPACA, QUERY, QUESTION_LAYOUTS
+from mindformers_glm32k.data.records import json_lines
 from mindformers_glm32k.errors import InputError
 
 AUTO = "auto"
@@ -36,6 +38,7 @@ LAYOUTS = (
     QUERY,
     TextLayout.name,
 )
+_OPEN_FILES = 64  # of more files none is kept open
 _BEHIND = "messages behind the last answer"
 _HOW_TO_GIVE = "Set data_loader.dataset_dir or --train_dataset_dir / --eval_dataset_dir to a file or folder of .jsonl."
 
@@ -44,7 +47,8 @@ class SampleSource:
     """Random access to the samples of one or more files; JsonLines says which lines are checked when it is built.
 
     Args:
-        dataset_dir: a file, or a folder whose *.jsonl are read in the order of their names.
+        dataset_dir: a file (records.py has the kinds), or a folder whose data files are read in the order of their
+            names, those of sub-folders too.
         columns: the two fields of the AdGen layout.
         layout: one of LAYOUTS; "auto" looks at the first record of each file, and takes the first layout in LAYOUTS'
             order whose fields it has.
@@ -52,6 +56,10 @@ class SampleSource:
         num_samples: read only the first samples, this many.
         cache_dir: where indexes of big files are kept; see `cache_folder`.
         on_error: "raise" or "skip", for damaged lines; see JsonLines.
+        for_evaluation: of a folder with files named train… and dev…, the latter are read.
+
+    Attributes:
+        passed_over: files of the folder that are not read, each with the reason.
 
     Raises:
         InputError: files missing, empty or with lines that are not fit for use, or no templates where needed.
@@ -66,6 +74,7 @@ class SampleSource:
         num_samples: int | None = None,
         cache_dir: str | os.PathLike | None = None,
         on_error: str = RAISE,
+        for_evaluation: bool = False,
     ):
         prompts = PromptTemplates(prompt_config_file) if prompt_config_file else None
         # fields that are a known layout's too have its other fields with them
@@ -74,10 +83,34 @@ class SampleSource:
         candidates += [ChatLayout(), *QUESTION_LAYOUTS, TextLayout()]
         if layout != AUTO:
             candidates = [candidate for candidate in candidates if candidate.name == layout]
-        self._files = [_open(path, candidates, cache_dir, on_error) for path in _data_files(dataset_dir)]
+        self.passed_over: list[tuple[Path, str]] = []
+        self._files = self._open(dataset_dir, candidates, cache_dir, on_error, for_evaluation)
         # sample i lies in the first file whose end is beyond i
         self._ends = np.cumsum([len(lines) for lines, _ in self._files])
         self._size = min(int(self._ends[-1]), num_samples or int(self._ends[-1]))
+
+    def _open(self, dataset_dir, candidates, cache_dir, on_error, for_evaluation):
+        if not dataset_dir:
+            raise InputError(f"data_loader.dataset_dir: no path given. {_HOW_TO_GIVE}")
+        path = Path(dataset_dir)
+        if not path.is_dir():
+            return [_open(path, candidates, cache_dir, on_error)]
+        paths, self.passed_over = data_files(path, for_evaluation)
+        files = []
+        for file in paths:
+            try:
+                files.append(_open(file, candidates, cache_dir, on_error, keep_open=len(paths) <= _OPEN_FILES))
+            except _NoData as error:
+                if is_json_lines(file):
+                    raise
+                self.passed_over.append((file, str(error).replace(f"{file}: ", "")))
+        if not files:
+            found = "; ".join(f"{file.relative_to(path)}: {why}" for file, why in self.passed_over[:8]) or "nothing"
+            raise InputError(
+                f"data_loader.dataset_dir {path}: no *.jsonl in this folder, found {found}; .json, .parquet and .gz "
+                f"with records are read, too. {_HOW_TO_GIVE}"
+            )
+        return files
 
     def __len__(self) -> int:
         return self._size
@@ -95,7 +128,7 @@ class SampleSource:
     def location(self, index: int) -> str:
         """File and line of a sample, for messages."""
         (lines, _), record = self._locate(index)
-        return f"{lines.path}, line {lines.line(record)}"
+        return f"{lines.path}, {lines.unit} {lines.line(record)}"
 
     def sizes(self) -> np.ndarray:
         """Bytes of each sample's line, int64 (len(self),)."""
@@ -104,6 +137,11 @@ class SampleSource:
     def files(self) -> list[tuple[str, str, int]]:
         """Path, layout and number of records of each file."""
         return [(str(lines.path), layout.name, len(lines)) for lines, layout in self._files]
+
+    def left_out(self) -> list[str]:
+        """One sentence for the files of the folder that are not read, where there are any."""
+        named = ", ".join(f"{path} ({reason})" for path, reason in self.passed_over)
+        return [f"{len(self.passed_over)} files are passed over: {named}"] if named else []
 
     def unused(self) -> list[str]:
         """For each file with fields that carry text and are in no sample: their names, and in how many records."""
@@ -137,31 +175,32 @@ class SampleSource:
         ]
 
 
-def _data_files(dataset_dir):
-    if not dataset_dir:
-        raise InputError(f"data_loader.dataset_dir: no path given. {_HOW_TO_GIVE}")
-    path = Path(dataset_dir)
-    if not path.is_dir():
-        return [path]
-    # a hidden file is what an interrupted program left behind
-    files = sorted(file for file in path.glob("*.jsonl") if not file.name.startswith("."))
-    if not files:
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise InputError(f"data_loader.dataset_dir {path}: no *.jsonl in this folder, found {found}. {_HOW_TO_GIVE}")
-    return files
+class _NoData(InputError):
+    """A file whose first record has no known layout, or that cannot be read at all."""
 
 
-def _open(path, candidates, cache_dir, on_error):
-    layout = candidates[0]
-    if len(candidates) > 1:
-        layout = layout_of(first_record(path, lambda record: layout_of(record, candidates), on_error), candidates)
+def _open(path, candidates, cache_dir, on_error, keep_open=True):
+    def is_record(record):
+        return any(layout.matches(record) for layout in candidates)
+
+    layout, shown = candidates[0], None
+    try:
+        lines_file = json_lines(path, is_record, cache_dir)
+        if lines_file is not None:
+            shown, cache_dir = Path(path), lines_file.parent
+        file = lines_file or path
+        if len(candidates) > 1:
+            first = first_record(file, lambda record: layout_of(record, candidates), on_error, shown)
+            layout = layout_of(first, candidates)
+    except InputError as error:
+        raise _NoData(str(error)) from error
     if isinstance(layout, LongBenchLayout) and layout.prompts is None:
         raise InputError(
             f"{path}: this is LongBench's layout; set data_loader.prompt_config_file to the "
             "dataset2prompt.json that holds the prompts"
         )
     check = _Check(layout)
-    lines = JsonLines(path, check=check, cache_dir=cache_dir, on_error=on_error)
+    lines = JsonLines(file, check, cache_dir, on_error, shown, keep_open)
     check.counting = False
     return lines, layout
 

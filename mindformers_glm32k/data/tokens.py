@@ -31,6 +31,7 @@ _CODE = (
     "data/chats.py",
     "data/formats.py",
     "data/question_formats.py",
+    "data/records.py",
     "data/prompts.py",
     "data/encode.py",
     "data/sources.py",

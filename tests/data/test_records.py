@@ -1,0 +1,108 @@
+"""Files that are not JSON lines: read where that is certain, else named with what to do."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pytest
+
+from mindformers_glm32k.data.sources import SampleSource
+from mindformers_glm32k.errors import InputError
+
+RECORDS = [{"content": "q\u2028天", "summary": "a"}, {"content": "q2", "summary": "a2"}]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
+PRETTY = json.dumps(RECORDS, indent=2)
+
+
+def prompts(path):
+    source = SampleSource(path)
+    return [source[index].prompt for index in range(len(source))]
+
+
+@pytest.mark.parametrize(
+    "name, raw",
+    [
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.json.gz", gzip.compress(PRETTY.encode())),
+        ("a.bin", gzip.compress(LINES.encode())),
+        ("a.jsonl.bz2", bz2.compress(LINES.encode())),
+        ("a.jsonl.xz", lzma.compress(LINES.encode())),
+        ("a.json", json.dumps(RECORDS).encode()),
+        ("a.json", PRETTY.encode()),
+        ("a.json", b"\xef\xbb\xbf" + PRETTY.encode()),
+        ("a.json", json.dumps({"version": 1, "data": RECORDS}).encode()),
+        ("a.json", json.dumps({"train": RECORDS}, indent=1).encode()),
+        ("a.jsonl", "\n".join(json.dumps(record, indent=2) for record in RECORDS).encode()),
+        ("a.jsonl", LINES.replace("\n", "").encode()),
+        ("a.jsonl", LINES.replace("\n", ",\n").encode()),
+        ("a.jsonl", LINES.replace("\n", "\r").encode()),
+        ("a.jsonl", LINES.replace("\n", "\n\ufeff", 1).encode()),
+        ("a.jsonl", LINES.encode("utf-16")),
+        ("a.jsonl", b"\xfe\xff" + LINES.encode("utf-16-be")),
+        ("a.JSONL", LINES.encode()),
+    ],
+)
+def test_what_is_certain_is_read(tmp_path, name, raw):
+    (tmp_path / name).write_bytes(raw)
+    assert prompts(tmp_path / name) == [record["content"] for record in RECORDS]
+    assert prompts(tmp_path / name) == [record["content"] for record in RECORDS], "from the cache"
+    assert SampleSource(tmp_path / name).files() == [(str(tmp_path / name), "adgen", 2)]
+
+
+def test_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, chat = tmp_path / "train-00000-of-00001.parquet", [{"from": "human", "value": "q", "weight": None}]
+    chat.append({"from": "gpt", "value": "a", "weight": 1})
+    parquet.write_table(pyarrow.Table.from_pylist([{"conversations": chat, "system": None}] * 2), path)
+    source = SampleSource(tmp_path)
+    assert source.files()[0][1:] == ("sharegpt", 2) and source[1].turns()[1].content == "a"
+    assert source.location(1) == f"{path}, record 2"
+    path.write_bytes(path.read_bytes()[:-20] + b"x" * 16 + b"PAR1")
+    with pytest.raises(InputError, match="a parquet file that cannot be read"):
+        SampleSource(path)
+
+
+def test_an_array_of_messages_is_a_conversation(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for text in (json.dumps(chat) + "\n", json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])):
+        (tmp_path / "a.jsonl").write_text(text * 2)
+        source = SampleSource(tmp_path / "a.jsonl")
+        assert len(source) == 2 and [turn.content for turn in source[1].turns()] == ["q", "a"]
+
+
+def test_records_of_a_converted_file_are_named_by_its_own_path(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([RECORDS[0], {"content": "q"}], indent=2))
+    with pytest.raises(InputError, match=r"a.json: record 2: column 'summary' is missing"):
+        SampleSource(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(PRETTY)  # another state of the file is converted anew
+    assert len(SampleSource(tmp_path / "a.json")) == 2
+    assert len(list((tmp_path / ".glm32k_cache").glob("*.records.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(
+    "name, raw, message",
+    [
+        ("a.zip", b"PK\x03\x04" + b"\0" * 60, "a zip archive .*unzip a.zip"),
+        ("a.jsonl", b"PK\x03\x04" + b"\0" * 60, "a zip archive .*unzip a.jsonl"),
+        ("a.csv", b"content,summary\nq,a\n", "a table \\(CSV\\).*pandas.read_csv\\('a.csv'\\)"),
+        ("a.zst", b"\x28\xb5\x2f\xfd" + b"x" * 60, "zstd -d a.zst"),
+        ("a.arrow", b"ARROW1\0\0" + b"x" * 60, "an Arrow file"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("a.jsonl", b"<!DOCTYPE html><html>", "a web page"),
+        ("a.jsonl", LINES.encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8 a.jsonl"),
+        ("a.jsonl", '{"content": "金属", "summary": "锡"}\n'.encode("gbk"), "line 1: not UTF-8.*GB18030"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode() * 99)[:-30], "cut off"),
+        ("a.jsonl", b"{'content': 'q', 'summary': 'a'}\n", "line 1: .*a Python dict, not JSON"),
+        ("a.json", PRETTY[:-20].encode(), "a JSON array that is broken .*cut off"),
+        ("a.jsonl", PRETTY[1:-20].strip().encode(), "the object runs over several lines"),
+        ("a.jsonl", LINES.encode() + LINES.replace("\n", "").encode(), "line 3: .*several objects in one line"),
+        ("a.jsonl", LINES.encode() + b"\0" * 40, "line 3: .*zero bytes"),
+        ("a.json.gz", gzip.compress(b'{"a": 1}\n'), "a.json.gz: record 1: has the fields 'a'"),
+    ],
+)
+def test_what_is_not_read_is_named_with_what_to_do(tmp_path, name, raw, message):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(InputError, match=message) as error:
+        SampleSource(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)

@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="chatglm",
     )
     option("--hf_files", "with --reversed: the original folder, to take config, tokenizer and model code from")
+    option("--adapter", "folder of a PEFT LoRA adapter to merge into the weights", metavar="PEFT_FOLDER")
     option("--workers", "threads; default 2", type=int, default=2)
     option("--no_crc", "do not compare the checksums that .bin files carry", action="store_true")
 
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
                     "--reversed writes safetensors in the layout of --hf_naming: leave --format, "
                     "--qkv_concat and --mlp_concat out"
                 )
+            if args.adapter:
+                raise InputError("--adapter is merged into Hugging Face weights: leave --reversed out, or do it first")
             report = convert_reversed(
                 args.input_path,
                 args.output_path,
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
                 format=args.format,
                 max_shard_size=args.max_shard_size,
                 check_crc=not args.no_crc,
+                adapter=args.adapter,
                 **common,
             )
     except KeyboardInterrupt:

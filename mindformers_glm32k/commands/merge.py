@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--lora_scaling", "alpha / rank; default: as --config says, else adapter_config.json of the run", type=float)
     option("--base", "the whole checkpoint that the adapters were trained on, where the ranks' files lack it")
     option("--adapters_only", "also (or, without --dst, only) write the adapters alone to this file", metavar="OUT")
+    option(
+        "--adapters_format",
+        "of --adapters_only: a file with MindFormers' names (default), or a folder that PEFT loads",
+        choices=("mindformers", "peft"),
+        default="mindformers",
+    )
     parser.epilog = "With --config any other option is run_mindformer's."
 
 
@@ -54,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
                 args.adapters_only,
                 dims,
                 progress=True,
+                adapters_format=args.adapters_format,
             )
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -78,7 +85,7 @@ def _strategy(args):
     if not args.config:
         if args.overrides:
             raise InputError(f"{args.overrides[0]}: no such option (run_mindformer's options go with --config)")
-        if args.lora and scaling is None:
+        if (args.lora or args.adapters_format == "peft") and scaling is None:
             from mindformers_glm32k.weights.lora import scale_of_run
 
             scaling = scale_of_run(Path(args.src_ckpt_dir))
@@ -92,7 +99,7 @@ def _strategy(args):
     arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
     layout, config = read_layout(arguments)
     dims = dims_of_run(config, args.config)
-    if args.lora and scaling is None:
+    if (args.lora or args.adapters_format == "peft") and scaling is None:
         scaling = scale_of_config(config, args.config)
     if args.src_ckpt_strategy or not is_sharded(config, layout):
         yield args.src_ckpt_strategy, dims, scaling

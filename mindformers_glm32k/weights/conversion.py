@@ -25,6 +25,7 @@ from mindformers_glm32k.weights.config_json import check_agreement, config_of, c
 from mindformers_glm32k.weights.finding import INDEX_SUFFIX
 from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_config, dims_from_tensors
 from mindformers_glm32k.weights.names import TensorKey
+from mindformers_glm32k.weights.peft import merge_adapter
 from mindformers_glm32k.weights.plan import TensorGroup, make_groups, make_targets
 from mindformers_glm32k.weights.tensors import StoredTensor, cast, check_dtype
 from mindformers_glm32k.weights.writer import (
@@ -58,6 +59,7 @@ def convert(
     check_crc: bool = True,
     progress: bool = False,
     reuse: bool = False,
+    adapter: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Converts a Hugging Face checkpoint to a MindSpore one; returns the report, as written to OUT.report.json.
 
@@ -75,6 +77,7 @@ def convert(
         check_crc: whether to compare the checksums that .bin files carry.
         progress: whether to show progress bars.
         reuse: whether to leave an output alone that an earlier conversion of the same files made.
+        adapter: folder of a PEFT LoRA adapter, which is merged into the weights.
 
     Raises:
         InputError: bad input or options; nothing is left behind.
@@ -83,6 +86,9 @@ def convert(
     output = _output_file(output_path, format)
     dims, fields, layout = _dims(source, weights, config, remarks)
     check_against(dims, weights, source.path)
+    if adapter is not None:
+        weights, merged = merge_adapter(adapter, weights, dims, check_crc)
+        remarks.append(merged)
     qkv_concat = layout.get("qkv_concat", True) if qkv_concat is None else qkv_concat
     mlp_concat = layout.get("mlp_concat", True) if mlp_concat is None else mlp_concat
     targets = make_targets(dims, weights, "mindspore", qkv_concat, mlp_concat, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,8 +19,9 @@ from mindformers_glm32k.weights import reshard
 from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.lora import add_product, pairs_of
 from mindformers_glm32k.weights.merge_plan import FROZEN, MergePlan
-from mindformers_glm32k.weights.model_dims import ModelDims
-from mindformers_glm32k.weights.names import ADAPTER, STATE, WEIGHT, in_model_order, kind_of
+from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_tensors
+from mindformers_glm32k.weights.names import ADAPTER, STATE, WEIGHT, in_model_order, key_of, kind_of
+from mindformers_glm32k.weights.peft import write_adapter
 from mindformers_glm32k.weights.rank_files import choose
 from mindformers_glm32k.weights.strategy import read_stages, stage_devices, write_stage
 from mindformers_glm32k.weights.tensors import StoredTensor, cast, same_bits, stored_bytes
@@ -38,6 +40,7 @@ def merge(
     adapters_only: str | os.PathLike | None = None,
     dims: ModelDims | None = None,
     progress: bool = False,
+    adapters_format: str = "mindformers",
 ) -> dict[str, Any]:
     """Merges the checkpoints of a parallel run; returns the report, as written to OUT.report.json, and as "remarks"
     what the user should know.
@@ -53,7 +56,7 @@ def merge(
         lora_scaling: alpha / rank; needed with `lora`.
         base: the whole checkpoint that adapters were trained on, where the ranks' files have none of it, or have it
             sharded in a way that the strategy does not tell.
-        adapters_only: a file for the adapters alone.
+        adapters_only: a file for the adapters alone; with adapters_format "peft" a folder that PEFT loads.
         dims: of the model; None takes them from the weights.
         progress: whether to show progress bars.
 
@@ -62,13 +65,15 @@ def merge(
         TransformFailed: MindSpore failed.
     """
     outputs = [Path(path) for path in (dst, adapters_only) if path is not None]
-    _check_options(outputs, lora, lora_scaling, base, optimizer_states)
+    peft = Path(adapters_only) if adapters_only is not None and adapters_format == "peft" else None
+    files_to_write = [path for path in outputs if path != peft]
+    _check_options(files_to_write, lora, lora_scaling, base, optimizer_states, peft)
     stages = read_stages(strategy) if strategy is not None else None
     ranks = range(stage_devices(stages) * len(stages)) if stages else None
     files, remarks = choose(src_ckpt_dir, ranks, step)
     world = len(files.tensors)
     plan = MergePlan(files, stages or [{}], world // len(stages or [{}]), strategy)
-    job = _Job(plan, lora, lora_scaling, optimizer_states, _open_base(base), dims)
+    job = _Job(plan, lora, lora_scaling, optimizer_states, _open_base(base), dims, peft)
     job.check(src_ckpt_dir, dst is not None, adapters_only is not None)
     if not stages:
         remarks.append(
@@ -87,7 +92,7 @@ def merge(
         "step": files.label,
         "counters": {name: value for name, value in files.counters.items() if value is not None},
         "base": base and str(base),
-        "lora_scaling": lora_scaling if lora else None,
+        "lora_scaling": lora_scaling if lora or peft else None,
         "checksums": "of the little-endian values, without the file format's framing",
     }
     job.write(dst and Path(dst), adapters_only and Path(adapters_only), report, progress)
@@ -95,8 +100,15 @@ def merge(
     return report
 
 
-def _check_options(outputs, lora, scaling, base, states):
-    if not outputs:
+def _check_options(outputs, lora, scaling, base, states, peft):
+    if peft is not None:
+        if peft.exists():
+            raise InputError(f"{peft}: exists already; --adapters_format peft writes a new folder")
+        if scaling is None:
+            raise InputError(
+                "--adapters_format peft needs alpha / rank: give --lora_scaling, or --config with the YAML"
+            )
+    if not outputs and peft is None:
         raise InputError("nothing to write: give --dst or --adapters_only")
     for path in outputs:
         if path.suffix not in (".ckpt", ".safetensors") or path.is_dir():
@@ -130,6 +142,7 @@ class _Job:
     states: bool
     base: dict[str, StoredTensor] | None
     dims: ModelDims | None
+    peft: Path | None = None
 
     def check(self, source: object, wants_weights: bool, wants_adapters: bool) -> None:
         """Checks all that can be checked without reading values; raises InputError."""
@@ -204,14 +217,19 @@ class _Job:
                     made.append((writer, dst))
             for writer, path in made:
                 file = writer.folder / writer.files[0].name
-                if path == first:
+                if path == self.peft:
+                    shutil.copytree(writer.folder, path)
+                elif path == first:
                     file.replace(path)
                 else:  # which may be on another disk
                     copy_atomically(file, path)
                 report.setdefault("outputs", []).append(str(path))
-                write_report(
-                    path.with_suffix(".report.json"), {**report, "output": str(path), "tensors": writer.describe()}
+                beside = (
+                    path.with_name(path.name + ".report.json")
+                    if path == self.peft
+                    else path.with_suffix(".report.json")
                 )
+                write_report(beside, {**report, "output": str(path), "tensors": writer.describe()})
             report["tensors"] = made[-1][0].describe()
 
     def _values(self, weights, adapters, transformer, work):
@@ -228,12 +246,21 @@ class _Job:
             yield name, array
 
     def _write_adapters(self, work, path, order, adapters):
+        if path == self.peft:
+            values = {name: (adapters[name], self.adapters[name].dtype) for name in order}
+            return write_adapter(work / "peft", values, self.scaling, self.dims or self._dims_of_weights())
         entries = [self.adapters[name].spec for name in order]
         with CheckpointWriter.for_file(work / f"adapters{path.suffix}", entries) as writer:
             for name in order:
                 writer.write(name, adapters[name])
             writer.finish()
         return writer
+
+    def _dims_of_weights(self):
+        try:
+            return dims_from_tensors({key_of(name): whole for name, whole in self.weights.items()})
+        except InputError:  # adapters alone, or a model that somebody extended
+            return None
 
 
 def _merged_values(

@@ -158,9 +158,11 @@ class CheckpointWriter:
                 self._open[tensor.name] = [output, handle.fileno(), hashlib.sha256(), 0, 0]
 
     @classmethod
-    def for_file(cls, path: Path, tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> CheckpointWriter:
+    def for_file(
+        cls, path: Path, tensors: Iterable[tuple[str, tuple[int, ...], str]], framework: str = "ms"
+    ) -> CheckpointWriter:
         """A writer of one `.ckpt` or `.safetensors` file, from (name, shape, dtype)."""
-        return cls(path.parent, lay_out([TensorSpec(*tensor) for tensor in tensors], path.name))
+        return cls(path.parent, lay_out([TensorSpec(*tensor) for tensor in tensors], path.name, None, framework))
 
     def __enter__(self) -> CheckpointWriter:
         return self

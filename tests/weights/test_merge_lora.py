@@ -11,7 +11,7 @@ from mindspore import merge_pipeline_strategys, transform_checkpoints
 
 from mindformers_glm32k import cli
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights import merge
+from mindformers_glm32k.weights import convert, merge
 from mindformers_glm32k.weights.lora import add_product
 from mindformers_glm32k.weights.strategy import read_strategy
 from mindformers_glm32k.weights.tensors import cast
@@ -72,6 +72,35 @@ def assert_close(path, expected):
     assert set(found) == set(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_adapters_as_a_peft_folder(run, tensors, strategy, tmp_path):
+    """Merged into the base again they give what merging the run gives."""
+    report = merge(run, None, strategy, lora_scaling=0.5, adapters_only=tmp_path / "peft", adapters_format="peft")
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert report["outputs"] == [str(tmp_path / "peft")] and (tmp_path / "peft.report.json").is_file()
+    weights = {name: value for name, value in tensors.items() if name.startswith("trans") and "lora" not in name}
+    base = write_checkpoint(tmp_path / "base.ckpt", weights)
+    convert(base, tmp_path / "out.ckpt", adapter=tmp_path / "peft")
+    assert_close(tmp_path / "out.ckpt", merged(tensors, 0.5))
+    with pytest.raises(InputError, match="peft: exists already"):
+        merge(run, None, strategy, lora_scaling=0.5, adapters_only=tmp_path / "peft", adapters_format="peft")
+    with pytest.raises(InputError, match="--adapters_format peft needs alpha / rank"):
+        merge(run, None, strategy, adapters_only=tmp_path / "other", adapters_format="peft")
+    both = merge(
+        run,
+        tmp_path / "whole.ckpt",
+        strategy,
+        lora=True,
+        lora_scaling=0.5,
+        adapters_only=tmp_path / "p2",
+        adapters_format="peft",
+    )
+    assert both["outputs"] == [str(tmp_path / "p2"), str(tmp_path / "whole.ckpt")]
+    assert_close(tmp_path / "whole.ckpt", merged(tensors, 0.5))
 
 
 def test_merged_into_the_weights(run, tensors, strategy, tmp_path):

@@ -1,0 +1,288 @@
+"""LoRA adapters in PEFT's folders: merged into a base while it is converted, and written from those of MindFormers.
+
+PEFT computes W x + scale B A x with A (r, in), B (out, r), and scale = lora_alpha / r, or / sqrt(r) with use_rslora.
+Sources: peft/tuners/lora/{config,layer}.py, peft/utils/{save_and_load,other}.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.checkpoint import read_file
+from mindformers_glm32k.weights.finding import ADAPTER_CONFIG
+from mindformers_glm32k.weights.lora import add_product
+from mindformers_glm32k.weights.model_dims import ModelDims
+from mindformers_glm32k.weights.names import MLP, QKV, TensorKey, adapter_of, key_of, name_of, unwrapped
+from mindformers_glm32k.weights.tensors import CARRIER, ITEM_SIZE, StoredTensor, cast
+from mindformers_glm32k.weights.writer import CheckpointWriter
+
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Fields that change no value of a merge: who made it, dropout, where adapters were put (their names tell), the start.
+_WITHOUT_EFFECT = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout "
+    "target_modules exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size modules_to_save "
+    "r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights "
+    "fan_in_fan_out ensure_weight_tying".split()
+)
+_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_SIDE = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[\w-]+)?\.weight$")
+
+
+class _Product(NamedTuple):
+    """What is added to some rows of a weight: scale x B A."""
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+    rows: tuple[int, int]  # of the weight: from, to
+    b_rows: tuple[int, int]  # of B
+
+
+@dataclass(frozen=True)
+class MergedWeight(StoredTensor):
+    """A weight of a base with adapters added, in float32 and rounded once, when its values are asked for."""
+
+    base: StoredTensor | None = None
+    products: tuple[_Product, ...] = ()
+
+    def chunks(self, chunk_bytes: int = 0, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Yields the values in the range at once; see StoredTensor."""
+        values = self.base.load()
+        if self.base.crc32 is not None and zlib.crc32(np.ascontiguousarray(values)) != self.base.crc32:
+            raise InputError(f"{self.file}: key {self.name!r} is corrupt (CRC-32); download it again")
+        for a, b, scale, rows, b_rows in self.products:
+            ours, theirs = slice(*rows), slice(*b_rows)
+            low_rank = (a.load(), a.dtype), (b.load()[theirs], b.dtype)
+            values[ours] = add_product((values[ours], self.dtype), *low_rank, scale, self.name)
+        item = ITEM_SIZE[self.dtype]
+        yield values.reshape(-1).view(CARRIER[self.dtype])[start // item : None if stop is None else stop // item]
+
+
+def merge_adapter(
+    folder: str | Path, weights: Mapping[TensorKey, StoredTensor], dims: ModelDims, check_crc: bool = True
+) -> tuple[dict[TensorKey, StoredTensor], str]:
+    """The weights of a base with the adapter in a PEFT folder, and a sentence on what was merged.
+
+    Raises:
+        InputError: no adapter, one of another model, or of a kind whose merge is not known here.
+    """
+    folder = Path(folder)
+    config, path = _read_config(folder), folder / ADAPTER_CONFIG
+    sides, whole = _read_tensors(folder)
+    result, products, ranks = dict(weights), {}, Counter()
+    for module, (a, b) in sides.items():
+        key, name = _key_of(module + ".weight", a.file)
+        rank = _pattern(config.get("rank_pattern"), name, config["r"])
+        alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+        rows, columns = sum(map(dims.rows, key.parts)), dims.shape(key)[-1]
+        if (a.shape, b.shape) != ((rank, columns), (rows, rank)) or len(dims.shape(key)) != 2:
+            raise InputError(
+                f"{a.file}: lora_A {a.shape} and lora_B {b.shape} of {module!r}: {(rank, columns)} and {(rows, rank)} "
+                f"are expected by {ADAPTER_CONFIG} and the base; the adapter is of another model or rank"
+            )
+        ranks[rank] += 1
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        for target, (where, from_rows) in _overlaps(dims, key, weights):
+            products.setdefault(target, []).append(_Product(a, b, scale, where, from_rows))
+    for key, found in products.items():
+        base = weights[key]
+        segments = ((0, base.nbytes),)
+        result[key] = MergedWeight(
+            base.name, base.shape, base.dtype, base.file, segments, base=base, products=tuple(found)
+        )
+    for tensor in whole:
+        key, _ = _key_of(tensor.name, tensor.file)
+        if key not in weights or tensor.shape != weights[key].shape or tensor.dtype not in ITEM_SIZE:
+            raise InputError(f"{tensor.file}: key {tensor.name!r} of modules_to_save does not fit the base's layout")
+        result[key] = tensor
+    _check_targets(config, sides, path)
+    replaced = f", {len(whole)} whole weights replaced" if whole else ""
+    return result, (
+        f"{folder}: {len(sides)} LoRA adapters of rank {', '.join(map(str, sorted(ranks)))} merged{replaced}; trained "
+        f"on {config.get('base_model_name_or_path')!r}"
+    )
+
+
+def _read_config(folder):
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); give the folder that PEFT's save_pretrained made"
+        ) from error
+    if kind != "LORA":
+        raise InputError(f"{path}: peft_type is {kind!r}; only LORA can be merged")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int if key == "r" else (int, float)) or value <= 0:
+            raise InputError(f"{path}: {key} is {value!r}, a positive number is needed")
+    if config.get("bias", "none") != "none":
+        raise InputError(
+            f"{path}: bias is {config['bias']!r}: trained biases cannot be merged; only 'none' is understood"
+        )
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_STARTS_THAT_CHANGE_THE_BASE):
+        raise InputError(
+            f"{path}: init_lora_weights is {start!r}, which changes the base, too; convert it in PEFT "
+            "(save_pretrained with path_initial_model_for_weight_conversion) or merge it there"
+        )
+    unknown = [key for key, value in config.items() if value and key not in _WITHOUT_EFFECT]
+    if unknown:
+        raise InputError(f"{path}: {unknown[0]} is {config[unknown[0]]!r}, which is not understood; merge it with PEFT")
+    return config
+
+
+def _read_tensors(folder):
+    """The adapters, module -> (A, B), and the tensors that replace a base's."""
+    file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise InputError(f"{folder}: neither {' nor '.join(_FILES)} is there; give the folder that PEFT saved")
+    found, whole = {}, []
+    for tensor in read_file(file):
+        match = _SIDE.match(tensor.name)
+        if match:
+            found.setdefault(match["module"], {})[match["side"]] = tensor
+        elif "lora_" in tensor.name:
+            raise InputError(
+                f"{file}: key {tensor.name!r} is not understood (DoRA, embeddings, biases); merge it with PEFT"
+            )
+        else:
+            name = re.sub(r"\.modules_to_save(\.[\w-]+)?(?=\.)", "", tensor.name)
+            whole.append(replace(tensor, name=name))
+    lone = [module for module, sides in found.items() if len(sides) < 2]
+    if lone or not found:
+        raise InputError(f"{file}: {lone[0] + ' has no lora_A and lora_B' if lone else 'no LoRA adapters in it'}")
+    return {module: (sides["A"], sides["B"]) for module, sides in found.items()}, whole
+
+
+def _key_of(name, file):
+    plain = unwrapped(name)[0]
+    try:
+        key = key_of(plain)
+    except InputError:
+        key = None
+    if key is None:
+        raise InputError(f"{file}: {name!r} is no weight of ChatGLM3; the adapter is of another model")
+    return key, plain[: -len(".weight")]
+
+
+def _pattern(patterns, module, default):
+    """A rank or alpha by the first pattern that fits the end of a module's name, as PEFT chooses it."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _overlaps(dims, key, weights):
+    """The base's tensors that hold parts of an adapter's weight, fused or split: (key, (rows of it, rows of B))."""
+    for target in weights:
+        for part in target.parts:
+            if target.layer == key.layer and part in key.parts:
+                yield target, tuple(_rows_of(dims, one, part) for one in (target, key))
+
+
+def _rows_of(dims, key, part):
+    start = sum(dims.rows(other) for other in key.parts[: key.parts.index(part)])
+    return start, start + dims.rows(part)
+
+
+def _check_targets(config, sides, path):
+    """Every module that the config names has adapters: a file that was cut by hand or by a failed save has not."""
+    targets = config.get("target_modules")
+    for target in targets if isinstance(targets, list) else ():
+        if not any(module == target or module.endswith("." + target) for module in sides):
+            raise InputError(f"{path}: target_modules names {target!r}, but the adapter's file has none of it")
+
+
+def write_adapter(
+    folder: Path, adapters: Mapping[str, tuple[np.ndarray, str]], scale: float, dims: ModelDims | None
+) -> CheckpointWriter:
+    """Writes MindFormers' adapters as a PEFT folder for the published model; returns the writer, for a report.
+
+    Split projections become one adapter of the fused one: their A on each other, their B on the diagonal, so that the
+    rank is the sum of theirs, and lora_alpha = scale x rank keeps the product.
+
+    Raises:
+        InputError: some of a fused projection's parts have no adapter, and no `dims` tell how large they are.
+    """
+    modules = {}
+    for name, values in adapters.items():
+        weight, side = adapter_of(name)
+        parts, layer = key_of(weight)
+        fused = next((family for family in (QKV, MLP) if parts[0] in family), parts)
+        modules.setdefault(TensorKey(fused, layer), {}).setdefault(parts, {})[side] = values
+    tensors, ranks = {}, {}
+    for key, parts in modules.items():
+        module = name_of(key, "chatglm")[: -len(".weight")]
+        a, b = _fuse(key, parts, dims)
+        ranks[module] = len(a)
+        tensors[f"base_model.model.{module}.lora_A.weight"], tensors[f"base_model.model.{module}.lora_B.weight"] = a, b
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: other for module, other in ranks.items() if other != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "THUDM/chatglm3-6b-32k",
+        "r": rank,
+        "lora_alpha": _plain(scale * rank),
+        "lora_dropout": 0.0,
+        "target_modules": sorted({module.rsplit(".", 1)[1] for module in ranks}),
+        "rank_pattern": others,
+        "alpha_pattern": {module: _plain(scale * other) for module, other in others.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    layers = sorted({key.layer for key in modules})
+    expected = dims.num_layers if dims else layers[-1] + 1
+    by_target = Counter(module.rsplit(".", 1)[1] for module in ranks)
+    if set(by_target.values()) != {expected}:
+        config["target_modules"] = sorted(ranks)  # only some layers have it: whole names
+    folder.mkdir()
+    entries = [(name, values.shape, "fp32") for name, values in tensors.items()]
+    with CheckpointWriter.for_file(folder / _FILES[0], entries, "pt") as writer:
+        for name, values in tensors.items():
+            writer.write(name, values)
+        writer.finish()
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return writer
+
+
+def _fuse(key, parts, dims):
+    """A and B in float32 of one fused weight, from those of the tensors that hold its parts."""
+    wide = {
+        held: [cast(np.ascontiguousarray(values), dtype, "fp32") for values, dtype in (sides["a"], sides["b"])]
+        for held, sides in parts.items()
+    }
+    if key.parts in wide:
+        return wide[key.parts]
+    if dims is None and len(wide) < len(key.parts):
+        raise InputError(
+            f"adapters of {', '.join(name_of(TensorKey(held, key.layer), 'mindspore') for held in wide)} only: their "
+            "rows in the fused weight are unknown; give --config with the YAML of the run"
+        )
+    rows = {part: dims.rows(part) if dims else len(wide[(part,)][1]) for part in key.parts}
+    a = np.concatenate([pair[0] for pair in wide.values()])
+    b, column, row = np.zeros((sum(rows.values()), len(a)), np.float32), 0, 0
+    starts = {}
+    for part in key.parts:
+        starts[part], row = row, row + rows[part]
+    for (part,), (_, other) in wide.items():
+        b[starts[part] : starts[part] + rows[part], column : column + other.shape[1]] = other
+        column += other.shape[1]
+    return a, b
+
+
+def _plain(number):
+    return int(number) if number == int(number) else number

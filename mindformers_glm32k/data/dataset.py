@@ -71,6 +71,17 @@ _HOST_KEYS = (
     "do_eval auto_tune filepath_prefix autotune_per_step profile micro_batch_num output_columns construct_args_key "
     "mixup_op"
 ).split()
+# Classes of MindFormers and of older versions that stand in people's YAMLs, with ours.
+_OTHERS = {
+    "data_loader": dict.fromkeys(
+        ("ADGenDataLoader", "CommonDataLoader", "TrainingDataLoader", "MindDataset", "BaseDataLoader"),
+        "GLM32KDataLoader",
+    ),
+    "tokenizer": dict.fromkeys(
+        ("ChatGLM32kTokenizer", "ChatGLM3Tokenizer", "ChatGLM2Tokenizer", "ChatGLM4Tokenizer", "ChatGLMTokenizer"),
+        "GLM32KTokenizer",
+    ),
+}
 KNOWN_KEYS = frozenset(DEFAULTS) | frozenset(_HOST_KEYS)
 
 
@@ -167,7 +178,10 @@ def _parts(config, shard_id, num_shards):
     tokenizer = config.tokenizer
     if isinstance(tokenizer, dict):
         tokenizer = build_tokenizer(copy.deepcopy(tokenizer))
-    return loader, _tokens(config, samples_of(loader), tokenizer), tokenizer.vocabulary.unk_id
+    tokens = _tokens(config, samples_of(loader), tokenizer)
+    if not config.packing or config.rows_per_epoch:  # else all samples are tokenized before the first step anyway
+        tokens.check_answers(logger)
+    return loader, tokens, tokenizer.vocabulary.unk_id
 
 
 def _tokens(config, samples, tokenizer):
@@ -331,6 +345,9 @@ def checked(dataset_config: dict) -> MindFormerConfig:
     for name in ("data_loader", "tokenizer"):
         if config[name] is None:
             raise InputError(f"{name}: missing; give a section with its type")
+        if isinstance(config[name], dict) and config[name].get("type") in _OTHERS[name]:
+            ours = _OTHERS[name][config[name]["type"]]
+            raise InputError(f"{name}.type: {config[name]['type']} does not serve GLM32KDataset; use {ours}")
     return config
 
 

@@ -46,6 +46,7 @@ IGNORED = -100
 RAISE, DROP = "raise", "drop"
 ON_LONG_ANSWER = (RAISE, DROP)
 _MAY_BE_TRUNCATED = ("user", "observation")
+_LINE = 8  # tokens, more than a message's role, line break and dummy prefixes are
 _STRADDLING = 4  # tokens; a vocabulary that changes the text when it encodes it never gives it back
 
 
@@ -112,7 +113,7 @@ class SampleEncoder:
         self._vocabulary = tokenizer.vocabulary
         self._truncation, self._mode = truncation, TRUNCATIONS[truncation]
         self._on_long_answer = on_long_answer
-        self._sequence_length = sequence_length
+        self.sequence_length = sequence_length
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
         empty = chat.conversation_ids(self._vocabulary, [{"role": "user", "content": ""}], add_generation_prompt=True)
         if max_source_length < len(empty) + LEAST:
@@ -126,8 +127,8 @@ class SampleEncoder:
         encoded = self.encode(sample)
         return replace(
             encoded,
-            input_ids=padded(encoded.input_ids, self._sequence_length, self._vocabulary.unk_id),
-            labels=padded(encoded.labels, self._sequence_length, IGNORED),
+            input_ids=padded(encoded.input_ids, self.sequence_length, self._vocabulary.unk_id),
+            labels=padded(encoded.labels, self.sequence_length, IGNORED),
         )
 
     def encode(self, sample: Sample | Chat | Text) -> EncodedSample:
@@ -135,7 +136,7 @@ class SampleEncoder:
         pieces = self._text_pieces(sample) if isinstance(sample, Text) else self._chat_pieces(sample)
         before = sum(len(piece.ids) for piece in pieces)
         prompt = before - sum(len(piece.ids) for piece in pieces if piece.in_loss)
-        limit = self._sequence_length
+        limit = self.sequence_length
         if isinstance(sample, Sample):
             limit = min(limit, self.max_source_length + before - prompt)
         if before > limit:
@@ -144,6 +145,16 @@ class SampleEncoder:
                 nothing = np.zeros(0, np.int32)
                 return EncodedSample(nothing, nothing, before, 0, prompt, dropped=reason)
         return _assembled(pieces, before, prompt)
+
+    def surely_fits(self, sample: Sample | Chat | Text) -> bool:
+        """Whether no answer of a sample can be too long, told without tokenizing: a token has at least one byte."""
+        if isinstance(sample, Text) or self._mode.share is None or self._on_long_answer != RAISE:
+            return True
+        most = _LINE
+        for turn in sample.turns():
+            most += _LINE + len(turn.metadata.encode()) + LEAST
+            most += 0 if turn.role in _MAY_BE_TRUNCATED else len(turn.content.encode())
+        return most <= self.sequence_length
 
     # --- samples to pieces ---
 
@@ -185,7 +196,7 @@ class SampleEncoder:
                     f"{reason}; raise max_target_length or seq_length, shorten the answers, or set on_long_answer: drop"
                 )
             return reason
-        spare = self._sequence_length - limit
+        spare = self.sequence_length - limit
         for piece, room in zip(candidates, self._mode.share(lengths, limit - fixed)):
             if room < len(piece.ids):
                 spare -= self._shorten(piece, room, spare)

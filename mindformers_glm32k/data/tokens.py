@@ -22,6 +22,7 @@ from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
 
 KEPT_FROM = 8 << 20  # bytes of data; the lengths of less are counted in a few seconds
+CHECKED_LONG = 1 << 30  # bytes of long records whose answers are checked before a run, in some five seconds
 _CHUNK = 64  # samples between two looks at what other ranks have done
 # What decides, beside data and options, how many tokens a sample has: with another version all are counted again.
 _CODE = (
@@ -66,6 +67,30 @@ class TokenizedSamples:
             if str(error).startswith(location.partition(",")[0]):
                 raise
             raise InputError(f"{location}: {error}") from error
+
+    def check_answers(self, log: Any) -> None:
+        """Raises InputError for the first sample whose answers a sequence cannot hold, before a run starts.
+
+        Only long records are parsed, up to CHECKED_LONG bytes of them, and only those are tokenized that may have too
+        many tokens; of a larger data set the rest is checked when it is read.
+
+        Args:
+            log: has info(format, …).
+        """
+        sizes = self.samples.sizes()
+        long = np.flatnonzero(2 * sizes > self._encoder.sequence_length)  # listed tools are longer than their JSON
+        looked_at = long[np.cumsum(sizes[long]) <= CHECKED_LONG]
+        if len(looked_at) < len(long):
+            log.info(
+                "the answers of %d of %d long records are checked when they are read",
+                len(long) - len(looked_at),
+                len(long),
+            )
+        for sample in tqdm(
+            looked_at.tolist(), desc="long answers", unit="records", disable=sizes[looked_at].sum() < 1 << 28
+        ):
+            if not self._encoder.surely_fits(self.samples[sample]):
+                self[sample]
 
 
 def all_lengths(tokens: TokenizedSamples, threads: int, start: int = 0, kept: np.ndarray | None = None) -> np.ndarray:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from mindformers_glm32k.weights import merge
 
     try:
-        with _strategy(args) as (strategy, dims, scaling):
+        with _strategy(args) as (strategy, dims, scaling, model_config):
             report = merge(
                 args.src_ckpt_dir,
                 args.dst,
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
                 dims,
                 progress=True,
                 adapters_format=args.adapters_format,
+                model_config=model_config,
             )
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _strategy(args):
-    """Yields the strategy's path, the model's dimensions and LoRA's scale, each None where nothing says it."""
+    """Yields the strategy's path, the dimensions, LoRA's scale and model_config, each None where nothing says it."""
     scaling = args.lora_scaling
     if not args.config:
         if args.overrides:
@@ -89,7 +90,7 @@ def _strategy(args):
             from mindformers_glm32k.weights.lora import scale_of_run
 
             scaling = scale_of_run(Path(args.src_ckpt_dir))
-        yield args.src_ckpt_strategy, None, scaling
+        yield args.src_ckpt_strategy, None, scaling, None
         return
     from mindformers_glm32k.commands.split import compiled_strategy, is_sharded
     from mindformers_glm32k.dryrun.compile.pool import read_layout
@@ -102,10 +103,10 @@ def _strategy(args):
     if (args.lora or args.adapters_format == "peft") and scaling is None:
         scaling = scale_of_config(config, args.config)
     if args.src_ckpt_strategy or not is_sharded(config, layout):
-        yield args.src_ckpt_strategy, dims, scaling
+        yield args.src_ckpt_strategy, dims, scaling, config["model"]["model_config"]
         return
     with compiled_strategy(args.config, config, layout, arguments) as folder:
-        yield folder, dims, scaling
+        yield folder, dims, scaling, config["model"]["model_config"]
 
 
 if __name__ == "__main__":

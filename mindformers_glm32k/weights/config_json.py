@@ -271,13 +271,6 @@ def _effective(fields):
     return result
 
 
-def fields_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ChatGLM's config.json by the merged configuration of a run, for reports."""
-    model = config["model"]["model_config"]
-    given = {key: model[key] for key, field in FIELDS.items() if field.in_yaml and model.get(key) is not None}
-    return {**PUBLISHED, **({"rope_ratio": 1} if model.get("type") == "ChatGLM2Config" else {}), **given}
-
-
 def find_config(option: Any, checkpoint: Path, inferred: ModelDims) -> KnownConfig:
     """The config of a checkpoint, from the first of: the option, what lies beside it (see `config_of`), the published
     model when all dimensions are its.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import copy_atomically, require_space, work_folder
 from mindformers_glm32k.weights import reshard
 from mindformers_glm32k.weights.checkpoint import open_source
+from mindformers_glm32k.weights.config_json import check_agreement, config_of
 from mindformers_glm32k.weights.lora import add_product, pairs_of
 from mindformers_glm32k.weights.merge_plan import FROZEN, MergePlan
 from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_tensors
@@ -41,6 +42,7 @@ def merge(
     dims: ModelDims | None = None,
     progress: bool = False,
     adapters_format: str = "mindformers",
+    model_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Merges the checkpoints of a parallel run; returns the report, as written to OUT.report.json, and as "remarks"
     what the user should know.
@@ -59,6 +61,7 @@ def merge(
         adapters_only: a file for the adapters alone; with adapters_format "peft" a folder that PEFT loads.
         dims: of the model; None takes them from the weights.
         progress: whether to show progress bars.
+        model_config: the run's; what lies beside `base` must agree with it in what shapes do not show.
 
     Raises:
         InputError: files, strategy and model do not fit together; nothing is left behind.
@@ -68,6 +71,9 @@ def merge(
     peft = Path(adapters_only) if adapters_only is not None and adapters_format == "peft" else None
     files_to_write = [path for path in outputs if path != peft]
     _check_options(files_to_write, lora, lora_scaling, base, optimizer_states, peft)
+    known = config_of(base) if base is not None else None
+    if model_config is not None:
+        check_agreement(known, model_config, "model.model_config of the run")
     stages = read_stages(strategy) if strategy is not None else None
     ranks = range(stage_devices(stages) * len(stages)) if stages else None
     files, remarks = choose(src_ckpt_dir, ranks, step)
@@ -92,6 +98,7 @@ def merge(
         "step": files.label,
         "counters": {name: value for name, value in files.counters.items() if value is not None},
         "base": base and str(base),
+        "huggingface_config": known and known.fields,
         "lora_scaling": lora_scaling if lora or peft else None,
         "checksums": "of the little-endian values, without the file format's framing",
     }

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
+from mindformers_glm32k.dryrun.simulator.state import load_weights
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights import convert, convert_reversed
+from mindformers_glm32k.weights import convert, convert_reversed, merge, split
 from mindformers_glm32k.weights.config_json import config_text, read_config, to_glm
 from mindformers_glm32k.weights.model_dims import PUBLISHED
 
+from .parallel import write_layout
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder
 
 GLM = {key: value for key, value in to_glm(PUBLISHED).items() if key not in ("rope_theta", "rope_parameters")}
@@ -83,3 +85,20 @@ def test_configs_that_differ_are_refused_by_both_conversions(tmp_path):
     with pytest.raises(InputError, match="out.report.json: rope_ratio is 1, but .*/config.json has rope_ratio 50"):
         convert_reversed(tmp_path / "out.ckpt", tmp_path / "back", config=tmp_path / "config.json")
     assert not (tmp_path / "back").exists() and not (tmp_path / "other.ckpt").exists()
+
+
+def test_split_merge_and_simulate_compare_too(tmp_path):
+    """Before anything is read or written: none of these ranks, strategies or states needs to be whole."""
+    write_folder(tmp_path / "hf", {**TINY, "rope_ratio": 1}, random_values(chatglm_shapes(TINY), "fp16"), "bin")
+    convert(tmp_path / "hf", tmp_path / "whole.ckpt")
+    strategy, run = write_layout(tmp_path / "strategy", "mp2"), {**TINY, "rope_ratio": 50}
+    for path in (tmp_path / "hf", tmp_path / "whole.ckpt"):
+        message = "rope_ratio is 1, but model.model_config of the run has rope_ratio 50"
+        with pytest.raises(InputError, match=message):
+            split(path, tmp_path / "out", strategy, model_config=run)
+        with pytest.raises(InputError, match=message):
+            load_weights(path, {}, {"model": {"model_config": run}}, tmp_path / "work")
+        with pytest.raises(InputError, match=message):
+            options = dict(lora=True, lora_scaling=1.0, base=path, model_config=run)
+            merge(tmp_path / "ranks", tmp_path / "out.ckpt", strategy, **options)
+    assert not (tmp_path / "out").exists()

@@ -136,7 +136,8 @@ def checkpoint_findings(path: str, config: Mapping[str, Any], dims: ModelDims) -
 def _setting_findings(path, config):
     """What shapes do not show: settings of the published model, by its config.json or a conversion's report, that the
     run's model_config contradicts."""
-    from mindformers_glm32k.weights.model_dims import PUBLISHED, read_config
+    from mindformers_glm32k.weights.config_json import read_config
+    from mindformers_glm32k.weights.model_dims import PUBLISHED
 
     if not os.path.isfile(path):
         return

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mindformers_glm32k.checks import did_you_mean, is_int, is_number
+from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import AXES, check_layout, one_program
 from mindformers_glm32k.preflight.findings import ERROR, SET, Finding, raise_errors, value_at
 from mindformers_glm32k.preflight.rules import rule_findings
@@ -59,6 +60,11 @@ def _is_text(value):
     return isinstance(value, str)
 
 
+def _is_names(value):
+    return isinstance(value, (list, tuple)) and all(map(_is_text, value))
+
+
+_PATH = (_is_text, "the path of a file or folder")
 _NUMBER = (_is_number, "a number of at least 0")
 _COUNT = (_is_int(1), "a whole number of at least 1")
 _WHOLE = (_is_int(-1), "a whole number")
@@ -82,7 +88,7 @@ VALUES = {
             "ignore_data_skip",
         )
     },
-    "load_checkpoint": (_is_text, "the path of a file or folder"),
+    "load_checkpoint": _PATH,
     "output_dir": (lambda value: _is_text(value) and value, "the path of a folder"),
     "resume_training": (_is_resume, "true, false or the name of a checkpoint's file"),
     "eval_step_interval": _WHOLE,
@@ -93,7 +99,41 @@ VALUES = {
     "context.max_device_memory": (_is_memory, "a text such as 59GB"),
     "context.max_call_depth": _COUNT,
     **{f"parallel_config.{axis}": _COUNT for axis in (*AXES, "micro_batch_num", "gradient_aggregation_group")},
+    **{f"parallel_config.{key}": _BOOL for key in ("vocab_emb_dp", "use_seq_parallel")},
+    "parallel.parallel_mode": (lambda value: is_int(value, 0) or _is_text(value), "a number from 0 to 4 or a name"),
+    **{
+        f"parallel.{key}": _BOOL
+        for key in (
+            "gradients_mean",
+            "full_batch",
+            "enable_parallel_optimizer",
+            "enable_alltoall",
+            "loss_repeated_mean",
+        )
+    },
+    **{
+        f"recompute_config.{key}": _BOOL
+        for key in ("parallel_optimizer_comm_recompute", "mp_comm_recompute", "recompute_slice_activation")
+    },
+    "recompute_config.recompute": (lambda value: isinstance(value, (bool, list)), "true, false or a list of layers"),
+    "model.model_config.pet_config.lora_rank": _COUNT,
+    "model.model_config.pet_config.lora_alpha": _NUMBER,
+    "model.model_config.pet_config.lora_dropout": _RATIO,
+    **{
+        f"runner_wrapper.scale_sense.{key}": (lambda value: is_number(value, 1), "a number of at least 1")
+        for key in ("loss_scale_value", "scale_factor", "scale_window")
+    },
     "micro_batch_interleave_num": _COUNT,
+    **{
+        f"{section}.{key}": rule
+        for section in ("train_dataset", "eval_dataset")
+        for key, rule in (
+            ("data_loader.dataset_dir", _PATH),
+            ("tokenizer.vocab_file", _PATH),
+            ("input_columns", (_is_names, "a list of names")),
+        )
+    },
+    "processor.tokenizer.vocab_file": _PATH,
     "runner_config.epochs": _COUNT,
     "runner_config.batch_size": _COUNT,
     "runner_config.gradient_accumulation_steps": _COUNT,
@@ -118,7 +158,7 @@ CALLBACK_VALUES = {
     "prefix": (_is_text, "a text"),
 }
 _NEEDED = ("runner_config.epochs", "runner_config.batch_size")
-_IN_EVERY_RUN = ("", "context", "parallel_config")
+_IN_EVERY_RUN = ("", "context", "parallel_config", "parallel", "recompute_config")
 
 # sections of each kind of run, with MindFormers' category of the class that `type` names, if it names one
 _MODEL = {"model": None, "model.model_config": "config", "model.arch": "models"}
@@ -191,6 +231,7 @@ def config_findings(
         *unknown_keys(config, named),
         *_section_findings(config, sections),
         *_value_findings(config, sections),
+        *_dataset_findings(config, sections),
         *(_scale_findings(config) if "runner_wrapper" in sections else ()),
         *_callback_findings(config, "optimizer" in sections),
         *_model_findings(config),
@@ -220,7 +261,9 @@ def _value_findings(config, sections):
     for key, (fits, allowed) in VALUES.items():
         parent, _, leaf = key.rpartition(".")
         section = value_at(config, parent) if parent else config
-        if not isinstance(section, Mapping) or not (parent in _IN_EVERY_RUN or parent in sections):
+        if not isinstance(section, Mapping):
+            continue
+        if parent not in _IN_EVERY_RUN and not any(parent == one or parent.startswith(f"{one}.") for one in sections):
             continue
         value = section.get(leaf)
         if (value is not None or (key in _NEEDED and leaf in section)) and not fits(value):
@@ -241,6 +284,25 @@ def _wrong(key, value, allowed, fits):
     certain = other is not None and fits(other)
     fix = f"write {other!r}" if certain else ""
     return Finding(ERROR, key, f"{value!r} is not {allowed}", fix, (SET, other) if certain else None)
+
+
+def _dataset_findings(config, sections):
+    from mindformers.tools.register import MindFormerConfig
+
+    from mindformers_glm32k.data.dataset import KNOWN_KEYS, checked
+
+    for name in ("train_dataset", "eval_dataset"):
+        section = config.get(name)
+        ours = name in sections and value_at(config, f"{name}_task.type") == "GLM32KDataset"
+        if ours and isinstance(section, Mapping) and KNOWN_KEYS.issuperset(section):
+            columns = section.get("input_columns")
+            if columns is not None and not _is_names(columns):
+                continue  # has a finding of its own
+            try:
+                checked(MindFormerConfig(**section))
+            except InputError as error:
+                key = re.match(r"(\w+)[:=]", str(error))
+                yield Finding(ERROR, f"{name}.{key[1]}" if key else name, str(error))
 
 
 def _scale_findings(config):
@@ -303,7 +365,7 @@ def _class_findings(section: Any, category: str, key: str) -> Iterator[Finding]:
 
     name = section.get("type") if isinstance(section, Mapping) else None
     classes = MindFormerRegister.registry.get(category, {})
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         near = did_you_mean(str(name), classes).lstrip(", ")
         yield Finding(ERROR, f"{key}.type", f"no {category} class is registered as {name!r}", near)
         return

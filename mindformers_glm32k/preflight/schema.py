@@ -95,7 +95,7 @@ def registered(category: str, name: Any) -> type | None:
     """The class that MindFormers' registry has under a name."""
     from mindformers.tools.register import MindFormerRegister
 
-    return MindFormerRegister.registry.get(category, {}).get(name)
+    return MindFormerRegister.registry.get(category, {}).get(name) if isinstance(name, str) else None
 
 
 @functools.lru_cache(maxsize=1)
@@ -186,6 +186,8 @@ def unknown_keys(config: Mapping[str, Any], skipped: Iterable[str] = ()) -> Iter
     sections = {**host_sections(), **_typed_sections(config)}
     for section, known in sections.items():
         values = value_at(config, section) if section else config
+        if isinstance(values, (str, int, float, list)) and section not in skipped:
+            yield Finding(ERROR, section, f"a section of keys is needed, found {values!r}")
         if not isinstance(values, Mapping):
             continue
         for key in values:

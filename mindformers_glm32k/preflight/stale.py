@@ -129,6 +129,8 @@ def stale_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
         callbacks = config.get(section)
         for index, callback in enumerate(callbacks if isinstance(callbacks, list) else ()):
             name = callback.get("type") if isinstance(callback, Mapping) else None
+            if not isinstance(name, str):
+                continue
             if name in CLASSES:
                 new = CLASSES[name]
                 yield Finding(

@@ -91,7 +91,7 @@ MISTAKES = {
     "runner_wrapper.use_clip_gard": (True, "use_clip_grad"),
     "model.model_config.num_layer": (2, "num_layers"),
     "lr_schedule.warmup_step": (2, "warmup_steps"),
-    "runner_wrapper.scale_sense.scale_window": (GONE, "needs it"),
+    "runner_wrapper.scale_sense.scale_factor": (GONE, "needs it"),
     "lr_schedule": (None, "a section of keys is needed"),
     "optimizer": (None, "a section of keys is needed"),
     # wrong types and ranges
@@ -106,6 +106,13 @@ MISTAKES = {
     "parallel_config.data_parallel": (0, "whole number of at least 1"),
     "callbacks": ("none", "a list of callbacks"),
     "seed": ("x", "whole number"),
+    "train_dataset.max_source_length": ("long", "whole number of at least 1"),
+    "train_dataset.packing": ("x", "neither True nor False"),
+    "train_dataset.input_columns": (5, "a list of names"),
+    "train_dataset.data_loader.dataset_dir": (["a"], "the path of a file or folder"),
+    "parallel.full_batch": ("x", "true or false"),
+    "parallel": (5, "a section of keys is needed"),
+    "runner_wrapper.scale_sense.scale_window": ("x", "a number of at least 1"),
     # of classes
     "metric.type": ("ADGENMetric", "PerplexityMetric"),
     "optimizer.type": ("FP32StateAdamWeightDecay", "AdamW"),

@@ -231,7 +231,6 @@ def config_findings(
         *unknown_keys(config, named),
         *_section_findings(config, sections),
         *_value_findings(config, sections),
-        *_dataset_findings(config, sections),
         *(_scale_findings(config) if "runner_wrapper" in sections else ()),
         *_callback_findings(config, "optimizer" in sections),
         *_model_findings(config),
@@ -240,7 +239,7 @@ def config_findings(
         if finding.key not in named and finding.key.rpartition(".")[0] not in named:  # one mistake, one finding
             named.add(finding.key)
             found.append(finding)
-    return found
+    return found + list(_dataset_findings(config, sections, named))
 
 
 def _section_findings(config, sections):
@@ -286,7 +285,8 @@ def _wrong(key, value, allowed, fits):
     return Finding(ERROR, key, f"{value!r} is not {allowed}", fix, (SET, other) if certain else None)
 
 
-def _dataset_findings(config, sections):
+def _dataset_findings(config, sections, named):
+    """What the data set itself refuses, in sections of which nothing is said yet."""
     from mindformers.tools.register import MindFormerConfig
 
     from mindformers_glm32k.data.dataset import KNOWN_KEYS, checked
@@ -295,9 +295,8 @@ def _dataset_findings(config, sections):
         section = config.get(name)
         ours = name in sections and value_at(config, f"{name}_task.type") == "GLM32KDataset"
         if ours and isinstance(section, Mapping) and KNOWN_KEYS.issuperset(section):
-            columns = section.get("input_columns")
-            if columns is not None and not _is_names(columns):
-                continue  # has a finding of its own
+            if any(key == name or key.startswith((f"{name}.", f"{name}_task.")) for key in named):
+                continue
             try:
                 checked(MindFormerConfig(**section))
             except InputError as error:

@@ -126,6 +126,7 @@ def _compile_instead_of_training(recorder):
 def _adapt(config):
     """What a dry run changes in the merged configuration: nothing that the program depends on."""
     config.resume_training = False
+    config.random_weights = True  # no weights are read, so that none are missing
     config.auto_trans_ckpt = False
     config.only_save_strategy = False
     config.profile = False

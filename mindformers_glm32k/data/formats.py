@@ -172,6 +172,8 @@ def after_history(record: dict, sample: Sample) -> Sample | Chat:
     """A sample behind the `system` prompt and the turns of `history` ([question, answer] pairs, or messages) of its
     record; InputError where they are something else.
     """
+    if record.keys().isdisjoint(BESIDE):
+        return sample
     system, history = record.get("system"), json_value(record.get("history"))
     turns = []
     if carries_text(system):

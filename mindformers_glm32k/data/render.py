@@ -180,7 +180,10 @@ class SequenceText:
         if isinstance(sample, Sample):
             prediction = self._fed(sample.prompt)
         else:
-            *history, last = _before_the_last_answer(sample)
+            before = _before_the_last_answer(sample)
+            if not before:
+                return "an answer to nothing, which no prompt asks for"
+            *history, last = before
             prediction = self._tokenizer.build_chat_input(last["content"], history, last["role"])["input_ids"][0]
         prediction = [int(index) for index in prediction]
         text = comparison(training, prediction, document.cut_points, self._tokens.text)

@@ -144,3 +144,17 @@ def test_longbench_with_the_published_vocabulary(reference, capsys):
 def test_what_is_wrong_is_named(tiny, capsys, words, message):
     status, _, error = printed(capsys, *tiny, *words)
     assert status == 2 and message in error
+
+
+def test_files_fields_and_what_is_not_used_are_named(tiny, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("x")
+    alone = {"messages": [{"role": "assistant", "content": "Hello."}], "hint": "h"}
+    (folder / "a.jsonl").write_text(json.dumps(alone) + "\n")
+    (folder / "b.json").write_text(json.dumps([{"instruction": "What?", "input": "This.", "output": "That."}]))
+    status, text, _ = printed(capsys, *tiny, "--train_dataset_dir", str(folder))
+    assert status == 0 and "a.jsonl: 1 records, layout chat" in text and "b.json: 1 records, layout alpaca" in text
+    assert "1 files are passed over" in text and "notes.txt (no data by its name)" in text
+    assert "not used are 'hint' of 1 of 1 records" in text and "an answer to nothing" in text
+    assert "«<|user|>» ⏎\n What?⏎\nThis.«<|assistant|>»[1| ⏎\n That.]" in text

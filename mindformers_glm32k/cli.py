@@ -48,6 +48,10 @@ COMMANDS = {
         "mindformers_glm32k.commands.merge",
         "merge the checkpoints of all NPUs into one file, LoRA adapters too, and check it",
     ),
+    "export": (
+        "mindformers_glm32k.commands.export",
+        "write a folder that vLLM and transformers serve, from a checkpoint or those of all NPUs",
+    ),
 }
 
 

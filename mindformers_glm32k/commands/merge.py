@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from mindformers_glm32k.weights import merge
 
     try:
-        with _strategy(args) as (strategy, dims, scaling, model_config):
+        with strategy_of_run(args) as (strategy, dims, scaling, model_config):
             report = merge(
                 args.src_ckpt_dir,
                 args.dst,
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _strategy(args):
+def strategy_of_run(args: argparse.Namespace) -> Iterator[tuple]:
     """Yields the strategy's path, the dimensions, LoRA's scale and model_config, each None where nothing says it."""
     scaling = args.lora_scaling
     if not args.config:

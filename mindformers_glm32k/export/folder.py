@@ -1,0 +1,136 @@
+"""The folder that engines serve: weights and config of transformers' `glm`, tokenizer, stop ids, card; verified before
+it appears."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.export.card import card_text
+from mindformers_glm32k.export.native_tokenizer import write_tokenizer
+from mindformers_glm32k.export.verify import verify_logits
+from mindformers_glm32k.files import work_folder
+from mindformers_glm32k.tokenizer.chat_format import stop_ids
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
+from mindformers_glm32k.weights import convert_reversed, merge
+
+_WEIGHTS = (".ckpt", ".safetensors", ".bin")
+
+
+def export(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    tokenizer: str | os.PathLike,
+    config: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    merging: Mapping[str, Any] | None = None,
+    max_shard_size: str | int = "5GB",
+    manifest: str | os.PathLike | None = None,
+    torch_python: str = "",
+    logits: bool = True,
+    workers: int = 2,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes a folder that vLLM and transformers load without code of ours; returns the conversion's report with what
+    was compared as "verified".
+
+    Args:
+        checkpoint: file, index or folder of one whole checkpoint in any naming, or folder with rank_N.
+        output: folder to make.
+        tokenizer: tokenizer.model.
+        config: the training YAML, or a config.json; needed as by convert_reversed.
+        dtype: "fp32", "fp16" or "bf16"; None keeps what is stored.
+        merging: options of `merge` for a folder with rank_N: strategy, lora, lora_scaling, base, dims, model_config, …
+        manifest: of the training data, for the card.
+        torch_python: a Python with torch and transformers for the comparison with GlmForCausalLM.
+        logits: whether logits are compared.
+
+    Raises:
+        InputError: bad input, an output that exists, or a comparison that fails; nothing is left behind.
+    """
+    checkpoint, output, vocabulary = Path(checkpoint), Path(output), Vocabulary(tokenizer)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: exists already; choose a folder that is new or empty")
+    for path in (config, manifest):
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{path}: no such file")
+    with work_folder(output) as work:
+        whole, model = checkpoint, work / "model"
+        if has_ranks(checkpoint):
+            whole = work / "merged.safetensors"
+            merge(checkpoint, whole, progress=progress, **(merging or {}))
+        report = convert_reversed(
+            whole, model, dtype, "glm", max_shard_size, config, workers=workers, progress=progress
+        )
+        fields = report["huggingface_config"]
+        if len(vocabulary) > fields["padded_vocab_size"]:
+            raise InputError(
+                f"{tokenizer}: has {len(vocabulary)} tokens, the model {fields['padded_vocab_size']}; give the "
+                "tokenizer.model that the model was trained with"
+            )
+        stored = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        texts = write_tokenizer(vocabulary, tokenizer, model, stored["max_position_embeddings"])
+        generation = {
+            "eos_token_id": stop_ids(vocabulary),
+            "pad_token_id": vocabulary.unk_id,
+            "do_sample": True,
+            "temperature": 0.8,  # the three that the published `chat` uses
+            "top_p": 0.8,
+            "max_length": stored["max_position_embeddings"],
+        }
+        (model / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        verified = [f"ids of {texts} odd texts in conversations compared with tokenizer.model's: all equal"]
+        if logits:
+            rounded = dtype is not None and dtype not in _stored_dtypes(whole)
+            parameters = _parameters(whole)
+            verified += verify_logits(whole, model, work, vocabulary, parameters, rounded, torch_python)
+        provenance = {
+            "checkpoint": (checkpoint.name, hash_of(checkpoint)),
+            **{
+                what: (Path(path).name, hash_of(Path(path)))
+                for what, path in (("configuration", config), ("data manifest", manifest), ("tokenizer", tokenizer))
+                if path is not None
+            },
+        }
+        (model / "README.md").write_text(card_text(stored, provenance, verified), encoding="utf-8")
+        if output.is_dir():
+            output.rmdir()
+        os.replace(model, output)
+    return {**report, "verified": verified, "output": str(output)}
+
+
+def has_ranks(checkpoint: Path) -> bool:
+    """Whether a folder holds what a parallel run left: rank_0, rank_1, …"""
+    return checkpoint.is_dir() and any(checkpoint.glob("rank_[0-9]*"))
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, or of all weights in a folder together with their names."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _WEIGHTS)
+    digest = hashlib.sha256()
+    for file in files:
+        if len(files) > 1:
+            digest.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as opened:
+            while chunk := opened.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _stored_dtypes(checkpoint):
+    from mindformers_glm32k.weights.checkpoint import open_source, weights_of
+
+    return {tensor.dtype for tensor in weights_of(open_source(checkpoint))[0].values()}
+
+
+def _parameters(checkpoint):
+    from math import prod
+
+    from mindformers_glm32k.weights.checkpoint import open_source, weights_of
+
+    return sum(prod(tensor.shape) for tensor in weights_of(open_source(checkpoint))[0].values())

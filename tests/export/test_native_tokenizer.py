@@ -172,7 +172,7 @@ def test_long_texts_are_quick_and_equal(tokenizer, published):
 @pytest.mark.parametrize(
     "options",
     [
-        {"model_type": "unigram", "vocab_size": 600},
+        {"model_type": "unigram", "vocab_size": 500},
         {"byte_fallback": False, "vocab_size": 300},
         {"normalization_rule_name": "nmt_nfkc"},
         {"remove_extra_whitespaces": True},

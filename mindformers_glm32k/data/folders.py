@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from mindformers_glm32k.errors import InputError
+
 ENDINGS = (".jsonl", ".json", ".parquet")
 PACKED = (".gz", ".bz2", ".xz")
 _HELD_OUT = "heldout"  # where `glm32k preprocess` puts what no training may see
@@ -17,9 +19,12 @@ def data_files(folder: Path, for_evaluation: bool = False) -> tuple[list[Path], 
 
     Hidden files are what interrupted programs leave behind, hidden folders caches: neither is looked at. Where a folder
     has both, files named train… and dev…, test… or valid…, only those of the purpose are taken.
+
+    Raises:
+        InputError: a folder that cannot be listed.
     """
     found, passed_over = [], []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_unreadable):
         for name in [name for name in folders if name == _HELD_OUT]:
             passed_over.append((Path(parent, name), "held out from training"))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != _HELD_OUT)
@@ -33,6 +38,12 @@ def data_files(folder: Path, for_evaluation: bool = False) -> tuple[list[Path], 
             data = [name for name in data if splits[name] is not other]
         found += [Path(parent, name) for name in data]
     return sorted(found), passed_over
+
+
+def _unreadable(error):
+    raise InputError(
+        f"{error.filename}: cannot be listed ({error.strerror}); mend that, or move it elsewhere"
+    ) from error
 
 
 def is_json_lines(path: Path) -> bool:

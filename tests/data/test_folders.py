@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import resource
 
 import pytest
@@ -51,9 +52,25 @@ def test_more_files_than_a_process_may_open(tmp_path):
     for number in range(300):
         (tmp_path / f"{number:03}.jsonl").write_text(LINE.replace("q", f"q{number}"))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    already_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (already_open + 100, limits[1]))
     try:
         source = SampleSource(tmp_path)
         assert [source[index].prompt for index in range(300)] == [f"q{number}" for number in range(300)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.jsonl").write_text(LINE)
+    whole = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match="sub: cannot be listed .Permission denied"):
+        data_files(tmp_path)

@@ -421,7 +421,7 @@ def test_two_processes_loaded_the_checkpoint(trained, follow_ups):
 
 def test_packed_rows_train_and_are_evaluated(follow_ups):
     run = succeeded(follow_ups("packed"))
-    (rows,) = map(int, re.findall(rf"packing: {ROWS} samples in (\d+) rows of 48 tokens", run.log))
+    (rows,) = map(int, re.findall(rf"packing: {ROWS} samples in (\d+) sequences of 48 tokens", run.log))
     losses = run.losses()
     assert rows % BATCH == 0 and rows < ROWS and len(losses) == 4 * rows // BATCH
     assert np.isfinite(losses).all() and abs(losses[0] - math.log(512)) < 0.3

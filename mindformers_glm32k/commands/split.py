@@ -76,7 +76,7 @@ def compiled_strategy(
         InputError: the run does not shard its parameters.
         CommandFailed: a compile failed.
     """
-    from mindformers_glm32k.dryrun.compile.strategy import has_adapters, write_strategies
+    from mindformers_glm32k.dryrun.compile.pool import has_adapters, write_strategies
 
     if not is_sharded(config, layout):
         why = (

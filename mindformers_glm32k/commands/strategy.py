@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mindformers_glm32k.dryrun.compile.pool import read_layout
-    from mindformers_glm32k.dryrun.compile.strategy import has_adapters, write_strategies
+    from mindformers_glm32k.dryrun.compile.pool import has_adapters, read_layout, write_strategies
 
     launcher_arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
     layout, config = read_layout(launcher_arguments, args.devices)

@@ -5,7 +5,7 @@ import importlib
 _FACE = {
     "dry_run": "programs.dry_run",
     "compare": "report.compare.compare",
-    "write_strategies": "compile.strategy.write_strategies",
+    "write_strategies": "compile.pool.write_strategies",
     "simulate": "simulator.simulate",
 }
 __all__ = sorted(_FACE)

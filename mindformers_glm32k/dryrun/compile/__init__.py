@@ -9,7 +9,7 @@ _FACE = {
     "read_layout": "pool",
     "read_batches": "pool",
     "run_workers": "pool",
-    "write_strategies": "strategy",
+    "write_strategies": "pool",
 }
 __all__ = sorted(_FACE)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from mindformers_glm32k.dryrun.report.advice import device_memory, warnings_of
 from mindformers_glm32k.dryrun.report.estimate import estimate_with_note
-from mindformers_glm32k.dryrun.report.markdown import PLOT, render
-from mindformers_glm32k.dryrun.report.plot import draw
+from mindformers_glm32k.dryrun.report.markdown import PLOT, draw, render
 from mindformers_glm32k.files import atomic_path
 
 __all__ = ["write_report"]

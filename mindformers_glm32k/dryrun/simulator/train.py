@@ -14,8 +14,7 @@ import numpy as np
 
 from mindformers_glm32k.data.encode import IGNORED
 from mindformers_glm32k.dryrun.analysis.mindir import Program, read_program
-from mindformers_glm32k.dryrun.compile.pool import read_batches, read_layout, run_workers
-from mindformers_glm32k.dryrun.compile.strategy import strategy_file
+from mindformers_glm32k.dryrun.compile.pool import read_batches, read_layout, run_workers, strategy_file
 from mindformers_glm32k.dryrun.compile.worker import STATE_FILE
 from mindformers_glm32k.dryrun.simulator import scale_down, state
 from mindformers_glm32k.dryrun.simulator.comparison import NoiseWatch, TrainingRun, compare_training

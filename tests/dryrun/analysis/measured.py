@@ -15,7 +15,7 @@ import mindspore
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindformers_glm32k.dryrun.analysis.memory import measure
+from mindformers_glm32k.dryrun.analysis.cost import measure
 from mindformers_glm32k.dryrun.analysis.mindir import read_program
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
 

@@ -1,6 +1,6 @@
 """Buffers' lives and in-place updates in traced programs, hand-made and compiled."""
 
-from mindformers_glm32k.dryrun.analysis.memory import measure
+from mindformers_glm32k.dryrun.analysis.cost import measure
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec, read_program
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
 

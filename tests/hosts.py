@@ -45,7 +45,7 @@ TESTS = (
     "tests/test_run_mindformer.py",
     "tests/test_model.py",
     "tests/commands/test_dryrun.py",
-    "tests/dryrun/compile/test_strategy.py",
+    "tests/dryrun/compile/test_pool.py",
     "tests/dryrun/simulator/test_train.py",
 )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from mindformers_glm32k.lazy import face
 
 _FACE = {
     "GLM32KDataLoader": "loader",
@@ -14,9 +13,4 @@ _FACE = {
     "write_task": "synthetic",
 }
 __all__ = sorted(_FACE)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _FACE:
-        return getattr(importlib.import_module(f"{__name__}.{_FACE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = face(__name__, _FACE)

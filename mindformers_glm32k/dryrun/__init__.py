@@ -1,18 +1,12 @@
 """What every NPU of a layout would run, compiled, read and simulated on this machine; all imported at first use."""
 
-import importlib
+from mindformers_glm32k.lazy import face
 
 _FACE = {
-    "dry_run": "programs.dry_run",
-    "compare": "report.compare.compare",
-    "write_strategies": "compile.pool.write_strategies",
-    "simulate": "simulator.simulate",
+    "dry_run": "programs",
+    "compare": "report.compare",
+    "write_strategies": "compile.pool",
+    "simulate": "simulator",
 }
 __all__ = sorted(_FACE)
-
-
-def __getattr__(name: str):
-    if name not in _FACE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, function = _FACE[name].rpartition(".")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), function)
+__getattr__ = face(__name__, _FACE)

@@ -7,12 +7,8 @@ graph parser of the oldest MindSpore is not to meet what it need not parse. Shap
 legend explains.
 """
 
-__all__ = ["cells_for"]
+from mindformers_glm32k.lazy import face
 
-
-def __getattr__(name):
-    if name != "cells_for":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mindformers_glm32k.kernels.substitution import cells_for
-
-    return cells_for
+_FACE = {"cells_for": "substitution"}
+__all__ = list(_FACE)
+__getattr__ = face(__name__, _FACE)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mindformers_glm32k.lazy import face
 
 if TYPE_CHECKING:
     from mindformers_glm32k.longbench.score import RunScores
@@ -17,12 +18,7 @@ _FACE = {
     "score_rows": "score",
 }
 __all__ = sorted([*_FACE, "write_report"])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _FACE:
-        return getattr(importlib.import_module(f"{__name__}.{_FACE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = face(__name__, _FACE)
 
 
 def write_report(runs: dict[str, RunScores], folder: Path) -> tuple[Path, Path]:

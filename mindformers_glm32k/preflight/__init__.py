@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from mindformers_glm32k.lazy import face
 
-_MODULES = {
+_FACE = {
     "Finding": "findings",
     "raise_errors": "findings",
     "all_findings": "check",
@@ -20,10 +19,5 @@ _MODULES = {
     "check_packing": "data",
     "check_checkpoint": "checkpoint",
 }
-__all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = list(_FACE)
+__getattr__ = face(__name__, _FACE)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+from mindformers_glm32k.lazy import face
 
-# Public function -> module, imported when asked for: a command's --help stays light. No function has its module's
-# name: importing a module puts it under that name here.
-_MODULES = {
+_FACE = {
     "convert": "conversion",
     "convert_reversed": "conversion",
     "load_hf_weights": "conversion",
@@ -15,10 +13,5 @@ _MODULES = {
     "checkpoint_to_load": "loading",
     "is_huggingface": "loading",
 }
-__all__ = list(_MODULES)
-
-
-def __getattr__(name: str):
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = list(_FACE)
+__getattr__ = face(__name__, _FACE)

@@ -1,7 +1,7 @@
 """Programs that NPUs would run, compiled on this machine: one process a rank drives upstream's own trainer and stops
 once MindSpore's frontend is done. `frontend` alone reaches into MindSpore."""
 
-import importlib
+from mindformers_glm32k.lazy import face
 
 _FACE = {
     "Compiled": "pool",
@@ -12,9 +12,4 @@ _FACE = {
     "write_strategies": "pool",
 }
 __all__ = sorted(_FACE)
-
-
-def __getattr__(name: str):  # lazily: the worker runs as a program, pool must not have imported it before
-    if name not in _FACE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FACE[name]}"), name)
+__getattr__ = face(__name__, _FACE)  # lazily: the worker runs as a program, pool must not have imported it before

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
-__all__ = ["NetworkError", "SimulationError", "simulate", "summary"]
-_LAZY = {"NetworkError": "network", "SimulationError": "interpreter", "summary": "report"}
+from mindformers_glm32k.lazy import face
+
+_FACE = {"NetworkError": "network", "SimulationError": "interpreter", "summary": "report"}
+__all__ = sorted([*_FACE, "simulate"])
+__getattr__ = face(__name__, _FACE)
 
 
 def simulate(
@@ -40,9 +42,3 @@ def simulate(
     mode = generate if scale_down.predicts(config) else train
     request = scale_down.Request(config_file, overrides, output, steps, load_checkpoint, scaled_down, precision, traces)
     return mode.simulate(request, config)
-
-
-def __getattr__(name):
-    if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

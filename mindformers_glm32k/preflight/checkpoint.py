@@ -136,22 +136,17 @@ def checkpoint_findings(path: str, config: Mapping[str, Any], dims: ModelDims) -
 def _setting_findings(path, config):
     """What shapes do not show: settings of the published model, by its config.json or a conversion's report, that the
     run's model_config contradicts."""
-    from mindformers_glm32k.weights.config_json import read_config
-    from mindformers_glm32k.weights.model_dims import PUBLISHED
+    from mindformers_glm32k.weights.config_json import disagreements, read_config
 
     if not os.path.isfile(path):
         return
     try:
-        published = read_config(path)[0]
+        published = read_config(path).fields
     except InputError:  # another program's file
         return
-    model = config["model"]["model_config"]
-    for key in ("rope_ratio", "layernorm_epsilon"):
-        theirs = published.get(key, 1 if key == "rope_ratio" else PUBLISHED[key])
-        ours = model.get(key) if model.get(key) is not None else PUBLISHED[key]
-        if float(theirs) != float(ours):
-            hint = f"load the checkpoint of this model, or set {key}: {theirs}"
-            yield Finding(ERROR, f"model.model_config.{key}", f"{ours}, and {path} says {theirs}", hint)
+    for key, (theirs, ours) in disagreements(published, config["model"]["model_config"]).items():
+        hint = f"load the checkpoint of this model, or set {key}: {theirs}"
+        yield Finding(ERROR, f"model.model_config.{key}", f"{ours}, and {path} says {theirs}", hint)
 
 
 def _foreign(tensors):

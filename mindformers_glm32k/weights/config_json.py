@@ -244,16 +244,22 @@ def check_agreement(known: KnownConfig | None, wanted: Mapping[str, Any], where:
     Raises:
         InputError: they differ; names every field with both values.
     """
-    if known is None:
-        return
-    ours, theirs = _effective(known.fields), _effective(wanted)
-    wrong = [key for key in _MUST_AGREE if ours[key] != theirs[key]]
+    wrong = disagreements(known.fields, wanted) if known else {}
     if wrong:
         raise InputError(
-            f"{known.origin}: {', '.join(f'{key} is {ours[key]}' for key in wrong)}, but {where} has "
-            f"{', '.join(f'{key} {theirs[key]}' for key in wrong)}: another model, though shapes may agree; load the "
-            "checkpoint meant, or set the values of its config"
+            f"{known.origin}: {', '.join(f'{key} is {found}' for key, (found, _) in wrong.items())}, but {where} has "
+            f"{', '.join(f'{key} {value}' for key, (_, value) in wrong.items())}: another model, though shapes may "
+            "agree; load the checkpoint meant, or set the values of its config"
         )
+
+
+def disagreements(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two models and may not show in shapes: key -> (value found, value wanted).
+
+    A value that one of the two leaves out is the default of its reader: of the published model, or upstream's.
+    """
+    found, wanted = _effective(fields), _effective(wanted)
+    return {key: (found[key], wanted[key]) for key in _MUST_AGREE if found[key] != wanted[key]}
 
 
 def _effective(fields):

@@ -82,6 +82,16 @@ def test_what_shapes_do_not_show(key, value, tensors, tmp_path):
         assert f"says {value}" in error and f"set {key}: {value}" in error
 
 
+def test_heads_of_another_width_have_the_same_shapes(tensors, tmp_path):
+    """What the loader refuses is found before a run."""
+    other = {"num_attention_heads": 8, "kv_channels": 8, "multi_query_group_num": 4}
+    write_folder(tmp_path / "other", {**TINY, "rope_ratio": 50, **other}, tensors, "safetensors")
+    found = errors(converted(tmp_path / "other", tmp_path))
+    assert len(found) == 3 and all(
+        any(f"set {key}: {value}" in error for error in found) for key, value in other.items()
+    )
+
+
 def test_weights_alone_cannot_be_resumed(folder, tmp_path):
     path = converted(folder, tmp_path)
     config = {**CONFIG, "resume_training": True}

@@ -8,7 +8,8 @@ changed on disk; what is bound to another name is bound back.
 | set_output_path | moved from mindformers.tools to mindformers.utils.file_utils in 1.8 | 1.6 | with 1.6 |
 | checkpoint_path | 1.9 moves load_checkpoint to checkpoint.load_path | 1.9 | with 1.8 |
 | portable_argmax | the generator's mint.argmax has no CPU kernel; an attribute of our model | all | with a kernel |
-| barrier_on_cpu | Barrier has no CPU kernel; its name is that of an all-reduce during CPU runs | all | with a kernel |
+| barrier_on_cpu | Barrier has no CPU kernel; its name is that of an all-reduce during CPU runs | 1.6 to 2.0; 2.1
+  waits at mint.distributed.barrier, which has one | with 2.0 |
 | check_buildable | sequence pipelines are not built; MindSpore has no bfloat16 kernels on CPU | all | with kernels |
 | kernels/substitution.py | names bound while a model is constructed: S x S masks, NPU-only kernels, unsharded
   operators of upstream's glm2 | all | with cells that take their parts as arguments |
@@ -122,8 +123,8 @@ def set_checkpoint_path(config: MindFormerConfig, path: str) -> None:
 def barrier_on_cpu() -> Iterator[None]:
     """While open, MindFormers' barriers are all-reduces on CPU, where the operator Barrier has no kernel.
 
-    MindFormers waits at barriers while processes load or save checkpoints. All hosts (1.6 to 1.9); can go when
-    MindSpore has a CPU kernel. Outside CPU runs of several processes nothing is touched.
+    MindFormers (1.6 to 2.0) waits at comm_func.barrier while processes load or save checkpoints; 2.1 waits at
+    mint.distributed.barrier, which runs on CPU as it is. Outside CPU runs of several processes nothing is touched.
     """
     import mindspore
     from mindspore.communication import GlobalComm, comm_func, get_group_size

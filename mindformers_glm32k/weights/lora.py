@@ -85,7 +85,7 @@ def scale_of_run(folder: Path) -> float | None:
     path = next(
         (
             parent / "adapter_config.json"
-            for parent in folder.resolve().parents[:2]
+            for parent in list(folder.resolve().parents)[:2]  # Python 3.9 cannot slice parents
             if (parent / "adapter_config.json").is_file()
         ),
         None,

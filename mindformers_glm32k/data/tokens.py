@@ -31,7 +31,6 @@ _CODE = (
     "data/jsonl.py",
     "data/chats.py",
     "data/formats.py",
-    "data/question_formats.py",
     "data/records.py",
     "data/prompts.py",
     "data/encode.py",

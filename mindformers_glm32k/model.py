@@ -25,11 +25,13 @@ from mindspore.ops import operations as P
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.config import GLM32KConfig
+from mindformers_glm32k.generator import PortableGenerator
 from mindformers_glm32k.kernels.ascend.flash_attention import DocumentEnds, compressed_causal_mask
 from mindformers_glm32k.kernels.cpu.blocks import arange
+from mindformers_glm32k.kernels.cpu.cached_steps import CachedSteps
 from mindformers_glm32k.kernels.cpu.tiled_layers import TiledTransformer, can_tile
 from mindformers_glm32k.kernels.loss import ChunkedLoss
-from mindformers_glm32k.kernels.mask import MASKED, differs, hides
+from mindformers_glm32k.kernels.mask import differs, hides
 from mindformers_glm32k.kernels.substitution import cells_for, replace_splits
 from mindformers_glm32k.parallel import data_parallel_devices
 
@@ -157,7 +159,7 @@ class GLM32KModel(GLM2PreTrainedModel):
             return self.encoder(hidden, document_ids, position_ids)
         if self.use_past:
             if self.portable:
-                rotary, mask = self._cached(input_ids, batch_valid_length, block_tables)
+                rotary, mask = self._rotary_of_tokens(position_ids), position_ids
             elif self.is_first_iteration:
                 rotary, mask = self.freqs_mgr.prefill(), self.casual_mask.prefill()
             else:
@@ -201,26 +203,15 @@ class GLM32KModel(GLM2PreTrainedModel):
             mask = ops.logical_or(mask, ops.expand_dims(differs(document_ids, document_ids), 1))
         return ops.cast(mask, self.mask_dtype)
 
-    def _cached(self, input_ids, batch_valid_length, block_tables):
-        """Rotary factors (T, 1, D) of the call's tokens and the summand of their scores."""
-        if self.is_first_iteration:
-            ends = ops.cumsum(batch_valid_length, 0)
-            token = ops.arange(input_ids.shape[1])
-            # which prompt a token of the flattened batch belongs to: the number of prompts that end before it
-            prompt = ops.cast(ops.expand_dims(token, 1) >= ops.expand_dims(ends, 0), mstype.int32).sum(1)  # (T,)
-            position = token - self.gather(ends - batch_valid_length, prompt, 0)
-            foreign = ops.expand_dims(prompt, 0) != ops.expand_dims(prompt, 1)  # (T, T)
-            hidden = ops.logical_or(foreign, hides(token, token))
-        else:
-            position = batch_valid_length - 1
-            slots = block_tables.shape[1] * self.config.block_size
-            hidden = ops.expand_dims(hides(position, ops.arange(slots)), 1)  # (B, 1, slots)
+    def _rotary_of_tokens(self, position_ids):
+        """Rotary factors (B*S, 1, D) of the tokens of a call of PagedAttention."""
+        position = position_ids.reshape((-1,))
         cos = ops.expand_dims(self.gather(self.freqs_mgr.freqs_cos, position, 0), 1)
         sin = ops.expand_dims(self.gather(self.freqs_mgr.freqs_sin, position, 0), 1)
-        return (cos, sin, sin), ops.cast(hidden, mstype.float32) * MASKED
+        return cos, sin, sin
 
 
-class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
+class GLM32KForConditionalGeneration(PortableGenerator, ChatGLM2ForConditionalGeneration):
     """ChatGLM3-6B-32K for training, evaluation and prediction.
 
     Inputs:
@@ -255,6 +246,7 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
             super().__init__(config=config, **kwargs)
         if config.use_portable_cells:
             self.argmax = compat.portable_argmax
+            self.steps = CachedSteps(self.transformer, config) if config.use_past else None
         self.loss = ChunkedLoss(config)
         # asked when the program is compiled: adapters are put in place after construction
         self.loss_mode = ops.constexpr(lambda: self.loss.mode(self.transformer.output_layer), reuse_result=False)
@@ -326,7 +318,9 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         return logits, labels, input_mask
 
     def set_dynamic_inputs(self, **kwargs) -> None:
-        """Upstream's, with an entry for every argument of construct."""
+        """Upstream's, with an entry for every argument of construct; CachedSteps have shapes of their own."""
+        if self.steps is not None:
+            return
         inputs = dict.fromkeys(inspect.signature(self.construct).parameters)
         inputs["input_ids"] = Tensor(shape=[None, None], dtype=mstype.int32)
         if self.use_past:
@@ -336,14 +330,9 @@ class GLM32KForConditionalGeneration(ChatGLM2ForConditionalGeneration):
         self.set_inputs(*inputs.values())
 
     def prepare_inputs_for_generation(self, input_ids: np.ndarray, **kwargs) -> dict[str, Tensor]:
-        """Upstream's inputs; on portable cells decode reads only the blocks that hold tokens, and without a cache
-        logits are computed where a prompt ends."""
+        """Upstream's inputs; on portable cells without a cache, logits are computed where a prompt ends only."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if not self.use_past and self.config.use_portable_cells:
             lengths = np.asarray(kwargs["valid_length_each_example"], np.int32)
             inputs["batch_valid_length"] = Tensor.from_numpy(lengths)
-        if self.use_past and self.config.use_portable_cells and not kwargs.get("prefill"):
-            longest = int(np.max(kwargs["valid_length_each_example"]))
-            used = -(-longest // self.config.block_size)
-            inputs["block_tables"] = Tensor.from_numpy(np.ascontiguousarray(kwargs["block_tables"][:, :used]))
         return inputs

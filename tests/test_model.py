@@ -157,6 +157,15 @@ def test_greedy_output_is_identical(build, golden, mode, use_past):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [1, 7, 512])
+def test_greedy_output_in_chunks(build, golden, size):
+    network = build(use_past=True, is_dynamic=True, num_blocks=16)
+    network.steps.chunks = (size,)
+    prompt, expected = golden["greedy_prompt"][1], golden["greedy_output"][1]
+    output = network.generate([prompt.tolist()], max_new_tokens=48, do_sample=False, eos_token_id=NO_STOP)[0]
+    np.testing.assert_array_equal(output, expected)
+
+
 def test_prompts_of_different_lengths_in_one_batch(build, golden):
     network = build(use_past=True, is_dynamic=True, num_blocks=16)
     prompts = [golden["greedy_prompt"][0].tolist(), golden["greedy_prompt"][1][:9].tolist()]

@@ -1,60 +1,62 @@
-"""Attention over a paged key-value cache, where upstream uses NPU kernels (PagedAttention, ReshapeAndCache).
+"""Attention over a paged key-value cache in tiles, where upstream uses NPU kernels (PagedAttention, ReshapeAndCache).
 
-Follows the protocol of upstream's generator: prefill gets the tokens of all prompts flattened into one sequence, decode
-gets one token per prompt; `slot_mapping` says where in the cache a token is kept, `block_tables` which blocks hold a
-prompt. Shapes are dynamic: two graphs serve every length.
+A call brings C tokens of each of B prompts: a chunk of one prompt's tokens (prefill), or the newest token of every
+prompt (decode). Their keys and values are written into the cache in place; then a `while` loop reads the cache tile by
+tile, as many tiles as hold tokens. One compiled program therefore serves every length, and a call costs what it reads.
 
-Legend: T tokens of the call, B prompts, L cache slots read, G key-value heads, R query heads per key-value head,
-D features of a head.
+Legend: B prompts, C tokens of a prompt in the call, G key-value heads, R query heads per key-value head, M = R * C,
+D features of a head, J tiles that the longest prompt has, K tokens of a tile, N cache blocks of a tile.
 """
 
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
-import numpy as np
 from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 from mindspore.ops import operations as P
 
+from mindformers_glm32k.kernels.mask import MASKED
 from mindformers_glm32k.kernels.rotary import Rotation
 
 
 class PagedCache(nn.Cell):
-    """Keys and values by slot; writing one costs the same whatever the cache's size (ScatterUpdate is in place)."""
+    """Keys and values of every slot, head by head: row g * slots + slot is what head g keeps in a slot, so that a tile
+    of a head is read in whole blocks. Writing costs the same whatever the cache's size (ScatterUpdate is in place).
 
-    def __init__(self, slots: int, width: int, dtype: mstype.Type):
+    One more block than `num_blocks` takes what must not be kept: the tokens that fill up a chunk.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, heads: int, head_dim: int, dtype: mstype.Type):
         super().__init__()
-        self.key_cache = Parameter(initializer("zeros", (slots, width), dtype), name="key_cache", requires_grad=False)
-        self.value_cache = Parameter(
-            initializer("zeros", (slots, width), dtype), name="value_cache", requires_grad=False
-        )
+        shape = (heads * (num_blocks + 1) * block_size, head_dim)
+        self.key_cache = Parameter(initializer("zeros", shape, dtype), name="key_cache", requires_grad=False)
+        self.value_cache = Parameter(initializer("zeros", shape, dtype), name="value_cache", requires_grad=False)
         self.write_key = P.ScatterUpdate()
         self.write_value = P.ScatterUpdate()
 
-    def construct(self, key, value, slot_mapping):
-        return self.write_key(self.key_cache, slot_mapping, key), self.write_value(
-            self.value_cache, slot_mapping, value
-        )
+    def construct(self, key, value, rows):
+        return self.write_key(self.key_cache, rows, key), self.write_value(self.value_cache, rows, value)
 
 
 class PagedAttention(nn.Cell):
-    """Stands in for upstream's InferAttention; the model computes positions and masks (`freqs_cis`, `attn_mask`).
+    """Stands in for upstream's InferAttention.
 
     Args:
         n_head, head_dim, n_kv_head: G * R, D, G.
         scale_value: multiplies the scores.
         block_size, num_blocks: tokens of a cache block, blocks of the cache.
-        compute_dtype: of the cache.
+        compute_dtype: of the cache. Inside a tile everything is float32.
         **_: what only the NPU kernels need.
 
     Inputs:
-        query (Tensor): prefill (1, T, G*R*D), decode (B, 1, G*R*D); key, value (Tensor): the same with G*D.
-        batch_valid_length (Tensor): (B,) unused here.
-        block_tables (Tensor): (B, blocks) int32, -1 padded; read in decode.
-        slot_mapping (Tensor): (T,) or (B,) int32.
-        freqs_cis (tuple): cos (T, 1, D), sin (T, 1, D), unused.
-        attn_mask (Tensor): float32 summand of the scores: prefill (T, T), decode (B, 1, L).
+        query (Tensor): (B, C, G*R*D); key, value (Tensor): (B, C, G*D).
+        batch_valid_length (tuple[Tensor]): two () int32. The first tile whose first key every query sees and whose
+            later keys some do not; and the number of tiles that hold tokens.
+        block_tables (Tensor): (J, B, G, N) int32, the blocks of each tile: block b of head g is g * blocks + b.
+        slot_mapping (Tensor): (B * C * G,) int32, the cache's rows of the tokens.
+        freqs_cis (tuple): cos (B * C, 1, D), sin (B * C, 1, D), unused.
+        attn_mask (Tensor): (B, C) int32, the position of each token: it sees the keys up to its own.
 
     Outputs:
         Tensor: shape of query.
@@ -72,68 +74,88 @@ class PagedAttention(nn.Cell):
         **_,
     ):
         super().__init__()
-        self.head_dim = head_dim
-        self.groups = n_kv_head
-        self.q_per_kv = n_head // n_kv_head
-        self.width = n_kv_head * head_dim
+        self.head_dim, self.groups, self.q_per_kv = head_dim, n_kv_head, n_head // n_kv_head
         self.scale = float(scale_value)
-        self.is_first_iteration = True
-        self.paged_attention_mgr = PagedCache(block_size * num_blocks, self.width, compute_dtype)
-        self.rotary_embedding = Rotation(head_dim, compute_dtype)
-        self.in_block = Tensor(np.arange(block_size, dtype=np.int32).reshape(1, 1, -1))
         self.block_size = block_size
+        self.paged_attention_mgr = PagedCache(num_blocks, block_size, n_kv_head, head_dim, compute_dtype)
+        self.rotary_embedding = Rotation(head_dim, compute_dtype)
         self.scores = P.BatchMatMul(transpose_b=True)
         self.context = P.BatchMatMul()
-        self.softmax = P.Softmax(-1)
+        self.log_softmax = P.LogSoftmax(-1)
+        self.exp = P.Exp()
+        self.sigmoid = P.Sigmoid()
+        self.softplus = P.Softplus()
         self.transpose = P.Transpose()
         self.gather = P.Gather()
+        self.zero, self.one = Tensor(0, mstype.int32), Tensor(1, mstype.int32)
 
     def construct(
         self, query, key, value, batch_valid_length, block_tables, slot_mapping, freqs_cis=None, attn_mask=None
     ):
-        shape = query.shape
+        batch, tokens, _ = query.shape
         cos, sin, _ = freqs_cis
-        query = self.rotary_embedding(query.reshape((-1, self.groups * self.q_per_kv, self.head_dim)), cos, sin)
-        key = self.rotary_embedding(key.reshape((-1, self.groups, self.head_dim)), cos, sin)
-        value = value.reshape((-1, self.groups, self.head_dim))
+        query = self.rotary_embedding(query.reshape((batch * tokens, -1, self.head_dim)), cos, sin)
+        key = self.rotary_embedding(key.reshape((batch * tokens, self.groups, self.head_dim)), cos, sin)
         keys, values = self.paged_attention_mgr(
-            key.reshape((-1, self.width)), value.reshape((-1, self.width)), slot_mapping
+            key.reshape((-1, self.head_dim)), value.reshape((-1, self.head_dim)), slot_mapping
         )
-        if self.is_first_iteration:
-            query = ops.depend(query, (keys, values))
-            context = self._prefill(query, key, value, attn_mask)
-        else:
-            context = self._decode(query, keys, values, block_tables, attn_mask)
-        return context.reshape(shape)
+        # a view: the rows of a block lie one behind the other
+        keys = keys.reshape((-1, self.block_size * self.head_dim))
+        values = values.reshape((-1, self.block_size * self.head_dim))
+        query = ops.cast(query, mstype.float32) * self.scale
+        query = query.reshape((batch, tokens, self.groups, self.q_per_kv, self.head_dim))
+        if tokens > 1:
+            query = self.transpose(query, (0, 2, 3, 1, 4))  # (B, G, R, C, D)
+        query = query.reshape((batch * self.groups, -1, self.head_dim))  # (B*G, M, D)
+        context = self._attend(query, keys, values, block_tables, batch_valid_length, attn_mask)
+        context = context.reshape((batch, self.groups, self.q_per_kv, tokens, self.head_dim))
+        if tokens > 1:
+            context = self.transpose(context, (0, 3, 1, 2, 4))  # (B, C, G, R, D)
+        return ops.cast(context, value.dtype).reshape((batch, tokens, -1))
 
-    def _prefill(self, query, key, value, bias):
-        """query (T, G*R, D), key and value (T, G, D), bias (T, T) -> (T, G, R, D)."""
-        query = self.transpose(query.reshape((-1, self.groups, self.q_per_kv, self.head_dim)), (1, 2, 0, 3))
-        query = query.reshape((self.groups, -1, self.head_dim))  # (G, R*T, D)
-        key = self.transpose(key, (1, 0, 2))
-        value = self.transpose(value, (1, 0, 2))
-        scores = ops.cast(self.scores(query * self.scale, key), mstype.float32)
-        length = bias.shape[0]
-        weights = self.softmax(scores.reshape((self.groups, self.q_per_kv, length, length)) + bias)
-        weights = ops.cast(weights, value.dtype).reshape((self.groups, -1, length))
-        context = self.context(weights, value).reshape((self.groups, self.q_per_kv, length, self.head_dim))
-        return self.transpose(context, (2, 0, 1, 3))
+    def _attend(self, query, keys, values, tables, bounds, positions):
+        """Context (B*G, M, D) of query (B*G, M, D); keys and values are the cache by blocks."""
+        first, end = bounds
+        context, log_sum = self._tile(query, keys, values, tables, first, positions)
+        j = self.zero
+        while j < first:
+            tile = self._tile(query, keys, values, tables, j, None)
+            context, log_sum = self._merge(context, log_sum, tile)
+            j = j + self.one
+        j = first + self.one
+        while j < end:
+            tile = self._tile(query, keys, values, tables, j, positions)
+            context, log_sum = self._merge(context, log_sum, tile)
+            j = j + self.one
+        return context
 
-    def _decode(self, query, keys, values, block_tables, bias):
-        """query (B, G*R, D), keys and values (slots, G*D), bias (B, 1, L) -> (B, G, R, D)."""
-        # a padded table entry (-1) reads some slot; the bias hides it
-        blocks = ops.expand_dims(ops.maximum(block_tables, 0), 2)
-        batch = block_tables.shape[0]
-        slots = (blocks * self.block_size + self.in_block).reshape((batch, -1))
-        length = slots.shape[1]
-        key = self.gather(keys, slots, 0).reshape((batch, length, self.groups, self.head_dim))
-        value = self.gather(values, slots, 0).reshape((batch, length, self.groups, self.head_dim))
-        key = self.transpose(key, (0, 2, 1, 3))
-        value = self.transpose(value, (0, 2, 1, 3))
-        query = query.reshape((batch, self.groups, self.q_per_kv, self.head_dim)) * self.scale
-        scores = ops.cast(self.scores(query, key), mstype.float32)
-        weights = self.softmax(scores + ops.expand_dims(bias, 1))
-        return self.context(ops.cast(weights, value.dtype), value)
+    def _tile(self, query, keys, values, tables, j, positions):
+        """Context (B*G, M, D) over tile j and log of the softmax's sum (B*G, M, 1); no key is hidden without positions.
+
+        Keys are hidden from the end of a tile on: a query from which the first is hidden sees none of the tile, and
+        its sum, some -1e30, weighs nothing in a merge.
+        """
+        blocks = self.gather(tables, j, 0)  # (B, G, N)
+        heads = query.shape[0]
+        key = ops.cast(self.gather(keys, blocks, 0), mstype.float32).reshape((heads, -1, self.head_dim))  # (B*G, K, D)
+        value = ops.cast(self.gather(values, blocks, 0), mstype.float32).reshape((heads, -1, self.head_dim))
+        scores = self.scores(query, key)  # (B*G, M, K)
+        if positions is not None:
+            shape = scores.shape
+            batch, tokens = positions.shape
+            length = shape[-1]
+            position = ops.arange(length) + j * length
+            hidden = position.reshape((1, 1, 1, 1, length)) > positions.reshape((batch, 1, 1, tokens, 1))
+            scores = scores.reshape((batch, self.groups, self.q_per_kv, tokens, length))
+            scores = (scores + ops.cast(hidden, mstype.float32) * MASKED).reshape(shape)
+        logarithms = self.log_softmax(scores)
+        return self.context(self.exp(logarithms), value), scores[:, :, :1] - logarithms[:, :, :1]
+
+    def _merge(self, context, log_sum, tile):
+        """Context and log of the sum of what came before and of one more tile."""
+        difference = tile[1] - log_sum
+        share = self.sigmoid(difference)
+        return context + (tile[0] - context) * share, log_sum + self.softplus(difference)
 
     def shard(self, parallel_config: TransformerOpParallelConfig) -> None:
         """Nothing to shard: portable cells run whole on each device."""

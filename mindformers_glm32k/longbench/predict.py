@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from types import SimpleNamespace
 from mindformers_glm32k.data.holdout import document_key
 from mindformers_glm32k.data.prompts import CONTEXT, PromptTemplates, plain_name
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.generation.progress import Progress
 from mindformers_glm32k.longbench import samples
 from mindformers_glm32k.longbench.engines import Engine, Request
 from mindformers_glm32k.longbench.predictions import PredictionFile
@@ -255,41 +254,3 @@ def answer_depth(document: str, answers: list[str]) -> float | None:
     places = [re.search(re.escape(answer) + r"(?!\d)", document) for answer in answers if len(answer) > 2]
     found = [place.start() for place in places if place]
     return round(min(found) / len(document), 4) if found else None
-
-
-class Progress:
-    """Says on stderr how far a run is and when it will be done: on a terminal in one line, else every half minute."""
-
-    def __init__(self, done: int, total: int):
-        self._before, self._done, self._total = done, done, total
-        self._begun = self._said = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        if done:
-            print(f"{done} of {total} samples are there", file=sys.stderr)
-
-    def step(self, dataset: str) -> None:
-        """One sample of a data set is done."""
-        self._done += 1
-        now = time.monotonic()
-        if now - self._said >= (0.5 if self._terminal else 30):
-            self._said = now
-            text = f"{self._done} of {self._total} samples, {dataset}: {self._rate(now)}"
-            print(f"\r{text:<78}" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr)
-
-    def end(self) -> None:
-        """The run is over."""
-        seconds = time.monotonic() - self._begun
-        print(
-            f"{chr(13) if self._terminal else ''}{self._done - self._before} samples predicted in {_time(seconds)}",
-            file=sys.stderr,
-        )
-
-    def _rate(self, now):
-        each = (now - self._begun) / (self._done - self._before)
-        return f"{each:.2f} s each, {_time(each * (self._total - self._done))} left"
-
-
-def _time(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,16 +1,12 @@
-"""Files of predictions, DATASET.jsonl: read whole, and appended to so that a kill at any moment costs one answer."""
+"""Files of predictions, DATASET.jsonl: read whole, and appended to."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from mindformers_glm32k.data.jsonl import parse_line
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.generation.journal import Journal, first_difference
 
 
 def check_prediction(row: dict, what: str) -> None:
@@ -62,12 +58,8 @@ def _is_whole(raw):
     return True
 
 
-class PredictionFile:
-    """One file that several processes may append to, each line once.
-
-    Every write happens under a lock of the file, so that half a line at its end is always that of a process that was
-    killed: it is cut off. Before a write the lines that others have added are read; a sample that is there is not
-    written again.
+class PredictionFile(Journal):
+    """One file of predictions, each line with the stamp of what determines it.
 
     Args:
         path: the file; made when it is not there.
@@ -78,72 +70,23 @@ class PredictionFile:
     """
 
     def __init__(self, path: Path, stamp: dict):
-        self.path, self._stamp = path, stamp
-        self._done: set[str] = set()
-        self._read = 0  # bytes that are known
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked() as file:
-            self._catch_up(file)
-
-    def __contains__(self, key: str) -> bool:
-        """Whether the sample with this key has its line, as far as read."""
-        return key in self._done
-
-    def __len__(self) -> int:
-        return len(self._done)
+        self._stamp = stamp
+        super().__init__(path, self._checked_key)
 
     def add(self, key: str, row: dict) -> bool:
-        """Appends a row, on disk when this returns; False where another process has written the sample meanwhile."""
-        text = json.dumps({**row, "_id": key, "stamp": self._stamp}, ensure_ascii=False)
-        line = text.encode("utf-8", "replace")  # half characters, which servers can send, become question marks
-        with self._locked() as file:
-            self._catch_up(file)
-            if key in self._done:
-                return False
-            file.seek(0, os.SEEK_END)
-            file.write(line + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            self._done.add(key)
-            self._read = file.tell()
-        return True
+        """Appends a row; see `Journal.add`."""
+        return super().add(key, {**row, "_id": key, "stamp": self._stamp})
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator:
-        with open(self.path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process that holds it
-            yield file
-
-    def _catch_up(self, file):
-        file.seek(self._read)
-        new = file.read()
-        whole = new.rfind(b"\n") + 1
-        if whole < len(new):
-            file.truncate(self._read + whole)
-        for raw in new[:whole].split(b"\n"):
-            if raw.strip():
-                self._note(raw)
-        self._read += whole
-
-    def _note(self, raw):
+    def _checked_key(self, row):
         try:
-            row = parse_line(raw)
             check_prediction(row, "a line")
         except InputError as error:
-            raise InputError(f"{self.path}: {error}; move the file away to predict again") from error
+            raise InputError(f"{error}; move the file away to predict again") from error
         found = row.get("stamp")
         if found != self._stamp:
+            hint = "" if isinstance(found, dict) else ": not by `glm32k longbench predict`"
             raise InputError(
-                f"{self.path}: has lines that were predicted otherwise ({_first_difference(found, self._stamp)}); "
+                f"has lines that were predicted otherwise ({first_difference(found, self._stamp)}{hint}); "
                 "give another --output_dir, or remove the file"
             )
-        self._done.add(str(row["_id"]))
-
-
-def _first_difference(found, wanted):
-    if not isinstance(found, dict):
-        return "without a stamp: not by `glm32k longbench predict`"
-    for key in {**wanted, **found}:
-        if found.get(key) != wanted.get(key):
-            return f"{key} {found.get(key)!r}, now {wanted.get(key)!r}"
-    return "another stamp"
+        return str(row["_id"])

@@ -88,7 +88,11 @@ def read_message(text: str) -> dict[str, str]:
     if not newline:
         metadata, content = "", text
     metadata = metadata.strip()
-    return {"role": "assistant", "metadata": metadata, "content": content.removeprefix(" ") if metadata else content.strip()}
+    return {
+        "role": "assistant",
+        "metadata": metadata,
+        "content": content.removeprefix(" ") if metadata else content.strip(),
+    }
 
 
 def call_arguments(content: str) -> dict[str, Any] | None:

@@ -41,7 +41,15 @@ def answer(vocabulary, ids):
     return "".join(shown)
 
 
-TEXTS = ["你好，世界。", " two  spaces ", "罕见字𠮷𪚥 and 🙂👩‍👩‍👧", "\n\n  indented\n\tcode", "é ü ß – “q”", "<0xE4>", "a"]
+TEXTS = [
+    "你好，世界。",
+    " two  spaces ",
+    "罕见字𠮷𪚥 and 🙂👩‍👩‍👧",
+    "\n\n  indented\n\tcode",
+    "é ü ß – “q”",
+    "<0xE4>",
+    "a",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -300,17 +300,3 @@ def test_prompts_fit_into_the_model(small_vocab_file, asked, room, result):
 def test_depth_of_an_answer(document, answers, depth):
     found = prediction.answer_depth(document, answers)
     assert found is None if depth is None else found == pytest.approx(depth, abs=1e-4)
-
-
-def test_progress_says_how_long_it_takes(monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr(prediction.time, "monotonic", lambda: now[0])
-    progress = prediction.Progress(10, 110)
-    now[0] = 120.0
-    progress.step("trec")
-    now[0] = 140.0
-    progress.step("trec")
-    assert capsys.readouterr().err.splitlines() == [
-        "10 of 110 samples are there",
-        "12 of 110 samples, trec: 20.00 s each, 32 min 40 s left",
-    ]

@@ -1,0 +1,120 @@
+"""Files of answers that several processes append to, each line once, so that a kill at any moment costs one answer."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from mindformers_glm32k.data.jsonl import parse_line
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import atomic_path
+
+
+class Journal:
+    """One file of JSON lines that several processes may append to, each line once.
+
+    Every write happens under a lock of the file, so that half a line at its end is always that of a process that was
+    killed: it is cut off. Before a write the lines that others have added are read; what is there is not written
+    again.
+
+    Args:
+        path: the file; made, with its folder, when it is not there.
+        key_of: the key of a line's record; raises InputError for one that does not belong here.
+
+    Raises:
+        InputError: a damaged line, or one that does not belong here.
+    """
+
+    def __init__(self, path: Path, key_of: Callable[[dict], str]):
+        self.path, self._key_of = path, key_of
+        self._done: set[str] = set()
+        self._read = 0  # bytes that are known
+        self._file: os.stat_result | None = None  # of which they are
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as file:
+            self._catch_up(file)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the line with this key is there, as far as read."""
+        return key in self._done
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def add(self, key: str, row: dict) -> bool:
+        """Appends a row, on disk when this returns; False where another process has written that key meanwhile."""
+        text = json.dumps(row, ensure_ascii=False)
+        line = text.encode("utf-8", "replace")  # half characters, which servers can send, become question marks
+        with self._locked() as file:
+            self._catch_up(file)
+            if key in self._done:
+                return False
+            file.seek(0, os.SEEK_END)
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self._done.add(key)
+            self._read = file.tell()
+        return True
+
+    def put_in_order(self, keys: Sequence[str]) -> bool:
+        """Writes the lines anew in the order of `keys`, if all of them are there by now; else returns False."""
+        with self._locked() as file:
+            self._catch_up(file)
+            if not self._done.issuperset(keys):
+                return False
+            file.seek(0)
+            lines = {self._key_of(parse_line(raw)): raw for raw in file.read().split(b"\n") if raw.strip()}
+            ordered = b"".join(lines[key] + b"\n" for key in keys)
+            file.seek(0)
+            if file.read() != ordered:
+                with atomic_path(self.path) as temporary:
+                    temporary.write_bytes(ordered)
+        return True
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator:
+        while True:
+            with open(self.path, "a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process that holds it
+                try:
+                    stays = os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+                except FileNotFoundError:
+                    stays = False
+                if stays:  # and was not replaced by one in order, while this one waited for the lock
+                    yield file
+                    return
+
+    def _catch_up(self, file):
+        state = os.fstat(file.fileno())
+        if self._file is None or not os.path.samestat(state, self._file):
+            self._file, self._read = state, 0
+        file.seek(self._read)
+        new = file.read()
+        whole = new.rfind(b"\n") + 1
+        if whole < len(new):
+            file.truncate(self._read + whole)
+        for raw in new[:whole].split(b"\n"):
+            if raw.strip():
+                self._done.add(self._key(raw))
+        self._read += whole
+
+    def _key(self, raw):
+        try:
+            return self._key_of(parse_line(raw))
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
+
+
+def first_difference(found: object, wanted: dict) -> str:
+    """Where two stamps differ, for messages."""
+    if not isinstance(found, dict):
+        return "without a stamp"
+    for key in {**wanted, **found}:
+        if found.get(key) != wanted.get(key):
+            return f"{key} {found.get(key)!r}, now {wanted.get(key)!r}"
+    return "another stamp"

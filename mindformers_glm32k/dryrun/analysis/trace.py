@@ -42,10 +42,11 @@ class Buffer:
 
 @dataclass
 class Closure:
-    """A function with its first arguments bound."""
+    """A function with its first arguments bound; `sources`: the steps that make these."""
 
     graph: Graph
     bound: tuple = ()
+    sources: tuple = ()
 
 
 @dataclass
@@ -83,16 +84,34 @@ class Event:
 
 
 @dataclass
+class Step:
+    """A node as it is reached, calls inlined, virtual ones and views included.
+
+    Args:
+        node: the operation.
+        sources: the steps that make its operands; None: a parameter, an input or a constant.
+        event: what it does; None where that is nothing.
+    """
+
+    node: Node
+    sources: list[int | None]
+    event: Event | None = None
+
+
+@dataclass
 class Trace:
     """What happens in one step on one device.
 
     Args:
-        events: in the order of execution.
+        events: in the order of the program's file; `order` has the others.
         parameters: weights, optimizer states, ….
         inputs: the step's data.
         constants: each distinct constant tensor once.
         activations: everything that operations write.
         unresolved: constructs that could not be followed; empty when the trace is complete.
+        steps: all nodes in the file's order, and what each one waits for.
+        result: the step that returns.
+        results: buffers that the program returns.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -101,15 +120,21 @@ class Trace:
     constants: list[Buffer] = field(default_factory=list)
     activations: list[Buffer] = field(default_factory=list)
     unresolved: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    result: int = -1
+    results: list[Buffer] = field(default_factory=list)
 
 
 def trace_program(program: Program) -> Trace:
     """Follows a program from its start to its end."""
     walker = _Walker(program)
-    result = walker.run(program.main, walker.globals)
-    for buffer in buffers_in(result):  # the step's results live to its end
-        buffer.storage.last = len(walker.trace.events)
-    return walker.trace
+    result, source = walker.run(program.main, walker.globals, {})
+    trace = walker.trace
+    trace.steps.append(Step(Node("return", "Return", []), [source]))
+    trace.result, trace.results = len(trace.steps) - 1, list(buffers_in(result))
+    for buffer in trace.results:  # the step's results live to its end
+        buffer.storage.last = len(trace.events)
+    return trace
 
 
 def buffers_in(value: object) -> Iterator[Buffer]:
@@ -156,18 +181,23 @@ class _Walker:
             self.trace.constants.append(known[key])
         return known[key]
 
-    def run(self, graph, values):
-        """Runs a graph whose inputs are in `values` (name -> value); returns its output."""
+    def run(self, graph, values, sources):
+        """Runs a graph whose inputs are in `values` (name -> value) and come from the steps in `sources` (name ->
+        index); returns its output and the step that makes it."""
         if graph.name in self.active:
             self._note_unresolved(f"a loop through {graph.name[-60:]} is counted once")
-            return None
+            return None, None
         self.active.append(graph.name)
         for node in graph.nodes:
             if node.op != "Constant":
-                values[node.name] = self._node(node, values)
+                values[node.name], sources[node.name] = self._step(node, values, sources)
         self.active.pop()
         results = tuple(self._value(name, values) for name in graph.outputs)
-        return results[0] if len(results) == 1 else results
+        made_by = [sources.get(name) for name in graph.outputs]
+        if len(results) == 1:
+            return results[0], made_by[0]
+        self.trace.steps.append(Step(Node(graph.name, "MakeTuple", graph.outputs), made_by))
+        return results, len(self.trace.steps) - 1
 
     def _value(self, name, values):
         for table in (values, self.globals, self.constants):
@@ -179,27 +209,37 @@ class _Walker:
         self._note_unresolved(f"no value for {name[-60:]}")
         return None
 
-    def _call(self, closure, arguments):
+    def _call(self, closure, arguments, sources):
         graph = closure.graph
-        arguments = list(closure.bound) + arguments
+        arguments, sources = [*closure.bound, *arguments], [*closure.sources, *sources]
         if len(arguments) != len(graph.inputs):
             self._note_unresolved(f"{graph.name[-60:]} takes {len(graph.inputs)} values, got {len(arguments)}")
-        return self.run(graph, dict(zip(graph.inputs, arguments)))
+        return self.run(graph, dict(zip(graph.inputs, arguments)), dict(zip(graph.inputs, sources)))
 
-    def _node(self, node, values):
+    def _step(self, node, values, sources):
+        """A node's value and the step that makes it."""
         arguments = [self._value(name, values) for name in node.inputs]
+        made_by = [sources.get(name) for name in node.inputs]
+        callee = self._value(node.callee, values) if node.op == "call" else None
+        if isinstance(callee, Closure):
+            return self._call(callee, arguments, made_by)
+        events = len(self.trace.events)
+        if node.op == "Partial":
+            first = arguments[0]
+            value = Closure(first.graph, (*first.bound, *arguments[1:]), (*first.sources, *made_by[1:]))
+        else:
+            value = self._node(node, arguments)
+        self.trace.steps.append(Step(node, made_by, self.trace.events[-1] if len(self.trace.events) > events else None))
+        return value, len(self.trace.steps) - 1
+
+    def _node(self, node, arguments):
         if node.op == "call":
-            callee = self._value(node.callee, values)
-            if isinstance(callee, Closure):
-                return self._call(callee, arguments)
             self._note_unresolved(f"call of {node.callee[-60:]}, which is no function")
             return self._fresh(node, arguments)
         if node.op == "TupleGetItem":
             return self._item(node, arguments)
         if node.op in _TUPLES:
             return tuple(arguments)
-        if node.op == "Partial":
-            return Closure(arguments[0].graph, arguments[0].bound + tuple(arguments[1:]))
         if node.op in ("Switch", "switch"):
             return self._branch(node, arguments)
         if node.op == "UpdateState":

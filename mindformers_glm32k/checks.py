@@ -1,9 +1,10 @@
-"""Checks of keys and values, once for all: whole numbers, True and False, choices, unknown keys, "did you mean"."""
+"""Checks of keys and values, once for all: numbers, True and False, choices, unknown keys, "did you mean", JSON."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import multiprocessing
 import numbers
 from collections.abc import Collection, Iterable
@@ -81,3 +82,31 @@ def choice(value: Any, name: str, allowed: Collection[Any]) -> Any:
 def workers(value: Any, name: str) -> int:
     """Threads or processes to use: `value` (>= 1), but no more than there are cores, which MindSpore refuses."""
     return min(whole_number(value, name, 1), multiprocessing.cpu_count())
+
+
+class UnusableJSON(InputError):
+    """JSON that is well-formed and still cannot be taken as it is."""
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, as json.loads has it.
+
+    Raises:
+        UnusableJSON: a key that an object gives twice with different values, of which json.loads keeps the last in
+            silence; or brackets nested too deeply. Neither message says where.
+        ValueError: no JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RecursionError as error:
+        raise UnusableJSON("brackets nested too deeply") from error
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of the pairs, for json's `object_pairs_hook`; raises as `parse_json` does for a key given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if value != found[key]:
+                raise UnusableJSON(f"key {key!r} is given twice, as {value!r:.40} and {found[key]!r:.40}; remove one")
+    return found

@@ -62,6 +62,15 @@ def require_file(path: str | os.PathLike | None, what: str, hint: str) -> Path:
     if not path:
         raise InputError(f"{what}: no path given. {hint}")
     path = Path(path)
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # a name that is too long, a folder without permission
+            raise InputError(f"{what} {path}: {error.strerror}. {hint}") from error
+    except ValueError:  # a zero byte in the name: no such file
+        pass
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{what} {path}: is a link to {os.readlink(path)}, which is not there. {hint}")
     if path.is_dir():
         raise InputError(f"{what} {path}: is a folder, a file is needed. {hint}")
     if not path.is_file():

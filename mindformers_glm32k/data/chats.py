@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mindformers_glm32k.data.formats import Chat, Turn, carries_text, json_value, text_field, unread
+from mindformers_glm32k.data.formats import (
+    Chat,
+    Turn,
+    carries_text,
+    has_tools,
+    json_value,
+    text_field,
+    unread,
+    with_tools,
+)
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.chat_format import listed_tools
 from mindformers_glm32k.tokenizer.vocabulary import ROLES
 
-TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:"
 _KEYS = ("role", "content", "metadata", "tools", "loss", "name", "parameters", "observation")
 _OPENAI_KEYS = ("weight", "tool_calls", "function_call", "tool_call_id", "id")
 _HINT = 'a message looks like {"role": "user", "content": "…"}'
@@ -59,20 +67,24 @@ class ChatLayout:
         messages = json_value(record[field])
         if not isinstance(messages, list) or not messages:
             raise InputError(f"field {field!r} is {messages!r:.60}; a list with at least one message is needed")
-        turns, called = [], set()
+        turns, called, answered = [], set(), _ParallelCalls()
         for number, message in enumerate(messages, 1):
             try:
                 for single in _single(message):
-                    turns += _turns(single, called)
+                    turns += answered.place(single, _turns(single, called))
             except InputError as error:
                 raise InputError(f"message {number} of {field!r}: {error}") from error
+        answered.require_all(field)
         if carries_text(record.get("system")):
             turns = _with_system(turns, text_field(record, "system", "a system prompt is a text"))
         if record.get("tools") and record.get("functions"):
             raise InputError("has both 'tools' and 'functions'; remove one of them")
         tools = record.get("tools") or record.get("functions")
-        if tools and tools not in ("[]", "{}"):
-            turns = _with_tools(turns, messages[0], tools, is_own_message=field != "messages")
+        if has_tools(tools):
+            own = field != "messages"
+            if not own and turns[0].role == "system" and messages[0].get("tools") is not None:
+                raise InputError("tools are given twice, in the record and in its system message; remove one of them")
+            turns = with_tools(turns, tools, is_own_message=own)
         if not any(turn.in_loss for turn in turns):
             raise InputError(f"field {field!r} has no assistant message to learn from; add one or remove the line")
         return Chat(tuple(turns))
@@ -107,7 +119,8 @@ class OpenAILayout(ChatLayout):
     """OpenAI's fine-tuning form: what tells it from ChatGLM3's are functions, a developer, `tool_calls`, content in
     parts, and `weight`.
 
-    What ChatGLM3's prompt format has no words for is refused: speakers' names, pictures, several calls in one message.
+    Several calls in one message become one after the other, each with its result. What ChatGLM3's prompt format has no
+    words for is refused: speakers' names, pictures.
     """
 
     name = "openai"
@@ -229,15 +242,76 @@ def _calls(message):
         raise InputError(f"'tool_calls' is {calls!r:.60}; a list is needed")
     if message.get("function_call"):
         calls = [*calls, json_value(message["function_call"])]
-    if len(calls) > 1:
-        raise InputError(f"has {len(calls)} calls; ChatGLM3's format has one call in a message: split it")
     return calls
+
+
+class _ParallelCalls:
+    """Several calls in one message, which ChatGLM3's format says one after the other, each with what it returned.
+
+    The turns of such a message are held back until the messages that answer it have come: by `tool_call_id`, by the
+    tool's name, or in the order of the calls.
+    """
+
+    def __init__(self):
+        self._waiting: dict[Any, Turn] = {}  # id, or position, of a call without a result -> the call
+        self._order: list[Any] = []
+        self._ids: set[Any] = set()  # of all calls so far
+        self._calls: dict[Any, Turn] = {}
+        self._results: dict[Any, Turn] = {}
+
+    def place(self, message: dict, turns: list[Turn]) -> list[Turn]:
+        """The turns that may follow now; InputError for a result of no call, or a call without its result."""
+        calls = _calls(message)
+        if self._waiting:
+            if len(turns) != 1 or turns[0].role != "observation":
+                raise InputError(self._missing())
+            key = message.get("tool_call_id")
+            if key is None:
+                named = [one for one in self._waiting if self._calls[one].metadata == message.get("name")]
+                key = next(iter(named or self._waiting))
+            self._require_id(key in self._waiting, key)
+            del self._waiting[key]
+            self._results[key] = turns[0]
+            if self._waiting:
+                return []
+            return [turn for one in self._order for turn in (self._calls[one], self._results[one])]
+        self._ids.update(call["id"] for call in calls if isinstance(call, dict) and call.get("id") is not None)
+        if len(calls) < 2:
+            key = message.get("tool_call_id")
+            self._require_id(key is None or not self._ids or key in self._ids, key)
+            return turns
+        text, made = turns[: -len(calls)], turns[-len(calls) :]
+        ids = [call.get("id") if isinstance(call, dict) else None for call in calls]
+        self._order = [place if one is None else one for place, one in enumerate(ids)]
+        if len(set(self._order)) < len(calls):
+            raise InputError("two of its calls have one id; give each its own")
+        self._calls = dict(zip(self._order, made))
+        self._waiting, self._results = dict(self._calls), {}
+        return text
+
+    def _require_id(self, is_there, key):
+        if not is_there:
+            raise InputError(f"'tool_call_id' is {key!r:.40}; no call before it that waits for a result has this id")
+
+    def require_all(self, field: str) -> None:
+        """InputError where a conversation ends before all calls of a message have their results."""
+        if self._waiting:
+            raise InputError(f"field {field!r}: {self._missing()}")
+
+    def _missing(self):
+        names = ", ".join(repr(call.metadata) for call in self._waiting.values())
+        return (
+            f"of {len(self._order)} calls in one message, {names} have no result; ChatGLM3's format has one call after "
+            "the other, each with its result: put the results behind the message, or keep one call"
+        )
 
 
 def _call(call, called, in_loss):
     """The Turn of a call in OpenAI's or ShareGPT's form."""
-    if isinstance(call, list) and len(call) == 1:
-        call = call[0]
+    if isinstance(call, list):
+        if len(call) > 1:
+            raise InputError(f"has {len(call)} calls; ChatGLM3's format has one call in a message: split it")
+        call = call[0] if call else None
     function = call.get("function", call) if isinstance(call, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
@@ -275,14 +349,3 @@ def _with_system(turns, system):
         raise InputError("a system prompt is given twice, in the record and as its first message; remove one of them")
     rest = turns[1:] if turns and turns[0].role == "system" else turns
     return [Turn("system", system), *rest]
-
-
-def _with_tools(turns, first: Any, tools, is_own_message):
-    """Puts a record's tools in front: in a system message of their own, as ChatGLM3's own preprocessing does for
-    `conversations`; for `messages` in the system message that is there, as its prompt format does."""
-    if not is_own_message and turns[0].role == "system":
-        if first.get("tools") is not None:
-            raise InputError("tools are given twice, in the record and in its system message; remove one of them")
-        system = turns[0]
-        return [Turn("system", system.content + "\n" + listed_tools(tools), system.metadata)] + turns[1:]
-    return [Turn("system", TOOLS_INTRODUCTION + "\n" + listed_tools(tools))] + turns

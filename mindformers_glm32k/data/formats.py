@@ -6,14 +6,14 @@ A sample is one of three: a `Sample` (one question with its answer), a `Chat` (a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindformers_glm32k.checks import nearest
+from mindformers_glm32k.checks import UnusableJSON, nearest, parse_json
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.tokenizer.chat_format import listed_tools
 
 RENAME = "set origin_columns if the columns have other names"
 _NAMES_OF_RECORDS = frozenset(("id", "_id"))  # they tell records apart and carry nothing to learn
@@ -165,7 +165,8 @@ class TextLayout:
         return unread(record, self.fields)
 
 
-BESIDE = ("system", "history")  # fields beside one question with its answer
+BESIDE = ("system", "history", "tools")  # fields beside one question with its answer
+TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:"
 
 
 class QuestionLayout:
@@ -215,8 +216,8 @@ QUESTION_LAYOUTS = (
 
 
 def after_history(record: dict, sample: Sample) -> Sample | Chat:
-    """A sample behind the `system` prompt and the turns of `history` ([question, answer] pairs, or messages) of its
-    record; InputError where they are something else.
+    """A sample behind the `system` prompt, the `tools` and the turns of `history` ([question, answer] pairs, or
+    messages) of its record; InputError where they are something else.
     """
     if record.keys().isdisjoint(BESIDE):
         return sample
@@ -224,6 +225,8 @@ def after_history(record: dict, sample: Sample) -> Sample | Chat:
     turns = []
     if carries_text(system):
         turns.append(Turn("system", text_field(record, "system", "a system prompt is a text")))
+    if has_tools(record.get("tools")):
+        turns = with_tools(turns, record["tools"], is_own_message=False)
     if not isinstance(history, (list, type(None))):
         raise InputError(f"field 'history' is {history!r:.60}; a list of [question, answer] is needed")
     for number, entry in enumerate(history or (), 1):
@@ -242,11 +245,35 @@ def after_history(record: dict, sample: Sample) -> Sample | Chat:
     return Chat((*turns, *sample.turns())) if turns else sample
 
 
+def has_tools(tools: Any) -> bool:
+    """Whether a field holds tools; the JSON text of an empty list does not."""
+    return bool(tools) and json_value(tools) not in ([], {}) and (not isinstance(tools, str) or carries_text(tools))
+
+
+def with_tools(turns: list[Turn], tools: Any, is_own_message: bool) -> list[Turn]:
+    """The turns with tools in front: in a system message of their own, as ChatGLM3's own preprocessing puts those of
+    `conversations`, or in the system message that is there, as its prompt format has them.
+
+    Raises:
+        InputError: no JSON list of tools.
+    """
+    if not is_own_message and turns and turns[0].role == "system":
+        system = turns[0]
+        return [Turn("system", system.content + "\n" + listed_tools(tools), system.metadata), *turns[1:]]
+    return [Turn("system", TOOLS_INTRODUCTION + "\n" + listed_tools(tools)), *turns]
+
+
 def json_value(value: Any) -> Any:
-    """What a text says where it is a JSON list or object; any other value as it is."""
+    """What a text says where it is a JSON list or object; any other value as it is.
+
+    Raises:
+        InputError: an object in it gives a key twice.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return parse_json(value)
+        except UnusableJSON:
+            raise
         except ValueError:
             return value
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import weakref
 from array import array
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from mindformers_glm32k.checks import choice
+from mindformers_glm32k.checks import UnusableJSON, choice, parse_json
 from mindformers_glm32k.data.line_index import LineIndex
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
@@ -177,7 +176,10 @@ class JsonLines:
     def _parse(self, raw, record):
         parsed = parse_line(raw, first=record == 0)
         if self.check is not None:
-            self.check(parsed)
+            try:
+                self.check(parsed)
+            except RecursionError as error:
+                raise UnusableJSON("brackets nested too deeply") from error
         return parsed
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
@@ -284,13 +286,13 @@ def parse_line(raw: bytes | None, first: bool = False) -> dict:
     if not raw.strip():
         raise InputError("empty line; remove it")
     try:
-        record = json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
+        record = parse_json(raw.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         raise BrokenJSON(
             f"not UTF-8 at byte {error.start}; convert the file to UTF-8 (from GBK: iconv -f GB18030 -t UTF-8)"
         ) from error
-    except RecursionError as error:
-        raise InputError("brackets nested too deeply for a record") from error
+    except UnusableJSON:
+        raise
     except ValueError as error:
         plain = raw.strip().removeprefix(codecs.BOM_UTF8).rstrip(b",") if hasattr(raw, "removeprefix") else raw
         if plain != raw.strip():  # files put one behind the other, or lines taken out of an array

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import string
 
+from mindformers_glm32k.checks import parse_json
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
 
@@ -75,7 +75,7 @@ class PromptTemplates:
     def __init__(self, path: str | os.PathLike):
         self.path = require_file(path, "prompt file", _HINT)
         try:
-            templates = json.loads(self.path.read_text(encoding="utf-8"))
+            templates = parse_json(self.path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"prompt file {self.path}: not JSON ({error}). {_HINT}") from error
         if not isinstance(templates, dict) or not templates:

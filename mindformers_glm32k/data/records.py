@@ -1,16 +1,18 @@
 """Data files that are not JSON lines: what is certain is written as JSON lines into the cache, and read from there.
 
-Read are gzip, bzip2 and xz; parquet; one JSON array; one object that holds the array of records; objects over several
-lines or several in a line; UTF-16 and UTF-32 with a byte order mark; line ends of a carriage return alone. Whatever
-else is known by its first bytes is named, with what to do.
+Read are gzip, bzip2, xz, zstd and lz4; parquet and Arrow; one JSON array; one object that holds the array of records;
+objects over several lines or several in a line; UTF-16 and UTF-32 with a byte order mark; line ends of a carriage
+return alone. Whatever else is known by its first bytes is named, with what to do.
 """
 
 from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import glob
 import gzip
+import io
 import json
 import lzma
 import os
@@ -20,13 +22,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mindformers_glm32k.checks import UnusableJSON, parse_json, unique_keys
+from mindformers_glm32k.data.formats import carries_text
 from mindformers_glm32k.data.jsonl import MAX_LINE_BYTES
 from mindformers_glm32k.data.line_index import cache_folder, cache_name
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
 
-_OPENERS = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))
-_PARQUET = b"PAR1"
+
+def _by_pyarrow(codec):
+    """Opens what the standard library has no decompressor for."""
+
+    def opener(path, mode):
+        pyarrow = _pyarrow(path, f"compressed by {codec}")
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), codec))
+
+    return opener
+
+
+_OPENERS = (
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\x00", lzma.open),
+    (b"]\x00\x00", lzma.open),
+    (b"\x28\xb5\x2f\xfd", _by_pyarrow("zstd")),
+    (b"\x04\x22\x4d\x18", _by_pyarrow("lz4")),
+)
+_PARQUET, _ARROW = b"PAR1", (b"ARROW1\0\0", b"\xff\xff\xff\xff")
 _TO_JSON = "write it as JSON lines: python -c \"import pandas; pandas.{}('{}').to_json('data.jsonl', orient='records', "
 _TO_JSON += 'lines=True, force_ascii=False)"'
 # First bytes -> what the file is, and what to do; {} is its name.
@@ -34,8 +56,18 @@ _KNOWN = (
     (b"PK\x03\x04", "a zip archive (or an Excel file); unpack it: unzip {}"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive; unpack it: 7z x {}"),
     (b"Rar!", "a RAR archive; unpack it: unrar x {}"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it: zstd -d {}"),
-    (b"ARROW1", "an Arrow file; write it with datasets: Dataset.from_file('{}').to_json('data.jsonl')"),
+    (b"\x1f\x9d", "compressed by compress; unpack it: uncompress {}"),
+    (b"FEA1", "a Feather file; " + _TO_JSON.replace("{}", "read_feather", 1)),
+    (b"\xd0\xcf\x11\xe0", "an Excel file; " + _TO_JSON.replace("{}", "read_excel", 1)),
+    (b"SQLite format 3", "an SQLite database; write its table as JSON lines"),
+    (b"\x89HDF", "an HDF5 file; write it as JSON lines"),
+    (b"Obj\x01", "an Avro file; write it as JSON lines"),
+    (b"ORC", "an ORC file; " + _TO_JSON.replace("{}", "read_orc", 1)),
+    (b"\x93NUMPY", "an array of NumPy, which holds no records"),
+    (b"\x80\x02", "a pickle, which is not opened; write it as JSON lines"),
+    (b"\x80\x03", "a pickle, which is not opened; write it as JSON lines"),
+    (b"\x80\x04", "a pickle, which is not opened; write it as JSON lines"),
+    (b"\x80\x05", "a pickle, which is not opened; write it as JSON lines"),
     (b"version https://git-lfs", "the pointer of a Git LFS file, not the data; download it: git lfs pull"),
     (b"%PDF", "a PDF, which holds no records"),
     (b"<", "a web page or XML, not records; was the download refused? Download the file itself"),
@@ -51,7 +83,10 @@ _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def json_lines(
-    path: str | os.PathLike, is_record: Callable[[dict], bool], cache_dir: str | os.PathLike | None = None
+    path: str | os.PathLike,
+    is_record: Callable[[dict], bool],
+    cache_dir: str | os.PathLike | None = None,
+    beside: Callable[[list[str]], Any] = lambda fields: None,
 ) -> Path | None:
     """The JSON-lines file of what a data file holds, written when it is not there; None where it is one itself.
 
@@ -59,6 +94,7 @@ def json_lines(
         path: the data file.
         is_record: whether an object has the fields of a record; what has not may hold the array of them.
         cache_dir: see `cache_folder`.
+        beside: called with the names of fields that carry text beside that array, and that no record has.
 
     Raises:
         InputError: no such file, or one that is known to be something else.
@@ -67,17 +103,23 @@ def json_lines(
     with open(path, "rb") as file:
         head = file.read(1 << 10)
     open_file = next((opener for magic, opener in _OPENERS if head.startswith(magic)), open)
-    if head.startswith(_PARQUET):
-        return _kept(path, cache_dir, lambda: _parquet(path))
+    if head.startswith((_PARQUET, *_ARROW)):
+        return _kept(path, cache_dir, lambda: _table(path, path, head))
     try:
         with open_file(path, "rb") as file:
             head = file.read(1 << 16)
-            file.seek(0)
+        with open_file(path, "rb") as file:
             first = file.readline(MAX_LINE_BYTES + 1)
+        if open_file is not open and head.startswith((_PARQUET, *_ARROW)):
+            with open_file(path, "rb") as file:
+                unpacked = io.BytesIO(file.read())
+            return _kept(path, cache_dir, lambda: _table(path, unpacked, head))
     except _BROKEN as error:
         raise InputError(f"{path}: cannot be unpacked ({error}); is the file cut off? Copy or download it again") from (
             error
         )
+    if open_file is not open and any(head.startswith(magic) for magic, _ in _OPENERS):
+        raise InputError(f"{path}: is compressed twice; unpack it once, and give what comes out")
     _refuse(path, head)
     encoding = next((encoding for mark, encoding in _MARKS if head.startswith(mark)), None)
     carriage = encoding is None and b"\n" not in head and b"\r" in head.rstrip()
@@ -85,25 +127,35 @@ def json_lines(
         return None if open_file is open else _kept(path, cache_dir, lambda: _unpacked(path, open_file))
     if len(first) > MAX_LINE_BYTES or os.path.getsize(path) > _WHOLE:
         return None if open_file is open else _kept(path, cache_dir, lambda: _unpacked(path, open_file))
-    return _rewritten(path, open_file, encoding or "utf-8-sig", is_record, cache_dir)
+    return _rewritten(path, open_file, encoding or "utf-8-sig", is_record, cache_dir, beside)
 
 
 def _is_line(raw, is_record):
     """Whether the file's first line is a record, or damaged in a way that its text does not explain."""
     try:
-        value = json.loads(raw.decode("utf-8-sig").rstrip().rstrip(","))
-    except (ValueError, RecursionError):
+        value = parse_json(raw.decode("utf-8-sig").rstrip().rstrip(","))
+    except UnusableJSON:
+        return raw.lstrip()[:1] == b"{"  # named by line
+    except ValueError:
         return False
-    return isinstance(value, dict) and (is_record(value) or _array_inside(value) is None)
+    return isinstance(value, dict) and (is_record(value) or not _arrays_inside(value))
 
 
 def _array_inside(value):
     """The one list of objects that an object holds, or None."""
-    lists = [one for one in value.values() if isinstance(one, list) and one and all(isinstance(x, dict) for x in one)]
-    return lists[0] if len(lists) == 1 else None
+    lists = _arrays_inside(value)
+    return next(iter(lists.values())) if len(lists) == 1 else None
 
 
-def _rewritten(path, open_file, encoding, is_record, cache_dir):
+def _arrays_inside(value):
+    return {
+        name: one
+        for name, one in value.items()
+        if isinstance(one, list) and one and all(isinstance(entry, dict) for entry in one)
+    }
+
+
+def _rewritten(path, open_file, encoding, is_record, cache_dir, beside):
     with open_file(path, "rb") as file:
         raw = file.read()
     try:
@@ -112,7 +164,11 @@ def _rewritten(path, open_file, encoding, is_record, cache_dir):
         return None if open_file is open else _kept(path, cache_dir, lambda: iter([raw]))
     try:
         values = list(_values(text))
-    except (ValueError, RecursionError) as error:
+    except (UnusableJSON, RecursionError) as error:
+        raise InputError(f"{path}: {error if isinstance(error, UnusableJSON) else 'brackets nested too deeply'}") from (
+            error
+        )
+    except ValueError as error:
         if text.lstrip()[:1] == "[":
             raise InputError(
                 f"{path}: a JSON array that is broken ({error}); is the file cut off? Mend it, or write one object per "
@@ -123,7 +179,17 @@ def _rewritten(path, open_file, encoding, is_record, cache_dir):
         plain = open_file is open and encoding == "utf-8-sig" and ("\n" in text if values is None else True)
         return None if plain else _kept(path, cache_dir, lambda: iter([text.replace("\r", "\n").encode()]))
     if len(values) == 1 and isinstance(values[0], dict) and not is_record(values[0]):
-        values = _array_inside(values[0]) or values
+        inside = _array_inside(values[0])
+        if inside is not None:
+            beside([name for name, value in values[0].items() if value is not inside and carries_text(value)])
+            values = inside
+        lists = (
+            [repr(name) for name, one in _arrays_inside(values[0]).items() if is_record(one[0])] if not inside else ()
+        )
+        if len(lists) > 1:
+            raise InputError(
+                f"{path}: holds {len(lists)} lists of records, {', '.join(lists)}; write each to a file of its own"
+            )
     records = []
     for value in values:
         if isinstance(value, list) and value and all(_is_message(entry) for entry in value):
@@ -139,7 +205,7 @@ def _is_message(entry: Any) -> bool:
 
 def _values(text):
     """The JSON values of a text, one behind the other; ValueError where it is something else."""
-    decoder, place, blank = json.JSONDecoder(), 0, " \t\r\n,\ufeff"
+    decoder, place, blank = json.JSONDecoder(object_pairs_hook=unique_keys), 0, " \t\r\n,\ufeff"
     while True:
         while place < len(text) and text[place] in blank:
             place += 1
@@ -182,25 +248,72 @@ def _unpacked(path, open_file) -> Iterator[bytes]:
             yield piece
 
 
-def _parquet(path) -> Iterator[bytes]:
+def _pyarrow(path, what):
     try:
         import pyarrow
-        from pyarrow import parquet
     except ImportError as error:
-        raise InputError(f"{path}: is a parquet file; to read it: pip install pyarrow") from error
+        raise InputError(f"{path}: is {what}; to read it: pip install pyarrow") from error
+    return pyarrow
+
+
+def _table(path, file, head) -> Iterator[bytes]:
+    """The records of a parquet or Arrow file, as datasets' save_to_disk writes the latter, too.
+
+    A struct has all fields that any record has: those without a value inside a field are left out, as the record that
+    was stored did not have them.
+    """
+    pyarrow = _pyarrow(path, "a parquet file" if head.startswith(_PARQUET) else "an Arrow file")
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(1000):
+        for batch in _batches(pyarrow, file, head):
+            names = batch.schema.names
+            if len(set(names)) < len(names):
+                raise InputError(f"{path}: two columns have one name, {max(names, key=names.count)!r}; rename one")
             for record in batch.to_pylist():
-                yield _line(record)
+                yield _line({name: _without_nulls(value) for name, value in record.items()})
+    except InputError:
+        raise
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0][:150]
+        reason, kind = str(error).splitlines()[0][:150], "a parquet" if head.startswith(_PARQUET) else "an Arrow"
         raise InputError(
-            f"{path}: a parquet file that cannot be read ({reason}); is it cut off? Copy or download it again"
+            f"{path}: {kind} file that cannot be read ({reason}); is it cut off? Copy or download it again"
         ) from error
 
 
+def _batches(pyarrow, file, head):
+    if head.startswith(_PARQUET):
+        from pyarrow import parquet
+
+        yield from parquet.ParquetFile(file).iter_batches(1000)
+        return
+    with contextlib.ExitStack() as opened:
+        source = file if isinstance(file, io.BytesIO) else opened.enter_context(pyarrow.OSFile(str(file)))
+        if head.startswith(_ARROW[1]):
+            yield from pyarrow.ipc.open_stream(source)
+            return
+        reader = pyarrow.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number)
+
+
+def _without_nulls(value):
+    """A column's value without the fields of structs that have none."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
 def _line(record):
-    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n"
+    return json.dumps(record, ensure_ascii=False, default=_as_text).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def _as_text(value):
+    """What JSON has no form for: dates and the like as they are printed; bytes where they are text."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return {"binary": f"{len(value)} bytes that are no UTF-8"}
 
 
 def _kept(path, cache_dir, pieces):

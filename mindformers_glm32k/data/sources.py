@@ -40,8 +40,9 @@ LAYOUTS = (
     QUERY,
     TextLayout.name,
 )
-ENDINGS = (".jsonl", ".json", ".parquet")
-PACKED = (".gz", ".bz2", ".xz")
+_LINES = (".jsonl", ".ndjson", ".jl")  # one record a line
+ENDINGS = (*_LINES, ".json", ".parquet", ".arrow")
+PACKED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4")
 _HELD_OUT = "heldout"  # where `glm32k preprocess` puts what no training may see
 _TRAIN, _EVAL = {"train", "training"}, {"dev", "test", "val", "valid", "validation", "eval", "evaluation"}
 _OPEN_FILES = 64  # of more files none is kept open
@@ -99,7 +100,7 @@ class SampleSource:
         if not dataset_dir:
             raise InputError(f"data_loader.dataset_dir: no path given. {_HOW_TO_GIVE}")
         path = Path(dataset_dir)
-        if not path.is_dir():
+        if not os.path.isdir(path):  # unlike Path's, False for a name that is too long
             return [_open(path, candidates, cache_dir, on_error)]
         paths, self.passed_over = data_files(path, for_evaluation)
         files = []
@@ -113,8 +114,8 @@ class SampleSource:
         if not files:
             found = "; ".join(f"{file.relative_to(path)}: {why}" for file, why in self.passed_over[:8]) or "nothing"
             raise InputError(
-                f"data_loader.dataset_dir {path}: no *.jsonl in this folder, found {found}; .json, .parquet and .gz "
-                f"with records are read, too. {_HOW_TO_GIVE}"
+                f"data_loader.dataset_dir {path}: no *.jsonl in this folder, found {found}; .json, .parquet, .arrow "
+                f"and .gz with records are read, too. {_HOW_TO_GIVE}"
             )
         return files
 
@@ -151,7 +152,12 @@ class SampleSource:
 
     def unused(self) -> list[str]:
         """For each file with fields that carry text and are in no sample: their names, and in how many records."""
-        return [
+        around = [
+            f"{lines.path}: not used is what stands around the records: {', '.join(map(repr, lines.check.around))}"
+            for lines, _ in self._files
+            if lines.check.around
+        ]
+        return around + [
             f"{lines.path}: not used are "
             + ", ".join(f"{field!r} of {count}" for field, count in (+counts).items())
             + f" of {lines.check.records} records; only the fields of the layout {layout.name} are"
@@ -189,9 +195,9 @@ def _open(path, candidates, cache_dir, on_error, keep_open=True):
     def is_record(record):
         return any(layout.matches(record) for layout in candidates)
 
-    layout, shown = candidates[0], None
+    layout, shown, around = candidates[0], None, []
     try:
-        lines_file = json_lines(path, is_record, cache_dir)
+        lines_file = json_lines(path, is_record, cache_dir, around.extend)
         if lines_file is not None:
             shown, cache_dir = Path(path), lines_file.parent
         file = lines_file or path
@@ -205,7 +211,7 @@ def _open(path, candidates, cache_dir, on_error, keep_open=True):
             f"{path}: this is LongBench's layout; set data_loader.prompt_config_file to the "
             "dataset2prompt.json that holds the prompts"
         )
-    check = _Check(layout)
+    check = _Check(layout, around)
     lines = JsonLines(file, check, cache_dir, on_error, shown, keep_open)
     check.counting = False
     return lines, layout
@@ -214,8 +220,9 @@ def _open(path, candidates, cache_dir, on_error, keep_open=True):
 class _Check:
     """Makes a sample of each record, and counts, in the records that are looked at before a run, what is not used."""
 
-    def __init__(self, layout):
+    def __init__(self, layout, around=()):
         self._layout, self.records, self.unused, self.counting = layout, 0, Counter(), True
+        self.around = around  # fields with text of the object that held the records
 
     def __call__(self, record):
         sample = self._layout.sample(record)
@@ -230,27 +237,45 @@ class _Check:
 def data_files(folder: Path, for_evaluation: bool = False) -> tuple[list[Path], list[tuple[Path, str]]]:
     """The data files below a folder in the order of their names, and the others with the reason.
 
-    Hidden files are what interrupted programs leave behind, hidden folders caches: neither is looked at. Where a folder
-    has both, files named train… and dev…, test… or valid…, only those of the purpose are taken.
+    Hidden files are what interrupted programs leave behind, hidden folders caches: neither is looked at. Links to
+    folders are followed, each folder is read once. Where files or sub-folders named train… and dev…, test… or valid…
+    lie side by side, only those of the purpose are taken.
 
     Raises:
         InputError: a folder that cannot be listed.
     """
-    found, passed_over = [], []
-    for parent, folders, names in os.walk(folder, onerror=_unreadable):
-        for name in [name for name in folders if name == _HELD_OUT]:
-            passed_over.append((Path(parent, name), "held out from training"))
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != _HELD_OUT)
-        visible = sorted(name for name in names if not name.startswith("."))
-        data = [name for name in visible if _plain(name).endswith(ENDINGS)]
-        passed_over += [(Path(parent, name), "no data by its name") for name in visible if name not in data]
-        splits = {name: _split(name) for name in data}
+    found, passed_over, seen = [], [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        parent = Path(parent)
+        visible = sorted(name for name in (*names, *folders) if not name.startswith("."))
+        inside = {name for name in folders if not name.startswith(".")}
+        reasons = {name: "no data by its name" for name in visible if not _plain(name).endswith(ENDINGS)}
+        reasons = {name: reason for name, reason in reasons.items() if name not in inside}
+        reasons.update({name: "held out from training" for name in inside if name == _HELD_OUT})
+        reasons.update(_packed_twins(set(visible) - inside - reasons.keys()))
+        splits = {name: _split(name) for name in visible if name not in reasons}
         if {True, False} <= set(splits.values()):
-            other, reason = not for_evaluation, "for training" if for_evaluation else "for evaluation"
-            passed_over += [(Path(parent, name), f"{reason}, by its name") for name in data if splits[name] is other]
-            data = [name for name in data if splits[name] is not other]
-        found += [Path(parent, name) for name in data]
+            reason = f"for {'training' if for_evaluation else 'evaluation'}, by its name"
+            reasons.update({name: reason for name, split in splits.items() if split is (not for_evaluation)})
+        for name in sorted(inside - reasons.keys()):
+            real = os.path.realpath(parent / name)
+            if real in seen:
+                reasons[name] = "a link to a folder that is read already"
+            seen.add(real)
+        folders[:] = sorted(inside - reasons.keys())
+        found += [parent / name for name in visible if name not in inside and name not in reasons]
+        passed_over += [(parent / name, reasons[name]) for name in visible if name in reasons]
     return sorted(found), passed_over
+
+
+def _packed_twins(names):
+    """Compressed files that lie beside what came out of them."""
+    return {
+        name: f"compressed, and {name[: -len(ending)]} lies beside it"
+        for name in names
+        for ending in PACKED
+        if name.lower().endswith(ending) and name[: -len(ending)] in names
+    }
 
 
 def _unreadable(error):
@@ -261,7 +286,7 @@ def _unreadable(error):
 
 def is_json_lines(path: Path) -> bool:
     """Whether a file says by its name that it holds one record a line, and nothing but records."""
-    return _plain(path.name).endswith(".jsonl")
+    return _plain(path.name).endswith(_LINES)
 
 
 def _plain(name):
@@ -272,5 +297,8 @@ def _plain(name):
 
 def _split(name):
     """True for data to evaluate with, False for training, None for what does not say."""
-    first = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
-    return True if first in _EVAL else False if first in _TRAIN else None
+    words = re.findall(r"[a-z]+", re.sub(r"(\.[a-z0-9]+)+$", "", name.lower()))
+    for word in words[:1] + words[-1:]:  # test.jsonl, news_test.jsonl
+        if word in _EVAL or word in _TRAIN:
+            return word in _EVAL
+    return None

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mindformers_glm32k.checks import UnusableJSON, parse_json
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.vocabulary import ROLES, Vocabulary
 
@@ -115,13 +116,18 @@ def listed_tools(tools: Any) -> str:
         tools = parsed
     if isinstance(tools, list):
         tools = [_function(_parsed(tool) if isinstance(tool, str) else tool) for tool in tools]
-    return json.dumps(tools, indent=4, ensure_ascii=False)
+    try:
+        return json.dumps(tools, indent=4, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise InputError("tools hold NaN or Infinity, which JSON does not have; write a number or null") from error
 
 
 def _parsed(text):
     """The list or object that a JSON text says; any other text as it is."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
+    except UnusableJSON as error:
+        raise InputError(f"tools: {error}") from error
     except ValueError:
         return text
     return value if isinstance(value, (list, dict)) else text

@@ -23,7 +23,7 @@ from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.models.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 from mindspore import Tensor
 
-from mindformers_glm32k.checks import did_you_mean
+from mindformers_glm32k.checks import did_you_mean, parse_json
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer import chat_format as chat
 from mindformers_glm32k.tokenizer.vocabulary import SPECIAL_TOKENS, Vocabulary
@@ -363,7 +363,7 @@ def _check_arguments(kwargs):
 def _read_tokenizer_config(path):
     """What of a tokenizer_config.json has an effect here; special tokens by their names, however they are written."""
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = parse_json(Path(path).read_text(encoding="utf-8"))
         names = {key: config[key] for key in _TOKEN_NAMES if config.get(key) is not None}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: not a readable tokenizer_config.json ({error}); download it again") from error

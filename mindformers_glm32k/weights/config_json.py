@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mindformers_glm32k.checks import parse_json
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.finding import snapshot_of
 from mindformers_glm32k.weights.model_dims import FIELDS, GLM_NAMES, PUBLISHED, ModelDims, dims_from_config
@@ -184,7 +185,7 @@ def _whole(number):
 
 def _load_json(path):
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); download it again") from error
     if not isinstance(config, dict):

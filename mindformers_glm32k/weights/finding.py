@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+from mindformers_glm32k.checks import parse_json
 from mindformers_glm32k.errors import InputError
 
 INDEX_SUFFIX = ".index.json"
@@ -190,7 +190,7 @@ def _refuse_unfinished(file):
 
 def _read_index(path):
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
         if not weight_map or not all(isinstance(file, str) and file == Path(file).name for file in weight_map.values()):
             raise ValueError("weight_map must name a file in the same folder for every key")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mindformers_glm32k.checks import parse_json
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.checkpoint import read_file
 from mindformers_glm32k.weights.finding import ADAPTER_CONFIG
@@ -117,7 +118,7 @@ def merge_adapter(
 def _read_config(folder):
     path = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
         kind = config.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mindformers_glm32k.data.chats import TOOLS_INTRODUCTION, ChatLayout, OpenAILayout, ShareGPTLayout
-from mindformers_glm32k.data.formats import Turn
+from mindformers_glm32k.data.chats import ChatLayout, OpenAILayout, ShareGPTLayout
+from mindformers_glm32k.data.formats import TOOLS_INTRODUCTION, Turn
 from mindformers_glm32k.errors import InputError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -127,7 +127,7 @@ def test_roles_in_capitals_are_roles():
         ([USER, {**ANSWER, "weight": 0.5}], "'weight' is 0.5, neither 0 nor 1"),
         ([{**USER, "loss": True}, ANSWER], "'loss' is True in a message of the role user; only answers are learnt"),
         ([{**USER, "content": [{"type": "image_url", "image_url": {}}]}, ANSWER], "the model reads text only"),
-        ([USER, {**ANSWER, "tool_calls": [{"function": {"name": "n"}}] * 2}], "has 2 calls"),
+        ([USER, {**ANSWER, "tool_calls": [{"function": {"name": "n"}}] * 2}], "of 2 calls .* 'n', 'n' have no"),
         ([USER, {**ANSWER, "tool_calls": [{"function": {"name": "n", "arguments": "x"}}]}], "'arguments' of the call"),
         ([USER, {"from": "function_call", "value": "call it"}], "the call 'call it' is not understood"),
         ([{**USER, "tool_calls": [{"function": {"name": "n"}}]}, ANSWER], "a call belongs to an assistant message"),
@@ -138,9 +138,69 @@ def test_what_the_format_cannot_say_is_named(messages, message):
         turns({"messages": messages})
 
 
+def called(*names, ids=True):
+    """An assistant's message with several calls at once."""
+    calls = [
+        {"id": f"c{place}", "function": {"name": name, "arguments": ARGUMENTS}} for place, name in enumerate(names)
+    ]
+    return {
+        "role": "assistant",
+        "content": "Let me see.",
+        "tool_calls": calls if ids else [{**call, "id": None} for call in calls],
+    }
+
+
+def result(text, **keys):
+    return {"role": "tool", "content": text, **keys}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [called("tide", "wind"), result("9", tool_call_id="c0"), result("7", tool_call_id="c1")],
+        [called("tide", "wind"), result("7", tool_call_id="c1"), result("9", tool_call_id="c0")],
+        [called("tide", "wind", ids=False), result("9"), result("7")],
+        [called("tide", "wind"), result("7", name="wind"), result("9", name="tide")],
+    ],
+)
+def test_several_calls_become_one_after_the_other(messages):
+    wind = Turn("assistant", CALL.content, "wind", True)
+    assert turns({"messages": [USER, *messages, ANSWER]}) == [
+        Turn("user", "q"),
+        Turn("assistant", "Let me see.", in_loss=True),
+        CALL,
+        Turn("observation", "9"),
+        wind,
+        Turn("observation", "7"),
+        Turn("assistant", "a", in_loss=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([USER, called("tide", "wind"), result("9", tool_call_id="c0"), ANSWER], "message 4 .* 'wind' have no result"),
+        ([USER, called("tide", "wind"), result("9", tool_call_id="c5")], "message 3 .*'tool_call_id' is 'c5'; no call"),
+        ([USER, called("tide"), result("9", tool_call_id="c5"), ANSWER], "message 3 .*'tool_call_id' is 'c5'; no call"),
+        ([USER, {"from": "function_call", "value": '[{"name": "f"}, {"name": "g"}]'}], "message 2 .*has 2 calls"),
+        (
+            [USER, {**called("f"), "function_call": {"name": "g", "arguments": '{"a": 1, "a": 2}'}}],
+            "'a' is given twice",
+        ),
+    ],
+)
+def test_calls_and_results_that_do_not_fit(messages, message):
+    with pytest.raises(InputError, match=message):
+        turns({"messages": messages})
+
+
 def test_tools_that_are_no_json_are_named():
     with pytest.raises(InputError, match="tools are the text 'weather', which is no JSON list"):
         turns({"messages": [USER, ANSWER], "tools": "weather"})
+    with pytest.raises(InputError, match="tools hold NaN or Infinity"):
+        turns({"messages": [USER, ANSWER], "tools": [{"name": "f", "x": float("nan")}]})
+    with pytest.raises(InputError, match="key 'name' is given twice"):
+        turns({"messages": [USER, ANSWER], "tools": '[{"name": "f", "name": "g"}]'})
     with pytest.raises(InputError, match="both 'tools' and 'functions'"):
         turns({"messages": [USER, ANSWER], "tools": [FUNCTION], "functions": [FUNCTION]})
 

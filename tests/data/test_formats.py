@@ -4,8 +4,17 @@ import json
 
 import pytest
 
-from mindformers_glm32k.data.chats import TOOLS_INTRODUCTION, ChatLayout
-from mindformers_glm32k.data.formats import AdGenLayout, LongBenchLayout, Sample, Text, TextLayout, Turn, layout_of
+from mindformers_glm32k.data.chats import ChatLayout
+from mindformers_glm32k.data.formats import (
+    TOOLS_INTRODUCTION,
+    AdGenLayout,
+    LongBenchLayout,
+    Sample,
+    Text,
+    TextLayout,
+    Turn,
+    layout_of,
+)
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
@@ -231,6 +240,18 @@ def test_question_and_answer_under_other_names(tmp_path, fields):
         ("user", "q2"),
         ("assistant", "a2"),
     ]
+
+
+def test_tools_beside_a_question_are_told_to_the_model(tmp_path):
+    tools = [{"name": "tide", "description": "hours"}]
+    record = {"instruction": "q", "output": "a", "tools": json.dumps(tools), "history": [["q0", "a0"]]}
+    found = source(tmp_path, record, {**record, "tools": tools, "system": "s"}, {**record, "tools": "[]"})
+    listed = "\n" + json.dumps(tools, indent=4)
+    assert [turn.content for turn in found[0].turns()] == [TOOLS_INTRODUCTION + listed, "q0", "a0", "q", "a"]
+    assert found[1].turns()[0] == Turn("system", "s" + listed) and found[2].turns()[0].role == "user"
+    assert not found.unused()
+    with pytest.raises(InputError, match="line 1: tools are the text 'tide', which is no JSON list"):
+        source(tmp_path, {**record, "tools": "tide"})
 
 
 def test_adgen_records_have_history_too(tmp_path):

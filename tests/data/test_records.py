@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 
 import pytest
 
@@ -63,6 +64,62 @@ def test_parquet(tmp_path):
         SampleSource(path)
 
 
+def test_parquet_values_that_json_has_no_form_for(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    call = {"city": "Oslo", "day": None}  # of another record's call; parquet gives every struct all fields
+    tool = {"role": "tool", "name": "f", "parameters": call, "observation": "9"}
+    chat = [{"role": "user", "content": "q"}, tool, {"role": "assistant", "content": "a"}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat, "image": b"\xff\xd8"}]), tmp_path / "a.parquet")
+    source = SampleSource(tmp_path / "a.parquet")
+    assert source[0].turns()[1].content == "```python\ntool_call(city='Oslo')\n```"
+    assert source.unused()[0].endswith("not used are 'image' of 1 of 1 records; only the fields of the layout chat are")
+    binary = pyarrow.table({"content": pyarrow.array([b"q"]), "summary": ["a"]})
+    parquet.write_table(binary, tmp_path / "b.parquet")
+    assert prompts(tmp_path / "b.parquet") == ["q"]
+    parquet.write_table(pyarrow.table({"content": [b"\xff"], "summary": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(InputError, match="record 1: column 'content' is dict .*1 bytes that are no UTF-8"):
+        SampleSource(tmp_path / "c.parquet")
+    columns = [pyarrow.array([text]) for text in "qab"]
+    parquet.write_table(pyarrow.table(columns, names=["content", "summary", "summary"]), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match="d.parquet: two columns have one name, 'summary'"):
+        SampleSource(tmp_path / "d.parquet")
+
+
+def test_what_datasets_and_other_compressors_write(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_pylist(RECORDS)
+    for name, writer in (("stream", pyarrow.ipc.new_stream), ("file", pyarrow.ipc.new_file)):
+        with pyarrow.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as file, writer(file, table.schema) as out:
+            out.write_table(table)
+    parquet.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "t.parquet.gz").write_bytes(gzip.compress((tmp_path / "t.parquet").read_bytes()))
+    for codec in ("zstd", "lz4"):
+        (tmp_path / f"a.jsonl.{codec}").write_bytes(pyarrow.Codec(codec).compress(LINES.encode(), asbytes=True))
+    (tmp_path / "a.jsonl.lzma").write_bytes(lzma.compress(LINES.encode(), format=lzma.FORMAT_ALONE))
+    for path in sorted(tmp_path.iterdir()):
+        if path.is_file():
+            assert prompts(path) == [record["content"] for record in RECORDS], path.name
+
+
+def test_text_around_the_array_of_records_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"system": "be brief", "version": 1, "data": RECORDS}))
+    for _ in range(2):  # the second time from the cache
+        assert SampleSource(path).unused() == [f"{path}: not used is what stands around the records: 'system'"]
+
+
+def test_values_nested_deeper_than_can_be_looked_through(tmp_path):
+    deep = b"[" * 900 + b'"t"' + b"]" * 900
+    (tmp_path / "a.jsonl").write_bytes(LINES.encode() + b'{"content": "q", "x": ' + deep + b', "summary": "a"}')
+    limit = sys.getrecursionlimit()  # MindSpore raises it
+    sys.setrecursionlimit(1000)
+    try:
+        with pytest.raises(InputError, match="a.jsonl: line 3: brackets nested too deeply"):
+            SampleSource(tmp_path / "a.jsonl")
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def test_an_array_of_messages_is_a_conversation(tmp_path):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     for text in (json.dumps(chat) + "\n", json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])):
@@ -86,8 +143,25 @@ def test_records_of_a_converted_file_are_named_by_its_own_path(tmp_path):
         ("a.zip", b"PK\x03\x04" + b"\0" * 60, "a zip archive .*unzip a.zip"),
         ("a.jsonl", b"PK\x03\x04" + b"\0" * 60, "a zip archive .*unzip a.jsonl"),
         ("a.csv", b"content,summary\nq,a\n", "a table \\(CSV\\).*pandas.read_csv\\('a.csv'\\)"),
-        ("a.zst", b"\x28\xb5\x2f\xfd" + b"x" * 60, "zstd -d a.zst"),
-        ("a.arrow", b"ARROW1\0\0" + b"x" * 60, "an Arrow file"),
+        ("a.zst", b"\x28\xb5\x2f\xfd" + b"x" * 60, "a.zst: cannot be unpacked .ZSTD.*cut off"),
+        ("a.arrow", b"ARROW1\0\0" + b"x" * 60, "an Arrow file that cannot be read.*cut off"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES.encode(), mtime=0), mtime=0), "is compressed twice"),
+        ("a.jsonl.Z", b"\x1f\x9d\x90" + b"x" * 60, "uncompress a.jsonl.Z"),
+        ("a.xls", b"\xd0\xcf\x11\xe0" + b"x" * 60, "an Excel file.*pandas.read_excel\\('a.xls'\\)"),
+        ("a.jsonl", b"SQLite format 3\0" + b"x" * 60, "an SQLite database"),
+        ("a.jsonl", b"\x80\x04\x95" + b"x" * 60, "a pickle, which is not opened"),
+        ("a.json", json.dumps({"train": RECORDS, "test": RECORDS}).encode(), "2 lists of records, 'train', 'test'"),
+        (
+            "a.jsonl",
+            LINES.encode() + b'{"content": "q", "summary": "a", "summary": "b"}',
+            "line 3: key 'summary' is given",
+        ),
+        (
+            "a.json",
+            b'[{"content": "q", "content": "r", "summary": "a"}]',
+            "key 'content' is given twice, as 'q' and 'r'",
+        ),
+        ("a.json", b"[" * 99999 + b"]" * 99999, "nested too deeply"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.jsonl", b"<!DOCTYPE html><html>", "a web page"),
         ("a.jsonl", LINES.encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8 a.jsonl"),

@@ -142,6 +142,48 @@ def test_files_for_evaluation_are_not_trained_on(tmp_path):
     assert [path.name for path in data_files(tmp_path)[0]] == ["dev.json", "more.jsonl"], "a folder of tests alone"
 
 
+def test_folders_and_last_words_say_what_is_for_evaluation(tmp_path):
+    for name in ("train/a.jsonl", "test/a.jsonl", "more/news_train.jsonl", "more/news_test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(LINE)
+
+    def read(for_evaluation):
+        found, passed_over = data_files(tmp_path, for_evaluation)
+        return [[str(path.relative_to(tmp_path)) for path in paths] for paths in (found, dict(passed_over))]
+
+    train, test = ["more/news_train.jsonl", "train/a.jsonl"], ["more/news_test.jsonl", "test/a.jsonl"]
+    assert read(False) == [train, ["test", "more/news_test.jsonl"]]
+    assert read(True) == [test, ["train", "more/news_train.jsonl"]]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.jsonl").write_text(LINE)
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "data" / "twin").symlink_to(tmp_path / "disk")
+    (tmp_path / "data" / "sub" / "up").symlink_to(tmp_path / "data")
+    found, passed_over = data_files(tmp_path / "data")
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["data/link/a.jsonl"]
+    names = {path.name for path, reason in passed_over if reason == "a link to a folder that is read already"}
+    assert names == {"twin", "up"}
+
+
+def test_compressed_files_beside_what_came_out_of_them_are_not_read_twice(tmp_path):
+    for name in ("a.jsonl", "a.jsonl.gz", "b.jsonl.gz", "c.ndjson"):
+        (tmp_path / name).write_bytes(gzip.compress(LINE.encode()) if name.endswith("gz") else LINE.encode())
+    source = SampleSource(tmp_path)
+    assert len(source) == 3 and "a.jsonl.gz (compressed, and a.jsonl lies beside it)" in source.left_out()[0]
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(InputError, match="a.jsonl: is a link to gone.jsonl, which is not there"):
+        SampleSource(tmp_path)
+    with pytest.raises(InputError, match="xx: File name too long"):
+        SampleSource(tmp_path / ("x" * 300))
+
+
 def test_a_folder_without_data_says_why(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04")
     (tmp_path / "b.json").write_bytes(b"PK\x03\x04")

@@ -7,6 +7,7 @@ A module with TAKES_OVERRIDES gets the options that it does not know as `args.ov
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -43,3 +44,8 @@ def parse_and_run(parser: argparse.ArgumentParser, module: ModuleType | None, ar
     except (InputError, CommandFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give another name", file=sys.stderr)
+        return 2

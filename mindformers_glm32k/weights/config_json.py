@@ -156,6 +156,11 @@ def _with_rope_ratio(config, path):
         raise InputError(f"{path}: partial_rotary_factor is not 0.5, which is ChatGLM3's")
     if ratio is not None:
         _positive(ratio, "rope_ratio", path)
+        if ratio != 1 and "chatglm2" in str(config.get("_name_or_path")).lower():
+            raise InputError(
+                f"{path}: _name_or_path is {config['_name_or_path']!r}, rope_ratio {ratio!r}: ChatGLM2 divides positions "
+                "by it where ChatGLM3 multiplies the rotary base; only ChatGLM2 without rope_ratio is ChatGLM3's model"
+            )
         if theta not in (None, _ROPE_BASE, _ROPE_BASE * ratio):
             raise InputError(
                 f"{path}: rope_ratio is {ratio!r}, rope_theta {theta!r}, which is "

@@ -290,6 +290,11 @@ def _write(work, destination, files, groups, workers, progress, remarks, check_c
         f"{tensor.nbytes} bytes are zeros; is the download whole?"
         for tensor, nbytes in writer.zeros.items()
     ]
+    remarks += [
+        f"WARNING: {tensor.file}: key {tensor.name!r}: {count} of its values are NaN or infinite; the model that was "
+        "saved there had diverged, or the file is damaged"
+        for tensor, count in writer.not_finite.items()
+    ]
     holder = {tensor.name: file.name for file in files for tensor in file.segments}
     tensors = {name: {"file": holder[name], **entry} for name, entry in writer.describe().items()}
     for group in groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -53,11 +54,11 @@ def find_files(path: Path) -> Found:
     Raises:
         InputError: nothing there, shards missing or not all there, an adapter alone, or a choice is the user's.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, False for a name that is too long
         folder, notes = _enter_hub_cache(path)
         found = _find_in_folder(folder)
         found.notes[:0] = notes
-    elif not path.exists():
+    elif not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder")
     elif path.name.endswith(INDEX_SUFFIX):
         index = _read_index(path)
@@ -125,6 +126,9 @@ def _find_in_folder(folder):
             raise
         if failure:
             notes.append(f"{str(failure).split(';')[0]}; the complete set {_names(found.files)} is used instead")
+        unread = [path.name for path in sorted(folder.iterdir()) if _is_unread(path, found.files)]
+        if unread:
+            notes.append(f"{folder}: weight files that are not read: {', '.join(unread)}; {_names(found.files)} are")
         if (folder / ADAPTER_CONFIG).is_file():
             how = HOW_TO_MERGE.format(folder=folder)
             notes.append(f"{folder}: the PEFT adapter beside the weights is not used; {how}")
@@ -135,7 +139,19 @@ def _find_in_folder(folder):
     parts = sorted(path.name for path in folder.iterdir() if path.name.endswith(_UNFINISHED))
     if parts:
         raise InputError(f"{folder}: only unfinished downloads ({', '.join(parts[:5])}); finish the download")
-    raise InputError(f"{folder}: no weight files (*.safetensors, pytorch_model*.bin, *.ckpt) in this folder")
+    names = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    below = sorted({str(path.parent) for pattern in _PATTERNS for path in folder.glob(f"*/{pattern}")})
+    raise InputError(
+        f"{folder}: no weight files (*.safetensors, pytorch_model*.bin, *.ckpt) in this folder, which holds "
+        + (", ".join(names[:8]) + (" …" if len(names) > 8 else "") or "nothing")
+        + (f"; give the folder meant: {' or '.join(below[:4])}" if below else "; other formats are not read")
+    )
+
+
+def _is_unread(path, files):
+    """Whether a file of a folder holds weights of a whole model, and is none of those that are read."""
+    kind = path.suffix in (".safetensors", ".ckpt", ".pt", ".pth") or path.match("pytorch_model*.bin")
+    return kind and path.is_file() and path not in files and not path.name.startswith("adapter_model")
 
 
 class _Unusable(InputError):

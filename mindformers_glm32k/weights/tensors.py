@@ -47,6 +47,7 @@ _COUNTERS = {
     "Bool": (1, "BOOL"),
 }
 _FROM_SAFETENSORS_COUNTER = {code: name for name, (_, code) in _COUNTERS.items()}
+_EXPONENT = {"fp32": np.uint32(0x7F800000), "fp16": np.uint16(0x7C00), "bf16": np.uint16(0x7F80)}
 CHUNK_BYTES = 2 << 20  # of values read at a time; with what is made of them, they fit a core's cache
 
 
@@ -120,6 +121,13 @@ def count_overflow(before: np.ndarray, after: np.ndarray, source: str, target: s
         return 0  # these targets hold every finite value of the source
     infinite = _is_infinite(after, target)
     return int(np.count_nonzero(infinite & ~_is_infinite(before, source))) if infinite.any() else 0
+
+
+def count_not_finite(values: np.ndarray, dtype: str) -> int:
+    """Number of values that are NaN or infinite: those with all bits of the exponent set."""
+    exponent = _EXPONENT[dtype]
+    exponents = values.view(exponent.dtype) & exponent
+    return 0 if not exponents.size or exponents.max() < exponent else int(np.count_nonzero(exponents == exponent))
 
 
 def _is_infinite(values, dtype):

@@ -29,6 +29,7 @@ from mindformers_glm32k.weights.tensors import (
     StoredTensor,
     TensorSpec,
     cast,
+    count_not_finite,
     count_overflow,
     mindspore_name,
     stored_bytes,
@@ -145,6 +146,7 @@ class CheckpointWriter:
         self.folder, self.files = folder, files
         self.digests: dict[str, tuple[str, int]] = {}  # name -> SHA-256, CRC-32 of the little-endian values
         self.zeros: dict[StoredTensor, int] = {}  # sources with zeros where a trained weight has none -> bytes of them
+        self.not_finite: dict[StoredTensor, int] = {}  # sources with NaN or infinity -> how many values
         self._open, self._handles = {}, []
         self._flusher, self._flushes = ThreadPoolExecutor(1), []
         for file in files:
@@ -284,6 +286,9 @@ def _write_group(writer, group, on_written, check_crc):
             zeros = _zero_bytes(source, values)
             if zeros:
                 writer.zeros[source] = writer.zeros.get(source, 0) + zeros
+            wrong = count_not_finite(values, source.dtype)
+            if wrong:
+                writer.not_finite[source] = writer.not_finite.get(source, 0) + wrong
             if source in sums:
                 sums[source] = zlib.crc32(values, sums[source])
             result = cast(values, source.dtype, target.dtype)

@@ -66,6 +66,26 @@ def test_what_is_refused(tmp_path, config, message):
         read(tmp_path, config)
 
 
+def test_chatglm2_scales_positions_otherwise(tmp_path):
+    config = {**PUBLISHED, "_name_or_path": "THUDM/chatglm2-6b-32k"}
+    with pytest.raises(InputError, match="'THUDM/chatglm2-6b-32k', rope_ratio 50: ChatGLM2 divides positions"):
+        read(tmp_path, config)
+    assert read(tmp_path, {**config, "rope_ratio": 1}).fields["rope_ratio"] == 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (json.dumps(PUBLISHED)[:-1] + ', "rope_ratio": 1}', "key 'rope_ratio' is given twice, as 50 and 1"),
+        ("[" * 99999, "brackets nested too deeply"),
+    ],
+)
+def test_json_that_says_two_things_or_none(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=f"config.json: cannot be read as JSON .{message}"):
+        read_config(tmp_path)
+
+
 def test_both_versions_words_are_written(tmp_path):
     config = json.loads(config_text(PUBLISHED, "glm", "bf16"))
     assert config["rope_parameters"] == ROPE

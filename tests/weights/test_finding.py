@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from mindformers_glm32k import cli
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import convert
 
@@ -179,3 +180,50 @@ def test_an_output_that_is_a_folder(tmp_path, tensors):
     with pytest.raises(InputError, match="out: is a folder; give the name of a file, such as .*/out/model.ckpt"):
         convert(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out.ckpt").exists() and not list((tmp_path / "out").iterdir())
+
+
+def test_values_that_are_no_numbers_are_named(tmp_path, tensors, expected):
+    for dtype in (np.float16, np.float32):
+        broken = tensors[DENSE].astype(dtype)
+        broken[1, 2:4], broken[3, 5] = np.nan, np.inf
+        folder = tmp_path / np.dtype(dtype).name
+        write_folder(folder, TINY, {**tensors, DENSE: broken}, "safetensors")
+        _, remarks = converted(folder, tmp_path)
+        assert f"key '{DENSE}': 3 of its values are NaN or infinite" in remarks and remarks.count("WARNING") == 1
+
+
+def test_weights_beside_those_that_are_read_are_named(tmp_path, tensors, expected):
+    write_folder(tmp_path / "hf", TINY, tensors, "safetensors")
+    other = {name: values + 1 for name, values in tensors.items()}
+    write_folder(tmp_path / "hf", TINY, other, "bin")
+    raw, remarks = converted(tmp_path / "hf", tmp_path)
+    assert raw == expected
+    assert "that are not read: pytorch_model-00001-of-00002.bin, pytorch_model-00002-of-00002.bin; model-" in remarks
+
+
+def test_what_a_folder_without_weights_holds_is_said(tmp_path, tensors):
+    (tmp_path / "run" / "runs").mkdir(parents=True)
+    (tmp_path / "run" / "glm.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="in this folder, which holds glm.gguf, runs/; other formats are not read"):
+        convert(tmp_path / "run", tmp_path / "out.ckpt")
+    write_folder(tmp_path / "run" / "checkpoint-40", TINY, tensors, "safetensors")
+    with pytest.raises(InputError, match="give the folder meant: .*/run/checkpoint-40$"):
+        convert(tmp_path / "run", tmp_path / "out.ckpt")
+
+
+def test_an_index_that_names_a_key_twice(tmp_path, tensors):
+    write_folder(tmp_path / "hf", TINY, tensors, "safetensors")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    text = index.read_text().replace(
+        '"weight_map": {', f'"weight_map": {{"{DENSE}": "model-00009-of-00009.safetensors", '
+    )
+    index.write_text(text)
+    with pytest.raises(InputError, match=f"not a usable index .*key '{DENSE}' is given twice"):
+        convert(tmp_path / "hf", tmp_path / "out.ckpt")
+
+
+def test_names_that_are_too_long_are_a_line(tmp_path, capsys):
+    long = str(tmp_path / ("x" * 300))
+    assert cli.main(["convert", "--input_path", long, "--output_path", str(tmp_path / "o.ckpt")]) == 2
+    assert cli.main(["convert", "--input_path", str(tmp_path), "--output_path", long]) == 2
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())

@@ -1,10 +1,11 @@
-"""Writing files so that an interrupted program never leaves half of one under its final name."""
+"""Files written so that an interrupted program never leaves half of one under its final name, and digests of files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from typing import TextIO
 
 from mindformers_glm32k.errors import InputError
 
+_WEIGHTS = (".ckpt", ".safetensors", ".bin")
 _SPARE_BYTES = 16 << 20  # of disk: reports, logs, file system
 
 
@@ -156,3 +158,22 @@ def flush(path: str | os.PathLike) -> None:
     """Writes a file's data to the disk."""
     with open(path, "rb+") as handle:
         os.fsync(handle.fileno())
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256, as 64 hexadecimal digits, of a file, or of all weights in a folder together with their names.
+
+    Raises:
+        InputError: no weights are there.
+    """
+    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.suffix in _WEIGHTS)
+    if not files:
+        raise InputError(f"{path}: no weights in it ({', '.join(_WEIGHTS)})")
+    digest = hashlib.sha256()
+    for file in files:
+        if len(files) > 1:
+            digest.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as opened:
+            while chunk := opened.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -3,7 +3,6 @@ it appears."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,12 +13,10 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.export.card import card_text
 from mindformers_glm32k.export.native_tokenizer import write_tokenizer
 from mindformers_glm32k.export.verify import verify_logits
-from mindformers_glm32k.files import work_folder
+from mindformers_glm32k.files import weights_digest, work_folder
 from mindformers_glm32k.tokenizer.chat_format import stop_ids
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 from mindformers_glm32k.weights import convert_reversed, merge
-
-_WEIGHTS = (".ckpt", ".safetensors", ".bin")
 
 
 def export(
@@ -90,9 +87,9 @@ def export(
             parameters = _parameters(whole)
             verified += verify_logits(whole, model, work, vocabulary, parameters, rounded, torch_python)
         provenance = {
-            "checkpoint": (checkpoint.name, hash_of(checkpoint)),
+            "checkpoint": (checkpoint.name, weights_digest(checkpoint)),
             **{
-                what: (Path(path).name, hash_of(Path(path)))
+                what: (Path(path).name, weights_digest(Path(path)))
                 for what, path in (("configuration", config), ("data manifest", manifest), ("tokenizer", tokenizer))
                 if path is not None
             },
@@ -107,19 +104,6 @@ def export(
 def has_ranks(checkpoint: Path) -> bool:
     """Whether a folder holds what a parallel run left: rank_0, rank_1, …"""
     return checkpoint.is_dir() and any(checkpoint.glob("rank_[0-9]*"))
-
-
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file, or of all weights in a folder together with their names."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in _WEIGHTS)
-    digest = hashlib.sha256()
-    for file in files:
-        if len(files) > 1:
-            digest.update(str(file.relative_to(path)).encode())
-        with open(file, "rb") as opened:
-            while chunk := opened.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _stored_dtypes(checkpoint):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mindformers_glm32k.errors import CommandFailed, InputError
+from mindformers_glm32k.errors import CommandFailed
+from mindformers_glm32k.files import weights_digest
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 
@@ -183,18 +184,7 @@ def config_hash(model_config: dict) -> str:
 
 def checkpoint_hash(path: str | Path) -> str:
     """A digest of a checkpoint's bytes: one file, or all weights in a folder with their names."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.suffix in _WEIGHTS)
-    if not files:
-        raise InputError(f"--load_checkpoint {path}: no weights in it ({', '.join(_WEIGHTS)})")
-    digest = hashlib.sha256()
-    for file in files:
-        if len(files) > 1:
-            digest.update(str(file.relative_to(path)).encode())
-        with open(file, "rb") as opened:
-            while chunk := opened.read(1 << 24):
-                digest.update(chunk)
-    return f"sha256:{digest.hexdigest()[:32]}"
+    return f"sha256:{weights_digest(Path(path))[:32]}"
 
 
 _NOT_THE_MODEL = frozenset(
@@ -214,4 +204,3 @@ _NOT_THE_MODEL = frozenset(
         "use_past",
     )
 )
-_WEIGHTS = (".ckpt", ".safetensors", ".bin")

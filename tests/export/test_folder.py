@@ -8,7 +8,7 @@ import pytest
 from mindformers_glm32k.cli import main
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.export import export, verify
-from mindformers_glm32k.export.folder import hash_of
+from mindformers_glm32k.files import weights_digest
 from mindformers_glm32k.tokenizer.chat_format import stop_ids
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 from mindformers_glm32k.weights import convert, load_hf_weights
@@ -52,7 +52,7 @@ def test_the_folder_holds_what_engines_read(exported, small_vocab_file, referenc
     )
     assert sum(ours.values()) == pytest.approx(sum(theirs.values()), rel=1e-4)
     card = (exported / "README.md").read_text()
-    assert hash_of(checkpoint) in card and "largest difference 0 of" in card and "data manifest" in card
+    assert weights_digest(checkpoint) in card and "largest difference 0 of" in card and "data manifest" in card
     assert not [path for path in exported.parent.iterdir() if path != exported]
 
 

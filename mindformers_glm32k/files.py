@@ -177,3 +177,12 @@ def weights_digest(path: Path) -> str:
             while chunk := opened.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def flush_folder(path: str | os.PathLike) -> None:
+    """Writes a folder's list of names to the disk: a file that was renamed is there after a power cut only then."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

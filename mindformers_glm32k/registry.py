@@ -29,6 +29,7 @@ ENTRIES = (
     ("wrapper", "GLM32KPipelineTrainOneStepCell", "mindformers_glm32k.training.step"),
     ("trainer", "GLM32KTrainer", "mindformers_glm32k.training.trainer"),
     ("callback", "GLM32KMonitor", "mindformers_glm32k.training.monitor"),
+    ("callback", "GLM32KCheckpointMonitor", "mindformers_glm32k.training.checkpoints"),
 )
 
 

@@ -6,25 +6,31 @@ to be right, so that --help answers at once.
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import contextlib
 import copy
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import yaml
 
 from mindformers_glm32k.checks import true_or_false
-from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.files import require_file
 from mindformers_glm32k.overrides import normalize_values, pairs, parse_value, reject_misspelt, set_key
 
 if TYPE_CHECKING:
     from mindformers.tools.register import MindFormerConfig
 
+_MOMENT = 3  # seconds, for what an interrupted program still writes
 _NEVER_NULL = ("runner_config", "runner_wrapper", "optimizer", "lr_schedule")
 RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
 
@@ -254,9 +260,18 @@ def run(config: MindFormerConfig) -> list[dict] | None:
         )
     set_output_path(config.output_dir)
     build_context(config)
-    trainer = Trainer(config)
-    with barrier_on_cpu():  # MindFormers' Trainer itself waits at one before it resumes
-        if config.run_mode in ("train", "finetune"):
+    trains = config.run_mode in ("train", "finetune")
+    with contextlib.ExitStack() as stack:
+        if is_for_this_plugin(config):
+            from mindformers_glm32k.training.resume import choose_checkpoint
+            from mindformers_glm32k.training.stop import hold_output_folder
+
+            if trains:
+                stack.enter_context(hold_output_folder(config.output_dir))
+            choose_checkpoint(config)
+        trainer = Trainer(config)
+        stack.enter_context(barrier_on_cpu())  # MindFormers' Trainer itself waits at one before it resumes
+        if trains:
             trainer.train()
         elif config.run_mode == "eval":
             trainer.evaluate(eval_checkpoint=config.load_checkpoint)
@@ -270,13 +285,42 @@ def run(config: MindFormerConfig) -> list[dict] | None:
     return None
 
 
+def _pass_on_interrupts():
+    """From here on SIGINT reaches Python's handler, whatever the process computes.
+
+    While MindSpore compiles or runs, a handler of its own turns SIGINT into SIGTERM. With the signal blocked in every
+    thread, one thread waits for it. Where nothing finishes a step first, the process ends after a moment.
+    """
+    if threading.current_thread() is not threading.main_thread() or "mindspore" in sys.modules:
+        return  # threads that are there already would still take it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}))
+
+    def wait():
+        while True:
+            signal.sigwait({signal.SIGINT})
+            finishes = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+            _thread.interrupt_main()
+            if not finishes:
+                time.sleep(_MOMENT)
+                os._exit(128 + signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit status."""
+    if argv is None:
+        _pass_on_interrupts()
     try:
         run(read_config(argv))
-    except InputError as error:
+    except (InputError, CommandFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        if argv is None:
+            os._exit(128 + signal.SIGINT)  # half loaded, MindSpore aborts when Python ends
+        raise
     return 0
 
 

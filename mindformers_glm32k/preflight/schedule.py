@@ -11,6 +11,7 @@ from typing import Any
 from mindformers_glm32k.parallel import AXES, one_program
 from mindformers_glm32k.preflight.findings import NOTE, WARNING, Finding, value_at
 
+SAVES = ("CheckpointMonitor", "GLM32KCheckpointMonitor")
 _STATE_BYTES = 8  # of a trained value: AdamW's two moments in float32
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -76,7 +77,7 @@ def disk_findings(config: Mapping[str, Any], parameters: int) -> Iterator[Findin
     if config.get("use_parallel") and not one_program(config):
         copies = (config.get("parallel_config") or {}).get(AXES[0]) or 1
     for index, callback in enumerate(config.get("callbacks") or ()):
-        if not isinstance(callback, Mapping) or callback.get("type") != "CheckpointMonitor":
+        if not isinstance(callback, Mapping) or callback.get("type") not in SAVES:
             continue
         if callback.get("save_trainable_params") and pet:
             continue

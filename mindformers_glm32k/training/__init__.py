@@ -4,6 +4,7 @@ that the YAMLs give it; they are loaded when they are first asked for."""
 from mindformers_glm32k.lazy import face
 
 _FACE = {
+    "GLM32KCheckpointMonitor": "checkpoints",
     "GLM32KMonitor": "monitor",
     "GLM32KPipelineTrainOneStepCell": "step",
     "GLM32KTrainOneStepCell": "step",

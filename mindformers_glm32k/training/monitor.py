@@ -21,7 +21,6 @@ from mindformers_glm32k.parallel import one_program, pipeline_stages
 from mindformers_glm32k.training import wrappers
 
 COLUMNS = ("step", "loss", "learning_rate", "global_norm", "loss_scale", "overflow", "tokens_per_second_per_device")
-ROWS_BETWEEN_SAVES = 100
 
 
 class GLM32KMonitor(Callback):
@@ -53,6 +52,7 @@ class GLM32KMonitor(Callback):
         self.tokens_per_step = int(np.prod(arguments.train_dataset.output_shapes()[0])) / _sharers(devices)
         self.step_before = arguments.cur_step_num
         self.rows = self._rows_before(self._global_step(arguments))
+        self.written = 0  # rows of this run in the file
 
     def on_train_step_begin(self, run_context: RunContext) -> None:
         self.started = time.perf_counter()
@@ -73,8 +73,8 @@ class GLM32KMonitor(Callback):
             )
         if len(self.rows) % self.per_print_times == 0:
             logger.info("step %d: %.1f tokens/s/p", step, throughput)
-        if self.writes and len(self.rows) % ROWS_BETWEEN_SAVES == 0:
-            self._save_table()
+        if self.writes:
+            self._append_row()
 
     def on_train_end(self, run_context: RunContext) -> None:
         if not self.writes or not self.rows:
@@ -98,9 +98,24 @@ class GLM32KMonitor(Callback):
         if step == 0 or not os.path.isfile(path):
             return []
         with open(path, newline="", encoding="utf-8") as file:
-            rows = [{column: _parse(column, text) for column, text in row.items()} for row in csv.DictReader(file)]
+            found = [row for row in csv.DictReader(file) if None not in row.values()]  # a killed run leaves half a row
+        rows = [{column: _parse(column, text) for column, text in row.items()} for row in found]
         skipped = np.cumsum([row["overflow"] for row in rows])
         return [row for row, before in zip(rows, skipped) if row["step"] - before <= step]
+
+    def save_curve(self) -> None:
+        """Writes the table to the disk, as a checkpoint that goes with it is."""
+        if self.writes and self.rows:
+            self._save_table()
+
+    def _append_row(self):
+        """A row in the file after each step, whatever becomes of the run; the file is begun anew with the first."""
+        if not self.written:
+            self._save_table()
+        else:
+            with open(os.path.join(self.output_dir, "loss_curve.csv"), "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
+        self.written += 1
 
     def _save_table(self):
         path = os.path.join(self.output_dir, "loss_curve.csv")
@@ -142,6 +157,12 @@ def _sharers(devices):
     if ms.get_auto_parallel_context("full_batch") or strategy == "full_batch":
         return devices
     return 1 if isinstance(strategy, str) else devices // strategy[0][0]
+
+
+def first_outputs(outputs: Any) -> tuple[float, bool]:
+    """The loss, and whether the step was skipped, of any train-step cell's outputs."""
+    loss, overflow = (_number(value) for value in _five(outputs)[:2])
+    return loss, overflow > 0
 
 
 def _five(outputs):

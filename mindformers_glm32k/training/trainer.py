@@ -9,6 +9,7 @@ from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore import nn
+from mindspore.dataset import Dataset
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.data.dataset import check_vocabulary
@@ -17,9 +18,11 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.generation.prompts import ChatPromptTokenizer, read_prompts
 from mindformers_glm32k.overrides import normalize_values
-from mindformers_glm32k.parallel import pipeline_stages
+from mindformers_glm32k.parallel import one_program, pipeline_stages
 from mindformers_glm32k.preflight import check_checkpoint, check_config, check_dataset, check_packing, check_run_layout
 from mindformers_glm32k.tokenizer import GLM32KTokenizer
+from mindformers_glm32k.training.resume import check_continuation, complete_callbacks, resumed_file
+from mindformers_glm32k.training.stop import STOP_SIGNALS, hold_output_folder
 from mindformers_glm32k.training.wrappers import innermost_network
 from mindformers_glm32k.weights import checkpoint_to_load
 
@@ -39,8 +42,13 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         if config.do_eval and kwargs.get("eval_dataset") is None:
             check_dataset(config, "eval_dataset")
         _name_columns(config, ["train_dataset", "eval_dataset"] if config.do_eval else ["train_dataset"])
-        with compat.barrier_on_cpu():
-            super().train(config=config, **kwargs)
+        with hold_output_folder(config.output_dir), compat.barrier_on_cpu():
+            try:
+                super().train(config=config, **kwargs)
+            finally:
+                STOP_SIGNALS.restore()
+        if STOP_SIGNALS.exit_status():
+            raise SystemExit(STOP_SIGNALS.exit_status())
 
     def evaluate(self, config: MindFormerConfig | None = None, **kwargs) -> None:
         _prepare(config, "eval", _built(kwargs, "eval_dataset"))
@@ -116,6 +124,15 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         if ours:
             step.type = "GLM32KPipelineTrainOneStepCell"
 
+    def create_train_dataset(self, default_args: dict | None = None) -> Dataset:
+        dataset = super().create_train_dataset(default_args)
+        check_continuation(self.config, dataset.get_dataset_size(), self.global_batch_size)
+        return dataset
+
+    def create_model_wrapper(self, network: nn.Cell, optimizer: nn.Optimizer) -> nn.Cell:
+        complete_callbacks(self.config, self.global_batch_size)
+        return super().create_model_wrapper(network, optimizer)
+
     def create_network(self, default_args: dict | None = None) -> nn.Cell:
         if pipeline_stages() == 1 and self.config.runner_config.gradient_accumulation_steps in (None, 1):
             # Behind an inlined cell the compiler no longer finds the parameters of which several devices hold copies,
@@ -130,6 +147,8 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         elif model.config.use_portable_cells:
             network.argmax = compat.portable_argmax  # a LoRA wrapper generates in the model's place
         path = compat.checkpoint_path(self.config)
+        if path and not (self.config.use_parallel and one_program(self.config)):
+            path = str(resumed_file(self.config) or path)  # a whole model in each rank's file
         if path:
             check_checkpoint(path, network)
         return network

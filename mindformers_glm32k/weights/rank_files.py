@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.checkpoint import read_file
-from mindformers_glm32k.weights.tensors import StoredTensor, item_size
+from mindformers_glm32k.weights.tensors import FROM_MINDSPORE, StoredTensor, item_size
 
 _RANK_FOLDER = re.compile(r"rank_(\d+)$")
 # glm32k_rank_3-1_200.ckpt, glm32k_rank_3_1-1_200.ckpt (a later run of the same folder), checkpoint_3.ckpt
@@ -63,7 +64,7 @@ class RankFiles:
             )
         for rank in ranks:
             self.tensors[rank] = {tensor.name: tensor for tensor in read_file(self.files[rank])}
-            found = {name: _count(self.tensors[rank].get(name)) for name in _COUNTERS}
+            found = {name: count_of(self.tensors[rank].get(name)) for name in _COUNTERS}
             for name, value in found.items():
                 expected = self.counters.setdefault(name, value) if value is not None else None
                 if value != expected:
@@ -73,7 +74,14 @@ class RankFiles:
                     )
 
 
-def _count(tensor):
+def scalar_of(tensor: StoredTensor | None) -> float | None:
+    """The value of a float32 scalar, such as the loss scale, None where there is none."""
+    if tensor is None or FROM_MINDSPORE.get(tensor.dtype, tensor.dtype) not in ("fp32", "F32"):
+        return None
+    return struct.unpack("<f", tensor.raw_bytes()[:4])[0]
+
+
+def count_of(tensor: StoredTensor | None) -> int | None:
     """The value of a counter, None where there is none or it is no whole number."""
     if tensor is None or tensor.dtype not in ("Int64", "I64", "Int32", "I32"):
         return None
@@ -120,8 +128,16 @@ def _common_name(path, rank):
     return path.name
 
 
+def rank_folders(folder: str | os.PathLike) -> list[Path]:
+    """The subfolders rank_N of a folder, by name."""
+    return sorted(path for path in Path(folder).glob("rank_*") if _RANK_FOLDER.match(path.name) and path.is_dir())
+
+
 def choose(
-    folder: str | os.PathLike, ranks: range | None = None, step: str | int | None = None
+    folder: str | os.PathLike,
+    ranks: range | None = None,
+    step: str | int | None = None,
+    wanted: Callable[[RankFiles], bool] | None = None,
 ) -> tuple[RankFiles, list[str]]:
     """Picks the checkpoint to merge and lists what is in its files; returns remarks for the user, too.
 
@@ -129,6 +145,7 @@ def choose(
         folder: as for `find_rank_files`.
         ranks: that the layout has; None: those that have a folder.
         step: "EPOCH_STEP" as in the file names, or step_num inside; None takes the newest complete one.
+        wanted: of which the choice is; None: of all.
 
     Raises:
         InputError: none is complete, or there is none of that step.
@@ -142,6 +159,7 @@ def choose(
         )
     ranks = ranks or range(present[-1] + 1)
     complete, broken = [], {}
+    sets = [each for each in sets if wanted is None or wanted(each)]
     for each in sets:
         try:
             each.read(ranks)

@@ -238,14 +238,22 @@ def test_one_process_writes(rank, stages, writes, devices, tmp_path):
     assert (tmp_path / "curves").exists() == writes
 
 
-def test_the_table_is_saved_on_the_way(monkeypatch, tmp_path):
-    monkeypatch.setattr(monitor, "ROWS_BETWEEN_SAVES", 2)
+def test_every_step_is_in_the_table_whatever_becomes_of_the_run():
     run = Run(GLM32KMonitor("."))
-    run.step(6.0)
-    assert not (tmp_path / "loss_curve.csv").exists()
-    run.step(5.0)
-    run.step(4.0)
-    assert steps_of(table()) == [1, 2]
+    for step, loss in enumerate((6.0, 5.0, 4.0), 1):
+        run.step(loss)
+        assert steps_of(table()) == list(range(1, step + 1))
+
+
+def test_half_a_row_of_a_killed_run_is_left_out():
+    first_run([6.0, 5.0, 4.0])
+    with open("loss_curve.csv", encoding="utf-8") as file:
+        text = file.read()
+    with open("loss_curve.csv", "w", encoding="utf-8", newline="") as file:
+        file.write(text[:-30])
+    run = Run(GLM32KMonitor("."), updates=2)
+    run.step(3.0)
+    assert [float(row["loss"]) for row in table()] == [6.0, 5.0, 3.0]
 
 
 def first_run(losses, skip=()):

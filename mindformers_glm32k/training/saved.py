@@ -1,0 +1,96 @@
+"""The files that training saves: which there are, of which step, and whether their weights are finite."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.files import atomic_path, flush_folder
+from mindformers_glm32k.weights.checkpoint import read_file
+from mindformers_glm32k.weights.names import STATE_PREFIXES
+from mindformers_glm32k.weights.rank_files import count_of
+from mindformers_glm32k.weights.tensors import FROM_MINDSPORE, FROM_SAFETENSORS
+
+LABEL = re.compile(r"-(\d+)_(\d+)\.\w+$")
+# dtype -> (NumPy's unsigned integer, the bits that are all ones in NaN and infinity)
+_EXPONENT = {"fp32": ("<u4", 0x7F800000), "fp16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80)}
+
+
+def first_bad_tensor(path: Path) -> str | None:
+    """The first weight with NaN or infinity in a file, None without one. States of the optimizer are not looked at: a
+    step whose gradients are finite leaves them finite.
+
+    Raises:
+        InputError: the file is broken.
+    """
+    for tensor in read_file(path):
+        dtype = FROM_MINDSPORE.get(tensor.dtype) or FROM_SAFETENSORS.get(tensor.dtype) or tensor.dtype
+        if dtype not in _EXPONENT or tensor.name.startswith(STATE_PREFIXES) or "." not in tensor.name:
+            continue
+        kind, bits = _EXPONENT[dtype]
+        if any(((chunk.view(kind) & bits) == bits).any() for chunk in tensor.chunks()):
+            return tensor.name
+    return None
+
+
+def step_of(path: Path) -> float:
+    """The step that a checkpoint was saved after: the one counted inside, else that of its name in epochs of the same
+    length; -1 where the file is cut off."""
+    try:
+        tensors = {tensor.name: tensor for tensor in read_file(path)}
+    except InputError:
+        return -1
+    step = count_of(tensors.get("step_num"))
+    if step is not None:
+        return step
+    label = LABEL.search(path.name)
+    return int(label[1]) + int(label[2]) / 1e9 if label else -1
+
+
+def saved_files(folder: str | os.PathLike, prefix: str, suffix: str) -> list[tuple[Path, float]]:
+    """The checkpoints of a name in a folder with their steps, the earliest first."""
+    name = re.compile(re.escape(prefix) + r"-\d+_\d+\." + re.escape(suffix))
+    files = [(path, step_of(path)) for path in Path(folder).iterdir() if name.fullmatch(path.name)]
+    return sorted(files, key=lambda file: (file[1], file[0]))
+
+
+def prefix_for(folder: Path, name: str, resumed: bool) -> str:
+    """What the names of a run's checkpoints begin with: `name`, and a number where other runs have left files.
+
+    A run that is resumed goes on with the name that `meta.json` has. All ranks find the same number.
+
+    Args:
+        folder: with subfolders rank_N.
+        name: "PREFIX_rank_N".
+        resumed: whether the run goes on from a checkpoint.
+    """
+    head, rank = name.rsplit("_", 1)
+    pattern = re.compile(re.escape(head) + r"_(\d+)(?:_(\d+))?-\d+_\d+\.\w+")
+    if resumed:
+        last = re.match(pattern, str(read_meta(folder / f"rank_{rank}").get("last_ckpt_file")))
+        return f"{name}_{last[2]}" if last and last[2] else name
+    found = [pattern.fullmatch(path.name) for path in folder.glob("rank_*/*")]
+    taken = [int(match[2] or 0) for match in found if match]
+    return f"{name}_{max(taken) + 1}" if taken else name
+
+
+def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
+    """What `meta.json` of a rank's folder says; empty where there is none that can be read."""
+    try:
+        found = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_meta(path: str, epoch: int, step: int, name: str, global_step: int, run: Mapping[str, Any]) -> None:
+    """Writes upstream's three keys, by which it finds the checkpoint to resume from, and those of the run."""
+    keys = {"last_epoch": epoch, "last_step": step, "last_ckpt_file": name, "global_step": global_step}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps({**keys, **run}), encoding="utf-8")
+    flush_folder(Path(path).parent)

@@ -2,6 +2,7 @@
 
     python tests/hosts.py                      all pairs (hours, 3 GB of disk for each environment)
     python tests/hosts.py --pair 1.8.0 --pair 1.9.0:3.12
+    python tests/hosts.py --pair 1.9.0:3.9 --again   files in which tests failed, after they were mended
     python tests/hosts.py --newest --smoke     import, 20 steps and a prediction on the newest that can be installed
 
 Environments lie in --folder and are used again while the pair and setup.cfg stay the same; each pair leaves
@@ -220,15 +221,15 @@ def smoke(python: Path, folder: Path) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-def suite(python: Path, folder: Path, extra: list[str]) -> dict:
-    """Runs the pair's tests.
+def suite(python: Path, folder: Path, extra: list[str], tests: tuple[str, ...] = TESTS) -> dict:
+    """Runs the pair's tests, or only some of them.
 
     Returns:
         counts by outcome, the reasons of what was skipped, and the names of what failed.
     """
     report = folder / "junit.xml"
     report.unlink(missing_ok=True)
-    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *TESTS, *extra]
+    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *tests, *extra]
     with open(folder / "pytest.log", "wb") as log:
         subprocess.run(
             [str(word) for word in command],
@@ -254,6 +255,29 @@ def suite(python: Path, folder: Path, extra: list[str]) -> dict:
     return {**outcomes, "reasons": dict(reasons), "failures": failed}
 
 
+def suite_again(python: Path, folder: Path, extra: list[str], before: dict) -> dict:
+    """Runs the files again in which tests failed.
+
+    Returns:
+        what `suite` returned before, with the new outcomes of those tests, and in `again` those that pass now.
+    """
+    failed = before.get("failures", [])
+    files = tuple(sorted({name.partition("::")[0].replace(".", "/") + ".py" for name in failed}))
+    if not files:
+        return before
+    now = suite(python, folder, extra, files)
+    mended = [name for name in failed if name not in now["failures"]]
+    failures = sorted({*failed, *now["failures"]} - set(mended))
+    new = len(failures) - (len(failed) - len(mended))
+    return {
+        **before,
+        "passed": before["passed"] + len(mended) - new,
+        "failed": len(failures),
+        "failures": failures,
+        "again": [*before.get("again", ()), *mended],
+    }
+
+
 def table(results: list[dict]) -> str:
     """The Markdown table of all pairs, in the order of HOSTS."""
     order = [host.name for host in HOSTS]
@@ -266,8 +290,10 @@ def table(results: list[dict]) -> str:
     for result in results:
         skipped = str(result.get("skipped", 0)) if "passed" in result else "–"
         why = "; ".join(f"{count} x {reason}" for reason, count in result.get("reasons", {}).items())
-        if why or result["note"]:
-            notes.append(f"- {result['name']}: " + "; ".join(text for text in (result["note"], why) if text))
+        again = ", ".join(sorted({name.partition("[")[0].rpartition("::")[2] for name in result.get("again", ())}))
+        again = again and f"passed after they were mended, their files run again: {again}"
+        if result["note"] or why or again:
+            notes.append(f"- {result['name']}: " + "; ".join(text for text in (result["note"], why, again) if text))
         losses = " ".join(f"{loss:.6f}" for loss in result["losses"])
         lines.append(
             f"| {result['mindformers']} | {result['mindspore']} | {result['python']} | {result.get('passed', '–')} | "
@@ -294,6 +320,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pair", action="append", metavar="MINDFORMERS[:PYTHON]", help="only these; may be repeated")
     parser.add_argument("--newest", action="store_true", help="only the newest pair that can be installed whole")
+    parser.add_argument("--again", action="store_true", help="only the files in which tests failed the last time")
     parser.add_argument("--smoke", action="store_true", help="no tests: import, train, predict")
     parser.add_argument(
         "--folder", type=Path, help="where environments and results are kept; a temporary one by default"
@@ -317,16 +344,20 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
         try:
             python = build(host, folder)
             work = folder / f"{host.name}.work"
+            kept = folder / f"{host.name}.json"
+            before = json.loads(kept.read_text(encoding="utf-8")) if args.again and kept.is_file() else {}
             losses = smoke(python, work)
-            result = {**vars(host), "name": host.name, "losses": losses}
-            if not args.smoke:
+            result = {**before, **vars(host), "name": host.name, "losses": losses}
+            if before:
+                result = suite_again(python, work, args.pytest, result)
+            elif not args.smoke:
                 result.update(suite(python, work, args.pytest))
         except (HostFailed, subprocess.SubprocessError, OSError) as error:
             bad += 1
             print(f"   FAILED: {error}", flush=True)
             continue
         seconds = round(time.monotonic() - begun)
-        (folder / f"{host.name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        kept.write_text(json.dumps(result, indent=1), encoding="utf-8")
         bad += bool(result.get("failed"))
         counts = ", ".join(f"{result[key]} {key}" for key in ("passed", "failed", "skipped") if key in result)
         print(f"   loss {losses[0]:.6f} -> {losses[1]:.6f}; {counts or 'smoke only'}; {seconds} s", flush=True)

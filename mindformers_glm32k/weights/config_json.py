@@ -158,8 +158,8 @@ def _with_rope_ratio(config, path):
         _positive(ratio, "rope_ratio", path)
         if ratio != 1 and "chatglm2" in str(config.get("_name_or_path")).lower():
             raise InputError(
-                f"{path}: _name_or_path is {config['_name_or_path']!r}, rope_ratio {ratio!r}: ChatGLM2 divides positions "
-                "by it where ChatGLM3 multiplies the rotary base; only ChatGLM2 without rope_ratio is ChatGLM3's model"
+                f"{path}: _name_or_path is {config['_name_or_path']!r}, rope_ratio {ratio!r}: ChatGLM2 divides "
+                "positions by it where ChatGLM3 multiplies the rotary base; take a ChatGLM3 model"
             )
         if theta not in (None, _ROPE_BASE, _ROPE_BASE * ratio):
             raise InputError(

@@ -14,8 +14,10 @@ from mindformers_glm32k.dryrun.simulator import state, train
 from mindformers_glm32k.dryrun.simulator.comparison import compare_parameters
 from mindformers_glm32k.dryrun.simulator.network import NetworkError
 from mindformers_glm32k.dryrun.simulator.train import random_sequences
+from mindformers_glm32k.weights import merge, split
 from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.strategy import ShardSpec
+from mindformers_glm32k.weights.tensors import same_bits
 
 BETA = 0.9  # of the first moment, in the YAML
 # places among the inputs of the attention kernels
@@ -88,30 +90,21 @@ def test_four_ranks_equal_one_device(four_ranks, weights, sequences, reference_r
     assert len(losses) == 2 and abs(losses[0] - np.log(1024)) > 0.1  # not that of an even guess
 
 
+def transform_ckpt(folder, source, target, **strategy):
+    """The host's own tool, unchanged: folder/source -> folder/target, by src_ckpt_strategy or dst_ckpt_strategy."""
+    options = {"src_ckpt_dir": folder / source, "dst_ckpt_dir": folder / target, "prefix": "whole_", **strategy}
+    words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+    command = [sys.executable, "-m", "mindformers.tools.transform_ckpt", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_upstreams_transform_ckpt_merges_what_the_ranks_leave(four_ranks, weights, sequences, reference_run, tmp_path):
     for interpreter in four_ranks.run(weights, sequences).interpreters:
         state.save(interpreter, tmp_path / "checkpoint", 2)
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("checkpoint/*/*"))
     assert names == [f"checkpoint/rank_{rank}/glm32k_rank_{rank}-1_2.ckpt" for rank in range(4)]
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mindformers.tools.transform_ckpt",
-            "--src_ckpt_strategy",
-            str(four_ranks.strategy),
-            "--src_ckpt_dir",
-            str(tmp_path / "checkpoint"),
-            "--dst_ckpt_dir",
-            str(tmp_path / "merged"),
-            "--prefix",
-            "whole_",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    transform_ckpt(tmp_path, "checkpoint", "merged", src_ckpt_strategy=four_ranks.strategy)
     merged = open_source(tmp_path / "merged" / "rank_0" / "whole_0.ckpt").tensors
     one = reference_run.interpreters[0].parameters
     compared_names = [name for name in one if "transformer." in name]
@@ -121,6 +114,32 @@ def test_upstreams_transform_ckpt_merges_what_the_ranks_leave(four_ranks, weight
         whole, {name: parameter.value for name, parameter in one.items()}, reference_run.noise
     )
     assert differences[0].relative < 1e-5, differences[0]
+
+
+def test_upstreams_transform_ckpt_and_ours_merge_and_split_alike(four_ranks, weights, sequences, tmp_path):
+    ranks = four_ranks.run(weights, sequences).interpreters
+    for interpreter in ranks:
+        state.save(interpreter, tmp_path / "checkpoint", 2)
+    transform_ckpt(tmp_path, "checkpoint", "merged", src_ckpt_strategy=four_ranks.strategy)
+    merge(tmp_path / "checkpoint", tmp_path / "ours.ckpt", four_ranks.strategy, optimizer_states=True)
+    theirs = open_source(tmp_path / "merged" / "rank_0" / "whole_0.ckpt").tensors
+    ours = open_source(tmp_path / "ours.ckpt").tensors
+    sharded = [name for name in ours if "transformer." in name]
+    assert len(sharded) > 60
+    assert all(same_bits(ours[name].load(), theirs[name].load()) for name in sharded)
+
+    transform_ckpt(tmp_path, "merged", "split", dst_ckpt_strategy=four_ranks.strategy)
+    split(tmp_path / "ours.ckpt", tmp_path / "ours", four_ranks.strategy)
+    for rank in range(4):
+        (before,), (theirs,), (ours,) = (
+            (tmp_path / folder / f"rank_{rank}").glob("*.ckpt") for folder in ("checkpoint", "split", "ours")
+        )
+        before, theirs, ours = (open_source(path).tensors for path in (before, theirs, ours))
+        sharded = [name for name in before if "transformer." in name]
+        assert len(sharded) >= 30
+        for name in sharded:
+            values = before[name].load()
+            assert same_bits(theirs[name].load(), values) and same_bits(ours[name].load(), values), (rank, name)
 
 
 def test_an_mlp_in_chunks_equals_the_whole(two_ranks_in_chunks, weights, sequences, reference_run):

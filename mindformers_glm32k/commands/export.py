@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--lora", "of rank folders: add the adapters to the weights", action="store_true")
     option("--lora_scaling", "alpha / rank; default: as --config says, else adapter_config.json of the run", type=float)
     option("--base", "the whole checkpoint that the adapters were trained on, where the ranks' files lack it")
-    option("--lora_only", "of rank folders: write the adapters alone, as a folder that PEFT loads", action="store_true")
+    option(
+        "--lora_only",
+        "of rank folders: write the adapters alone, as a folder for vLLM's --enable-lora and PEFT",
+        action="store_true",
+    )
     option("--manifest", "of the training data, to name in the model card")
     option("--torch_python", "a Python with torch and transformers, to compare logits there, too", default="")
     option("--no_logits", "do not compare logits", action="store_true")
@@ -55,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
         if not ranks:
             report = _export(export, args, None)
         else:
-            args.src_ckpt_dir, args.adapters_format = args.load_checkpoint, "peft" if args.lora_only else "mindformers"
+            args.src_ckpt_dir, args.adapters_format = (
+                args.load_checkpoint,
+                "peft_glm" if args.lora_only else "mindformers",
+            )
             with strategy_of_run(args) as (strategy, dims, scaling, model_config):
                 if args.lora_only:
                     report = merge(
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                         adapters_only=args.output_dir,
                         dims=dims,
                         progress=True,
-                        adapters_format="peft",
+                        adapters_format=args.adapters_format,
                         model_config=model_config,
                     )
                     print(f"{len(report['tensors'])} tensors of adapters: {args.output_dir}")

@@ -37,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--adapters_only", "also (or, without --dst, only) write the adapters alone to this file", metavar="OUT")
     option(
         "--adapters_format",
-        "of --adapters_only: a file with MindFormers' names (default), or a folder that PEFT loads",
-        choices=("mindformers", "peft"),
+        "of --adapters_only: a file with MindFormers' names (default), or a folder that PEFT loads on the published "
+        "model (peft) or on transformers' `glm`, as `glm32k export` writes it (peft_glm)",
+        choices=("mindformers", "peft", "peft_glm"),
         default="mindformers",
     )
     parser.epilog = "With --config any other option is run_mindformer's."
@@ -87,7 +88,7 @@ def strategy_of_run(args: argparse.Namespace) -> Iterator[tuple]:
     if not args.config:
         if args.overrides:
             raise InputError(f"{args.overrides[0]}: no such option (run_mindformer's options go with --config)")
-        if (args.lora or args.adapters_format == "peft") and scaling is None:
+        if (args.lora or args.adapters_format != "mindformers") and scaling is None:
             from mindformers_glm32k.weights.lora import scale_of_run
 
             scaling = scale_of_run(Path(args.src_ckpt_dir))
@@ -101,7 +102,7 @@ def strategy_of_run(args: argparse.Namespace) -> Iterator[tuple]:
     arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
     layout, config = read_layout(arguments)
     dims = dims_of_run(config, args.config)
-    if (args.lora or args.adapters_format == "peft") and scaling is None:
+    if (args.lora or args.adapters_format != "mindformers") and scaling is None:
         scaling = scale_of_config(config, args.config)
     if args.src_ckpt_strategy or not is_sharded(config, layout):
         yield args.src_ckpt_strategy, dims, scaling, config["model"]["model_config"]

@@ -58,7 +58,8 @@ def merge(
         lora_scaling: alpha / rank; needed with `lora`.
         base: the whole checkpoint that adapters were trained on, where the ranks' files have none of it, or have it
             sharded in a way that the strategy does not tell.
-        adapters_only: a file for the adapters alone; with adapters_format "peft" a folder that PEFT loads.
+        adapters_only: a file for the adapters alone; with adapters_format "peft" a folder that PEFT loads on the
+            published model, with "peft_glm" one for transformers' `glm` and vLLM.
         dims: of the model; None takes them from the weights.
         progress: whether to show progress bars.
         model_config: the run's; what lies beside `base` must agree with it in what shapes do not show.
@@ -68,7 +69,7 @@ def merge(
         TransformFailed: MindSpore failed.
     """
     outputs = [Path(path) for path in (dst, adapters_only) if path is not None]
-    peft = Path(adapters_only) if adapters_only is not None and adapters_format == "peft" else None
+    peft = Path(adapters_only) if adapters_only is not None and adapters_format != "mindformers" else None
     files_to_write = [path for path in outputs if path != peft]
     _check_options(files_to_write, lora, lora_scaling, base, optimizer_states, peft)
     known = config_of(base) if base is not None else None
@@ -79,7 +80,7 @@ def merge(
     files, remarks = choose(src_ckpt_dir, ranks, step)
     world = len(files.tensors)
     plan = MergePlan(files, stages or [{}], world // len(stages or [{}]), strategy)
-    job = _Job(plan, lora, lora_scaling, optimizer_states, _open_base(base), dims, peft)
+    job = _Job(plan, lora, lora_scaling, optimizer_states, _open_base(base), dims, peft, adapters_format)
     job.check(src_ckpt_dir, dst is not None, adapters_only is not None)
     if not stages:
         remarks.append(
@@ -110,11 +111,9 @@ def merge(
 def _check_options(outputs, lora, scaling, base, states, peft):
     if peft is not None:
         if peft.exists():
-            raise InputError(f"{peft}: exists already; --adapters_format peft writes a new folder")
+            raise InputError(f"{peft}: exists already; a new folder is needed for adapters")
         if scaling is None:
-            raise InputError(
-                "--adapters_format peft needs alpha / rank: give --lora_scaling, or --config with the YAML"
-            )
+            raise InputError("adapters for PEFT need alpha / rank: give --lora_scaling, or --config with the YAML")
     if not outputs and peft is None:
         raise InputError("nothing to write: give --dst or --adapters_only")
     for path in outputs:
@@ -150,6 +149,7 @@ class _Job:
     base: dict[str, StoredTensor] | None
     dims: ModelDims | None
     peft: Path | None = None
+    adapters_format: str = "mindformers"
 
     def check(self, source: object, wants_weights: bool, wants_adapters: bool) -> None:
         """Checks all that can be checked without reading values; raises InputError."""
@@ -255,7 +255,8 @@ class _Job:
     def _write_adapters(self, work, path, order, adapters):
         if path == self.peft:
             values = {name: (adapters[name], self.adapters[name].dtype) for name in order}
-            return write_adapter(work / "peft", values, self.scaling, self.dims or self._dims_of_weights())
+            naming = "glm" if self.adapters_format == "peft_glm" else "chatglm"
+            return write_adapter(work / "peft", values, self.scaling, self.dims or self._dims_of_weights(), naming)
         entries = [self.adapters[name].spec for name in order]
         with CheckpointWriter.for_file(work / f"adapters{path.suffix}", entries) as writer:
             for name in order:

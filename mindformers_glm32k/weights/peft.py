@@ -207,12 +207,18 @@ def _check_targets(config, sides, path):
 
 
 def write_adapter(
-    folder: Path, adapters: Mapping[str, tuple[np.ndarray, str]], scale: float, dims: ModelDims | None
+    folder: Path,
+    adapters: Mapping[str, tuple[np.ndarray, str]],
+    scale: float,
+    dims: ModelDims | None,
+    naming: str = "chatglm",
 ) -> CheckpointWriter:
-    """Writes MindFormers' adapters as a PEFT folder for the published model; returns the writer, for a report.
+    """Writes MindFormers' adapters as a PEFT folder; returns the writer, for a report.
 
-    Split projections become one adapter of the fused one: their A on each other, their B on the diagonal, so that the
-    rank is the sum of theirs, and lora_alpha = scale x rank keeps the product.
+    For the published model ("chatglm") split projections become one adapter of the fused one: their A on each other,
+    their B on the diagonal, so that the rank is the sum of theirs, and lora_alpha = scale x rank keeps the product.
+    For transformers' `glm` a fused one becomes three, which share A. There all have the largest rank, filled with
+    zeros: engines allocate one rank, and not all of them read PEFT's patterns.
 
     Raises:
         InputError: some of a fused projection's parts have no adapter, and no `dims` tell how large they are.
@@ -223,34 +229,40 @@ def write_adapter(
         parts, layer = key_of(weight)
         fused = next((family for family in (QKV, MLP) if parts[0] in family), parts)
         modules.setdefault(TensorKey(fused, layer), {}).setdefault(parts, {})[side] = values
-    tensors, ranks = {}, {}
+    pairs = {}
     for key, parts in modules.items():
-        module = name_of(key, "chatglm")[: -len(".weight")]
-        a, b = _fuse(key, parts, dims)
-        ranks[module] = len(a)
-        tensors[f"base_model.model.{module}.lora_A.weight"], tensors[f"base_model.model.{module}.lora_B.weight"] = a, b
+        for part_key, pair in _split(key, parts, dims) if naming == "glm" else [(key, _fuse(key, parts, dims))]:
+            pairs[name_of(part_key, naming)[: -len(".weight")]] = pair
+    if naming == "glm":
+        pairs = _padded(pairs)
+    ranks = {module: len(a) for module, (a, _) in pairs.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: other for module, other in ranks.items() if other != rank}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "THUDM/chatglm3-6b-32k",
+        "base_model_name_or_path": "THUDM/chatglm3-6b-32k" if naming == "chatglm" else None,
         "r": rank,
         "lora_alpha": _plain(scale * rank),
         "lora_dropout": 0.0,
-        "target_modules": sorted({module.rsplit(".", 1)[1] for module in ranks}),
+        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks}),
         "rank_pattern": others,
         "alpha_pattern": {module: _plain(scale * other) for module, other in others.items()},
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    layers = sorted({key.layer for key in modules})
+    layers = sorted({key.layer for key in modules if key.layer is not None})
     expected = dims.num_layers if dims else layers[-1] + 1
-    by_target = Counter(module.rsplit(".", 1)[1] for module in ranks)
+    by_target = Counter(module.rsplit(".", 1)[-1] for module in ranks)
     if set(by_target.values()) != {expected}:
         config["target_modules"] = sorted(ranks)  # only some layers have it: whole names
     folder.mkdir()
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": values
+        for module, pair in pairs.items()
+        for side, values in zip("AB", pair)
+    }
     entries = [(name, values.shape, "fp32") for name, values in tensors.items()]
     with CheckpointWriter.for_file(folder / _FILES[0], entries, "pt") as writer:
         for name, values in tensors.items():
@@ -258,6 +270,34 @@ def write_adapter(
         writer.finish()
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return writer
+
+
+def _split(key, parts, dims):
+    """Yields (key, (A, B)) of the weights that `glm` has for one that is fused here: the three of attention."""
+    if key.parts != QKV:
+        yield key, _fuse(key, parts, dims)
+    elif QKV in parts:
+        if dims is None:
+            raise InputError(
+                "adapters of query_key_value only: the rows of query, key and value in it are unknown; give --config "
+                "with the YAML of the run"
+            )
+        a, b = _fuse(key, parts, dims)
+        for part in QKV:
+            rows = slice(*_rows_of(dims, key, part))
+            yield TensorKey((part,), key.layer), (a, np.ascontiguousarray(b[rows]))
+    else:
+        for held, sides in parts.items():
+            yield TensorKey(held, key.layer), _fuse(TensorKey(held, key.layer), {held: sides}, dims)
+
+
+def _padded(pairs):
+    """All pairs with the largest rank of any: rows of A and columns of B that are zero add nothing."""
+    rank = max(len(a) for a, _ in pairs.values())
+    return {
+        module: (np.pad(a, ((0, rank - len(a)), (0, 0))), np.pad(b, ((0, 0), (0, rank - b.shape[1]))))
+        for module, (a, b) in pairs.items()
+    }
 
 
 def _fuse(key, parts, dims):

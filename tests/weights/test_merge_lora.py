@@ -88,7 +88,7 @@ def test_adapters_as_a_peft_folder(run, tensors, strategy, tmp_path):
     assert_close(tmp_path / "out.ckpt", merged(tensors, 0.5))
     with pytest.raises(InputError, match="peft: exists already"):
         merge(run, None, strategy, lora_scaling=0.5, adapters_only=tmp_path / "peft", adapters_format="peft")
-    with pytest.raises(InputError, match="--adapters_format peft needs alpha / rank"):
+    with pytest.raises(InputError, match="adapters for PEFT need alpha / rank"):
         merge(run, None, strategy, adapters_only=tmp_path / "other", adapters_format="peft")
     both = merge(
         run,

@@ -166,8 +166,9 @@ def test_files_that_are_not_understood(base, tensors, tmp_path):
         convert(base, tmp_path / "o.ckpt", adapter=tmp_path)
 
 
+@pytest.mark.parametrize("naming", ("chatglm", "glm"))
 @pytest.mark.parametrize("fused", (True, False))
-def test_what_is_written_merges_to_the_same(base, tensors, tmp_path, fused):
+def test_what_is_written_merges_to_the_same(base, tensors, tmp_path, fused, naming):
     """MindFormers' adapters, of fused or of split projections, some without one: the product is kept."""
     rng, ours, expected = np.random.default_rng(3), {}, merged(tensors, {}, 0)
     places = {"self_attention.dense": ("self_attention.dense", slice(None))}
@@ -185,9 +186,14 @@ def test_what_is_written_merges_to_the_same(base, tensors, tmp_path, fused):
             ours[LAYER.format(layer) + name + ".mindpet_delta_lora_a"] = a, "fp32"
             ours[LAYER.format(layer) + name + ".mindpet_delta_lora_b"] = b, "fp32"
             weight[rows] += 1.5 * b.astype(np.float64) @ a.astype(np.float64)
-    write_adapter(tmp_path / "peft", ours, 1.5, DIMS)
+    write_adapter(tmp_path / "peft", ours, 1.5, DIMS, naming)
     convert(base, tmp_path / "o.ckpt", adapter=tmp_path / "peft")
     assert_equal(read_back(tmp_path / "o.ckpt", tmp_path / "back"), expected)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    if naming == "glm":
+        targets = {"q_proj", "k_proj", "v_proj", "o_proj"} if fused else {"q_proj", "v_proj", "gate_up_proj", "o_proj"}
+        assert set(config["target_modules"]) == targets and not config["rank_pattern"]
+        return
     if not fused:
         with pytest.raises(InputError, match="wq.weight, .*only: their rows in the fused weight are unknown"):
             write_adapter(tmp_path / "other", ours, 1.5, None)

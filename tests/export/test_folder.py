@@ -3,7 +3,9 @@
 import importlib.util
 import json
 
+import numpy as np
 import pytest
+from weights.parallel import read_all, write_checkpoint
 
 from mindformers_glm32k.cli import main
 from mindformers_glm32k.errors import InputError
@@ -11,7 +13,8 @@ from mindformers_glm32k.export import export, verify
 from mindformers_glm32k.files import weights_digest
 from mindformers_glm32k.tokenizer.chat_format import stop_ids
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
-from mindformers_glm32k.weights import convert, load_hf_weights
+from mindformers_glm32k.weights import convert, load_hf_weights, merge
+from mindformers_glm32k.weights.checkpoint import read_file
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,39 @@ def test_bad_input_in_one_line(checkpoint, small_vocab_file, tmp_path, capsys, c
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
     assert [path.name for path in tmp_path.iterdir() if path.name != "output"] == ["something"]
+
+
+def test_adapters_of_a_run_through_the_command(checkpoint, small_vocab_file, tmp_path, capsys):
+    """`--lora` gives the weights that the base has with the adapter of `--lora_only`, under the names of the folder."""
+    tensors, rng = read_all(checkpoint), np.random.default_rng(0)
+    for name in [name for name, (values, _) in tensors.items() if "layers" in name and values.ndim == 2]:
+        rows, columns = tensors[name][0].shape
+        for side, shape in (("a", (2, columns)), ("b", (rows, 2))):
+            values = rng.standard_normal(shape).astype(np.float32)
+            tensors[f"{name[: -len('weight')]}mindpet_delta_lora_{side}"] = values, "fp32"
+    write_checkpoint(tmp_path / "run" / "rank_0" / "glm32k_rank_0-1_1.ckpt", tensors)
+    config = tmp_path / "config.json"
+    report = json.loads(checkpoint.with_suffix(".report.json").read_text())
+    config.write_text(json.dumps(report["huggingface_config"]))
+    options = ["--load_checkpoint", str(tmp_path / "run"), "--lora_scaling", "0.5", "--output_dir"]
+    assert main(["export", *options, str(tmp_path / "adapter"), "--lora_only"]) == 0
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert set(fields["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}
+    base, merged = tmp_path / "base", tmp_path / "merged.ckpt"
+    assert main(["export", "--load_checkpoint", str(checkpoint), "--tokenizer", str(small_vocab_file),
+                 "--no_logits", "--output_dir", str(base)]) == 0  # fmt: skip
+    served = {tensor.name for path in base.glob("*.safetensors") for tensor in read_file(path)}
+    adapted = {tensor.name.split(".lora_")[0] for tensor in read_file(tmp_path / "adapter/adapter_model.safetensors")}
+    assert {name[len("base_model.model.") :] + ".weight" for name in adapted} <= served
+    convert(base, merged, adapter=tmp_path / "adapter")
+    merge(tmp_path / "run", tmp_path / "ours.ckpt", lora=True, lora_scaling=0.5)
+    theirs, ours = ({tensor.name: tensor.load() for tensor in read_file(path) if tensor.shape}
+                    for path in (merged, tmp_path / "ours.ckpt"))  # fmt: skip
+    assert theirs.keys() == ours.keys()
+    for name, values in ours.items():
+        np.testing.assert_allclose(theirs[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert main(["export", *options, str(tmp_path / "adapter"), "--lora_only"]) == 2
+    assert "adapter: exists already" in capsys.readouterr().err
 
 
 def test_a_vocabulary_that_is_too_large(checkpoint, reference, tmp_path):

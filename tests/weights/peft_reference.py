@@ -2,6 +2,7 @@
 
 make BASE OUT: adapters on transformers' `glm` with random values, saved by PEFT, and their logits (OUT/NAME.npy).
 logits FOLDER OUT: those of a whole `glm` folder.
+adapted FOLDER ADAPTER OUT: those of a `glm` folder with an adapter that PEFT loads.
 merge WEIGHTS ADAPTER OUT: the published model's linear layers with an adapter that PEFT loads and merges.
 """
 
@@ -76,5 +77,7 @@ if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "logits":
         np.save(arguments[1], logits(load(arguments[0])))
+    elif command == "adapted":
+        np.save(arguments[2], logits(PeftModel.from_pretrained(load(arguments[0]), arguments[1]).eval()))
     else:
         {"make": make, "merge": merge}[command](*arguments)

@@ -76,3 +76,25 @@ def test_peft_loads_what_is_written(tmp_path):
     for module, (a, b) in pairs.items():
         expected = linear[module + ".weight"] + 0.75 * b @ a
         np.testing.assert_allclose(found[module + ".weight"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_loads_what_is_written_for_glm(tmp_path):
+    """An adapter on the folder that `glm32k export` writes: logits of the merged model."""
+    tensors = values()
+    write_folder(tmp_path / "hf", TINY, tensors, "safetensors")
+    convert_reversed(tmp_path / "hf", tmp_path / "glm", hf_naming="glm")
+    pairs = adapters(tensors, rank=lambda module: 2 if ".1." in module else 4)
+    ours = {
+        f"{module}.mindpet_delta_lora_{side}": (0.2 * value, "fp32")
+        for module, pair in pairs.items()
+        for side, value in zip("ab", pair)
+    }
+    write_adapter(tmp_path / "peft", ours, 0.75, DIMS, "glm")
+    run("adapted", tmp_path / "glm", tmp_path / "peft", tmp_path / "found.npy")
+    convert(tmp_path / "hf", tmp_path / "merged.ckpt", adapter=tmp_path / "peft")
+    convert_reversed(tmp_path / "merged.ckpt", tmp_path / "merged", hf_naming="glm")
+    run("logits", tmp_path / "merged", tmp_path / "expected.npy")
+    run("logits", tmp_path / "glm", tmp_path / "plain.npy")
+    found, expected, plain = (np.load(tmp_path / f"{name}.npy") for name in ("found", "expected", "plain"))
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(plain - expected).max() > 0.05 * np.abs(expected).max()  # control: the adapter changes them

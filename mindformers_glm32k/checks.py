@@ -110,3 +110,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if value != found[key]:
                 raise UnusableJSON(f"key {key!r} is given twice, as {value!r:.40} and {found[key]!r:.40}; remove one")
     return found
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """What `--shard K/N` says: K from 0 to N - 1, and N."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise InputError(f"--shard {text}: K/N is needed with K from 0 to N - 1, such as 0/4")
+    return int(number), int(count)

@@ -19,6 +19,10 @@ COMMANDS = {
         "mindformers_glm32k.commands.preprocess",
         "write LongBench as training records in the AdGen layout, some documents held out",
     ),
+    "generate": (
+        "mindformers_glm32k.commands.generate",
+        "answer a file of prompts or chats, in batches; goes on where it was interrupted",
+    ),
     "longbench": (
         "mindformers_glm32k.commands.longbench",
         "predict LongBench's samples, score the answers, report them beside published scores and other runs",

@@ -152,6 +152,17 @@ def read_config(argv: Sequence[str] | None = None) -> MindFormerConfig:
     return config
 
 
+def read_prediction_config(
+    arguments: Sequence[str], checkpoint: str | None, tokenizer: str | os.PathLike
+) -> MindFormerConfig:
+    """The configuration of a prediction: --config YAML and overrides, with a checkpoint (None: the YAML's) and a
+    tokenizer.model; otherwise as `read_config`.
+    """
+    more = ["--load_checkpoint", checkpoint] if checkpoint else []
+    vocabulary = ["--processor.tokenizer.vocab_file", str(tokenizer)]
+    return read_config([*arguments, "--run_mode", "predict", *vocabulary, *more])
+
+
 def read_as_written(argv: Sequence[str] | None = None) -> tuple[dict, dict]:
     """The YAML as it is written, without MindFormers' defaults and whatever is wrong with it, for `glm32k check`.
 

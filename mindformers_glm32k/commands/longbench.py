@@ -124,6 +124,7 @@ def _all(args):
 def _predict(args):
     from pathlib import Path
 
+    from mindformers_glm32k.checks import shard_of
     from mindformers_glm32k.data.prompts import PromptTemplates
     from mindformers_glm32k.longbench import predict, samples
     from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
@@ -131,7 +132,7 @@ def _predict(args):
     if bool(args.config) == bool(args.base_url):
         raise InputError("give --config YAML to answer with this plugin, or --base_url URL to ask a server")
     _check_numbers(args)
-    number, count = _shard(args.shard)
+    number, count = shard_of(args.shard)
     file = Path(args.tokenizer)
     file = file / "tokenizer.model" if file.is_dir() else file
     vocabulary = Vocabulary(file)
@@ -168,13 +169,6 @@ def _check_numbers(args):
             whole_number(getattr(args, name), f"--{name}", number)
     if not args.timeout > 0:
         raise InputError(f"--timeout {args.timeout}: must be more than 0 seconds")
-
-
-def _shard(text):
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise InputError(f"--shard {text}: K/N is needed with K from 0 to N - 1, such as 0/4")
-    return int(number), int(count)
 
 
 def _engine(args, tokenizer, vocabulary):

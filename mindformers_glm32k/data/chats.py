@@ -61,6 +61,14 @@ class ChatLayout:
 
     def sample(self, record: dict) -> Chat:
         """InputError (without the location) when something is missing or wrong."""
+        turns = self.turns(record)
+        if not any(turn.in_loss for turn in turns):
+            field = self._list(record)
+            raise InputError(f"field {field!r} has no assistant message to learn from; add one or remove the line")
+        return Chat(tuple(turns))
+
+    def turns(self, record: dict) -> list[Turn]:
+        """The messages of a record, whether or not there is an answer to learn; otherwise as `sample`."""
         field = self._list(record)
         if field is None:
             raise InputError(f"has neither 'messages' nor 'conversations'; {_HINT}")
@@ -85,9 +93,7 @@ class ChatLayout:
             if not own and turns[0].role == "system" and messages[0].get("tools") is not None:
                 raise InputError("tools are given twice, in the record and in its system message; remove one of them")
             turns = with_tools(turns, tools, is_own_message=own)
-        if not any(turn.in_loss for turn in turns):
-            raise InputError(f"field {field!r} has no assistant message to learn from; add one or remove the line")
-        return Chat(tuple(turns))
+        return turns
 
     def unused(self, record: dict) -> list[str]:
         """Names of the fields that carry text which no sample has."""

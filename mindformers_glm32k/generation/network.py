@@ -1,0 +1,161 @@
+"""The model of a YAML with its weights, as what answers: prompts of ids to answers of ids."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindformers_glm32k.errors import CommandFailed, InputError
+from mindformers_glm32k.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mindformers.tools.register import MindFormerConfig
+
+
+class Network:
+    """The model, through MindFormers' generator. It is built and loaded when it is first asked.
+
+    Args:
+        config: for prediction, with checkpoint and tokenizer.
+        batch_size: prompts that are answered together; None: the YAML's.
+
+    Attributes:
+        room: tokens of prompt and answer together.
+        identity: what determines the answers: engine, model (a digest of its weights) and config.
+        writes: whether this process writes the answers (of several that compute together, one does).
+    """
+
+    def __init__(self, config: MindFormerConfig, batch_size: int | None = None):
+        self._config = config
+        model = config.model.model_config
+        self.room: int = model.seq_length
+        self.batch_size: int = batch_size or (model.batch_size if model.use_past else None) or 1
+        weights = config.load_checkpoint
+        self.identity = {
+            "engine": "mindformers",
+            "model": checkpoint_hash(weights) if weights else f"random weights, seed {config.seed}",
+            "config": config_hash(model),
+        }
+        self.writes = int(os.environ.get("RANK_ID", 0)) == 0 or not config.use_parallel
+        self._pad = model.pad_token_id or 0
+        self._network: Any = None
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        min_new_tokens: int = 0,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        streamer: Any = None,
+    ) -> list[list[int]]:
+        """The answers' ids, stop ids included, as transformers' generate returns them.
+
+        Args:
+            prompts: ids, of any lengths.
+            max_new_tokens: the longest answer.
+            stop_ids: what ends an answer.
+            min_new_tokens: the shortest, in which no stop id counts; from the longest prompt on.
+            sampling: greedy by default.
+            seeds: of each prompt, for sampling: an answer depends on its own alone.
+            streamer: put() gets the prompts, then the ids as they come.
+        """
+        import numpy as np
+
+        self.load()
+        sampling = sampling or Sampling()
+        longest = max(map(len, prompts))
+        rows = [row + [self._pad] * (longest - len(row)) for row in prompts]
+        # every compiled program has the shape of a whole batch
+        missing = self.batch_size - len(rows) if len(prompts) > 1 else 0
+        rows += rows[-1:] * missing
+        options: dict[str, Any] = {"min_new_tokens": min_new_tokens} if min_new_tokens else {}
+        if streamer is not None:
+            options["streamer"] = streamer
+        if sampling.is_random:
+            seeds = list(seeds or [0] * len(prompts))
+            options["logits_processor"] = sampling.processors([*seeds, *seeds[-1:] * missing])
+        try:
+            outputs = self._network.generate(
+                input_ids=np.array(rows, np.int32),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(stop_ids),
+                pad_token_id=self._pad,
+                do_sample=False,
+                repetition_penalty=float(sampling.repetition_penalty),
+                **options,
+            )
+        except BaseException:
+            blocks = getattr(self._network, "block_mgr", None)
+            if blocks:  # an answer that is broken off keeps its place in the cache otherwise
+                blocks.clear_cache()
+            raise
+        return [[int(index) for index in row[len(prompt) :]] for prompt, row in zip(prompts, outputs)]
+
+    def load(self) -> None:
+        """Builds the network with its weights, which Trainer.predict loads and checks for a first short answer."""
+        if self._network is not None:
+            return
+        from mindformers import Trainer, build_context
+
+        from mindformers_glm32k.compat import barrier_on_cpu, set_output_path
+        from mindformers_glm32k.preflight.run_config import check_config
+
+        config = self._config
+        check_config(config, "predict")
+        config.model.model_config.max_new_tokens = 1
+        config.model.model_config.batch_size = self.batch_size
+        set_output_path(config.output_dir)
+        build_context(config)
+        trainer = Trainer(config)
+        with tempfile.TemporaryDirectory() as folder, barrier_on_cpu():
+            config.save_file = str(Path(folder) / "first.txt")
+            trainer.predict(
+                predict_checkpoint=config.load_checkpoint,
+                input_data=["a"] * self.batch_size,
+                batch_size=self.batch_size,
+            )
+        self._network = getattr(getattr(trainer.trainer, "pipeline_task", None), "network", None)
+        if self._network is None:
+            raise CommandFailed("MindFormers' Trainer keeps no network after a prediction")
+
+
+def sequences_in_cache(model_config: dict) -> int | None:
+    """How many sequences of seq_length tokens the cache's num_blocks x block_size slots hold; None without a cache."""
+    if not model_config.use_past:
+        return None
+    return max(1, model_config.num_blocks * model_config.block_size // model_config.seq_length)
+
+
+def config_hash(model_config: dict) -> str:
+    """A digest of what a YAML's model_config says about the model itself, not about room, batches and sampling."""
+    told = sorted((key, str(value)) for key, value in model_config.items() if key not in _NOT_THE_MODEL)
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+def checkpoint_hash(path: str | Path) -> str:
+    """A digest of a checkpoint's bytes: one file, or all weights in a folder with their names."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.suffix in _WEIGHTS)
+    if not files:
+        raise InputError(f"--load_checkpoint {path}: no weights in it ({', '.join(_WEIGHTS)})")
+    digest = hashlib.sha256()
+    for file in files:
+        if len(files) > 1:
+            digest.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as opened:
+            while chunk := opened.read(1 << 24):
+                digest.update(chunk)
+    return f"sha256:{digest.hexdigest()[:32]}"
+
+
+_NOT_THE_MODEL = frozenset(
+    "batch_size block_size checkpoint_name_or_path do_sample eos_token_id is_dynamic max_new_tokens num_blocks "
+    "repetition_penalty seq_length top_k top_p use_past".split()
+)
+_WEIGHTS = (".ckpt", ".safetensors", ".bin")

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_glm32k.errors import CommandFailed, InputError
+from mindformers_glm32k.errors import CommandFailed
+from mindformers_glm32k.files import weights_digest
 from mindformers_glm32k.generation.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -140,22 +141,10 @@ def config_hash(model_config: dict) -> str:
 
 def checkpoint_hash(path: str | Path) -> str:
     """A digest of a checkpoint's bytes: one file, or all weights in a folder with their names."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.suffix in _WEIGHTS)
-    if not files:
-        raise InputError(f"--load_checkpoint {path}: no weights in it ({', '.join(_WEIGHTS)})")
-    digest = hashlib.sha256()
-    for file in files:
-        if len(files) > 1:
-            digest.update(str(file.relative_to(path)).encode())
-        with open(file, "rb") as opened:
-            while chunk := opened.read(1 << 24):
-                digest.update(chunk)
-    return f"sha256:{digest.hexdigest()[:32]}"
+    return f"sha256:{weights_digest(Path(path))[:32]}"
 
 
 _NOT_THE_MODEL = frozenset(
     "batch_size block_size checkpoint_name_or_path do_sample eos_token_id is_dynamic max_new_tokens num_blocks "
     "repetition_penalty seq_length top_k top_p use_past".split()
 )
-_WEIGHTS = (".ckpt", ".safetensors", ".bin")

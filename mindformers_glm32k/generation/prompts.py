@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,30 +48,3 @@ class ChatPromptTokenizer(GLM32KTokenizer):
     def decode(self, sequences: Sequence[np.ndarray], **_: Any) -> list[str]:
         """Answers of the batch whose prompts were tokenized last, from prompts and generated tokens together."""
         return [self.decode_answer(ids, length) for ids, length in zip(sequences, self.prompt_lengths)]
-
-
-def read_prompts(input_data: str | list[str]) -> list[str]:
-    """Prompts from what `--predict_data` was given: a text, a list of texts, or a file with one prompt a line.
-
-    Raises:
-        InputError: nothing given, an empty prompt, an empty file, or not text.
-    """
-    if isinstance(input_data, str) and os.path.isfile(input_data):
-        try:
-            with open(input_data, encoding="utf-8") as file:
-                prompts = [line.rstrip("\n").replace(r"\n", "\n") for line in file if line.strip()]
-        except UnicodeDecodeError as error:
-            raise InputError(f"{input_data}: not UTF-8 ({error}); convert the file") from error
-        if not prompts:
-            raise InputError(f"{input_data}: no prompts; write one a line")
-        return prompts
-    prompts = [input_data] if isinstance(input_data, str) else input_data
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(
-            f"no prompt to answer: found {type(input_data).__name__}; give --predict_data TEXT …, or a "
-            "file with one prompt a line"
-        )
-    for count, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise InputError(f"prompt {count} is empty; give a text")
-    return prompts

@@ -14,7 +14,6 @@ from mindformers_glm32k.data.records import json_lines
 from mindformers_glm32k.data.truncation import LEAST, halves, level
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import require_file
-from mindformers_glm32k.generation.prompts import read_prompts
 from mindformers_glm32k.tokenizer import chat_format as chat
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
@@ -188,3 +187,30 @@ def measured(questions: QuestionFile, vocabulary: Vocabulary, room: int, on_long
             "or give --on_long_prompt truncate, which leaves their middle out"
         )
     return lengths
+
+
+def read_prompts(input_data: str | list[str]) -> list[str]:
+    """Prompts from what `--predict_data` was given: a text, a list of texts, or a file with one prompt a line.
+
+    Raises:
+        InputError: nothing given, an empty prompt, an empty file, or not text.
+    """
+    if isinstance(input_data, str) and os.path.isfile(input_data):
+        try:
+            with open(input_data, encoding="utf-8") as file:
+                prompts = [line.rstrip("\n").replace(r"\n", "\n") for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{input_data}: not UTF-8 ({error}); convert the file") from error
+        if not prompts:
+            raise InputError(f"{input_data}: no prompts; write one a line")
+        return prompts
+    prompts = [input_data] if isinstance(input_data, str) else input_data
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(
+            f"no prompt to answer: found {type(input_data).__name__}; give --predict_data TEXT …, or a "
+            "file with one prompt a line"
+        )
+    for count, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise InputError(f"prompt {count} is empty; give a text")
+    return prompts

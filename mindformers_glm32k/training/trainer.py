@@ -16,7 +16,8 @@ from mindformers_glm32k.data.dataset import check_vocabulary
 from mindformers_glm32k.data.packing import COLUMNS as PACKED_COLUMNS
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
-from mindformers_glm32k.generation.prompts import ChatPromptTokenizer, read_prompts
+from mindformers_glm32k.generation.prompts import ChatPromptTokenizer
+from mindformers_glm32k.generation.questions import read_prompts
 from mindformers_glm32k.overrides import normalize_values
 from mindformers_glm32k.parallel import one_program, pipeline_stages
 from mindformers_glm32k.preflight import check_checkpoint, check_config, check_dataset, check_packing, check_run_layout

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.generation.prompts import ChatPromptTokenizer, read_prompts
+from mindformers_glm32k.generation.prompts import ChatPromptTokenizer
+from mindformers_glm32k.generation.questions import read_prompts
 from mindformers_glm32k.tokenizer.glm32k_tokenizer import GLM32KTokenizer
 
 

@@ -108,9 +108,16 @@ def read_model(args: argparse.Namespace) -> tuple[Path, Vocabulary, MindFormerCo
     """Path of the tokenizer, its vocabulary, and the configuration."""
     from pathlib import Path
 
-    from mindformers_glm32k.run_mindformer import read_prediction_config
+    from mindformers_glm32k.checks import did_you_mean
+    from mindformers_glm32k.run_mindformer import OVERRIDES, read_prediction_config
     from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
+    known = {"options", "register_path", *(name for name, *_ in OVERRIDES)}
+    for word in args.overrides:
+        name = word[2:].partition("=")[0]
+        if word.startswith("--") and "." not in name and name not in known:
+            near = did_you_mean(f"--{name}", [f"--{option}" for option in vars(args)])
+            raise InputError(f"unknown option --{name}{near}; keys of the YAML have dots, --model.model_config.top_k 5")
     file = Path(args.tokenizer)
     file = file / "tokenizer.model" if file.is_dir() else file
     vocabulary = Vocabulary(file)

@@ -99,7 +99,7 @@ def test_answers_of_a_batch_are_those_of_each_prompt_alone(command, checkpoint, 
         (["--max_new_tokens", "256"], "--max_new_tokens 256: seq_length 256 has no room"),
         (["--top_p", "2"], "--top_p 2.0: must be"),
         (["--max_new_tokens", "200"], "prompt 6: "),
-        (["--temprature", "1"], "temprature"),
+        (["--temprature", "1"], "unknown option --temprature, did you mean '--temperature'?"),
         (["--input", "none.jsonl"], "--input none.jsonl: no such file"),
     ],
 )

@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mindformers_glm32k.checks import parse_json
+from mindformers_glm32k.checks import is_int, is_number, parse_json
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.checkpoint import read_file
 from mindformers_glm32k.weights.finding import ADAPTER_CONFIG
 from mindformers_glm32k.weights.lora import add_product
 from mindformers_glm32k.weights.model_dims import ModelDims
 from mindformers_glm32k.weights.names import MLP, QKV, TensorKey, adapter_of, key_of, name_of, unwrapped
-from mindformers_glm32k.weights.tensors import CARRIER, ITEM_SIZE, StoredTensor, cast
+from mindformers_glm32k.weights.tensors import CARRIER, ITEM_SIZE, StoredTensor, cast, count_not_finite
 from mindformers_glm32k.weights.writer import CheckpointWriter
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -65,6 +65,9 @@ class MergedWeight(StoredTensor):
         for a, b, scale, rows, b_rows in self.products:
             ours, theirs = slice(*rows), slice(*b_rows)
             low_rank = (a.load(), a.dtype), (b.load()[theirs], b.dtype)
+            for side, (matrix, dtype) in zip((a, b), low_rank):
+                if count_not_finite(np.ascontiguousarray(matrix), dtype):
+                    raise InputError(f"{side.file}: key {side.name!r} holds NaN or infinity; its training had diverged")
             values[ours] = add_product((values[ours], self.dtype), *low_rank, scale, self.name)
         item = ITEM_SIZE[self.dtype]
         yield values.reshape(-1).view(CARRIER[self.dtype])[start // item : None if stop is None else stop // item]
@@ -94,7 +97,10 @@ def merge_adapter(
             )
         ranks[rank] += 1
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        for target, (where, from_rows) in _overlaps(dims, key, weights):
+        targets = list(_overlaps(dims, key, weights))
+        if not targets:
+            raise InputError(f"{a.file}: {module!r} is not in the base, which has {dims.num_layers} layers")
+        for target, (where, from_rows) in targets:
             products.setdefault(target, []).append(_Product(a, b, scale, where, from_rows))
     for key, found in products.items():
         base = weights[key]
@@ -107,7 +113,8 @@ def merge_adapter(
         if key not in weights or tensor.shape != weights[key].shape or tensor.dtype not in ITEM_SIZE:
             raise InputError(f"{tensor.file}: key {tensor.name!r} of modules_to_save does not fit the base's layout")
         result[key] = tensor
-    _check_targets(config, sides, path)
+    _check_targets(config, sides, dims, path)
+    _check_saved(config, whole, path)
     replaced = f", {len(whole)} whole weights replaced" if whole else ""
     return result, (
         f"{folder}: {len(sides)} LoRA adapters of rank {', '.join(map(str, sorted(ranks)))} merged{replaced}; trained "
@@ -128,8 +135,19 @@ def _read_config(folder):
         raise InputError(f"{path}: peft_type is {kind!r}; only LORA can be merged")
     for key in ("r", "lora_alpha"):
         value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int if key == "r" else (int, float)) or value <= 0:
+        if not (is_int(value, 1) if key == "r" else is_number(value) and 0 < value < math.inf):
             raise InputError(f"{path}: {key} is {value!r}, a positive number is needed")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise InputError(f"{path}: {key} is {patterns!r:.60}, an object is needed")
+        for pattern, value in patterns.items():
+            try:
+                re.compile(_suffix(pattern))
+            except re.error as error:
+                raise InputError(f"{path}: {key}: {pattern!r} is no regular expression ({error})") from error
+            if not (is_int(value, 1) if key == "rank_pattern" else is_number(value) and 0 < value < math.inf):
+                raise InputError(f"{path}: {key}: {pattern!r} is {value!r}, a positive number is needed")
     if config.get("bias", "none") != "none":
         raise InputError(
             f"{path}: bias is {config['bias']!r}: trained biases cannot be merged; only 'none' is understood"
@@ -153,6 +171,10 @@ def _read_tensors(folder):
         raise InputError(f"{folder}: neither {' nor '.join(_FILES)} is there; give the folder that PEFT saved")
     found, whole = {}, []
     for tensor in read_file(file):
+        if tensor.dtype not in ITEM_SIZE:
+            raise InputError(
+                f"{file}: key {tensor.name!r} has dtype {tensor.dtype}; only {', '.join(ITEM_SIZE)} are merged"
+            )
         match = _SIDE.match(tensor.name)
         if match:
             found.setdefault(match["module"], {})[match["side"]] = tensor
@@ -182,7 +204,11 @@ def _key_of(name, file):
 
 def _pattern(patterns, module, default):
     """A rank or alpha by the first pattern that fits the end of a module's name, as PEFT chooses it."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((v for key, v in (patterns or {}).items() if re.match(_suffix(key), module)), default)
+
+
+def _suffix(pattern):
+    return rf"(.*\.)?({pattern})$"
 
 
 def _overlaps(dims, key, weights):
@@ -198,12 +224,34 @@ def _rows_of(dims, key, part):
     return start, start + dims.rows(part)
 
 
-def _check_targets(config, sides, path):
+def _check_targets(config, sides, dims, path):
     """Every module that the config names has adapters: a file that was cut by hand or by a failed save has not."""
     targets = config.get("target_modules")
     for target in targets if isinstance(targets, list) else ():
-        if not any(module == target or module.endswith("." + target) for module in sides):
+        found = [module for module in sides if module == target or module.endswith("." + target)]
+        if not found:
             raise InputError(f"{path}: target_modules names {target!r}, but the adapter's file has none of it")
+        if config.get("layers_to_transform") is not None or config.get("exclude_modules") or target in _whole(found):
+            continue
+        layers = {int(number) for module in found for number in re.findall(r"\.layers\.(\d+)\.", module)}
+        missing = sorted(set(range(dims.num_layers)) - layers)
+        if layers and missing:
+            raise InputError(
+                f"{path}: target_modules names {target!r}, but the adapter's file has none of it for the layers "
+                f"{', '.join(map(str, missing[:8]))} of the base's {dims.num_layers}; is it cut off, or another base's?"
+            )
+
+
+def _whole(modules):
+    """Names as target_modules has them where it names each module, layer included."""
+    return {name for module in modules for name in (module, module.removeprefix("base_model.model."))}
+
+
+def _check_saved(config, whole, path):
+    """Every module of modules_to_save is in the file."""
+    for name in config.get("modules_to_save") or ():
+        if not any(f".{name}." in f".{tensor.name}" for tensor in whole):
+            raise InputError(f"{path}: modules_to_save names {name!r}, but the adapter's file has none of it")
 
 
 def write_adapter(

@@ -21,7 +21,13 @@ _STORAGES = {
     np.dtype("u2"): "BFloat16Storage",
     np.dtype("i8"): "LongStorage",
 }
-_CODES = {np.dtype("f4"): "F32", np.dtype("f2"): "F16", np.dtype("u2"): "BF16", np.dtype("i8"): "I64"}
+_CODES = {
+    np.dtype("int8"): "I8",
+    np.dtype("f4"): "F32",
+    np.dtype("f2"): "F16",
+    np.dtype("u2"): "BF16",
+    np.dtype("i8"): "I64",
+}
 
 
 def chatglm_shapes(config):

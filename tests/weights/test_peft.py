@@ -52,10 +52,11 @@ def write_peft(folder, pairs, kind="safetensors", more=None, infix="", **config)
     targets = sorted({module.rsplit(".", 1)[1] for module in pairs})
     fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, "bias": "none", **config}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
-    values = dict(more or {})
+    values = {}
     for module, pair in pairs.items():
         for side, value in zip("AB", pair):
             values[f"base_model.model.{module}.lora_{side}{infix}.weight"] = value
+    values.update(more or {})
     write = write_torch if kind == "bin" else write_safetensors
     write(folder / f"adapter_model.{kind}", values)
     return folder
@@ -140,6 +141,11 @@ def test_modules_to_save_replace_the_base_s(base, tensors, tmp_path, infix):
         ({"r": 8}, r"lora_A \(4, 64\) and lora_B .* are expected"),
         ({"target_modules": ["dense", "query_key_value"]}, "names 'query_key_value', but the adapter's file has none"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, a positive number"),
+        ({"alpha_pattern": {"lay(ers": 3}}, "alpha_pattern: 'lay.ers' is no regular expression"),
+        ({"alpha_pattern": {"dense": "8"}}, "alpha_pattern: 'dense' is '8', a positive number"),
+        ({"rank_pattern": ["dense"]}, "rank_pattern is .*an object is needed"),
+        ({"modules_to_save": ["output_layer"]}, "modules_to_save names 'output_layer', but"),
     ),
 )
 def test_adapters_that_are_not_understood(base, tensors, tmp_path, config, message):
@@ -157,6 +163,15 @@ def test_files_that_are_not_understood(base, tensors, tmp_path):
             ({f"base_model.model.{module}.lora_magnitude_vector": a[0]}, "lora_magnitude_vector' is not understood"),
             ({"base_model.model.model.layers.0.attn.lora_A.weight": a}, "has no lora_A and lora_B"),
             ({f"base_model.model.model.x.lora_{side}.weight": a for side in "AB"}, "is no weight of ChatGLM3"),
+            (
+                {
+                    f"base_model.model.{module.replace('.0.', '.7.')}.lora_{side}.weight": m
+                    for side, m in zip("AB", (a, b))
+                },
+                "layers.7.self_attention.dense' is not in the base, which has 3 layers",
+            ),
+            ({f"base_model.model.{module}.lora_A.weight": np.full_like(a, np.nan)}, "lora_A.weight' holds NaN"),
+            ({f"base_model.model.{module}.lora_A.weight": a.astype(np.int8)}, "has dtype I8; only fp32"),
         )
     ):
         folder = write_peft(tmp_path / f"adapter{number}", pairs, more=more)
@@ -164,6 +179,18 @@ def test_files_that_are_not_understood(base, tensors, tmp_path):
             convert(base, tmp_path / "o.ckpt", adapter=folder)
     with pytest.raises(InputError, match="adapter_config.json: cannot be read"):
         convert(base, tmp_path / "o.ckpt", adapter=tmp_path)
+
+
+def test_layers_without_an_adapter_are_named_unless_the_config_leaves_them_out(base, tensors, tmp_path):
+    pairs = adapters(tensors, ["dense"])
+    del pairs[LAYER.format(1) + TARGETS["dense"]]
+    folder = write_peft(tmp_path / "cut", pairs)
+    with pytest.raises(InputError, match="names 'dense', but the adapter's file has none of it for the layers 1 of"):
+        convert(base, tmp_path / "o.ckpt", adapter=folder)
+    for number, config in enumerate(({"layers_to_transform": [0, 2]}, {"target_modules": sorted(pairs)})):
+        folder = write_peft(tmp_path / f"chosen{number}", pairs, **config)
+        convert(base, tmp_path / f"o{number}.ckpt", adapter=folder)
+        assert_equal(read_back(tmp_path / f"o{number}.ckpt", tmp_path / f"back{number}"), merged(tensors, pairs, 2.0))
 
 
 @pytest.mark.parametrize("naming", ("chatglm", "glm"))

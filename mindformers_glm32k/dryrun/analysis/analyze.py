@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mindformers_glm32k.dryrun.analysis.cost import count_flops, list_collectives, measure, measure_work
 from mindformers_glm32k.dryrun.analysis.mindir import Node, Program, read_program
+from mindformers_glm32k.dryrun.analysis.order import peaks
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
 
 LARGEST = 10
@@ -55,6 +56,9 @@ def analyze(
         "input_bytes": used.inputs,
         "activation_peak_bytes": used.activation_peak,
         "total_bytes": used.total,
+        "total_bytes_by_order": {
+            order: used.total - used.activation_peak + peak for order, peak in peaks(trace).items()
+        },
         "peak_at": sources.of(peak.node) if peak else "",
         "logits_bytes": _logits(trace, used),
         "flops": sum(operations.values()),

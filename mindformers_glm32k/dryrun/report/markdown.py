@@ -19,6 +19,8 @@ MEMORY = (
     ("activation_peak_bytes", "activations at the peak"),
     ("rest_bytes", "inputs and counters"),
 )
+# key of total_bytes_by_order -> what the order is called
+ORDER_NAMES = {"file": "file's order", "bfs": "bfs", "dfs": "dfs", "best": "best known order"}
 _LARGEST_SHOWN = 5
 _COLLECTIVES_SHOWN = 12
 _COLORS = ("#4878d0", "#6acc64", "#ee854a", "#8c613c", "#797979", "#d65f5f", "#d5bb67", "#956cb4", "#82c6e2", "#dc7ec0")
@@ -65,6 +67,7 @@ def render(report: dict) -> str:
         _warnings(report["warnings"]),
         f"![Memory and traffic of each program]({PLOT})",
         _memory(report),
+        _orders(report),
         _work(report),
         _traffic(report),
         _peaks(report),
@@ -120,6 +123,23 @@ def _memory(report):
     head = ["program", "parameters held", *(f"{name}, GiB" for name in shown), "of activations: logits, GiB"]
     head += ["**total, GiB**", *(["of max_device_memory"] if limit else [])]
     return "## Memory of one card\n\n" + table(head, lines)
+
+
+def _orders(report):
+    programs = [program for program in report["programs"] if program.get("total_bytes_by_order")]
+    if not programs:
+        return ""
+    lines = []
+    for program in programs:
+        totals = program["total_bytes_by_order"]
+        lines.append([title(program), *(_size(totals[order], GIB) for order in ORDER_NAMES)])
+    return (
+        "## Memory of one card by execution order\n\n"
+        + table(["program", *(f"{name}, GiB" for name in ORDER_NAMES.values())], lines)
+        + "\n\nThe other figures of this report follow the order of the program's file. With jit_level O0 and O1, "
+        "MindSpore sorts the kernels anew: `context.exec_order` bfs (the default) or dfs. The best known order is what "
+        "a scheduler with a view of the whole step reaches; dependencies in the model can force it."
+    )
 
 
 def _work(report):

@@ -4,7 +4,15 @@ from pathlib import Path
 
 from matplotlib import pyplot
 
-from mindformers_glm32k.dryrun.report.markdown import MEMORY, memory_parts, render, table, three_digits, title
+from mindformers_glm32k.dryrun.report.markdown import (
+    MEMORY,
+    ORDER_NAMES,
+    memory_parts,
+    render,
+    table,
+    three_digits,
+    title,
+)
 
 
 def test_memory_adds_up(report):
@@ -28,6 +36,20 @@ def test_an_engineer_finds_what_he_asks_for(report, pipeline):
     for program in report["programs"]:
         assert f"{program['parameter_count']:,}" in text
         assert program["peak_at"] in text
+
+
+def test_memory_by_execution_order(report):
+    gib = 1024**3
+    for program in report["programs"]:
+        totals = program["total_bytes_by_order"]
+        assert totals["file"] == program["total_bytes"]
+        assert totals["best"] <= min(totals.values()) and list(totals) == list(ORDER_NAMES)
+    orders = {"file": 74 * gib, "bfs": 75 * gib, "dfs": 60 * gib, "best": 52 * gib}
+    text = render({**report, "programs": [{**report["programs"][0], "total_bytes_by_order": orders}]})
+    assert "file's order, GiB | bfs, GiB | dfs, GiB | best known order, GiB" in text
+    assert "| 74.0 | 75.0 | 60.0 | 52.0 |" in text
+    without = {name: value for name, value in report["programs"][0].items() if name != "total_bytes_by_order"}
+    assert "execution order" not in render({**report, "programs": [without]})  # reports of older versions
 
 
 def test_warnings_are_in_the_report(report):

@@ -1,7 +1,12 @@
 """`glm32k export`: the folder, what it is made of, and what keeps it from appearing."""
 
-import importlib.util
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +15,9 @@ from weights.parallel import read_all, write_checkpoint
 from mindformers_glm32k.cli import main
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.export import export, verify
+from mindformers_glm32k.export import folder as export_folder
 from mindformers_glm32k.files import weights_digest
-from mindformers_glm32k.tokenizer.chat_format import stop_ids
+from mindformers_glm32k.tokenizer.chat_format import conversation_ids, stop_ids
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 from mindformers_glm32k.weights import convert, load_hf_weights, merge
 from mindformers_glm32k.weights.checkpoint import read_file
@@ -70,11 +76,37 @@ def test_transformers_loads_it_offline(exported, small_vocab_file):
     )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-def test_transformers_loads_the_model(exported):
-    from transformers import AutoModelForCausalLM
+LOADS = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, messages = sys.argv[1], json.loads(sys.argv[2])
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+answer = model.generate(ids, do_sample=False, max_new_tokens=8, max_length=None)[0, ids.shape[1] :]
+print(json.dumps([type(model).__name__, ids[0].tolist(), answer.tolist(), model.generation_config.eos_token_id]))
+"""
 
-    assert type(AutoModelForCausalLM.from_pretrained(str(exported))).__name__ == "GlmForCausalLM"
+
+def test_transformers_loads_tokenizer_and_model_offline(exported, small_vocab_file):
+    """Without remote code, in the Python that GLM32K_TORCH_PYTHON names, or in this one."""
+    python = os.environ.get("GLM32K_TORCH_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True, check=False).returncode:
+        pytest.skip("no torch and transformers here: name a Python that has them, GLM32K_TORCH_PYTHON=…")
+    messages = [{"role": "user", "content": "where is <|assistant|> philosophy?"}]
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", LOADS, str(exported), json.dumps(messages)],
+        env={**kept, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    name, ids, answer, stops = json.loads(done.stdout.splitlines()[-1])
+    vocabulary = Vocabulary(small_vocab_file)
+    assert (name, ids) == ("GlmForCausalLM", conversation_ids(vocabulary, messages, True))
+    assert stops == stop_ids(vocabulary) and answer
 
 
 def test_bf16_is_within_rounding(checkpoint, small_vocab_file, tmp_path):
@@ -173,3 +205,65 @@ def test_a_vocabulary_that_is_too_large(checkpoint, reference, tmp_path):
     with pytest.raises(InputError, match="has 64798 tokens, the model 1024"):
         export(checkpoint, tmp_path / "model", reference / "tokenizer" / "tokenizer.model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype, stored", [("fp16", "float16"), ("fp32", "float32"), (None, "float32")])
+def test_dtypes(checkpoint, small_vocab_file, tmp_path, dtype, stored):
+    export(checkpoint, tmp_path / "model", small_vocab_file, dtype=dtype, logits=False)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == stored
+
+
+def lonely(checkpoint, folder):
+    """The checkpoint without what lies beside it and says how the model computes."""
+    folder.mkdir()
+    return Path(shutil.copy(checkpoint, folder / "alone.ckpt"))
+
+
+def test_a_missing_config_is_asked_for(checkpoint, small_vocab_file, tmp_path):
+    with pytest.raises(InputError, match="config"):
+        export(lonely(checkpoint, tmp_path / "c"), tmp_path / "model", small_vocab_file, logits=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_another_rope_ratio_is_refused(checkpoint, small_vocab_file, tmp_path):
+    report = json.loads(checkpoint.with_suffix(".report.json").read_text())
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**report["huggingface_config"], "rope_ratio": 7}))
+    with pytest.raises(InputError, match="rope_ratio"):
+        export(checkpoint, tmp_path / "model", small_vocab_file, config, logits=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_rank_without_checkpoint_is_named(checkpoint, small_vocab_file, tmp_path):
+    for rank in (0, 1, 2):
+        (tmp_path / f"run/rank_{rank}").mkdir(parents=True)
+        if rank != 1:
+            shutil.copy(checkpoint, tmp_path / f"run/rank_{rank}/glm32k_rank_{rank}-1_20.ckpt")
+    with pytest.raises(InputError, match="the file of rank 1 is missing"):
+        export(tmp_path / "run", tmp_path / "model", small_vocab_file, merging={}, logits=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_full_disk_leaves_nothing(checkpoint, small_vocab_file, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_folder, "card_text", full)
+    with pytest.raises(InputError, match="the disk is full"):
+        export(checkpoint, tmp_path / "model", small_vocab_file, logits=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_export_leaves_no_folder_of_that_name(checkpoint, small_vocab_file, tmp_path):
+    program = (
+        "import os, sys; from mindformers_glm32k.export import export, folder; "
+        "folder.card_text = lambda *_: os.kill(os.getpid(), 9); export(*sys.argv[1:], logits=False)"
+    )
+    arguments = [str(path) for path in (checkpoint, tmp_path / "model", small_vocab_file)]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    assert not (tmp_path / "model").exists() and (tmp_path / ".model.work" / "model" / "config.json").is_file()
+    export(checkpoint, tmp_path / "model", small_vocab_file, logits=False)  # takes the place of what was left
+    assert (tmp_path / "model" / "README.md").is_file()
+    assert not (tmp_path / ".model.work").exists()

@@ -1,8 +1,10 @@
 """Sizes of the chunks; what the chunks compute is simulated in tests/dryrun/simulator/test_train.py."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from mindformers_glm32k.kernels.ascend.chunked_mlp import chunk_sizes
+from mindformers_glm32k.kernels.ascend.chunked_mlp import chunk_sizes, recomputes_parts
 
 
 @pytest.mark.parametrize("length, size", [(32768, 4096), (32768, 5000), (64, 24), (64, 2), (17, 16), (5, 2), (3, 2)])
@@ -16,3 +18,12 @@ def test_chunks_hold_all_tokens_and_are_not_alike(length, size):
 
 def test_a_short_row_is_one_chunk():
     assert chunk_sizes(64, 64) == chunk_sizes(64, 100) == (64,)
+
+
+@pytest.mark.parametrize(
+    "recompute, selected, parts",
+    [(False, ["mlp"], True), (True, ["mlp"], False), (True, False, False), (False, False, False), (False, [], False)],
+)
+def test_parts_of_a_layer_are_recomputed(recompute, selected, parts):
+    settings = SimpleNamespace(recompute=recompute, select_recompute=selected)
+    assert recomputes_parts(SimpleNamespace(parallel_config=SimpleNamespace(recompute=settings))) is parts

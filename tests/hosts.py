@@ -291,7 +291,7 @@ def table(results: list[dict]) -> str:
         skipped = str(result.get("skipped", 0)) if "passed" in result else "–"
         why = "; ".join(f"{count} x {reason}" for reason, count in result.get("reasons", {}).items())
         again = ", ".join(sorted({name.partition("[")[0].rpartition("::")[2] for name in result.get("again", ())}))
-        again = again and f"passed after they were mended, their files run again: {again}"
+        again = again and f"failed at first, passed when run again after they were mended: {again}"
         if result["note"] or why or again:
             notes.append(f"- {result['name']}: " + "; ".join(text for text in (result["note"], why, again) if text))
         losses = " ".join(f"{loss:.6f}" for loss in result["losses"])

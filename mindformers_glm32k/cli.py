@@ -23,6 +23,7 @@ COMMANDS = {
         "mindformers_glm32k.commands.generate",
         "answer a file of prompts or chats, in batches; goes on where it was interrupted",
     ),
+    "chat": ("mindformers_glm32k.commands.chat", "talk to the model at the terminal: history, documents, tools"),
     "longbench": (
         "mindformers_glm32k.commands.longbench",
         "predict LongBench's samples, score the answers, report them beside published scores and other runs",

@@ -6,6 +6,7 @@ from mindformers_glm32k.lazy import face
 
 _FACE = {
     "AnswerFile": "answers",
+    "Chat": "terminal",
     "ChatPromptTokenizer": "prompts",
     "Network": "network",
     "QuestionFile": "questions",

@@ -105,24 +105,62 @@ command+=("${python##*/}" "${order[@]}")
 
 mkdir -p "$log_dir" || fail "cannot make the folder $log_dir"
 stamp=$(mktemp) || exit 1
-trap 'rm -f "$stamp"' EXIT
+trap 'rm -f "$stamp" "$stamp.errors" "$stamp.ranks"' EXIT
 printf 'running:'; printf ' %q' "${command[@]}"; echo
 echo "logs: $(cd "$log_dir" && pwd)"
 
-# msrun ends with status 0 when it is interrupted, and it is the one that can stop the workers
-stop() {  # EXIT_STATUS
+# process, rank and role of each child of msrun, one a line
+children() {
+    local pid
+    for pid in $(cat "/proc/$msrun/task/$msrun/children" 2> /dev/null); do
+        tr '\0' '\n' 2> /dev/null < "/proc/$pid/environ" |
+            awk -F = -v pid="$pid" '$1 == "MS_ROLE" {role = $2} $1 == "RANK_ID" {rank = $2} END {print pid, rank, role}'
+    done
+}
+
+# The first signal goes to the workers, which finish a step and save; the second ends the job. msrun ends with status 0
+# when it is interrupted, and it is the one that can stop the workers.
+stop() {  # SIGNAL EXIT_STATUS
+    local again=0 pids
+    trap 'again=1' INT TERM
+    pids=$(children | awk '$3 == "MS_WORKER" {print $1}')
+    if [[ -n $pids ]]; then
+        echo "SIG$1: the workers finish a step and save; a second signal ends them at once" >&2
+        kill "-$1" $pids 2> /dev/null
+        while ((!again)) && kill -0 "$msrun" 2> /dev/null; do sleep 0.5; done
+    fi
     trap '' INT TERM
     while kill -INT "$msrun" 2> /dev/null; do sleep 1; done
     echo "stopped; checkpoints saved so far are kept" >&2
-    exit "$1"
+    exit "$2"
 }
-"${command[@]}" < /dev/null &
+# in a session of its own: Ctrl-C is for this script alone
+setsid "${command[@]}" < /dev/null 2> >(tee "$stamp.errors" >&2) &
 msrun=$!
-trap 'stop 130' INT
-trap 'stop 143' TERM
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+(   # which process is which worker, asked while they live
+    for ((seconds = 0; seconds < 120; seconds++)); do
+        found=$(children)
+        [[ $(grep -c MS_WORKER <<< "$found") -ge $local_worker ]] && break
+        kill -0 "$msrun" 2> /dev/null || break
+        sleep 1
+    done
+    echo "$found" > "$stamp.ranks"
+) &
 wait "$msrun"
 status=$?
 trap - INT TERM
+
+# What msrun says of the worker that ended first: "rank 1 (process 123) ended with status -9"
+first_to_end() {
+    local pid code rank
+    read -r pid code < <(sed -nE 's/.*Worker process ([0-9]+) exit with exception. Error code: (-?[0-9]+).*/\1 \2/p' \
+        "$stamp.errors" 2> /dev/null | head -n 1)
+    [[ -n $pid ]] || return 1
+    rank=$(awk -v pid="$pid" '$1 == pid {print $2}' "$stamp.ranks" 2> /dev/null)
+    echo "worker ${rank:-of unknown rank} (process $pid) ended first, $([[ $code == -* ]] && echo "killed by signal ${code#-}" || echo "with status $code")"
+}
 
 # The worker that failed: the one whose log has an error and was written first; the others were killed a second later.
 failing_log() {
@@ -145,6 +183,7 @@ if ((status != 0)); then
     else
         echo "no error in the workers' logs: a worker was killed from outside (out of memory?)" >&2
     fi
+    first_to_end >&2
     echo "error: the job ended with status $status; all logs are in $log_dir" >&2
 elif [[ $join == False ]]; then
     echo "the job goes on in the background; look at it with: tail -f $log_dir/worker_$first.log"

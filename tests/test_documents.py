@@ -18,7 +18,6 @@ OTHERS = (
     "[NPUGetFloatStatusV2]",
     "… REGISTER_PATH must be specified",
     "does not contain strategy file of rank_1",
-    "'epoch' must bigger than parameter 'initial_epoch'",
     "checkpoint_path is not a directory",
     "<\\|user\\|>",
 )

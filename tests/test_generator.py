@@ -101,9 +101,9 @@ def test_streaming_gives_what_comes_back_and_the_program_serves_every_length(net
     stream = Stream()
     output = generate(network, prompts[:1], streamer=stream)[0]
     assert sum(stream.puts, []) == output and stream.ended
-    programs = set(network.steps._steps)
+    programs = network.steps.programs
     generate(network, [list(range(3, 163))])
-    assert set(network.steps._steps) == programs
+    assert network.steps.programs == programs
 
 
 def test_samples_come_without_a_context_and_repeat_with_their_seed(network, prompts):
@@ -140,15 +140,16 @@ def test_prompts_that_do_not_fit_are_refused_and_leave_the_cache_free(network, p
     assert len(generate(network, [[5] * 189])[0]) == 190
 
 
+@pytest.mark.parametrize("tile", [512, 48])
 @pytest.mark.parametrize("sizes", [(512, 128), (64,), (1,), (7, 3)])
-def test_chunks_cover_a_prompt_once(sizes):
+def test_chunks_cover_a_prompt_once_and_lie_in_one_tile(sizes, tile):
     for length in (0, 1, 6, 127, 128, 129, 300, 511, 512, 700, 1153):
-        chunks = list(chunks_of(length, sizes))
-        starts = np.cumsum([0] + [size for _, size in chunks])
-        assert [start for start, _ in chunks] == starts[:-1].tolist()
-        assert starts[-1] >= length and (not chunks or chunks[-1][0] < length)
-        assert starts[-1] - length < min(sizes) or len(chunks) == -(-length // max(sizes))
-        assert all(size in sizes for _, size in chunks)
+        chunks = list(chunks_of(length, sizes, tile))
+        ends = np.cumsum([kept for _, _, kept in chunks])
+        assert [start for start, _, _ in chunks] == [0, *ends][: len(chunks)] and (ends[-1:] == length).all()
+        for start, size, kept in chunks:
+            assert size in sizes and 0 < kept <= size
+            assert start // tile == (start + kept - 1) // tile
 
 
 def test_prompts_as_lists_and_arrays():

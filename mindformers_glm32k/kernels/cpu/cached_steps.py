@@ -3,7 +3,7 @@
 Shapes are static, which is faster than open ones, and how much of the cache holds tokens is an input: a few programs
 (one per chunk size, one per number of prompts) serve every length. What fills up a chunk goes into a spare block.
 
-Legend: see paged_attention; H hidden size, V vocabulary.
+Legend: see paged_attention; H hidden size, V vocabulary, N cache blocks of a tile.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindformers_glm32k.config import GLM32KConfig
+from mindformers_glm32k.kernels.cpu.blocks import arange
 
 CHUNKS = (512, 128)  # tokens of a prefill call, largest first
 PREFILL_TILE = 512  # keys of a tile; 256 to 1024 differ little where every tile holds tokens
@@ -26,22 +27,26 @@ class _Step(nn.Cell):
 
     Inputs:
         ids, positions (Tensor): (B, C) int32.
-        first, end (Tensor), tables (Tensor), rows (Tensor): see PagedAttention.
+        own, start, end (Tensor), rows (Tensor): see PagedAttention.
+        tables (Tensor): (J, B, G, N) int32, the blocks of each tile: block b of head g is g * blocks + b.
 
     Outputs:
         Tensor: logits (B, V) float32, or of a prefill chunk one element of the hidden states.
     """
 
-    def __init__(self, transformer: nn.Cell, with_logits: bool):
+    def __init__(self, transformer: nn.Cell, block_size: int, with_logits: bool):
         super().__init__(auto_prefix=False)
         self.transformer = transformer
-        self.with_logits = with_logits
+        self.block_size, self.with_logits = block_size, with_logits
         # MindSpore looks this phase's program up by its name, without checking the arguments again: 3 ms a call
         self.phase = "increment"
         self.set_train(False)
 
-    def construct(self, ids, positions, first, end, tables, rows):
-        hidden = self.transformer(ids, (first, end), tables, rows, None, positions)
+    def construct(self, ids, positions, own, start, end, tables, rows):
+        count, batch, groups, _ = tables.shape
+        tables = ops.expand_dims(tables * self.block_size, 4) + arange(self.block_size)
+        tables = tables.reshape((count, batch, groups, -1))  # (J, B, G, N, 1) -> (J, B, G, K)
+        hidden = self.transformer(ids, (own, start, end), tables, rows, None, positions)
         if not self.with_logits:
             return hidden.reshape((-1,))[:1]
         hidden = hidden.reshape((-1, hidden.shape[-1]))  # (B, 1, H) -> (B, H)
@@ -67,6 +72,11 @@ class CachedSteps:
         self._blocks = config.num_blocks + 1  # the last one is the spare
         self._heads = np.arange(config.multi_query_group_num, dtype=np.int32)
 
+    @property
+    def programs(self) -> set[tuple[bool, int, int]]:
+        """What has run and need not be compiled: whether with logits, prompts, tokens of each."""
+        return set(self._steps)
+
     def prefill(self, ids: np.ndarray, lengths: np.ndarray, tables: np.ndarray) -> np.ndarray:
         """Logits (B, V) float32 of each prompt's last token; ids (B, S), tables (B, blocks) as upstream's."""
         for prompt, length, table in zip(ids, lengths, tables):
@@ -90,8 +100,8 @@ class CachedSteps:
         """Writes keys and values of all `ids` (S,)."""
         if len(ids):
             self.compile_prefill(table)
-        for start, size in chunks_of(len(ids), self.chunks):
-            self._run_chunk(ids[start : start + size], start, size, table)
+        for start, size, kept in chunks_of(len(ids), self.chunks, self._tile(PREFILL_TILE)):
+            self._run_chunk(ids[start : start + kept], start, size, table)
 
     def _run_chunk(self, ids, start, size, table):
         positions = np.arange(start, start + size, dtype=np.int32).reshape(1, -1)
@@ -103,17 +113,21 @@ class CachedSteps:
     def _step(self, with_logits, batch, tokens):
         key = (with_logits, batch, tokens)
         if key not in self._steps:
-            self._steps[key] = _Step(self._transformer, with_logits)
+            self._steps[key] = _Step(self._transformer, self._block_size, with_logits)
         return self._steps[key]
+
+    def _tile(self, tokens):
+        """Tokens of a tile: whole blocks."""
+        return max(tokens // self._block_size, 1) * self._block_size
 
     def _inputs(self, ids, positions, kept, tables, tile):
         """The tensors of a call; `kept` are positions, -1 where a token only fills up a chunk."""
         size, spare = self._block_size, self._blocks - 1
-        per_tile = max(tile // size, 1)
-        tiles = -(-self._seq_length // (per_tile * size))
-        width = per_tile * size
-        used = max(-(-(int(kept.max()) + 1) // width), 1)
-        first = int(positions.min()) // width
+        width = self._tile(tile)
+        per_tile = width // size
+        tiles = -(-self._seq_length // width)
+        used = max(int(kept.max()) // width + 1, 1)
+        bounds = (used - 1, 0, used - 1) if len(tables) == 1 else (0, 1, used)
         blocks = np.full((len(tables), tiles * per_tile), spare, np.int32)
         known = min(tables.shape[1], used * per_tile)
         blocks[:, :known] = np.where(tables[:, :known] < 0, spare, tables[:, :known])
@@ -123,16 +137,16 @@ class CachedSteps:
         blocks = blocks.reshape(len(tables), tiles, per_tile).transpose(1, 0, 2)[:, :, None]  # (J, B, 1, N)
         blocks = blocks + self._heads.reshape(-1, 1) * self._blocks  # (J, B, G, N)
         positions = np.minimum(positions, self._seq_length - 1)
-        arrays = (ids, positions, first, used, blocks, rows.reshape(-1))
+        arrays = (ids, positions, *bounds, blocks, rows.reshape(-1))
         return [Tensor.from_numpy(np.ascontiguousarray(array, np.int32).reshape(np.shape(array))) for array in arrays]
 
 
-def chunks_of(length: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(start, size) of the chunks of `length` tokens: the largest while they are full, then those that fill up least;
-    the last one may reach beyond the end."""
+def chunks_of(length: int, sizes: Sequence[int], tile: int) -> Iterator[tuple[int, int, int]]:
+    """(start, size, tokens in it) of the chunks of `length` tokens, none of which lies across tiles: the largest size
+    while it is filled, then those that fill up least."""
     start = 0
     while start < length:
-        left = length - start
+        left = min(length - start, tile - start % tile)
         size = min(sizes, key=lambda size: (-(-left // size) * size, -size)) if left < max(sizes) else max(sizes)
-        yield start, size
-        start += size
+        yield start, size, min(size, left)
+        start += min(size, left)

@@ -5,7 +5,7 @@ prompt (decode). Their keys and values are written into the cache in place; then
 tile, as many tiles as hold tokens. One compiled program therefore serves every length, and a call costs what it reads.
 
 Legend: B prompts, C tokens of a prompt in the call, G key-value heads, R query heads per key-value head, M = R * C,
-D features of a head, J tiles that the longest prompt has, K tokens of a tile, N cache blocks of a tile.
+D features of a head, J tiles of seq_length, K tokens of a tile.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mindformers_glm32k.kernels.rotary import Rotation
 
 
 class PagedCache(nn.Cell):
-    """Keys and values of every slot, head by head: row g * slots + slot is what head g keeps in a slot, so that a tile
-    of a head is read in whole blocks. Writing costs the same whatever the cache's size (ScatterUpdate is in place).
+    """Keys and values of every slot, head by head: row g * slots + slot is what head g keeps in a slot, so that a
+    head's part of a block is one piece. Writing costs the same whatever the cache's size (ScatterUpdate is in place).
 
     One more block than `num_blocks` takes what must not be kept: the tokens that fill up a chunk.
     """
@@ -51,9 +51,10 @@ class PagedAttention(nn.Cell):
 
     Inputs:
         query (Tensor): (B, C, G*R*D); key, value (Tensor): (B, C, G*D).
-        batch_valid_length (tuple[Tensor]): two () int32. The first tile whose first key every query sees and whose
-            later keys some do not; and the number of tiles that hold tokens.
-        block_tables (Tensor): (J, B, G, N) int32, the blocks of each tile: block b of head g is g * blocks + b.
+        batch_valid_length (tuple[Tensor]): three () int32. The tile whose first key every query sees: of one prompt
+            the tile that its tokens lie in, all of them, of several prompts the first. And the range of other tiles.
+        block_tables (Tensor): (J, B, G, K) int32, the cache's rows of each tile. (Blocks instead of rows would need the
+            cache in another shape, and a Reshape of what has been written in place copies it.)
         slot_mapping (Tensor): (B * C * G,) int32, the cache's rows of the tokens.
         freqs_cis (tuple): cos (B * C, 1, D), sin (B * C, 1, D), unused.
         attn_mask (Tensor): (B, C) int32, the position of each token: it sees the keys up to its own.
@@ -76,7 +77,6 @@ class PagedAttention(nn.Cell):
         super().__init__()
         self.head_dim, self.groups, self.q_per_kv = head_dim, n_kv_head, n_head // n_kv_head
         self.scale = float(scale_value)
-        self.block_size = block_size
         self.paged_attention_mgr = PagedCache(num_blocks, block_size, n_kv_head, head_dim, compute_dtype)
         self.rotary_embedding = Rotation(head_dim, compute_dtype)
         self.scores = P.BatchMatMul(transpose_b=True)
@@ -87,7 +87,7 @@ class PagedAttention(nn.Cell):
         self.softplus = P.Softplus()
         self.transpose = P.Transpose()
         self.gather = P.Gather()
-        self.zero, self.one = Tensor(0, mstype.int32), Tensor(1, mstype.int32)
+        self.one = Tensor(1, mstype.int32)
 
     def construct(
         self, query, key, value, batch_valid_length, block_tables, slot_mapping, freqs_cis=None, attn_mask=None
@@ -99,9 +99,6 @@ class PagedAttention(nn.Cell):
         keys, values = self.paged_attention_mgr(
             key.reshape((-1, self.head_dim)), value.reshape((-1, self.head_dim)), slot_mapping
         )
-        # a view: the rows of a block lie one behind the other
-        keys = keys.reshape((-1, self.block_size * self.head_dim))
-        values = values.reshape((-1, self.block_size * self.head_dim))
         query = ops.cast(query, mstype.float32) * self.scale
         query = query.reshape((batch, tokens, self.groups, self.q_per_kv, self.head_dim))
         if tokens > 1:
@@ -114,17 +111,14 @@ class PagedAttention(nn.Cell):
         return ops.cast(context, value.dtype).reshape((batch, tokens, -1))
 
     def _attend(self, query, keys, values, tables, bounds, positions):
-        """Context (B*G, M, D) of query (B*G, M, D); keys and values are the cache by blocks."""
-        first, end = bounds
-        context, log_sum = self._tile(query, keys, values, tables, first, positions)
-        j = self.zero
-        while j < first:
-            tile = self._tile(query, keys, values, tables, j, None)
-            context, log_sum = self._merge(context, log_sum, tile)
-            j = j + self.one
-        j = first + self.one
+        """Context (B*G, M, D) of query (B*G, M, D); keys and values are the cache."""
+        own, start, end = bounds
+        context, log_sum = self._tile(query, keys, values, tables, own, positions)
+        # the other tiles of one prompt come before its newest tokens; of several, each has tiles that others have not
+        hidden = positions if positions.shape[0] > 1 else None
+        j = start
         while j < end:
-            tile = self._tile(query, keys, values, tables, j, positions)
+            tile = self._tile(query, keys, values, tables, j, hidden)
             context, log_sum = self._merge(context, log_sum, tile)
             j = j + self.one
         return context
@@ -135,10 +129,9 @@ class PagedAttention(nn.Cell):
         Keys are hidden from the end of a tile on: a query from which the first is hidden sees none of the tile, and
         its sum, some -1e30, weighs nothing in a merge.
         """
-        blocks = self.gather(tables, j, 0)  # (B, G, N)
-        heads = query.shape[0]
-        key = ops.cast(self.gather(keys, blocks, 0), mstype.float32).reshape((heads, -1, self.head_dim))  # (B*G, K, D)
-        value = ops.cast(self.gather(values, blocks, 0), mstype.float32).reshape((heads, -1, self.head_dim))
+        rows = self.gather(tables, j, 0).reshape((query.shape[0], -1))  # (B*G, K)
+        key = ops.cast(self.gather(keys, rows, 0), mstype.float32)  # (B*G, K, D)
+        value = ops.cast(self.gather(values, rows, 0), mstype.float32)
         scores = self.scores(query, key)  # (B*G, M, K)
         if positions is not None:
             shape = scores.shape

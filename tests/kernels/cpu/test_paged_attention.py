@@ -41,9 +41,11 @@ class Prompts:
         slots = np.where(kept, np.take_along_axis(tables, positions // BLOCK, 1) * BLOCK + positions % BLOCK, 80)
         heads = np.arange(GROUPS)
         cache_rows = slots[:, :, None] + heads * (BLOCKS + 1) * BLOCK
-        tiles = tables.reshape(len(rows), TILES, 1, PER_TILE).transpose(1, 0, 2, 3) + heads[:, None] * (BLOCKS + 1)
         width = PER_TILE * BLOCK
-        bounds = positions.min() // width, positions[kept].max() // width + 1
+        tiles = (tables[:, :, None] * BLOCK + np.arange(BLOCK)).reshape(len(rows), TILES, 1, width)
+        tiles = tiles.transpose(1, 0, 2, 3) + heads[:, None] * (BLOCKS + 1) * BLOCK
+        last = positions[kept].max() // width
+        bounds = (last, 0, last) if len(rows) == 1 else (0, 1, last + 1)
         picked = [array[np.array(rows)[:, None], positions] for array in (self.query, self.key, self.value)]
         tokens = positions.size
         cos, sin = np.ones((tokens, 1, SIZE), self.query.dtype), np.zeros((tokens, 1, SIZE), self.query.dtype)
@@ -69,9 +71,9 @@ def test_chunks_and_tokens_see_what_came_before(dtype, tolerance):
     prompts = Prompts(2, dtype)
     lengths = (19, 11)
     for row, length in enumerate(lengths):
-        for start in range(0, length, 5):  # chunks that lie across tiles, the last one filled up
+        for start in range(0, length, 4):  # two chunks a tile, the last one filled up
             positions = np.arange(start, start + 5)[None]
-            kept = positions < length
+            kept = (positions < length) & (positions < start + 4)
             got = prompts.call(cell, [row], positions, kept)[0][kept[0]]
             positions = positions[0][kept[0]]
             expected = whole(

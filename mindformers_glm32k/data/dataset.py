@@ -214,6 +214,9 @@ def _sampler(config, loader, tokens):
 
 
 def _unpacked(config, loader, tokens, pad_id):
+    section = config.data_loader
+    if not config.drop_remainder and isinstance(section, dict) and section.get("phase") == "eval":
+        loader.sampler.keep_all()
     samples, length = loader.get_dataset_size(), sequence_length(config)
     if config.drop_remainder and samples < config.batch_size:
         raise InputError(

@@ -140,7 +140,7 @@ class GLM32KDataLoader:
                 f"data_loader.dataset_dir {dataset_dir}: {len(source)} records are not enough for "
                 f"{num_shards} ranks; give more records or use fewer ranks"
             )
-        if len(source) % num_shards:
+        if len(source) % num_shards and phase != "eval":
             logger.info(
                 "%d of %d records are left out in each epoch, so that %d ranks have equally many",
                 len(source) % num_shards,
@@ -202,6 +202,7 @@ class EpochSampler(Sampler):
     def __init__(self, size: int, shuffle: bool, seed: int = 0, num_shards: int = 1, shard_id: int = 0):
         self._size, self._shuffle, self._seed = size, shuffle, seed
         self._num_shards, self._shard_id = num_shards, shard_id
+        self._used = size // num_shards * num_shards
         self._sizes, self._batch = None, 1
         self._epoch = 0
         super().__init__(num_samples=size // num_shards)
@@ -209,6 +210,11 @@ class EpochSampler(Sampler):
     def sort_by(self, sizes: np.ndarray, batch: int) -> None:
         """Lets samples of about the same size (in any unit) come together; `batch` counts those of all ranks."""
         self._sizes, self._batch = sizes, batch
+
+    def keep_all(self) -> None:
+        """Leaves nothing out: some ranks get a sample more. For evaluation, in which ranks do not wait for others."""
+        self._used = self._size
+        self.num_samples = len(range(self._shard_id, self._size, self._num_shards))
 
     def order(self) -> dict:
         """shuffle, seed, num_shards and shard_id, as another sampler takes them."""
@@ -224,8 +230,7 @@ class EpochSampler(Sampler):
         if self._sizes is not None:
             order = _alike_together(order, self._sizes, self._batch, (self._seed, self._epoch), self._shuffle)
         self._epoch += 1
-        used = self._size // self._num_shards * self._num_shards
-        return iter(order[self._shard_id : used : self._num_shards].tolist())
+        return iter(order[self._shard_id : self._used : self._num_shards].tolist())
 
 
 class StreamSampler(Sampler):

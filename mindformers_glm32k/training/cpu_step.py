@@ -47,6 +47,9 @@ class _ScaledLoss(nn.Cell):
 class LossAndGradients(nn.Cell):
     """The loss of a network and the gradients of (loss * scale), by one forward pass.
 
+    With `micro_batches` > 1 the batch is split along its first axis, and losses and gradients of the parts are added
+    up. A part starts when the gradients of the one before are there, so that its activations alone are in memory.
+
     Inputs:
         scale (Tensor): the loss scale ().
         *inputs (Tensor): the network's, which returns the loss ().
@@ -55,13 +58,29 @@ class LossAndGradients(nn.Cell):
         tuple: loss, tuple of gradients of the weights.
     """
 
-    def __init__(self, network: nn.Cell, weights: ParameterTuple):
+    def __init__(self, network: nn.Cell, weights: ParameterTuple, micro_batches: int = 1):
         super().__init__(auto_prefix=False)
         self.function = ops.value_and_grad(_ScaledLoss(network), None, weights, has_aux=True)
+        self.micro_batches = micro_batches
+        self.each = C.HyperMap()
 
     def construct(self, scale, *inputs):
-        (_, loss), gradients = self.function(scale, *inputs)
+        (_, loss), gradients = self.function(scale, *self.part(inputs, 0))
+        for i in range(1, self.micro_batches):
+            (_, more), further = self.function(F.depend(scale, gradients), *self.part(inputs, i))
+            loss = loss + more
+            gradients = self.each(F.add, gradients, further)
         return loss, gradients
+
+    def part(self, inputs: tuple, i: int) -> tuple:
+        """Micro batch i of the inputs: (B, …) each -> (B / micro batches, …)."""
+        if self.micro_batches == 1:
+            return inputs
+        parts = ()
+        for x in inputs:
+            size = x.shape[0] // self.micro_batches
+            parts += (x[i * size : (i + 1) * size],)
+        return parts
 
 
 class PortableClipGradNorm(ClipGradNorm):

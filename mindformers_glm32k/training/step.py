@@ -80,12 +80,14 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
     lowered. On devices without upstream's status registers (NPUGetFloatStatusV2) the gradients themselves are
     checked, over all devices that share the batch.
 
-    The network, plain or wrapped, returns its loss. Other arguments are upstream's: use_clip_grad, max_grad_norm,
-    scale_sense (a number, a Tensor or a loss scale cell), …
+    The network, plain or wrapped, returns its loss. Gradient accumulation (one device or data parallel) is that of
+    its GradAccumulationCell: the step equals that of the whole batch. Other arguments are upstream's: use_clip_grad,
+    max_grad_norm, scale_sense (a number, a Tensor or a loss scale cell), …
 
     Outputs:
-        tuple: loss () (data parallel: the mean over the devices' tokens; x micro_batch_interleave_num, by which the
-        monitors divide it), overflow () bool, loss scale, learning rate, gradient norm (None without use_clip_grad).
+        tuple: loss () (data parallel: the mean over the devices' tokens; x micro_batch_interleave_num x
+        gradient_accumulation_steps, by which the monitors divide it), overflow () bool, loss scale, learning rate,
+        gradient norm (None without use_clip_grad).
     """
 
     def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, *args, **kwargs):
@@ -97,21 +99,23 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
         if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
         self.one = Tensor(1.0, mstype.float32)
+        self.interleave_num = wrappers.interleave_num(network)
+        split, accumulated = wrappers.accumulation(network)
+        self.micro_batches = 1 if self.calculate_per_token_loss else accumulated * self.interleave_num
         if self.portable:
-            self.loss_and_gradients = LossAndGradients(self.network, self.weights)
+            self.loss_and_gradients = LossAndGradients(split, self.weights, accumulated)
             if self.use_clip_grad:
                 self.clip_grad_norm = PortableClipGradNorm(max_norm=self.clip_grad_norm.clip_norm.asnumpy().item())
             update_in_place(self.optimizer)
-        self.interleave_num = wrappers.interleave_num(network)
-        if self.interleave_num > 1:
+        if self.micro_batches > 1:
             self.normalize_weights = TokenWeightNormalizer(network, 1)
 
     def construct(self, *inputs):
-        if self.interleave_num > 1:
+        if self.micro_batches > 1:
             inputs = self.normalize_weights(*inputs)
         outputs = super().construct(*inputs)
-        if self.interleave_num > 1:
-            outputs = (outputs[0] * self.interleave_num,) + outputs[1:]
+        if self.micro_batches > 1:
+            outputs = (outputs[0] * self.micro_batches,) + outputs[1:]
         if self.devices > 1:
             loss = self.sum_over_devices(outputs[0].reshape((1,)))[0] / self.devices
             outputs = (loss,) + outputs[1:]

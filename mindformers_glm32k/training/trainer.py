@@ -22,6 +22,7 @@ from mindformers_glm32k.overrides import normalize_values
 from mindformers_glm32k.parallel import one_program, pipeline_stages
 from mindformers_glm32k.preflight import check_checkpoint, check_config, check_dataset, check_packing, check_run_layout
 from mindformers_glm32k.tokenizer import GLM32KTokenizer
+from mindformers_glm32k.training.perplexity import evaluate_all_records, weigh_by_tokens
 from mindformers_glm32k.training.resume import check_continuation, complete_callbacks, resumed_file
 from mindformers_glm32k.training.stop import STOP_SIGNALS, hold_output_folder
 from mindformers_glm32k.training.wrappers import innermost_network
@@ -42,6 +43,8 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
             check_dataset(config, "train_dataset")
         if config.do_eval and kwargs.get("eval_dataset") is None:
             check_dataset(config, "eval_dataset")
+        if config.do_eval:
+            evaluate_all_records(config)
         _name_columns(config, ["train_dataset", "eval_dataset"] if config.do_eval else ["train_dataset"])
         with hold_output_folder(config.output_dir), compat.barrier_on_cpu():
             try:
@@ -55,6 +58,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         _prepare(config, "eval", _built(kwargs, "eval_dataset"))
         if kwargs.get("dataset") is None:
             check_dataset(config, "eval_dataset")
+        evaluate_all_records(config)
         _name_columns(config, ["eval_dataset"])
         with compat.barrier_on_cpu():
             super().evaluate(config=config, **kwargs)
@@ -117,6 +121,15 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
     def _reset_wrapper_for_grad_accu(self, gradient_accumulation_steps):
         self._keep_our_step(super()._reset_wrapper_for_grad_accu, gradient_accumulation_steps)
 
+    def _check_grad_accumulation_steps(self):
+        """Upstream's check, which allows accumulation in the semi-automatic modes alone: the plugin's step does it on
+        one device and in data parallel, too."""
+        runner, step = self.config.runner_config, self.config.runner_wrapper
+        wanted = runner.gradient_accumulation_steps
+        super()._check_grad_accumulation_steps()
+        if not one_program() and step is not None and step.type == "GLM32KTrainOneStepCell":
+            runner.gradient_accumulation_steps = wanted or 1
+
     def _keep_our_step(self, choose, *args):
         """Upstream's choice of the train step that splits a batch, with the plugin's step in place of upstream's."""
         step = self.config.runner_wrapper
@@ -124,6 +137,10 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         choose(*args)
         if ours:
             step.type = "GLM32KPipelineTrainOneStepCell"
+
+    def create_metrics(self, *args: str, **kwargs: str) -> dict:
+        self.compute_metrics = weigh_by_tokens(super().create_metrics(*args, **kwargs))
+        return self.compute_metrics
 
     def create_train_dataset(self, default_args: dict | None = None) -> Dataset:
         dataset = super().create_train_dataset(default_args)
@@ -135,7 +152,8 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         return super().create_model_wrapper(network, optimizer)
 
     def create_network(self, default_args: dict | None = None) -> nn.Cell:
-        if pipeline_stages() == 1 and self.config.runner_config.gradient_accumulation_steps in (None, 1):
+        accumulates = self.config.runner_config.gradient_accumulation_steps not in (None, 1)
+        if pipeline_stages() == 1 and not (accumulates and one_program()):
             # Behind an inlined cell the compiler no longer finds the parameters of which several devices hold copies,
             # and counts each copy in the gradient's norm. MindFormers 1.8 and 1.9 switch it off themselves.
             self.config.model.model_config.disable_lazy_inline = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mindspore import nn
+from mindspore.nn.wrap.cell_wrapper import GradAccumulationCell
 
 
 def innermost_network(network: nn.Cell) -> nn.Cell:
@@ -27,6 +28,13 @@ def micro_batches(network: nn.Cell) -> int:
 def interleave_num(network: nn.Cell) -> int:
     """Parts into which `micro_batch_interleave_num` splits each (micro) batch of a wrapped network."""
     return next((cell.interleave_num for cell in _wrapped_cells(network) if hasattr(cell, "interleave_num")), 1)
+
+
+def accumulation(network: nn.Cell) -> tuple[nn.Cell, int]:
+    """What a GradAccumulationCell splits the batch for, and into how many parts; the network and 1 where it is none."""
+    if isinstance(network, GradAccumulationCell):
+        return network.network, network.micro_size
+    return network, 1
 
 
 def index_of_input(network: nn.Cell, name: str, default: int) -> int:

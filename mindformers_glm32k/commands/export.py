@@ -63,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
                 args.load_checkpoint,
                 "peft_glm" if args.lora_only else "mindformers",
             )
-            with strategy_of_run(args) as (strategy, dims, scaling, model_config):
+            of_run = argparse.Namespace(**vars(args))
+            if str(args.config).endswith(".json"):  # says what the model is, not how the run sharded it
+                of_run.config = None
+            with strategy_of_run(of_run) as (strategy, dims, scaling, model_config):
                 if args.lora_only:
                     report = merge(
                         checkpoint,

@@ -197,6 +197,8 @@ def test_adapters_of_a_run_through_the_command(checkpoint, small_vocab_file, tmp
     assert theirs.keys() == ours.keys()
     for name, values in ours.items():
         np.testing.assert_allclose(theirs[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+    whole = ["--lora", "--config", str(config), "--tokenizer", str(small_vocab_file), "--no_logits"]
+    assert main(["export", *options, str(tmp_path / "whole"), *whole]) == 0
     assert main(["export", *options, str(tmp_path / "adapter"), "--lora_only"]) == 2
     assert "adapter: exists already" in capsys.readouterr().err
 

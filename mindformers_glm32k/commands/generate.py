@@ -132,19 +132,11 @@ def read_options(args: argparse.Namespace, config: MindFormerConfig) -> Options:
     """The options of answers: what is given, else the YAML's."""
     from mindformers_glm32k.checks import whole_number
     from mindformers_glm32k.generation.answers import Options, room_for_prompts
-    from mindformers_glm32k.generation.sampling import Sampling
+    from mindformers_glm32k.generation.sampling import sampling_of
 
     model = config.model.model_config
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p") if getattr(args, name) is not None}
-    random = args.do_sample if args.do_sample is not None else bool(model.do_sample) or bool(given)
-    # a YAML that decodes greedily says top_k: 1, which is not meant for sampling
-    written = model if model.do_sample else {}
-    settings = {name: written.get(name) for name in ("temperature", "top_k", "top_p")}
-    settings = {"temperature": 1.0, **{name: value for name, value in settings.items() if value is not None}, **given}
-    penalty = args.repetition_penalty if args.repetition_penalty is not None else model.repetition_penalty
-    sampling = Sampling(
-        **(settings if random else {}), repetition_penalty=1.0 if penalty is None else penalty, seed=args.seed
-    )
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    sampling = sampling_of(model, args.do_sample, **{name: getattr(args, name) for name in names})
     longest = args.max_new_tokens if args.max_new_tokens is not None else model.max_new_tokens or 512
     whole_number(longest, "--max_new_tokens", 1)
     room_for_prompts(model.seq_length, longest)

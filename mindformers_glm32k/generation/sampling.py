@@ -97,3 +97,16 @@ class Sampling:
         processors = LogitsProcessorList()
         processors.append(Draw())
         return processors
+
+
+def sampling_of(model_config: Any, do_sample: bool | None = None, **given: Any) -> Sampling:
+    """What is given (None: nothing), else what a YAML's model_config says."""
+    given = {name: value for name, value in given.items() if value is not None}
+    names = ("temperature", "top_k", "top_p")
+    random = bool(model_config.do_sample) or any(name in given for name in names) if do_sample is None else do_sample
+    # a YAML that decodes greedily says top_k: 1, which is not meant for sampling
+    written = {name: model_config.get(name) for name in names if model_config.do_sample}
+    settings = {"temperature": 1.0, **{name: value for name, value in written.items() if value is not None}, **given}
+    if not random:
+        settings = {name: value for name, value in settings.items() if name not in names}
+    return Sampling(**{"repetition_penalty": model_config.repetition_penalty or 1.0, **settings})

@@ -15,7 +15,14 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.run_mindformer import read_config, run
+from mindformers_glm32k.files import atomic_path
+from mindformers_glm32k.generation.answers import room_for_prompts
+from mindformers_glm32k.generation.network import Network, sequences_in_cache
+from mindformers_glm32k.generation.questions import prompt_ids, read_prompts
+from mindformers_glm32k.generation.sampling import sampling_of
+from mindformers_glm32k.run_mindformer import read_prediction_config
+from mindformers_glm32k.tokenizer.chat_format import answer_ids, answer_text, stop_ids
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 # the two prompts of ChatGLM3-6B-32K's model card
 PROMPTS = ("晚上睡不着应该怎么办", "使用python编写快速排序代码")
@@ -38,34 +45,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sequences_in_cache(model_config: dict) -> int | None:
-    """How many sequences of seq_length tokens the cache's num_blocks x block_size slots hold; None without a cache."""
-    if not model_config.use_past:
-        return None
-    return max(1, model_config.num_blocks * model_config.block_size // model_config.seq_length)
-
-
 def answer(args: argparse.Namespace) -> list[str]:
-    """Reads the configuration and runs the prediction; one answer per prompt."""
-    config = read_config(
-        [
-            "--config",
-            args.config_path,
-            "--run_mode",
-            "predict",
-            "--load_checkpoint",
-            args.load_checkpoint,
-            "--processor.tokenizer.vocab_file",
-            args.vocab_file,
-        ]
-    )
-    prompts = [prompt.replace(r"\n", "\n") for prompt in args.prompts or PROMPTS]  # as --predict_data reads them
-    config.input_data = prompts if len(prompts) > 1 else prompts[0]
-    config.save_file = os.path.join(os.path.dirname(os.path.abspath(args.log)), "text_generation_result.txt")
-    model_config = config.model.model_config
-    limit = args.batch_size or sequences_in_cache(model_config)
-    config.predict_batch_size = model_config.batch_size = min(limit or len(prompts), len(prompts))
-    return [text for result in run(config) for text in result["text_generation_text"]]
+    """Reads the configuration and answers, as `glm32k generate` does; one answer per prompt."""
+    config = read_prediction_config(["--config", args.config_path], args.load_checkpoint, args.vocab_file)
+    given = [prompt.replace(r"\n", "\n") for prompt in args.prompts or PROMPTS]  # as --predict_data reads them
+    prompts = read_prompts(given if len(given) > 1 else given[0])
+    vocabulary, model = Vocabulary(args.vocab_file), config.model.model_config
+    longest = model.max_new_tokens or 1
+    room = room_for_prompts(model.seq_length, longest)
+    ids = [prompt_ids(vocabulary, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids):
+        if len(tokens) > room:
+            raise InputError(
+                f"a prompt has {len(tokens)} tokens, {room} fit into seq_length with room for the answer: "
+                f"{prompt[:60]!r}…; shorten it or raise seq_length"
+            )
+    network = Network(config, min(args.batch_size or sequences_in_cache(model) or 1, len(prompts)))
+    sampling = sampling_of(model)
+    results = []
+    for start in range(0, len(ids), network.batch_size):
+        batch = range(start, min(start + network.batch_size, len(ids)))
+        answers = network.generate(
+            [ids[index] for index in batch],
+            longest,
+            stop_ids(vocabulary),
+            sampling=sampling,
+            seeds=[sampling.seed_of(f"line {index + 1}") for index in batch],
+        )
+        texts = [answer_text(vocabulary.decode(answer_ids(vocabulary, one), True)) for one in answers]
+        results.append({"text_generation_text": texts})
+    folder = os.path.dirname(os.path.abspath(args.log))
+    with atomic_path(os.path.join(folder, "text_generation_result.txt")) as temporary:
+        temporary.write_text(str(results), encoding="utf-8")
+    return [text for result in results for text in result["text_generation_text"]]
 
 
 def take_streams(path: str) -> tuple[TextIO, TextIO]:

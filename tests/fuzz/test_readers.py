@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import yaml
 
+from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.generation.questions import read_prompts
 from mindformers_glm32k.run_mindformer import _read_yaml
 from mindformers_glm32k.weights.checkpoint import read_file, read_index
 from mindformers_glm32k.weights.config_json import read_config
+from mindformers_glm32k.weights.formats.ckpt import frame
 from tests.weights.synthetic import write_safetensors, write_torch
 
 RECORDS = [
@@ -85,21 +87,21 @@ def every_sample(path):
 
 
 def _lines(draw):
-    return b"\n".join(structured(draw.choice(RECORDS), draw) for _ in range(draw.randint(1, 3)))
+    record = draw.choice(RECORDS)  # one layout a file; the rest of the records sound, so that many files are read
+    sound = [json.dumps(record).encode()] * draw.randint(0, 2)
+    return b"\n".join([*sound, structured(record, draw)])
 
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
     """{file's name: its sound bytes}."""
     folder = tmp_path_factory.mktemp("seeds")
-    tensors = {"transformer.a.weight": ("F32", np.ones((2, 3), np.float32).tobytes(), (2, 3))}
-    found = {}
+    tensors, found = {"transformer.a.weight": np.ones((2, 3), np.float32)}, {}
     for name, write in (("a.safetensors", write_safetensors), ("a.bin", write_torch)):
-        try:
-            write(folder / name, tensors)
-        except (TypeError, ValueError, KeyError, AttributeError):
-            write(folder / name, {"transformer.a.weight": np.ones((2, 3), np.float32)})
+        write(folder / name, tensors)
         found[name] = (folder / name).read_bytes()
+    values = tensors["transformer.a.weight"].tobytes()
+    found["a.ckpt"] = b"".join(before + values for before, _ in frame("transformer.a.weight", (2, 3), "fp32"))
     found["a.txt"] = "eins\nzwei\n".encode("utf-8-sig")
     return found
 
@@ -119,6 +121,12 @@ READERS = {
         lambda path: _read_yaml(str(path)),
     ),
     "safetensors": ("a.safetensors", lambda draw, seeds: mutated(seeds["a.safetensors"], draw), read_index),
+    "MindSpore checkpoint": ("a.ckpt", lambda draw, seeds: mutated(seeds["a.ckpt"], draw), read_index),
+    "dataset2prompt.json": (
+        "dataset2prompt.json",
+        lambda draw, seeds: structured({"qasper": "a {context} b {input}", "b": "{context}"}, draw),
+        PromptTemplates,
+    ),
     "torch": ("a.bin", lambda draw, seeds: mutated(seeds["a.bin"], draw), read_file),
     "prompts": ("a.txt", lambda draw, seeds: mutated(seeds["a.txt"], draw), lambda path: read_prompts(str(path))),
 }

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.generation.questions import read_prompts
 from mindformers_glm32k.run_mindformer import _read_yaml
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 from mindformers_glm32k.weights.checkpoint import read_file, read_index
 from mindformers_glm32k.weights.config_json import read_config
 from mindformers_glm32k.weights.formats.ckpt import frame
+from mindformers_glm32k.weights.strategy import read_strategy
+from tests.weights.strategy_files import write_strategy
 from tests.weights.synthetic import write_safetensors, write_torch
 
 RECORDS = [
@@ -93,7 +97,7 @@ def _lines(draw):
 
 
 @pytest.fixture(scope="module")
-def seeds(tmp_path_factory):
+def seeds(tmp_path_factory, train_vocabulary):
     """{file's name: its sound bytes}."""
     folder = tmp_path_factory.mktemp("seeds")
     tensors, found = {"transformer.a.weight": np.ones((2, 3), np.float32)}, {}
@@ -102,6 +106,9 @@ def seeds(tmp_path_factory):
         found[name] = (folder / name).read_bytes()
     values = tensors["transformer.a.weight"].tobytes()
     found["a.ckpt"] = b"".join(before + values for before, _ in frame("transformer.a.weight", (2, 3), "fp32"))
+    write_strategy(folder / "strategy.ckpt", {"a": ([2, 4], [0, -1], 0, 0), "b": ([2], [-1], 0, 0)})
+    found["strategy.ckpt"] = (folder / "strategy.ckpt").read_bytes()
+    found["tokenizer.model"] = Path(train_vocabulary()).read_bytes()
     found["a.txt"] = "eins\nzwei\n".encode("utf-8-sig")
     return found
 
@@ -127,6 +134,8 @@ READERS = {
         lambda draw, seeds: structured({"qasper": "a {context} b {input}", "b": "{context}"}, draw),
         PromptTemplates,
     ),
+    "tokenizer.model": ("tokenizer.model", lambda draw, seeds: mutated(seeds["tokenizer.model"], draw), Vocabulary),
+    "strategy": ("strategy.ckpt", lambda draw, seeds: mutated(seeds["strategy.ckpt"], draw), read_strategy),
     "torch": ("a.bin", lambda draw, seeds: mutated(seeds["a.bin"], draw), read_file),
     "prompts": ("a.txt", lambda draw, seeds: mutated(seeds["a.txt"], draw), lambda path: read_prompts(str(path))),
 }

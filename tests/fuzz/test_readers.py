@@ -35,7 +35,7 @@ RECORDS = [
     {"query": "a", "response": "b", "history": []},
     {"text": "a b c"},
 ]
-CONFIG = {
+CONFIG = {"model_type": "chatglm",
     "num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "kv_channels": 4, "num_attention_heads": 2,
     "multi_query_attention": True, "multi_query_group_num": 1, "padded_vocab_size": 32, "seq_length": 64,
     "rope_ratio": 50, "layernorm_epsilon": 1e-5, "add_qkv_bias": True, "torch_dtype": "float16",

@@ -12,6 +12,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+import zlib
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,7 +204,7 @@ def _open_archive(path):
         raise InputError(f"{path}: not a PyTorch file (it starts with {head[:8]!r}); download it again")
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InputError(f"{path}: the file is cut off or corrupt ({error}); download it again") from error
 
 
@@ -214,7 +215,7 @@ def _read_small(archive, name, path):
         )
     try:
         return archive.read(name)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: {name} is corrupt ({error}); download it again") from error
 
 

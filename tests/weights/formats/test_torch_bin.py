@@ -244,3 +244,24 @@ def test_wrapped_and_wrong_contents(tmp_path):
     write_torch(tmp_path / "number.bin", {}, pickle=b"\x80\x02}X\x01\x00\x00\x00aK\x05s.")
     with pytest.raises(InputError, match="number.bin: key 'a' holds a int"):
         read_torch(tmp_path / "number.bin")
+
+
+@pytest.mark.parametrize("damage", ["version", "name", "compressed"])
+def test_damage_that_zipfile_does_not_call_a_bad_zip_file(tmp_path, damage):
+    """NotImplementedError, UnicodeDecodeError and zlib.error: found by tests/fuzz."""
+    path = tmp_path / "a.bin"
+    write_torch(path, {"a": np.ones(3, np.float32)})
+    data = bytearray(path.read_bytes())
+    central = data.index(b"PK\x01\x02")
+    if damage == "version":
+        data[central + 6] = 128  # version needed to extract, 12.8
+    elif damage == "name":
+        data[7] |= 8  # the local header of data.pkl says that its name is UTF-8
+        data[30] = 0x85
+    else:
+        data[central + 10] = data[8] = 8  # deflated
+        start = 30 + len("a/data.pkl")
+        data[start : start + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"cut off or corrupt|is corrupt"):
+        read_torch(path)

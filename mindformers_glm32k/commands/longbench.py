@@ -176,7 +176,14 @@ def _engine(args, tokenizer, vocabulary):
         from mindformers_glm32k.longbench.endpoint import EndpointEngine
 
         return EndpointEngine(
-            args.base_url, args.model, args.send, args.standard, args.concurrency, args.timeout, args.retries
+            args.base_url,
+            args.model,
+            args.send,
+            args.standard,
+            args.concurrency,
+            args.timeout,
+            args.retries,
+            vocabulary,
         )
     from mindformers_glm32k.longbench.engines import LocalEngine
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 
 from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.longbench.engines import Request
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP statuses that a later attempt may not meet
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds; each pause is twice the one before
@@ -35,6 +36,8 @@ class EndpointEngine:
         concurrency: requests at a time.
         timeout: seconds without an answer after which a request is given up.
         retries: attempts after the first.
+        vocabulary: decodes the answer's ids as pred.py does, where the server returns them (vLLM does). Its own text
+            begins with a space more, and counts broken characters otherwise.
 
     Raises:
         InputError: no such server or model.
@@ -52,11 +55,13 @@ class EndpointEngine:
         concurrency: int = 16,
         timeout: float = 600.0,
         retries: int = 8,
+        vocabulary: Vocabulary | None = None,
     ):
         if urllib.parse.urlsplit(base_url).scheme not in ("http", "https"):
             raise InputError(f"--base_url {base_url}: a URL such as http://localhost:8000/v1 is needed")
         self._url, self._send, self._standard = base_url.rstrip("/"), send, standard
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
+        self._vocabulary = vocabulary if send == "ids" else None
         self._stopped = threading.Event()
         self._said = 0.0
         self._model = model or self._first_model()
@@ -115,7 +120,7 @@ class EndpointEngine:
     def _ask(self, request):
         body = {"model": self._model, "max_tokens": request.max_new_tokens, "temperature": 0.0}
         if not self._standard:
-            body |= {"stop_token_ids": list(request.stop_ids), "skip_special_tokens": True}
+            body |= {"stop_token_ids": list(request.stop_ids), "skip_special_tokens": True, "return_token_ids": True}
             if request.min_new_tokens:
                 body["min_tokens"] = request.min_new_tokens
         elif request.min_new_tokens:
@@ -127,9 +132,12 @@ class EndpointEngine:
         reply = self._call(path, body)
         try:
             choice = reply["choices"][0]
+            ids = choice.get("token_ids")
             text = choice["message"]["content"] if "message" in choice else choice["text"]
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise CommandFailed(f"{self._url}{path}: no completion in the answer {reply!r:.{_MESSAGE}}") from error
+        if ids and self._vocabulary is not None and not self._standard:
+            text = self._vocabulary.decode(ids, skip_special_tokens=True)
         return request.key, text or ""
 
     def _first_model(self):

@@ -16,8 +16,9 @@ class Server:
         hits: requests in all.
     """
 
-    def __init__(self, reply=lambda body: "Oslo", faults=(), headers=(), delay=0.0):
+    def __init__(self, reply=lambda body: "Oslo", faults=(), headers=(), delay=0.0, token_ids=None):
         self.reply, self.faults, self.headers, self.delay = reply, list(faults), headers, delay
+        self.token_ids = token_ids
         self.bodies, self.hits, self._lock = [], 0, threading.Lock()
 
     def next_fault(self):
@@ -71,6 +72,8 @@ def serving(**settings):
                 with server._lock:
                     server.bodies.append({**body, "path": self.path, "key": self.headers["Authorization"]})
                 choice = {"message": {"content": text}} if self.path.endswith("/chat/completions") else {"text": text}
+                if server.token_ids is not None:
+                    choice["token_ids"] = server.token_ids
                 self.send({"choices": [choice]})
 
         def handle(self):

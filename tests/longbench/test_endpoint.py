@@ -8,6 +8,7 @@ from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.longbench import endpoint
 from mindformers_glm32k.longbench.endpoint import EndpointEngine
 from mindformers_glm32k.longbench.engines import Request
+from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 from tests.longbench.server import serving
 
 
@@ -35,10 +36,27 @@ def test_ids_go_with_the_protocol_of_pred_py():
             "temperature": 0.0,
             "stop_token_ids": [2, 13],
             "skip_special_tokens": True,
+            "return_token_ids": True,
             "min_tokens": 1,
         }
     ]
     assert engine.identity == {"engine": "endpoint", "model": "served-model", "send": "ids", "standard": False}
+
+
+def test_ids_that_come_back_are_decoded_as_pred_py_decodes(small_vocab_file):
+    """The server's text has the space that the chat format puts there, and another count of broken characters."""
+    vocabulary = Vocabulary(small_vocab_file)
+    ids = [*vocabulary.encode("a b"), vocabulary.eos_id]
+    with serving(reply=lambda body: " a b", token_ids=ids) as (url, _):
+        for settings, expected in (
+            ({"vocabulary": vocabulary}, "a b"),
+            ({}, " a b"),
+            ({"vocabulary": vocabulary, "send": "text"}, " a b"),
+            ({"vocabulary": vocabulary, "standard": True}, " a b"),
+        ):
+            assert list(EndpointEngine(url, **settings).answer([request(7)])) == [(("hotpotqa", "7"), expected)], (
+                settings
+            )
 
 
 def test_texts_go_to_the_chat_and_raw_ones_to_completions(monkeypatch):
@@ -50,7 +68,9 @@ def test_texts_go_to_the_chat_and_raw_ones_to_completions(monkeypatch):
     chat, raw = sorted(server.bodies, key=lambda body: body["path"])
     assert chat["messages"] == [{"role": "user", "content": "text 1"}] and "prompt" not in chat and "stop" not in chat
     assert raw["prompt"] == "text 2" and raw["stop"] == ["\n"]
-    assert not {"stop_token_ids", "min_tokens", "skip_special_tokens"} & {*chat, *raw}, "OpenAI's interface alone"
+    assert not {"stop_token_ids", "min_tokens", "skip_special_tokens", "return_token_ids"} & {*chat, *raw}, (
+        "OpenAI's interface alone"
+    )
     assert chat["key"] == "Bearer a-key"
     assert len(engine.differs) == 3, "what differs from pred.py is named"
 

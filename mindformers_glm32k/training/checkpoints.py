@@ -8,7 +8,6 @@ each resume; and overwrites finite weights with others.
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
 import os
 import shutil
@@ -129,7 +128,8 @@ class GLM32KCheckpointMonitor(CheckpointMonitor):
 
     def _of_whole_training(self, arguments: Any) -> Any:
         """A copy of a callback's arguments with the step and the epoch of the whole training."""
-        arguments = copy.copy(arguments)
+        # MindSpore's dict looks special methods up as keys, at which copy.copy fails before Python 3.11
+        arguments = type(arguments)(arguments)
         arguments.cur_step_num += self.steps_before
         arguments.cur_epoch_num = max(arguments.cur_step_num - 1, 0) // arguments.batch_num + 1
         return arguments

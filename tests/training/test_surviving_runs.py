@@ -222,9 +222,10 @@ def kill_if_there(pid):
         os.kill(pid, signal.SIGKILL)
 
 
-# --- in every suite ---
+# --- stops, kills and what cannot go on ---
 
 
+@pytest.mark.slow
 def test_killed_twice_and_stopped_once_it_ends_bit_equal(whole, data, tmp_path):
     folder = Folder(tmp_path / "killed", data)
     process = folder.start()
@@ -280,6 +281,7 @@ def test_a_run_that_is_lost_stops_and_keeps_the_last_checkpoint(data, tmp_path):
         assert first_bad_tensor(folder.ranks / "rank_0" / name) is None
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_a_line_and_ctrl_c_ends_the_first(data, tmp_path):
     folder = Folder(tmp_path / "shared", data)
     first = folder.start(runner_config__epochs=2000)

@@ -17,6 +17,7 @@ from mindformers_glm32k.protobuf import message_class
 MIB = 1024**2
 # Training steps of 41 to 574 kernels. Kernels of the chunks run in no order at all on the CPU: see `run_order`.
 RUNS = [("layers", "bfs", 2), ("layers", "dfs", 8), ("chunks", "bfs", 2), ("chunks", "dfs", 8)]
+LONG = [pytest.param(run, marks=pytest.mark.slow) for run in RUNS[1:]]
 
 
 def reported(folder):
@@ -58,7 +59,7 @@ def run_order(folder, trace):
     return sorted(ran, key=lambda event: place[event.node.scope])
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=lambda run: "-".join(map(str, run)))
+@pytest.fixture(scope="module", params=[RUNS[0], *LONG], ids=lambda run: "-".join(map(str, run)))
 def run(request, tmp_path_factory):
     """(net, order, folder, bytes that the memory pool held at its peak) of a step."""
     folder = tmp_path_factory.mktemp("ordered")

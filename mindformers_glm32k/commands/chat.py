@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
@@ -25,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talks; returns the exit status."""
+    interruptible = _pass_on_interrupts()
     from mindformers_glm32k.generation.documents import read_document
     from mindformers_glm32k.generation.network import Network
     from mindformers_glm32k.generation.quiet import logs_to
@@ -35,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         with logs_to(args.log) as (out, _):
             yield out
 
-    read = _reader(COMMANDS)  # before the terminal is set aside
+    read = _reader(COMMANDS, interruptible)  # before the terminal is set aside
     with quiet() as out:
         _, vocabulary, config = read_model(args)
         options = read_options(args, config)
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _reader(commands: tuple[str, ...]) -> Callable[[str], str]:
+def _reader(commands: tuple[str, ...], interruptible: Callable) -> Callable[[str], str]:
     """Reads a line: with prompt_toolkit at a terminal, else plainly."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         try:
@@ -61,7 +66,7 @@ def _reader(commands: tuple[str, ...]) -> Callable[[str], str]:
         except ImportError:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401, input() edits lines with it
-            return input
+            return interruptible(input)
         completer = WordCompleter(list(commands), sentence=True)
         return PromptSession(completer=completer, complete_while_typing=False).prompt
 
@@ -71,7 +76,46 @@ def _reader(commands: tuple[str, ...]) -> Callable[[str], str]:
             raise EOFError
         return line.rstrip("\n")
 
-    return plain
+    return interruptible(plain)
+
+
+def _pass_on_interrupts() -> Callable[[Callable[[str], str]], Callable[[str], str]]:
+    """From here on Ctrl-C reaches Python's handlers, whatever the process computes; returns what makes a plain read end
+    at Ctrl-C, too. (prompt_toolkit reads the key itself; threads that it starts must not take the signal.)
+
+    While MindSpore compiles or runs, a handler of its own turns SIGINT into SIGTERM. With the signal blocked in every
+    thread, one thread waits for it; only while a line is read does the main thread take it itself. To be called before
+    NumPy and MindSpore are imported: threads that are there already would still take the signal. Within another
+    program, and where nobody types, nothing is done.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or "mindspore" in sys.modules
+        or not sys.stdin.isatty()
+    ):
+        return lambda read: read
+    interrupt = {signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, interrupt)
+    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt))
+
+    def wait() -> None:
+        while True:
+            signal.sigwait(interrupt)
+            _thread.interrupt_main()
+
+    def ended(read: Callable[[str], str]) -> Callable[[str], str]:
+        def read_line(prompt: str) -> str:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which MindSpore may have replaced
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt)
+            try:
+                return read(prompt)
+            finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, interrupt)
+
+        return read_line
+
+    threading.Thread(target=wait, daemon=True).start()
+    return ended
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ class Chat:
                     self._answer()
             except (InputError, OSError) as error:
                 self._say(f"error: {error}")
+            except KeyboardInterrupt:  # between an answer and the next prompt
+                self._say("(/quit or Ctrl-D leaves)")
 
     def _say(self, text):
         print(text, file=self._out, flush=True)

@@ -23,11 +23,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from small_model import GROUPS, LAYERS, OURS, PRODUCTS, SIZE, VOCAB_SIZE, torch_model
+
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS, BATCHES = (128, 2048, 8192, 32000), (1, 4)
-VOCAB_SIZE, HIDDEN, LAYERS, HEADS, GROUPS, SIZE, FFN, SEQ_LENGTH = 65024, 512, 4, 8, 2, 64, 1368, 32768
-BLOCK = 16
-WEIGHTS = VOCAB_SIZE * HIDDEN + LAYERS * HIDDEN * ((HEADS + 2 * GROUPS) * SIZE + HEADS * SIZE + 3 * FFN)
+SEQ_LENGTH, BLOCK = 32768, 16
 CACHE = 2 * LAYERS * GROUPS * SIZE  # numbers of a token
 NUMBER = 4  # bytes of float32
 
@@ -76,16 +76,8 @@ def measure_ours(length, batch, new):
 
     network = GLM32KForConditionalGeneration(
         GLM32KConfig(
-            num_layers=LAYERS,
-            hidden_size=HIDDEN,
-            num_attention_heads=HEADS,
-            kv_channels=SIZE,
-            ffn_hidden_size=FFN,
-            multi_query_group_num=GROUPS,
-            padded_vocab_size=VOCAB_SIZE,
+            **OURS,
             seq_length=SEQ_LENGTH,
-            param_init_type="float32",
-            compute_dtype="float32",
             use_past=True,
             is_dynamic=True,
             block_size=BLOCK,
@@ -114,25 +106,8 @@ def measure_ours(length, batch, new):
 def measure_torch(length, batch, new):
     """The same of torch."""
     import torch
-    from transformers import GlmConfig, GlmForCausalLM
 
-    torch.manual_seed(0)
-    config = GlmConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS,
-        head_dim=SIZE,
-        attn_implementation="sdpa",
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=SEQ_LENGTH,
-        pad_token_id=0,
-        eos_token_id=None,
-        attention_bias=True,
-        tie_word_embeddings=False,
-    )
-    model = GlmForCausalLM(config).eval()
+    model = torch_model(SEQ_LENGTH).eval()
     ids = torch.randint(3, 60000, (batch, length))
     for count in (2, new):
         times = Times()
@@ -206,7 +181,7 @@ def row(length, batch, runs, speed):
         cells += [value(ours), value(theirs) if theirs else "–"]
         cells += [f"{theirs[key] / ours[key]:.2f}" if theirs else "–" for key in (name, f"{name}_cpu")]
     cells += [f"{found['peak'] / 2**30:.2f}" if found else "–" for found in (ours, theirs)]
-    once = NUMBER * (WEIGHTS + batch * CACHE * length) / speed / 1e9
+    once = NUMBER * (PRODUCTS + batch * CACHE * length) / speed / 1e9
     cells += [f"{ours['compile']:.1f}", f"{ours['new_programs']:.0f}", f"{once / ours['decode']:.2f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -27,6 +27,8 @@ import sys
 import time
 from pathlib import Path
 
+from small_model import HIDDEN, OURS, PRODUCTS, VOCAB_SIZE, torch_model
+
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (512, 2048, 4096, 8192, 16384, 32768)
 PROGRAMS = {
@@ -34,11 +36,8 @@ PROGRAMS = {
     "torch": {},
     "torch tuned": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)},
 }
-VOCAB_SIZE, HIDDEN, LAYERS, HEADS, GROUPS, SIZE, FFN = 65024, 512, 4, 8, 2, 64, 1368
 GIB = 2**30
 PRODUCT_TOKENS = 512
-# multiply-adds of a token, attention's scores aside; a training step does them three times
-PRODUCTS = VOCAB_SIZE * HIDDEN + LAYERS * HIDDEN * ((HEADS + 2 * GROUPS) * SIZE + HEADS * SIZE + 3 * FFN)
 
 
 def measure_ours(length, steps):
@@ -60,17 +59,9 @@ def measure_ours(length, steps):
     from mindformers_glm32k.training.step import GLM32KTrainOneStepCell
 
     config = GLM32KConfig(
-        num_layers=LAYERS,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        kv_channels=SIZE,
-        ffn_hidden_size=FFN,
-        multi_query_group_num=GROUPS,
-        padded_vocab_size=VOCAB_SIZE,
+        **OURS,
         seq_length=length,
         use_flash_attention=True,
-        param_init_type="float32",
-        compute_dtype="float32",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         qkv_concat=True,
@@ -108,25 +99,8 @@ def measure_ours(length, steps):
 def measure_torch(length, steps, fused):
     """Returns None (nothing is compiled), seconds of each step, losses."""
     import torch
-    from transformers import GlmConfig, GlmForCausalLM
 
-    torch.manual_seed(0)
-    config = GlmConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS,
-        head_dim=SIZE,
-        attn_implementation="sdpa",
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=length,
-        pad_token_id=0,
-        eos_token_id=None,
-        attention_bias=True,
-        tie_word_embeddings=False,
-    )
-    model = GlmForCausalLM(config).train()
+    model = torch_model(length).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True if fused else None
     )

@@ -6,7 +6,6 @@ to be right, so that --help answers at once.
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import contextlib
 import copy
@@ -15,7 +14,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,6 +23,7 @@ import yaml
 from mindformers_glm32k.checks import true_or_false
 from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.files import require_file
+from mindformers_glm32k.interrupts import pass_on_interrupts
 from mindformers_glm32k.overrides import normalize_values, pairs, parse_value, reject_misspelt, set_key
 
 if TYPE_CHECKING:
@@ -296,33 +295,16 @@ def run(config: MindFormerConfig) -> list[dict] | None:
     return None
 
 
-def _pass_on_interrupts():
-    """From here on SIGINT reaches Python's handler, whatever the process computes.
-
-    While MindSpore compiles or runs, a handler of its own turns SIGINT into SIGTERM. With the signal blocked in every
-    thread, one thread waits for it. Where nothing finishes a step first, the process ends after a moment.
-    """
-    if threading.current_thread() is not threading.main_thread() or "mindspore" in sys.modules:
-        return  # threads that are there already would still take it
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}))
-
-    def wait():
-        while True:
-            signal.sigwait({signal.SIGINT})
-            finishes = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-            _thread.interrupt_main()
-            if not finishes:
-                time.sleep(_MOMENT)
-                os._exit(128 + signal.SIGINT)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _end_after_a_moment():
+    """Where nothing finishes a step first, an interrupted process ends though MindSpore computes on."""
+    time.sleep(_MOMENT)
+    os._exit(128 + signal.SIGINT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit status."""
     if argv is None:
-        _pass_on_interrupts()
+        pass_on_interrupts(_end_after_a_moment)
     try:
         run(read_config(argv))
     except (InputError, CommandFailed) as error:

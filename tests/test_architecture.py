@@ -19,7 +19,7 @@ PACKAGE = "mindformers_glm32k"
 # TYPE_CHECKING count. The package's own __init__ is above all: it only registers, and nobody inside needs it.
 FLOORS = (
     ("errors",),
-    ("checks", "files", "lazy", "protobuf"),
+    ("checks", "files", "interrupts", "lazy", "protobuf"),
     ("overrides",),
     ("compat", "parallel"),
     ("registry",),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import contextlib
-import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from mindformers_glm32k.commands.generate import add_model_arguments, read_model, read_options
+from mindformers_glm32k.interrupts import INTERRUPT, pass_on_interrupts
 
 TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 
@@ -29,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talks; returns the exit status."""
-    interruptible = _pass_on_interrupts()
+    blocked = sys.stdin.isatty() and pass_on_interrupts()  # before the imports: see there
     from mindformers_glm32k.generation.documents import read_document
     from mindformers_glm32k.generation.network import Network
     from mindformers_glm32k.generation.quiet import logs_to
@@ -40,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         with logs_to(args.log) as (out, _):
             yield out
 
-    read = _reader(COMMANDS, interruptible)  # before the terminal is set aside
+    read = _reader(COMMANDS, _interruptible if blocked else lambda read: read)  # before the terminal is set aside
     with quiet() as out:
         _, vocabulary, config = read_model(args)
         options = read_options(args, config)
@@ -79,43 +77,18 @@ def _reader(commands: tuple[str, ...], interruptible: Callable) -> Callable[[str
     return interruptible(plain)
 
 
-def _pass_on_interrupts() -> Callable[[Callable[[str], str]], Callable[[str], str]]:
-    """From here on Ctrl-C reaches Python's handlers, whatever the process computes; returns what makes a plain read end
-    at Ctrl-C, too. (prompt_toolkit reads the key itself; threads that it starts must not take the signal.)
+def _interruptible(read: Callable[[str], str]) -> Callable[[str], str]:
+    """A plain read that Ctrl-C ends. (prompt_toolkit reads the key itself; its threads must not take the signal.)"""
 
-    While MindSpore compiles or runs, a handler of its own turns SIGINT into SIGTERM. With the signal blocked in every
-    thread, one thread waits for it; only while a line is read does the main thread take it itself. To be called before
-    NumPy and MindSpore are imported: threads that are there already would still take the signal. Within another
-    program, and where nobody types, nothing is done.
-    """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or "mindspore" in sys.modules
-        or not sys.stdin.isatty()
-    ):
-        return lambda read: read
-    interrupt = {signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, interrupt)
-    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt))
+    def read_line(prompt: str) -> str:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which MindSpore may have replaced
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPT)
+        try:
+            return read(prompt)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPT)
 
-    def wait() -> None:
-        while True:
-            signal.sigwait(interrupt)
-            _thread.interrupt_main()
-
-    def ended(read: Callable[[str], str]) -> Callable[[str], str]:
-        def read_line(prompt: str) -> str:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # which MindSpore may have replaced
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt)
-            try:
-                return read(prompt)
-            finally:
-                signal.pthread_sigmask(signal.SIG_BLOCK, interrupt)
-
-        return read_line
-
-    threading.Thread(target=wait, daemon=True).start()
-    return ended
+    return read_line
 
 
 if __name__ == "__main__":

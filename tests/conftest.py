@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a temporary working directory and the reference data."""
 
 import logging
+import os
 import random
 import sys
 from pathlib import Path
@@ -21,8 +22,8 @@ def working_directory(tmp_path, monkeypatch):
     """MindFormers writes output/, rank_0/ and the like into the current folder: every test gets its own, and what a
     trainer sets for the whole process, MindSpore's context of parallel runs and RUN_MODE, as it was."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RUN_MODE", raising=False)
     yield tmp_path
+    os.environ.pop("RUN_MODE", None)  # the next module's fixtures start before any fixture of a test
     if "mindspore" in sys.modules:
         sys.modules["mindspore"].reset_auto_parallel_context()
 

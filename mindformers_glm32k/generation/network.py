@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ class Network:
         batch_size: prompts that are answered together; None: the YAML's.
 
     Attributes:
-        room: tokens of prompt and answer together.
+        room: tokens of prompt and answer together: seq_length, or what the cache holds where that is less.
         identity: what determines the answers: engine, model (a digest of its weights) and config.
         writes: whether this process writes the answers (of several that compute together, one does).
     """
@@ -33,7 +34,7 @@ class Network:
     def __init__(self, config: MindFormerConfig, batch_size: int | None = None):
         self._config = config
         model = config.model.model_config
-        self.room: int = model.seq_length
+        self.room: int = min(model.seq_length, model.num_blocks * model.block_size if model.use_past else math.inf)
         self.batch_size: int = batch_size or (model.batch_size if model.use_past else None) or 1
         weights = config.load_checkpoint
         self.identity = {
@@ -103,6 +104,7 @@ class Network:
         if self._network is not None:
             return
         from mindformers import Trainer, build_context
+        from mindspore import set_seed
 
         from mindformers_glm32k.compat import barrier_on_cpu, set_output_path
         from mindformers_glm32k.preflight.run_config import check_config
@@ -114,6 +116,7 @@ class Network:
         set_output_path(config.output_dir)
         build_context(config)
         trainer = Trainer(config)
+        set_seed(config.seed or 0)  # of random weights: Trainer passes over a seed of 0
         with tempfile.TemporaryDirectory() as folder, barrier_on_cpu():
             config.save_file = str(Path(folder) / "first.txt")
             trainer.predict(

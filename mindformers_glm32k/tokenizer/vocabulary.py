@@ -106,7 +106,8 @@ class Vocabulary:
         """
         ids = [int(index) for index in ids]
         if skip_special_tokens:
-            ids = [index for index in ids if index not in self._special_names and index not in self._silent]
+            size = self.model.vocab_size()  # special tokens are behind it, as is a model's padding
+            ids = [index for index in ids if 0 <= index < size and index not in self._silent]
         if ids and min(ids) >= 0 and max(ids) < self.model.vocab_size() and self._silent.isdisjoint(ids):
             return self.model.decode(ids)  # pieces alone, as in long prompts: four times as fast, the same text
         return self.model.decode_pieces([self._surface(index) for index in ids])

@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 pexpect = pytest.importorskip("pexpect")
 CONFIG = str(ROOT / "research" / "glm32k" / "predict_glm32k_tiny_cpu.yaml")
 LIMIT = 120  # seconds for anything
+NUM_BLOCKS = ("--model.model_config.num_blocks", "512")
 
 
 def arguments(vocabulary, *more):
@@ -29,59 +30,95 @@ def surroundings():
     }
 
 
-def test_chat_at_a_terminal(small_vocab_file, tmp_path):
-    (tmp_path / "文档.txt").write_text("秘密是 42。", encoding="utf-8")
-    child = pexpect.spawn(
-        sys.executable,
-        arguments(small_vocab_file, "--max_new_tokens", "100"),
-        env=surroundings(),
-        encoding="utf-8",
-        timeout=LIMIT,
-        dimensions=(40, 120),
-        cwd=str(tmp_path),
-    )
-    try:
-        child.expect_exact("256 tokens of context. /help lists the commands")
+@pytest.fixture
+def chat_at_a_terminal(small_vocab_file, tmp_path):
+    """A function that starts the chat in a pseudo-terminal, with options, and waits for its first prompt."""
+    children = []
+
+    def start(*options):
+        child = pexpect.spawn(
+            sys.executable,
+            arguments(small_vocab_file, *options),
+            env=surroundings(),
+            encoding="utf-8",
+            timeout=LIMIT,
+            dimensions=(40, 120),
+            cwd=str(tmp_path),
+        )
+        children.append(child)
+        child.expect(r"([\d,]+) tokens of context\. /help lists the commands")
         child.expect_exact("you>")
-        child.send("/file 文x")
-        child.send("\x7f档.txt\r")  # the wide character before is still whole
-        child.expect(r"文档.txt: \d+ tokens, goes before your next message")
-        child.send("你好\r")
-        child.expect(r"\[[^\[\]]*tokens, [\d.]+ tokens/s, first after .* s for \d+ tokens, context \d+ of 256\]")
-        child.expect_exact("you>")
-        child.send("/save 记录.jsonl\r")
-        child.expect_exact("saved: 记录.jsonl")
-        assert "秘密是 42。\\n\\n你好" in (tmp_path / "记录.jsonl").read_text(encoding="utf-8")
-        child.send("/undo\r")
-        child.expect_exact("taken back: 秘密是")
-        assert stop_an_answer(child)
-        child.expect_exact("you>")
-        child.sendintr()
-        child.expect_exact("leaves)")
-        child.send("/context\r")
-        child.expect(r"of 256 tokens used, 100 are kept for an answer")
-        child.send("/quit\r")
-        child.expect(pexpect.EOF)
-    finally:
+        return child
+
+    yield start
+    for child in children:
         child.close(force=True)
+
+
+def leave(child):
+    child.send("/quit\r")
+    child.expect(pexpect.EOF)
+    child.close()
     assert child.exitstatus == 0
+
+
+def test_chat_at_a_terminal(chat_at_a_terminal, tmp_path):
+    (tmp_path / "文档.txt").write_text("秘密是 42。", encoding="utf-8")
+    child = chat_at_a_terminal("--max_new_tokens", "100")
+    child.send("/file 文x")
+    child.send("\x7f档.txt\r")  # the wide character before is still whole
+    child.expect(r"文档.txt: \d+ tokens, goes before your next message")
+    child.send("你好\r")
+    child.expect(r"\[[^\[\]]*tokens, [\d.]+ tokens/s, first after .* s for \d+ tokens, context \d+ of 256\]")
+    child.expect_exact("you>")
+    child.send("/save 记录.jsonl\r")
+    child.expect_exact("saved: 记录.jsonl")
+    assert "秘密是 42。\\n\\n你好" in (tmp_path / "记录.jsonl").read_text(encoding="utf-8")
+    child.send("/undo\r")
+    child.expect_exact("taken back: 秘密是")
+    child.expect_exact("you>")
+    child.sendintr()
+    child.expect_exact("leaves)")
+    child.send("/context\r")
+    child.expect(r"of 256 tokens used, 100 are kept for an answer")
+    leave(child)
     assert "INFO" in (tmp_path / "output" / "chat" / "chat.log").read_text(encoding="utf-8", errors="replace")
 
 
-def stop_an_answer(child):
-    """Sends questions until Ctrl-C falls into the time of an answer, and not before or behind it; whether it did."""
-    for attempt in range(8):
-        child.send("again\r")
-        child.expect_exact("again")
-        time.sleep(0.3 * (attempt + 1))
+def test_ctrl_c_stops_an_answer(chat_at_a_terminal):
+    """The answer to this question has no end: it takes all 4,000 tokens, for which every machine needs a while."""
+    child = chat_at_a_terminal("--model.model_config.seq_length", "8192", *NUM_BLOCKS, "--max_new_tokens", "4000")
+    for seconds in (0.5, 3):
+        child.send("count\r")
+        child.expect_exact("\x1b[?2004l")  # the prompt has let go of the terminal
+        time.sleep(seconds)
         child.sendintr()
-        found = child.expect([r"\(stopping\)", r"first after", r"leaves\)"])
-        if found == 0:
-            child.expect(r"\[stopped, |stopped; the question")
-            return True
-        if found == 1:
-            child.expect_exact("leaves)")
-    return False
+        child.expect_exact("(stopping)")
+        child.expect(r"\[stopped, |stopped; the question")
+        child.expect_exact("you>")
+        child.send("/clear\r")
+        child.expect_exact("a new conversation")
+        child.expect_exact("you>")
+    child.send("/context\r")
+    child.expect(r"of 8,192 tokens used, 4,000 are kept for an answer")
+    leave(child)
+
+
+def test_the_room_is_that_of_the_cache(small_vocab_file, tmp_path):
+    """Not seq_length: an answer would break off in the middle where the cache has less."""
+    options = ("--model.model_config.num_blocks", "8", "--max_new_tokens", "100")
+    done = subprocess.run(
+        [sys.executable, *arguments(small_vocab_file, *options)],
+        input="count\n/context\n",
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=surroundings(),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "128 tokens of context" in done.stdout  # 8 blocks of 16
+    assert "of 128 tokens used, 100 are kept" in done.stdout and "error" not in done.stdout
 
 
 def test_lines_from_a_pipe(small_vocab_file, tmp_path):

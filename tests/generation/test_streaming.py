@@ -69,6 +69,13 @@ def test_half_a_character_is_held_back(vocabulary):
     assert first == "a"
 
 
+def test_an_id_without_text_does_not_part_a_character(small):
+    first, second = (small.model.piece_to_id(f"<0x{byte:02X}>") for byte in "é".encode())
+    for without_text in (len(small), small.special["<|user|>"], small.bos_id):
+        ids = [first, without_text, second]
+        assert "".join(streamed(small, ids)) == small.decode(ids, skip_special_tokens=True) == "é"
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_ids_stream_to_what_they_decode_to(small, data):

@@ -7,7 +7,8 @@ import pytest
 from mindformers_glm32k import GLM32KConfig, GLM32KForConditionalGeneration
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.generator import lengths_of, padded
-from mindformers_glm32k.kernels.cpu.cached_steps import chunks_of
+from mindformers_glm32k.kernels.cpu import cached_steps
+from mindformers_glm32k.kernels.cpu.cached_steps import CachedSteps, chunks_of
 
 NO_STOP = [299]
 
@@ -150,6 +151,27 @@ def test_chunks_cover_a_prompt_once_and_lie_in_one_tile(sizes, tile):
         for start, size, kept in chunks:
             assert size in sizes and 0 < kept <= size
             assert start // tile == (start + kept - 1) // tile
+
+
+def test_a_chunk_whose_scores_differ_too_much_is_computed_again(network, monkeypatch):
+    monkeypatch.setattr(cached_steps, "PREFILL_TILE", 32)
+    weights = [layer.self_attention.query_key_value.weight for layer in network.transformer.encoder.layers]
+    originals = [weight.asnumpy() for weight in weights]
+    ids = np.random.default_rng(7).integers(3, 290, (1, 90))
+    logits = []
+    try:
+        for weight, original in zip(weights, originals):
+            weight.set_data(ms.Tensor(original * 10))
+        for any_scores in (False, True):
+            steps = CachedSteps(network.transformer, network.config)
+            steps.chunks, steps.any_scores = (32,), any_scores
+            logits.append(steps.prefill(ids, np.array([90]), np.arange(12)[None]))
+            assert steps.any_scores
+    finally:
+        for weight, original in zip(weights, originals):
+            weight.set_data(ms.Tensor(original))
+    assert np.isfinite(logits[0]).all()
+    np.testing.assert_allclose(*logits, atol=1e-4)
 
 
 def test_prompts_as_lists_and_arrays():

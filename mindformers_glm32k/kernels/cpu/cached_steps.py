@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.ops import operations as P
 
 from mindformers_glm32k.config import GLM32KConfig
 from mindformers_glm32k.kernels.cpu.blocks import arange
@@ -31,13 +32,14 @@ class _Step(nn.Cell):
         tables (Tensor): (J, B, G, N) int32, the blocks of each tile: block b of head g is g * blocks + b.
 
     Outputs:
-        Tensor: logits (B, V) float32, or of a prefill chunk one element of the hidden states.
+        Tensor: logits (B, V) float32, or of a prefill chunk () float32, NaN where attention of a token is.
     """
 
-    def __init__(self, transformer: nn.Cell, block_size: int, with_logits: bool):
+    def __init__(self, transformer: nn.Cell, block_size: int, with_logits: bool, any_scores: bool):
         super().__init__(auto_prefix=False)
         self.transformer = transformer
-        self.block_size, self.with_logits = block_size, with_logits
+        self.block_size, self.with_logits, self.any_scores = block_size, with_logits, any_scores
+        self.sum = P.ReduceSum()
         # MindSpore looks this phase's program up by its name, without checking the arguments again: 3 ms a call
         self.phase = "increment"
         self.set_train(False)
@@ -46,10 +48,10 @@ class _Step(nn.Cell):
         count, batch, groups, _ = tables.shape
         tables = ops.expand_dims(tables * self.block_size, 4) + arange(self.block_size)
         tables = tables.reshape((count, batch, groups, -1))  # (J, B, G, N, 1) -> (J, B, G, K)
-        hidden = self.transformer(ids, (own, start, end), tables, rows, None, positions)
+        hidden = self.transformer(ids, (own, start, end, self.any_scores), tables, rows, None, positions)
+        hidden = hidden.reshape((-1, hidden.shape[-1]))  # (B, C, H) -> (B*C, H)
         if not self.with_logits:
-            return hidden.reshape((-1,))[:1]
-        hidden = hidden.reshape((-1, hidden.shape[-1]))  # (B, 1, H) -> (B, H)
+            return self.sum(ops.cast(hidden[:, :1], mstype.float32))
         return ops.cast(self.transformer.output_layer(hidden), mstype.float32)
 
 
@@ -62,19 +64,22 @@ class CachedSteps:
 
     Attributes:
         chunks: tokens that a prefill call may have, largest first.
+        any_scores: whether prefill takes the slower attention; set by the first prompt that needs it.
     """
 
     def __init__(self, transformer: nn.Cell, config: GLM32KConfig):
         self.chunks = CHUNKS
         self._transformer = transformer
         self._steps: dict[tuple, _Step] = {}
+        self.any_scores = False
         self._seq_length, self._block_size = config.seq_length, config.block_size
         self._blocks = config.num_blocks + 1  # the last one is the spare
         self._heads = np.arange(config.multi_query_group_num, dtype=np.int32)
 
     @property
-    def programs(self) -> set[tuple[bool, int, int]]:
-        """What has run and need not be compiled: whether with logits, prompts, tokens of each."""
+    def programs(self) -> set[tuple[bool, int, int, bool]]:
+        """What has run and need not be compiled: whether with logits, prompts, tokens of each, whether for any
+        scores."""
         return set(self._steps)
 
     def prefill(self, ids: np.ndarray, lengths: np.ndarray, tables: np.ndarray) -> np.ndarray:
@@ -86,14 +91,14 @@ class CachedSteps:
     def decode(self, ids: np.ndarray, lengths: np.ndarray, tables: np.ndarray) -> np.ndarray:
         """Logits (B, V) float32 of the newest tokens `ids` (B,), whose prompts have `lengths` tokens with them."""
         positions = np.asarray(lengths, np.int32).reshape(-1, 1) - 1
-        step = self._step(True, len(ids), 1)
+        step = self._step(True, len(ids), 1, True)  # few scores: what holds decoding is elsewhere
         ids = np.asarray(ids).reshape(-1, 1)
         return step(*self._inputs(ids, positions, positions, tables, DECODE_TILE)).asnumpy()
 
     def compile_prefill(self, table: np.ndarray) -> None:
         """Compiles what prefill has not run yet, on tokens that are not kept, so that no later prompt waits for it."""
         for size in self.chunks:
-            if (False, 1, size) not in self._steps:
+            if (False, 1, size, self.any_scores) not in self._steps:
                 self._run_chunk(np.zeros(0, np.int32), 0, size, table)
 
     def _fill(self, ids, table):
@@ -107,13 +112,16 @@ class CachedSteps:
         positions = np.arange(start, start + size, dtype=np.int32).reshape(1, -1)
         kept = np.where(np.arange(size) < len(ids), positions, -1)
         ids = np.pad(ids, (0, size - len(ids))).reshape(1, -1)
-        step = self._step(False, 1, size)
-        step(*self._inputs(ids, positions, kept, table.reshape(1, -1), PREFILL_TILE))
+        inputs = self._inputs(ids, positions, kept, table.reshape(1, -1), PREFILL_TILE)
+        total = self._step(False, 1, size, self.any_scores)(*inputs).asnumpy()
+        if not self.any_scores and np.isnan(total):
+            self.any_scores = True  # a model whose scores differ so much once will do so again
+            self._step(False, 1, size, True)(*inputs)
 
-    def _step(self, with_logits, batch, tokens):
-        key = (with_logits, batch, tokens)
+    def _step(self, with_logits, batch, tokens, any_scores):
+        key = (with_logits, batch, tokens, any_scores)
         if key not in self._steps:
-            self._steps[key] = _Step(self._transformer, self._block_size, with_logits)
+            self._steps[key] = _Step(self._transformer, self._block_size, with_logits, any_scores)
         return self._steps[key]
 
     def _tile(self, tokens):

@@ -33,7 +33,7 @@ class Prompts:
         self.key, self.value = random.normal(size=(2, batch, length, GROUPS * SIZE)).astype(dtype)
         self.tables = random.permutation(BLOCKS)[: batch * (BLOCKS // batch)].reshape(batch, -1)
 
-    def call(self, cell, rows, positions, kept):
+    def call(self, cell, rows, positions, kept, any_scores=True):
         """The cell on tokens (B, C) at `positions` of prompts `rows`; those not kept go into the spare block."""
         tables = np.full((len(rows), TILES * PER_TILE), SPARE)
         known = min(self.tables.shape[1], TILES * PER_TILE)
@@ -55,7 +55,7 @@ class Prompts:
 
         return cell(
             *map(ms.Tensor, picked),
-            tuple(map(ids, bounds)),
+            (*(ms.mutable(ids(bound)) for bound in bounds), any_scores),
             ids(tiles),
             ids(cache_rows.reshape(-1)),
             (ms.Tensor(cos), ms.Tensor(sin), ms.Tensor(sin)),
@@ -64,7 +64,8 @@ class Prompts:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float16, 3e-3)])
-def test_chunks_and_tokens_see_what_came_before(dtype, tolerance):
+@pytest.mark.parametrize("any_scores", [True, False])
+def test_chunks_and_tokens_see_what_came_before(any_scores, dtype, tolerance):
     cell = PagedAttention(
         GROUPS * Q_PER_KV, SIZE, GROUPS, 0.5, BLOCK, BLOCKS, compute_dtype=ms.Tensor(np.zeros(1, dtype)).dtype
     )
@@ -74,7 +75,7 @@ def test_chunks_and_tokens_see_what_came_before(dtype, tolerance):
         for start in range(0, length, 4):  # two chunks a tile, the last one filled up
             positions = np.arange(start, start + 5)[None]
             kept = (positions < length) & (positions < start + 4)
-            got = prompts.call(cell, [row], positions, kept)[0][kept[0]]
+            got = prompts.call(cell, [row], positions, kept, any_scores)[0][kept[0]]
             positions = positions[0][kept[0]]
             expected = whole(
                 prompts.query[row][positions], prompts.key[row][:length], prompts.value[row][:length], positions
@@ -82,10 +83,23 @@ def test_chunks_and_tokens_see_what_came_before(dtype, tolerance):
             np.testing.assert_allclose(got, expected, atol=tolerance)
     for step in range(4):  # both prompts, one of them tiles behind the other
         positions = np.array(lengths)[:, None] + step
-        got = prompts.call(cell, [0, 1], positions, np.ones((2, 1), bool))
+        got = prompts.call(cell, [0, 1], positions, np.ones((2, 1), bool), any_scores)
         for row in range(2):
             expected = whole(prompts.query[row][positions[row]], prompts.key[row], prompts.value[row], positions[row])
             np.testing.assert_allclose(got[row], expected, atol=tolerance)
+
+
+def test_scores_that_differ_too_much_for_weights_are_not_silent():
+    cell = PagedAttention(GROUPS * Q_PER_KV, SIZE, GROUPS, 0.5, BLOCK, BLOCKS)
+    prompts = Prompts(1, np.float32)
+    prompts.query *= 100
+    for start in (0, 8, 16):
+        positions = np.arange(start, start + 8)[None]
+        exact = prompts.call(cell, [0], positions, np.ones((1, 8), bool))[0]
+        got = prompts.call(cell, [0], positions, np.ones((1, 8), bool), any_scores=False)[0]
+        spoilt = np.isnan(got)
+        assert spoilt.any() == (start > 0) and not spoilt.all()  # one tile is exact in either way
+        np.testing.assert_allclose(got[~spoilt], exact[~spoilt], atol=1e-4)
 
 
 def test_scores_of_any_size_do_not_overflow():

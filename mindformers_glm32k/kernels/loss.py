@@ -1,7 +1,8 @@
 """Output layer and cross-entropy, a part of the tokens at a time, so that what the loss keeps in float32 is a part's.
 
 At 32768 tokens and 65024 ids a card's logits take 4.3 GB in float16, and upstream's loss keeps four float32 copies
-of them (34 GB). There are two forms. Over chunks (Ascend, and any output layer) the copies are recomputed chunk by
+of them (34 GB). There are three forms. On Ascend a plain output layer whose vocabulary is whole is a TokenLoss, one
+chunk after the other in the backward pass, too. Over chunks (any other output layer) the copies are recomputed chunk by
 chunk in the backward pass; the half-precision logits stay. Where the output layer itself is not marked for recompute,
 or a cell around both is, the compiler joins the chunks' weight gradients into one product over a copy of all their
 logit gradients: twice the memory (found by the dry run).
@@ -24,6 +25,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
 
 from mindformers_glm32k.config import GLM32KConfig
+from mindformers_glm32k.kernels.ascend.token_loss import TokenLoss
 from mindformers_glm32k.kernels.cpu import blocks
 from mindformers_glm32k.kernels.cpu.blocks import Buffer
 
@@ -121,11 +123,21 @@ class ChunkedLoss(nn.Cell):
         self.loss = CrossEntropyLoss(parallel_config=parallel, calculate_per_token_loss=True)
         self.loss.recompute()
         self.portable = config.use_portable_cells
-        self.tiled, self.tiled_frozen = (TiledLoss(frozen, self.chunk_size) for frozen in (False, True))
+        self.one_vocabulary = config.parallel_config.model_parallel == 1
+        if self.portable:
+            self.tiled, self.tiled_frozen = (TiledLoss(frozen, self.chunk_size) for frozen in (False, True))
+        else:
+            self.token_loss, self.token_loss_frozen = (TokenLoss(config, frozen) for frozen in (False, True))
+            self.dtype = config.compute_dtype
+            # what the compiler inserts belongs before TokenLoss, not inside: each has an operator of its own to hold it
+            self.whole = P.Add().shard(((1, 1), ())).add_prim_attr("keep_alive", True)
+            self.over_runs = P.Add().shard(((parallel.data_parallel, 1), ())).add_prim_attr("keep_alive", True)
+            self.weigh = P.Mul().shard(((1,), (1,)))
+            self.sum = P.ReduceSum().shard(((1,),))
 
     def construct(self, output_layer, hidden, labels, loss_weights, mode="chunked"):
         batch, length, width = hidden.shape
-        if mode != "chunked":
+        if mode != "chunked" and self.portable:
             tiled = self.tiled_frozen if mode == "frozen" else self.tiled
             hidden = hidden.reshape((-1, width))  # (B*S, H)
             total = tiled(hidden, output_layer.weight, labels.reshape((-1,)), loss_weights.reshape((-1,)))[0]
@@ -135,6 +147,13 @@ class ChunkedLoss(nn.Cell):
         hidden = hidden.reshape((runs, run_length, width))
         labels = labels.reshape((runs, run_length))
         loss_weights = loss_weights.reshape((runs, run_length))
+        if mode != "chunked":
+            weight = self.whole(ops.cast(output_layer.weight, self.dtype), 0)
+            labels = self.over_runs(labels, 0)
+            loss = self.token_loss_frozen if mode == "frozen" else self.token_loss
+            token_losses = loss(hidden, weight, labels).reshape((-1,))
+            loss_weights = loss_weights.reshape((-1,))
+            return self.sum(self.weigh(token_losses, loss_weights)), self.sum(loss_weights)
         total, count = 0.0, 0.0
         for start in range(0, run_length, self.chunk_size):
             stop = min(start + self.chunk_size, run_length)
@@ -148,8 +167,9 @@ class ChunkedLoss(nn.Cell):
         return total, count
 
     def mode(self, output_layer: nn.Cell) -> str:
-        """ "chunked" for the unrolled form, which takes any output layer; "tiled" or "frozen" (the layer is not
-        trained) for the loop."""
-        if not self.portable or not blocks.in_graph_mode() or not blocks.is_plain(output_layer):
+        """ "chunked" for the form that takes any output layer; "tiled" or "frozen" (the layer is not trained) for
+        TiledLoss or TokenLoss."""
+        plain = self.portable or self.one_vocabulary
+        if not plain or not blocks.in_graph_mode() or not blocks.is_plain(output_layer):
             return "chunked"
         return blocks.tiling_mode(output_layer)

@@ -4,8 +4,10 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindformers.modules.layers import Linear
+from mindformers.modules.transformer import TransformerOpParallelConfig
 
 from mindformers_glm32k import GLM32KConfig
+from mindformers_glm32k.kernels.ascend.token_loss import TokenLoss, chunk_bounds
 from mindformers_glm32k.kernels.loss import ChunkedLoss, TiledLoss
 
 WIDTH, VOCAB_SIZE = 12, 50
@@ -66,6 +68,46 @@ def test_value_and_gradients(tokens, largest, dtype, tolerance):
         np.testing.assert_allclose(ours.asnumpy(), 3 * gradient, atol=tolerance * 3 * np.abs(gradient).max() + 1e-7)
 
 
+class SumOfTokenLosses(ms.nn.Cell):
+    """TokenLoss in the place of TiledLoss: two sequences, their losses weighted and added up."""
+
+    def __init__(self, dtype, chunk_size, frozen=False):
+        super().__init__()
+        config = GLM32KConfig(num_layers=1, compute_dtype=dtype, loss_chunk_size=chunk_size, cells="ascend")
+        self.loss = TokenLoss(config, frozen)
+
+    def construct(self, hidden, weight, labels, loss_weights):
+        tokens = self.loss(hidden.reshape((2, -1, WIDTH)), weight, labels.reshape((2, -1)))
+        return ((tokens * loss_weights.reshape((2, -1))).sum(),)
+
+
+@pytest.mark.parametrize("tokens, chunk_size", [(2, 512), (34, 8), (126, 40), (1000, 512)])
+@pytest.mark.parametrize("name, tolerance", [("float32", 1e-5), ("float16", 2e-3)])
+def test_token_losses_and_gradients(tokens, chunk_size, name, tolerance):
+    dtype = getattr(ms, name)
+    hidden, weight, labels, loss_weights = inputs(tokens)
+    hidden, weight = (ms.Tensor(x, dtype).asnumpy() for x in (hidden, weight))
+    loss = SumOfTokenLosses(name, chunk_size)
+    total, gradients = value_and_gradients(loss, hidden, weight, labels, loss_weights, dtype)
+    expected, *theirs = reference(hidden, weight, labels, loss_weights)
+    assert float(total) == pytest.approx(3 * expected, rel=tolerance)
+    for ours, gradient in zip(gradients, theirs):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.asnumpy(), 3 * gradient, atol=tolerance * 3 * np.abs(gradient).max() + 1e-7)
+
+
+def test_token_losses_of_a_frozen_layer():
+    data = inputs(40)
+    _, (hidden, weight) = value_and_gradients(SumOfTokenLosses("float32", 16, frozen=True), *data, ms.float32)
+    np.testing.assert_allclose(hidden.asnumpy(), 3 * reference(*data)[1], rtol=1e-4, atol=1e-4)
+    assert not weight.asnumpy().any()
+
+
+def test_chunks_cover_all_tokens():
+    assert chunk_bounds(10, 4) == ((0, 4), (4, 8), (8, 10))
+    assert chunk_bounds(3, 4) == ((0, 3),)
+
+
 def test_frozen_layer_gets_no_gradient_and_the_hidden_states_the_same():
     data = inputs(40)
     _, (hidden, weight) = value_and_gradients(TiledLoss(True, 16), *data, ms.float32)
@@ -97,4 +139,7 @@ def test_which_form_an_output_layer_gets():
 
     assert loss.mode(Adapter(WIDTH, VOCAB_SIZE, has_bias=False)) == "chunked"
     assert loss.mode(Linear(WIDTH, VOCAB_SIZE, has_bias=True)) == "chunked"
-    assert ChunkedLoss(config(cells="ascend")).mode(layer) == "chunked"
+    layer.weight.requires_grad = True
+    assert ChunkedLoss(config(cells="ascend")).mode(layer) == "tiled"
+    split_vocabulary = TransformerOpParallelConfig(model_parallel=2)
+    assert ChunkedLoss(config(cells="ascend", parallel_config=split_vocabulary)).mode(layer) == "chunked"

@@ -28,6 +28,7 @@ changed on disk; what is bound to another name is bound back.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import re
 import sys
@@ -50,6 +51,11 @@ def on_ascend() -> bool:
     import mindspore
 
     return mindspore.get_context("device_target") == "Ascend"
+
+
+def host_versions() -> list[str]:
+    """Of MindSpore and MindFormers, without importing them."""
+    return [importlib.metadata.version(name) for name in ("mindspore", "mindformers")]
 
 
 def mindspore_version() -> str:

@@ -36,6 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile 2 and 4 layers per stage and extrapolate to all layers; no strategy files",
     )
+    search = parser.add_argument_group("search (--search)")
+    search.add_argument(
+        "--search",
+        action="store_true",
+        help="find the fastest layouts of --devices NPUs that fit --memory: OUTPUT_DIR/search.json, a table, a "
+        "picture, and a YAML for each; with --quick nothing is compiled at full depth",
+    )
+    search.add_argument(
+        "--memory", type=float, default=56, metavar="GIB", help="GiB that a card may take (default 56 of 64)"
+    )
+    search.add_argument(
+        "--rows", type=int, default=16, metavar="N", help="sequences of a step at most, over all NPUs (default 16)"
+    )
     simulation = parser.add_argument_group("simulation (--execute)")
     simulation.add_argument(
         "--execute",
@@ -72,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     _refuse_contradictions(args)
     if args.execute is not None:
         return _execute(args, output)
+    if args.search:
+        return _search(args, output)
     from mindformers_glm32k.dryrun import compare, dry_run
 
     if args.compare:
@@ -93,10 +108,25 @@ def _refuse_contradictions(args):
         ("execute", "compare", "one layout is simulated at a time"),
         ("execute", "quick", "what is simulated has all its layers; --shrink makes it small"),
         ("execute", "keep_programs", "small programs are not those of the run"),
+        ("search", "execute", "simulate a candidate's YAML afterwards"),
+        ("search", "compare", "a search starts from one YAML"),
+        ("search", "keep_programs", "dry-run a candidate's YAML for its programs"),
     ]
     for first, second, why in pairs:
         if getattr(args, first) not in (None, False) and getattr(args, second):
             raise InputError(f"--{first} and --{second} do not go together: {why}")
+
+
+def _search(args, output):
+    """The search for layouts; returns the exit status, 1 when none fits."""
+    from mindformers_glm32k.dryrun import search_layouts
+
+    if args.devices is None:
+        raise InputError("--search: the number of NPUs is needed: --devices N")
+    found, text = search_layouts(args.config, args.overrides, output, args.devices, args.memory, args.rows, args.quick)
+    print(text)
+    print(f"candidates: {output / 'search.json'} (table: search.md, picture: search.png)")
+    return 0 if found else 1
 
 
 def _execute(args, output):

@@ -7,6 +7,7 @@ _FACE = {
     "compare": "report.compare",
     "write_strategies": "compile.pool",
     "simulate": "simulator",
+    "search_layouts": "search",
 }
 __all__ = sorted(_FACE)
 __getattr__ = face(__name__, _FACE)

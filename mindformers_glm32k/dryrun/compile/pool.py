@@ -69,18 +69,29 @@ def read_batches(launcher_arguments: list[str], steps: int, folder: Path) -> dic
 
 def read_layout(launcher_arguments: list[str], devices: int | None = None) -> tuple[ParallelLayout, dict]:
     """The parallel layout and the merged configuration of run_mindformer's options, checked; `devices` is the number of
-    NPUs of the run, where known. They are read in a process of their own: MindFormers writes logs when imported.
+    NPUs of the run, where known.
 
     Raises:
         InputError: what run_mindformer or `check_layout` would refuse.
         WorkerFailed: anything else.
     """
+    config = read_config(launcher_arguments)
+    check_layout(config, devices)
+    return ParallelLayout.from_config(config), config
+
+
+def read_config(launcher_arguments: list[str]) -> dict:
+    """The merged configuration of run_mindformer's options, its layout not checked. It is read in a process of its own:
+    MindFormers writes logs when imported.
+
+    Raises:
+        InputError: what run_mindformer would refuse.
+        WorkerFailed: anything else.
+    """
     with tempfile.TemporaryDirectory(prefix="glm32k_config_") as name:
         folder = Path(name).resolve()
         _run_worker("config", "the configuration could not be read", ["--describe"], launcher_arguments, folder)
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    check_layout(config, devices)
-    return ParallelLayout.from_config(config), config
+        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def run_workers(

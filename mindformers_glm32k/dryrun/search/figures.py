@@ -1,0 +1,83 @@
+"""Figures of a stage's program as one flat table, so that programs can be added, scaled and extrapolated."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
+from mindformers_glm32k.dryrun.analysis.order import ORDERS
+
+Figures = dict[tuple, float]  # ("bytes", order), ("state",), ("matmul", dtype), ("collective", kind, ranks, what, …), …
+
+_WEIGHTS = "parallel_optimizer"  # in the purpose of a collective that gathers weights or scatters their gradients
+
+
+def figures_of(program: dict) -> Figures:
+    """Those of a program of report.json that an estimate and a search read."""
+    found: Figures = {("bytes", order): program["total_bytes_by_order"][order] for order in ORDERS}
+    found["states",] = program["total_bytes"] - program["activation_peak_bytes"]
+    work = program["work"]
+    for kind in ("matmul", "attention"):
+        found.update({(kind, dtype): count for dtype, count in work[f"{kind}_flops"].items()})
+    found["vector",] = work["vector_bytes"]
+    sums = defaultdict(float)
+    for item in program["collectives"]:
+        once = _WEIGHTS in item["purpose"]
+        for what in ("bytes", "count"):
+            sums["collective", item["kind"], tuple(item["group_ranks"]), once, what] += item[what]
+    return {**found, **sums}
+
+
+def program_of(figures: Figures, stage: int) -> dict:
+    """What `report.estimate` reads of a program."""
+    collectives = [
+        {
+            "kind": key[1],
+            "group_ranks": list(key[2]),
+            "bytes": size,
+            "count": figures.get((*key[:-1], "count"), 0),
+            "once": key[3],
+        }
+        for key, size in figures.items()
+        if key[0] == "collective" and key[-1] == "bytes"
+    ]
+    flops = {f"{kind}_flops": {key[1]: value for key, value in figures.items() if key[0] == kind} for kind in _CUBE}
+    return {"stage": stage, "work": {**flops, "vector_bytes": figures["vector",]}, "collectives": collectives}
+
+
+_CUBE = ("matmul", "attention")
+
+
+def combine(*terms: tuple[float, Figures]) -> Figures:
+    """The weighted sum."""
+    total = defaultdict(float)
+    for factor, figures in terms:
+        for key, value in figures.items():
+            total[key] += factor * value
+    return dict(total)
+
+
+def at_depth(shallow: Figures, deeper: Figures, layers: float) -> Figures:
+    """Extrapolated from programs of LAYERS layers."""
+    steps = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
+    return {key: max(value, 0) for key, value in combine((1 - steps, shallow), (steps, deeper)).items()}
+
+
+def with_sequences(figures: Figures, compiled: int, wanted: int) -> Figures:
+    """The work of another number of sequences a step; memory stays, for one sequence comes after the other, and what
+    moves weights and their gradients, which happens once."""
+    factor = wanted / compiled
+    return {
+        key: value if key[0] in ("bytes", "states") or key[0] == "collective" and key[3] else value * factor
+        for key, value in figures.items()
+    }
+
+
+def fullest(stages: list[Figures], order: str) -> float:
+    """Bytes of the fullest stage in an order of execution."""
+    return max(figures["bytes", order] for figures in stages)
+
+
+def best_order(stages: list[Figures]) -> str:
+    """The order of execution that takes less memory."""
+    return min(ORDERS, key=lambda order: fullest(stages, order))

@@ -1,0 +1,154 @@
+"""What a search leaves: search.json, a YAML for each candidate, a table and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mindformers_glm32k.dryrun.report.advice import GIB
+from mindformers_glm32k.dryrun.report.estimate import PARTS, note
+from mindformers_glm32k.dryrun.report.markdown import table
+from mindformers_glm32k.dryrun.search.search import Candidate
+from mindformers_glm32k.dryrun.search.space import applied
+from mindformers_glm32k.files import atomic_path
+
+JSON, TABLE, PICTURE = "search.json", "search.md", "search.png"
+_MISSES = 3  # candidates that do not fit, named when none does
+
+
+def write(candidates: list[Candidate], written: Mapping[str, Any], limit: float, folder: Path, config_file: str) -> str:
+    """Writes all files; returns the table.
+
+    Args:
+        candidates: best first; those that do not fit are not written as YAML.
+        written: the YAML's content with the search's overrides.
+        limit: bytes of a card.
+        folder: where the files go.
+        config_file: the YAML that was searched from, for the headings.
+    """
+    fitting = [item for item in candidates if item.bytes <= limit]
+    names = [f"{index:02d}_{item.setting.name}.yaml" for index, item in enumerate(fitting, 1)]
+    for old in folder.glob("[0-9][0-9]_*.yaml"):
+        if old.name not in names:
+            old.unlink()
+    for name, item in zip(names, fitting):
+        content = applied(written, item.setting.keys(item.order))
+        head = (
+            f"# {Path(config_file).name} as `glm32k dryrun --search` changed it: {item.setting.name},\n"
+            f"# estimated {item.speed:.0f} tokens/s/p and {item.bytes / GIB:.1f} GiB\n"
+        )
+        with atomic_path(folder / name) as path:
+            path.write_text(head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    entries = [_entry(item, name) for item, name in zip(fitting, names)]
+    misses = [] if fitting else [_entry(item, None) for item in candidates[:_MISSES]]
+    with atomic_path(folder / JSON) as path:
+        content = {"candidates": entries, "memory_gib": limit / GIB, "nearest_misses": misses}
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    text = render(candidates, limit, config_file)
+    with atomic_path(folder / TABLE) as path:
+        path.write_text(text, encoding="utf-8")
+    draw(candidates, limit, folder / PICTURE, config_file)
+    return text
+
+
+def _entry(item, name):
+    entry = {
+        "config": name,
+        "tokens_per_second_per_card": round(item.speed, 1),
+        "interval": [round(bound, 1) for bound in item.interval],
+        "peak_gib": round(item.bytes / GIB, 2),
+        "order": item.order,
+        "compiled": item.compiled,
+        "layout": item.setting.name,
+        "rows": item.setting.rows,
+        "step_seconds": round(item.step_seconds, 2),
+    }
+    return entry if name else {key: value for key, value in entry.items() if key != "config"}
+
+
+def render(candidates: list[Candidate], limit: float, config_file: str) -> str:
+    """The table in Markdown."""
+    lines = [
+        [
+            item.setting.name,
+            item.setting.rows,
+            f"**{item.speed:.0f}**",
+            f"{item.interval[0]:.0f} to {item.interval[1]:.0f}",
+            f"{item.bytes / GIB:.1f}" + (" (too much)" if item.bytes > limit else ""),
+            item.order,
+            f"{item.step_seconds:.1f}",
+            *(f"{item.parts[part]:.1f}" for part in PARTS),
+            _origin(item),
+        ]
+        for item in candidates
+    ]
+    head = ["setting", "sequences a step", "tokens/s/p", "interval", "GiB", "order", "step, s", *PARTS, "figures"]
+    how = (
+        f"Layouts of {Path(config_file).name} for at most {limit / GIB:.0f} GiB a card, the fastest first. Memory is "
+        "of the fullest card, in the better of MindSpore's orders of execution, which the YAML sets. matmul to bubble "
+        "are seconds of the slowest stage."
+    )
+    return "\n\n".join(["# Search", how, table(head, lines), f"![Memory against speed]({PICTURE})", note()]) + "\n"
+
+
+def _origin(item):
+    if item.compiled:
+        return "compiled in full"
+    return "from 2 and 4 layers a stage" if item.known else "a guess"
+
+
+def frontier(candidates: list[Candidate]) -> list[Candidate]:
+    """Those that no other beats in both speed and memory, by memory."""
+    found: list[Candidate] = []
+    for item in sorted(candidates, key=lambda one: (one.bytes, -one.speed)):
+        if not found or item.speed > found[-1].speed:
+            found.append(item)
+    return found
+
+
+def draw(candidates: list[Candidate], limit: float, path: Path, config_file: str) -> None:
+    """Memory against speed; the frontier is marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
+    best = frontier(candidates)
+    for compiled, marker, label in ((True, "o", "compiled in full"), (False, "s", "extrapolated")):
+        shown = [item for item in candidates if item.compiled == compiled]
+        if shown:
+            axes.errorbar(
+                [item.bytes / GIB for item in shown],
+                [item.speed for item in shown],
+                yerr=[
+                    [item.speed - item.interval[0] for item in shown],
+                    [item.interval[1] - item.speed for item in shown],
+                ],
+                fmt=marker,
+                label=label,
+                alpha=0.8,
+                elinewidth=0.6,
+            )
+    axes.plot([item.bytes / GIB for item in best], [item.speed for item in best], "--", color="grey", label="frontier")
+    for item in best:
+        axes.annotate(
+            item.setting.name.replace("_", " "),
+            (item.bytes / GIB, item.speed),
+            xytext=(4, 6),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axes.axvline(limit / GIB, color="black", linestyle=":", linewidth=1, label=f"{limit / GIB:.0f} GiB")
+    axes.set_xlabel("GiB of the fullest card")
+    axes.set_ylabel("estimated tokens/s and card")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f"{Path(config_file).name}: layouts (estimated, not measured)", fontsize=11)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,265 @@
+"""The search for the fastest layout that fits: guess, compile the most promising, learn from them, guess again."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mindformers_glm32k.dryrun.report.estimate import estimate
+from mindformers_glm32k.dryrun.search.figures import best_order, figures_of, fullest, program_of
+from mindformers_glm32k.dryrun.search.measure import Programs
+from mindformers_glm32k.dryrun.search.model import Dims, Model
+from mindformers_glm32k.dryrun.search.space import Setting, applied, settings
+from mindformers_glm32k.errors import CommandFailed, InputError
+
+SHOWN = 10  # candidates
+COMPILED = 2  # of them, compiled at full depth
+_PROMISING = 4  # settings whose own shallow programs are compiled before the search ends
+_BUDGET = 20 * 60  # seconds in which a compile may begin
+_FAMILIES = 10  # pairs of shallow programs at most
+_FAMILIES_IN_VAIN = 4  # and where nothing fits
+_EXPECTED = 40.0  # seconds of a pair of shallow programs, before the first was seen
+_NEAR = 1.25  # a guess of memory that is this much too high may still be right
+_PER_LAYOUT = 3  # candidates of the same axes
+
+
+@dataclass
+class Candidate:
+    """A setting with what it takes.
+
+    Attributes:
+        speed: tokens/s and card, estimated; `interval` bounds it.
+        bytes: of the fullest card, in `order`.
+        known: extrapolated from shallow programs of its own; False: a guess.
+        compiled: from the whole program.
+    """
+
+    setting: Setting
+    speed: float
+    interval: tuple[float, float]
+    step_seconds: float
+    parts: dict[str, float]
+    bytes: float
+    order: str
+    known: bool = False
+    compiled: bool = False
+    stages: list[dict] = field(default_factory=list, repr=False)
+
+
+class Search:
+    """One search.
+
+    Args:
+        written: the YAML's content with the search's overrides.
+        merged: the same with MindFormers' defaults.
+        devices: NPUs.
+        limit: bytes that a card may take.
+        rows: sequences that a step may take.
+        folder: for what compiles leave.
+    """
+
+    def __init__(
+        self, written: dict[str, Any], merged: dict[str, Any], devices: int, limit: float, rows: int, folder: Path
+    ):
+        self.written, self.devices, self.limit = written, devices, limit
+        self.dims = Dims.of(merged)
+        self.model = Model(self.dims)
+        self.programs = Programs(folder, written)
+        self.progress = _Progress()
+        self.failed: set[tuple[int, ...]] = set()  # axes whose programs do not compile
+        self.settings = list(settings(merged, devices, rows))
+        self.variants = _variants(self.settings)
+        if not self.settings:
+            raise InputError(
+                f"--devices {devices}: no layout of so many NPUs passes the trainer's checks with at most {rows} "
+                "sequences a step; give another number of NPUs or raise --rows"
+            )
+
+    def run(self, quick: bool = False) -> list[Candidate]:
+        """Candidates, best first; those that do not fit are behind those that do."""
+        for setting in self._unknown():
+            self._compile_shallow(setting)
+        return self.shown() if quick else self._confirmed()
+
+    def _config(self, setting, order=None):
+        return applied(self.written, setting.keys(order))
+
+    def _unknown(self):
+        """The next setting to be compiled, until the best ones are known."""
+        while self.progress.seconds < _BUDGET:
+            best = self._all(near=_NEAR)[:_PROMISING]
+            unknown = [item.setting for item in best if not item.known]
+            fits = any(item.bytes <= self.limit for item in best)
+            tried = len(self.model.known) + len(self.failed)
+            if not unknown or tried >= (_FAMILIES if fits else _FAMILIES_IN_VAIN):
+                return
+            self.progress.total = len({setting.family for setting in unknown})
+            yield unknown[0]
+
+    def _compile_shallow(self, setting):
+        family = setting.family
+        self.progress.say(f"2 and 4 layers a stage of {family.name}")
+        even = replace(family, layers=(self.dims.layers // family.pipeline_stage,) * family.pipeline_stage)
+        try:
+            shallow, deeper = self.programs.shallow(self._config(even))
+        except (InputError, CommandFailed) as error:
+            self.failed.add(family.axes)
+            self.progress.say(f"{family.name} does not compile: {str(error).splitlines()[0]}")
+            return
+        self.model.learn(family, *([figures_of(program) for program in programs] for programs in (shallow, deeper)))
+        self.progress.done()
+
+    def _all(self, near: float = 1.0) -> list[Candidate]:
+        """All candidates by the model, the fastest that fit first; `near` stretches the limit for guesses."""
+
+        def fits(item):
+            return item.bytes <= self.limit * (1 if item.known else near)
+
+        found = []
+        for variants in self.variants:
+            tried = []
+            for setting in variants:  # each takes less memory than the one before, for a little time
+                if setting.axes not in self.failed:
+                    tried.append(self.candidate(setting))
+                    if fits(tried[-1]):
+                        break
+            if not tried:
+                continue
+            least = min(tried, key=lambda item: item.bytes)
+            found.append(least)
+            mixed = None if least.bytes <= self.limit else self._mixed(least.setting)
+            if mixed is not None:
+                found.append(mixed)
+        return _ranked(found, fits)
+
+    def _mixed(self, setting):
+        """The setting with as many layers computed again as a whole as it takes to fit; None where that is no way."""
+        if setting.recompute == "whole":
+            return None
+        whole = replace(setting, recompute="whole", recomputed=())
+        if self.candidate(whole).bytes > self.limit:
+            return None
+        recomputed = []
+        for order in ("bfs", "dfs"):
+            counts = []
+            for stage, (much, little) in enumerate(zip(self.model.stages(setting), self.model.stages(whole))):
+                size, saved = much["bytes", order], much["bytes", order] - little["bytes", order]
+                share = (size - self.limit) / saved if saved > 0 else 0
+                counts.append(min(max(math.ceil(share * setting.layers[stage]), 0), setting.layers[stage]))
+            recomputed.append(tuple(counts))
+        best = replace(setting, recomputed=min(recomputed, key=sum))
+        if best.recomputed == best.layers or not any(best.recomputed):
+            return None
+        return self.candidate(best)
+
+    def candidate(self, setting: Setting, stages: list[dict] | None = None) -> Candidate:
+        """By the model, or from the figures of whole programs."""
+        figures = stages or self.model.stages(setting)
+        report = self._report(setting, figures)
+        found = estimate(report)
+        order = best_order(figures)
+        speed = found["tokens_per_second_per_device"]
+        return Candidate(
+            setting,
+            speed,
+            (speed / 1.25, speed * 1.05),
+            found["step_seconds"],
+            found["parts"],
+            fullest(figures, order),
+            order,
+            known=stages is not None or self.model.is_known(setting),
+            compiled=stages is not None,
+            stages=figures,
+        )
+
+    def _report(self, setting, figures):
+        return {
+            "config": setting.name,
+            "programs": [program_of(part, stage) for stage, part in enumerate(figures)],
+            "layout_sizes": {
+                "stages": setting.pipeline_stage,
+                "micro_batches": setting.sequences if setting.pipeline_stage > 1 else 1,
+            },
+            "tokens_per_step": setting.rows * self.dims.length,
+            "world_size": self.devices,
+        }
+
+    def _confirmed(self):
+        """The best candidates, those that were compiled as a whole with their own figures."""
+        found = self.shown()
+        left = list(found)[:COMPILED]
+        self.progress.total = len(left)
+        for candidate in left:
+            if candidate.bytes > self.limit or self.progress.seconds > _BUDGET:
+                break
+            self.progress.say(f"all layers of {candidate.setting.name}")
+            try:
+                programs = self.programs.full(self._config(candidate.setting, candidate.order))
+            except CommandFailed as error:
+                self.progress.say(f"{candidate.setting.name} does not compile: {str(error).splitlines()[0]}")
+                found.remove(candidate)
+                continue
+            self.progress.done()
+            found[found.index(candidate)] = self.candidate(
+                candidate.setting, [figures_of(program) for program in programs]
+            )
+        return _ranked(found, lambda item: item.bytes <= self.limit)
+
+    def shown(self) -> list[Candidate]:
+        """The candidates of a table: not too many of the same axes, and no guesses where something known fits."""
+        found, axes, ranked = [], {}, self._all()
+        sure = [item for item in ranked if item.known and item.bytes <= self.limit]
+        for item in sure or ranked:
+            key = item.setting.axes
+            if len(found) < SHOWN and axes.get(key, 0) < _PER_LAYOUT:
+                axes[key] = axes.get(key, 0) + 1
+                found.append(item)
+        return found
+
+
+def _ranked(found, fits):
+    """The fastest that fit, then those that do not, by memory."""
+    return sorted(found, key=lambda item: (not fits(item), -item.speed if fits(item) else item.bytes))
+
+
+def _variants(found):
+    """Settings that differ only in what saves memory at little cost, the plainest first."""
+    groups = {}
+    for setting in found:
+        groups.setdefault(replace(setting, mlp_chunk=None, shard_gradients=False), []).append(setting)
+    return [
+        sorted(group, key=lambda one: (one.mlp_chunk is not None) + 2 * one.shard_gradients)
+        for group in groups.values()
+    ]
+
+
+class _Progress:
+    """Lines on standard error: what is compiled, how long it took so far, how long it may still take."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.began = clock, clock()
+        self.total = _PROMISING
+        self.spent: list[float] = []
+        self.started = self.began
+
+    @property
+    def seconds(self) -> float:
+        """Since the search began."""
+        return self.clock() - self.began
+
+    def say(self, what: str) -> None:
+        """A line about what begins now."""
+        self.started = self.clock()
+        each = sum(self.spent) / len(self.spent) if self.spent else _EXPECTED
+        left = each * max(self.total, 1)
+        text = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        print(f"search: {what}, {self.seconds:.0f} s; about {text} left", file=sys.stderr, flush=True)
+
+    def done(self) -> None:
+        """What was said last is done."""
+        self.spent.append(self.clock() - self.started)

@@ -1,0 +1,208 @@
+"""The layouts that a search looks at: how a model can be split over NPUs, and what it computes again to save memory."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mindformers_glm32k.parallel import layout_problems
+
+_NORMS = [r"input_layernorm\.(cast|norm)", r"post_attention_layernorm\.(cast|norm)"]
+# What every layer computes again, from most to least: keys of recompute_config.
+RECOMPUTE = {
+    "whole": {"recompute": True, "select_recompute": False},
+    "mlp": {"recompute": False, "select_recompute": ["mlp", *_NORMS]},
+    "cheap": {  # next to no time, half of the memory
+        "recompute": False,
+        "select_recompute": [
+            r"mlp\.activation_func\.mul",
+            r"mlp\.activation_func\.silu\.silu",
+            r"mlp\.dense_4h_to_h\.reshape",
+            *_NORMS,
+        ],
+    },
+    "none": {"recompute": False, "select_recompute": False},
+}
+MLP_CHUNK = 4096  # tokens
+_SHARD_GRADIENTS = "parallel.parallel_optimizer_config.gradient_accumulation_shard"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a training step.
+
+    Args:
+        data_parallel, model_parallel, context_parallel, pipeline_stage: sizes along each axis.
+        sequences: that each data parallel rank takes in a step, one after the other: micro batches of a pipeline,
+            accumulated gradients otherwise.
+        layers: of each stage.
+        recompute: of RECOMPUTE.
+        recomputed: layers of each stage that are computed again as a whole beside that; empty for none.
+        mlp_chunk: model_config.mlp_chunk_size.
+        shard_gradients: accumulated gradients are sharded over data parallel ranks, as weights and states are.
+    """
+
+    data_parallel: int = 1
+    model_parallel: int = 1
+    context_parallel: int = 1
+    pipeline_stage: int = 1
+    sequences: int = 1
+    layers: tuple[int, ...] = ()
+    recompute: str = "whole"
+    recomputed: tuple[int, ...] = ()
+    mlp_chunk: int | None = None
+    shard_gradients: bool = False
+
+    @property
+    def devices(self) -> int:
+        """NPUs."""
+        return self.data_parallel * self.model_parallel * self.context_parallel * self.pipeline_stage
+
+    @property
+    def replicas(self) -> int:
+        """NPUs that hold the same weights and share out their optimizer states."""
+        return self.data_parallel * self.context_parallel
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a step over all NPUs."""
+        return self.data_parallel * self.sequences
+
+    @property
+    def name(self) -> str:
+        """For files and tables: "dp4_cp2_rows8_cheap_whole3"."""
+        axes = zip(("dp", "mp", "cp", "pp"), self.axes)
+        parts = [f"{axis}{size}" for axis, size in axes if size > 1] or ["one"]
+        parts += [f"rows{self.rows}", self.recompute]
+        if self.recomputed:
+            parts.append("whole" + "-".join(map(str, self.recomputed)))
+        if len(set(self.layers)) > 1:
+            parts.append("layers" + "-".join(map(str, self.layers)))
+        parts += [f"chunk{self.mlp_chunk}"] if self.mlp_chunk else []
+        parts += ["accushard"] if self.shard_gradients else []
+        return "_".join(parts)
+
+    @property
+    def family(self) -> Setting:
+        """The setting whose shallow programs tell all about this one: the same in every layer, with as few sequences
+        as show what each one more adds."""
+        few = 2 * self.pipeline_stage if self.pipeline_stage > 1 else 2
+        return replace(self, layers=(), recomputed=(), sequences=min(self.sequences, few))
+
+    @property
+    def axes(self) -> tuple[int, int, int, int]:
+        """dp, mp, cp, pp."""
+        return self.data_parallel, self.model_parallel, self.context_parallel, self.pipeline_stage
+
+    def keys(self, order: str | None = None) -> dict[str, Any]:
+        """The YAML's keys, dotted, that make a run this setting; `order` is context.exec_order."""
+        dp, mp, cp, pp = self.axes
+        pipeline = pp > 1
+        keys = {
+            "use_parallel": self.devices > 1,
+            "parallel.parallel_mode": 1,
+            "parallel.enable_alltoall": cp > 1,
+            "parallel.enable_parallel_optimizer": self.replicas > 1,
+            "parallel_config.data_parallel": dp,
+            "parallel_config.model_parallel": mp,
+            "parallel_config.context_parallel": cp,
+            "parallel_config.pipeline_stage": pp,
+            "parallel_config.micro_batch_num": self.sequences if pipeline else 1,
+            "parallel_config.use_seq_parallel": mp > 1,
+            "runner_config.batch_size": 1,
+            "runner_config.gradient_accumulation_steps": 1 if pipeline else self.sequences,
+            "micro_batch_interleave_num": 1,
+            "model.model_config.mlp_chunk_size": self.mlp_chunk,
+            **{f"recompute_config.{key}": value for key, value in RECOMPUTE[self.recompute].items()},
+        }
+        if cp > 1:  # under the name ulysses_cp MindFormers refuses fewer KV heads than ranks
+            keys["parallel_config.context_parallel_algo"] = "hybrid_cp"
+            keys["parallel_config.ulysses_degree_in_cp"] = cp
+        if mp > 1:  # split weights are sharded without moving activations
+            keys["model.model_config.qkv_concat"] = keys["model.model_config.mlp_concat"] = False
+        if self.shard_gradients:
+            keys[_SHARD_GRADIENTS] = True
+        if any(self.recomputed):
+            keys["recompute_config.recompute"] = list(self.recomputed)
+        if self.layers:
+            even = sum(self.layers) // pp
+            offset = [count - even for count in self.layers]
+            keys["model.model_config.offset"] = offset if any(offset) else 0
+        if order:
+            keys["context.exec_order"] = order
+        return keys
+
+
+def applied(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration with dotted keys set; sections that it lacks are made."""
+    config = copy.deepcopy(dict(config))
+    for dotted, value in keys.items():
+        *sections, leaf = dotted.split(".")
+        node = config
+        for section in sections:
+            if not isinstance(node.get(section), dict):
+                node[section] = {}
+            node = node[section]
+        node[leaf] = copy.deepcopy(value)
+    return config
+
+
+def settings(config: Mapping[str, Any], devices: int, most_rows: int) -> Iterator[Setting]:
+    """All settings that the trainer's own checks let pass, every layer recomputed alike.
+
+    Args:
+        config: the merged configuration, whose own layout is left out of account.
+        devices: NPUs, all of them used.
+        most_rows: sequences that a step may take.
+    """
+    layers = int(config["model"]["model_config"]["num_layers"])
+    length = int(config["model"]["model_config"]["seq_length"])
+    adapters = bool(config["model"]["model_config"].get("pet_config"))
+    for dp, mp, cp, pp in _layouts(devices):
+        if dp > most_rows or pp > layers:
+            continue
+        for sequences in _sequences(most_rows // dp, pp):
+            for dealt in _deals(layers, pp):
+                setting = Setting(dp, mp, cp, pp, sequences, dealt)
+                if layout_problems(applied(config, setting.keys()), devices):
+                    continue
+                for kind, chunk, shard in itertools.product(RECOMPUTE, (None, MLP_CHUNK), (False, True)):
+                    if chunk and (mp * cp > 1 or chunk >= length or kind not in ("whole", "mlp")):
+                        continue  # kept tensors are not less by chunks
+                    if shard and (setting.replicas == 1 or sequences == 1 or adapters):
+                        continue
+                    yield replace(setting, recompute=kind, mlp_chunk=chunk, shard_gradients=shard)
+
+
+def _layouts(devices):
+    """(dp, mp, cp, pp) with that product; of no use here: more than 8 ranks that exchange activations."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    for mp, cp, pp in itertools.product(sizes, repeat=3):
+        if devices % (mp * cp * pp) == 0 and mp * cp <= 8 and pp <= 16:
+            yield devices // (mp * cp * pp), mp, cp, pp
+
+
+def _sequences(most, stages):
+    """Numbers of sequences of a rank that are tried."""
+    if stages > 1:
+        return [most] if most >= stages else []
+    return sorted({1, most})
+
+
+def _deals(layers, stages):
+    """Layers of each stage: evenly, and with one fewer on the first stage, which keeps most micro batches, or on the
+    last, which has the loss."""
+    each, more = divmod(layers, stages)
+    even = [each] * stages
+    for index in range(more):  # the middle stages have neither embedding nor loss
+        even[(1 + index) % stages] += 1
+    found = [tuple(even)]
+    if stages > 2 and each > 1:
+        for poorer, richer in ((0, stages - 2), (stages - 1, 1)):
+            dealt = list(even)
+            dealt[poorer], dealt[richer] = dealt[poorer] - 1, dealt[richer] + 1
+            found.append(tuple(dealt))
+    return found

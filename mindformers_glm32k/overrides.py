@@ -127,6 +127,9 @@ def set_key(config: dict, dotted: str, value: Any, option: str) -> None:
             hint = f"; did you mean {near!r}?" if near else ""
             raise InputError(f"{option}: {where} has no section {section!r}{hint}")
         node = child
+    nameless = next(_nameless_keys(value), None)
+    if nameless:
+        raise InputError(f"{option}: {nameless[0]!r} is a key in it; keys are names, write {{name: value}}")
     if isinstance(value, dict):
         value = type(config)(**value)
     if isinstance(node, list):
@@ -139,6 +142,15 @@ def set_key(config: dict, dotted: str, value: Any, option: str) -> None:
                 "%s sets a new key %r; did you mean %r, which the YAML has?", option, dotted, near
             )
     node[leaf] = value
+
+
+def _nameless_keys(value):
+    """Keys at any depth that are no strings, each in a tuple."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        yield from ((key,) for key in value if not isinstance(key, str))
+    for child in children:
+        yield from _nameless_keys(child)
 
 
 def _item(items: list, text: str, where: str, option: str) -> int:

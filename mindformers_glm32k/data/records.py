@@ -268,6 +268,7 @@ def _table(path, file, head) -> Iterator[bytes]:
             names = batch.schema.names
             if len(set(names)) < len(names):
                 raise InputError(f"{path}: two columns have one name, {max(names, key=names.count)!r}; rename one")
+            batch.validate(full=True)  # of offsets that lie outside, reading the values would end the process
             for record in batch.to_pylist():
                 yield _line({name: _without_nulls(value) for name, value in record.items()})
     except InputError:

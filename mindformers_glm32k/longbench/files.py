@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,7 +17,10 @@ from mindformers_glm32k.errors import InputError
 
 OUTPUTS = {True: "longbench_e.jsonl", False: "longbench.jsonl"}  # by is_longbench_e; upstream's names, too
 _HINT = "Give the folder of LongBench's .jsonl files, or its data.zip, in --data_path."
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)  # the last: encrypted
+_ZIP_ERRORS = (  # RuntimeError: encrypted; the others: bytes that zipfile takes for names, places and streams
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError),
+    *(OSError, ValueError, KeyError, OverflowError, struct.error),
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class DataFile:
                 for number, raw in raw_lines(file):
                     yield number, raw, file.tell()
             except _ZIP_ERRORS as error:
-                raise InputError(f"{self}: cannot be unpacked ({error}); get the zip file again") from error
+                what = "cannot be unpacked" if self.member else "cannot be read"
+                raise InputError(f"{self}: {what} ({error or type(error).__name__}); get the file again") from error
 
 
 def find(data_path: str | os.PathLike, is_longbench_e: bool) -> tuple[list[DataFile], list[str]]:

@@ -108,7 +108,7 @@ def sample_key(record: dict) -> str:
 def dataset_name(file: longbench_files.DataFile, number: int, record: dict) -> str:
     """The data set of a record; LongBench-E's files end in `_e`, their records say `trec`."""
     name = record.get("dataset")
-    if not isinstance(name, str) or not name or "/" in name:
+    if not isinstance(name, str) or not name or name.startswith(".") or {"/", "\0"} & {*name} or len(name) > 80:
         raise InputError(f"{file}: line {number}: field 'dataset' is {name!r}; the name of a data set is needed")
     if file.stem.endswith("_e") and is_test_set(name):
         return f"{plain_name(name)}_e"

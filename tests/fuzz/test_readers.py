@@ -1,29 +1,45 @@
-"""Mutated files through the readers: an InputError, or a result; no other exception, and no reader that takes long.
+"""Mutated files through the readers: an InputError of one line, or a result; no other exception, nothing that takes
+long or much memory, nothing executed, nothing written outside the folder.
 
 GLM32K_FUZZ says how many mutations each reader gets in the long run, `pytest -m fuzz -s`.
 """
 
+import bz2
+import contextlib
+import copy
 import gzip
+import io
 import json
+import lzma
 import os
 import random
+import stat
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from conftest import ROOT
 
 from mindformers_glm32k.data.prompts import PromptTemplates
 from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.generation.questions import read_prompts
-from mindformers_glm32k.run_mindformer import _read_yaml
+from mindformers_glm32k.generation.documents import read_document
+from mindformers_glm32k.generation.questions import QuestionFile, read_prompts
+from mindformers_glm32k.longbench import samples
+from mindformers_glm32k.preflight.check import DEFAULTED
+from mindformers_glm32k.preflight.findings import SEVERITIES
+from mindformers_glm32k.preflight.run_config import config_findings
+from mindformers_glm32k.run_mindformer import _read_yaml, read_as_written
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
-from mindformers_glm32k.weights.checkpoint import read_file, read_index
+from mindformers_glm32k.weights.checkpoint import open_source, read_file, read_index
 from mindformers_glm32k.weights.config_json import read_config
 from mindformers_glm32k.weights.formats.ckpt import frame
+from mindformers_glm32k.weights.peft import merge_adapter
 from mindformers_glm32k.weights.strategy import read_strategy
+from tests.fuzz.guard import SPARE_BYTES, TIMES, memory_bound, watched
 from tests.weights.strategy_files import write_strategy
 from tests.weights.synthetic import write_safetensors, write_torch
 
@@ -40,6 +56,21 @@ CONFIG = {"model_type": "chatglm",
     "multi_query_attention": True, "multi_query_group_num": 1, "padded_vocab_size": 32, "seq_length": 64,
     "rope_ratio": 50, "layernorm_epsilon": 1e-5, "add_qkv_bias": True, "torch_dtype": "float16",
 }  # fmt: skip
+LONGBENCH = {"input": "a?", "context": "b c", "answers": ["d"], "length": 3, "dataset": "qasper", "language": "en",
+    "all_classes": None, "_id": "x"}  # fmt: skip
+PROMPTS = [{"prompt": "a", "_id": 1}, RECORDS[1], {"messages": RECORDS[1]["messages"][:1]},
+    {"question": "a", "system": "b", "history": [["c", "d"]], "tools": [{"name": "f", "parameters": {}}]}]  # fmt: skip
+ADAPTER = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["query_key_value"], "bias": "none",
+    "use_rslora": False, "rank_pattern": {"dense": 4}, "alpha_pattern": {}, "fan_in_fan_out": False}  # fmt: skip
+YAMLS = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("research/glm32k/*tiny*.yaml"))]
+SMALL = {"run_mode": "finetune", "seed": 1, "a": {"b": {"c": 1}}, "callbacks": [{"type": "x"}, {"type": "y"}],
+    "runner_config": {"epochs": 1}, "train_dataset": {"data_loader": {"dataset_dir": ""}}}  # fmt: skip
+KEYS = ["seed", "a.b.c", "a.b", "a", "callbacks.1.type", "callbacks.9", "callbacks", "runner_config.epochs", "new.key",
+    "epochs", "mode", "do_eval", "options", "num_samples", "train_dataset_dir", "load_checkpiont", "a..b", "", "c.0.d",
+    "config", "register_path", "predict_data", "--a", "resume_training"]  # fmt: skip
+VALUES = ["1", "1e-5", "True", "None", "[1, 2]", "{a: 1}", "{1: 2}", "{[1]: 2}", "[[[", "&a [*a]", "!!python/name:os.x",
+    "2026-01-01", "0x1f", "\ud800", "", " ", "../../x", "a=b", "'q", "#", "{a: {b: {c: 1}}}", "-1", "--x", "é", "1_0",
+    "!!binary aGk=", "? a", "<<: 1", "{<<: {a: 1}}", "a: b", "1:30", "{null: 1}", "{type: x, type: y}"]  # fmt: skip
 STRANGE = [None, True, 0, -1, 1 << 70, 1e308, float("nan"), "", "\ud800", "../../x", [], {}, [[]], {"a": {"a": [None]}}]
 SECONDS = 10
 
@@ -109,8 +140,96 @@ def seeds(tmp_path_factory, train_vocabulary):
     write_strategy(folder / "strategy.ckpt", {"a": ([2, 4], [0, -1], 0, 0), "b": ([2], [-1], 0, 0)})
     found["strategy.ckpt"] = (folder / "strategy.ckpt").read_bytes()
     found["tokenizer.model"] = Path(train_vocabulary()).read_bytes()
+    for kind in ("parquet", "arrow", "arrow stream"):
+        found[kind] = _table(kind, [RECORDS[0]] * 3)
     found["a.txt"] = "eins\nzwei\n".encode("utf-8-sig")
     return found
+
+
+def _zip(draw, seeds):
+    """LongBench's data.zip: sound, with strange names, or with strange entries; then some bytes changed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+        for _ in range(draw.randint(1, 3)):
+            name = draw.choice(("data/qasper.jsonl", "qasper_e.jsonl", "../up.jsonl", "/abs.jsonl", "a\\b.jsonl", "."))
+            info = zipfile.ZipInfo(name)
+            if draw.random() < 0.2:
+                info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, _longbench(draw, seeds))
+    return mutated(buffer.getvalue(), draw) if draw.random() < 0.6 else buffer.getvalue()
+
+
+def _longbench(draw, seeds):
+    sound = [json.dumps({**LONGBENCH, "_id": str(number)}).encode() for number in range(draw.randint(0, 2))]
+    return b"\n".join([*sound, structured(LONGBENCH, draw)])
+
+
+def _table(kind, records):
+    """Parquet, or Arrow's file or stream, of the records."""
+    import pyarrow
+    from pyarrow import feather, parquet
+
+    table, target = pyarrow.Table.from_pylist(records), pyarrow.BufferOutputStream()
+    if kind == "parquet":
+        parquet.write_table(table, target)
+    elif kind == "arrow":
+        feather.write_feather(table, target, compression="uncompressed")
+    else:
+        with pyarrow.ipc.new_stream(target, table.schema) as writer:
+            writer.write_table(table)
+    return target.getvalue().to_pybytes()
+
+
+def _compressed(draw):
+    data = json.dumps(draw.choice(RECORDS)).encode() * draw.randint(1, 40)
+    kind = draw.choice(("bz2", "xz", "zstd", "lz4"))
+    if kind in ("zstd", "lz4"):
+        import pyarrow
+
+        target = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(target, kind) as stream:
+            stream.write(data)
+        return target.getvalue().to_pybytes()
+    return bz2.compress(data) if kind == "bz2" else lzma.compress(data)
+
+
+def _words(draw):
+    """A command line of overrides, its words between zero bytes."""
+    words = []
+    for _ in range(draw.randint(1, 4)):
+        key, value = draw.choice(KEYS), draw.choice(VALUES)
+        words += [f"--{key}={value}"] if draw.random() < 0.5 else [f"--{key}", value]
+    data = "\0".join(words).encode("utf-8", "surrogatepass")
+    return mutated(data, draw) if draw.random() < 0.6 else data
+
+
+def _overridden(path):
+    """The launcher's overrides, as `glm32k check` and run_mindformer apply them."""
+    words = [word.decode("utf-8", "surrogateescape") for word in path.read_bytes().split(b"\0")]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            read_as_written(["--config", "small.yaml", *words])
+    except SystemExit as end:  # argparse's own refusals, and --help
+        assert end.code in (0, 2)
+        if end.code:
+            raise InputError("usage") from end
+
+
+def _checked(path):
+    """`glm32k check`'s findings about the keys and values of a configuration."""
+    config = json.loads(path.read_bytes())
+    if not isinstance(config, dict):
+        return
+    for mode in ("finetune", "eval", "predict"):
+        for finding in config_findings(copy.deepcopy(config), mode, (), DEFAULTED):
+            assert finding.severity in SEVERITIES and "\n" not in finding.line(), finding
+
+
+def _index(draw, seeds):
+    """model.safetensors.index.json, of files that may lie elsewhere."""
+    name = draw.choice(("a.safetensors", "../a.safetensors", "/etc/passwd", "..", ".", "", "b.safetensors", "a\0b"))
+    index = {"metadata": {"total_size": 24}, "weight_map": {"transformer.a.weight": name}}
+    return json.dumps(index).encode() if draw.random() < 0.3 else structured(index, draw)
 
 
 READERS = {
@@ -137,32 +256,67 @@ READERS = {
     "tokenizer.model": ("tokenizer.model", lambda draw, seeds: mutated(seeds["tokenizer.model"], draw), Vocabulary),
     "strategy": ("strategy.ckpt", lambda draw, seeds: mutated(seeds["strategy.ckpt"], draw), read_strategy),
     "torch": ("a.bin", lambda draw, seeds: mutated(seeds["a.bin"], draw), read_file),
+    "LongBench": ("qasper.jsonl", _longbench, lambda path: list(samples.read(samples.scan(path)))),
+    "LongBench in zip": ("data.zip", _zip, lambda path: list(samples.read(samples.scan(path)))),
+    **{
+        f"records in {kind}": (
+            f"a.{kind.split()[0]}",
+            lambda draw, seeds, kind=kind: mutated(seeds[kind], draw),
+            every_sample,
+        )
+        for kind in ("parquet", "arrow", "arrow stream")
+    },
+    "records in bz2, xz, zstd, lz4": ("a.jsonl.xz", lambda draw, seeds: mutated(_compressed(draw), draw), every_sample),
+    "prompt records": (
+        "a.jsonl",
+        lambda draw, seeds: structured(draw.choice(PROMPTS), draw),
+        lambda path: list(map(QuestionFile(path).__getitem__, range(len(QuestionFile(path))))),
+    ),
+    "overrides": ("a.words", lambda draw, seeds: _words(draw), _overridden),
+    "configuration": ("a.json", lambda draw, seeds: json.dumps(strange(draw.choice(YAMLS), draw)).encode(), _checked),
+    "index": ("model.safetensors.index.json", _index, lambda path: open_source(path.parent)),
+    "adapter_config.json": (
+        "adapter_config.json",
+        lambda draw, seeds: structured(ADAPTER, draw),
+        lambda path: merge_adapter(path.parent, {}, None),
+    ),
+    "documents": ("a.md", lambda draw, seeds: mutated(seeds["a.txt"], draw), read_document),
     "prompts": ("a.txt", lambda draw, seeds: mutated(seeds["a.txt"], draw), lambda path: read_prompts(str(path))),
 }
+
+
+NEVER_REFUSED = ("prompts", "documents", "configuration")
 
 
 def fuzz(name, count, seeds, folder):
     """Mutations that were read and refused."""
     file, make, read = READERS[name]
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+    (folder / "a.safetensors").write_bytes(seeds["a.safetensors"])
     path, refused = folder / file, 0
-    for seed in range(count):
+    for seed in range(-3, count):  # the first three: whatever is imported and reserved once
         path.write_bytes(make(random.Random(seed), seeds))
+        os.utime(path, (seed + 10, seed + 10))  # what was made of the last one is no cache of this one
+        bound = TIMES * path.stat().st_size + SPARE_BYTES
         started = time.perf_counter()
         try:
-            read(path)
+            with watched(folder) as found, memory_bound(bound) if seed >= 0 else contextlib.nullcontext():
+                read(path)
         except InputError as error:
-            refused += 1
+            refused += seed >= 0
             assert "\n" not in str(error).strip(), (name, seed)
         except Exception as error:
             raise AssertionError(f"{name}, seed {seed}: {path.read_bytes()[:300]!r}") from error
-        assert time.perf_counter() - started < SECONDS, (name, seed)
+        if seed >= 0:
+            assert time.perf_counter() - started < SECONDS, (name, seed)
+            assert not found, (name, seed)
     return refused
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_few_mutations(name, seeds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert fuzz(name, 100, seeds, tmp_path) > 0 or name == "prompts"
+    assert fuzz(name, 100, seeds, tmp_path) > 0 or name in NEVER_REFUSED
 
 
 @pytest.mark.fuzz

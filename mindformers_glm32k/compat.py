@@ -10,6 +10,8 @@ changed on disk; what is bound to another name is bound back.
 | portable_argmax | the generator's mint.argmax has no CPU kernel; an attribute of our model | all | with a kernel |
 | barrier_on_cpu | Barrier has no CPU kernel; its name is that of an all-reduce during CPU runs | 1.6 to 2.0; 2.1
   waits at mint.distributed.barrier, which has one | with 2.0 |
+| run_mode_restored | build_context leaves RUN_MODE in the environment, by which the next trainer misses its global
+  batch size | all | when it is an argument |
 | check_buildable | sequence pipelines are not built; MindSpore has no bfloat16 kernels on CPU | all | with kernels |
 | kernels/substitution.py | names bound while a model is constructed: S x S masks, NPU-only kernels, unsharded
   operators of upstream's glm2 | all | with cells that take their parts as arguments |
@@ -123,6 +125,19 @@ def set_checkpoint_path(config: MindFormerConfig, path: str) -> None:
     config.load_checkpoint = path
     if config.get("checkpoint"):
         config.checkpoint.load_path = path
+
+
+@contextlib.contextmanager
+def run_mode_restored() -> Iterator[None]:
+    """To be opened before build_context, which sets RUN_MODE for predictions and evaluations and leaves it in the
+    environment: a trainer that finds it later, in this process or a child, takes its own run for a prediction."""
+    before = os.environ.pop("RUN_MODE", None)
+    try:
+        yield
+    finally:
+        os.environ.pop("RUN_MODE", None)
+        if before is not None:
+            os.environ["RUN_MODE"] = before
 
 
 @contextlib.contextmanager

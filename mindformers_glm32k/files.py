@@ -82,6 +82,14 @@ def require_file(path: str | os.PathLike | None, what: str, hint: str) -> Path:
     return path
 
 
+def can_be_written(folder: str | os.PathLike) -> bool:
+    """Whether a folder, or the nearest one above it that is there, takes new files; nothing is made."""
+    path = Path(folder).absolute()
+    while not os.path.lexists(path):
+        path = path.parent
+    return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+
+
 class Busy(InputError):
     """Another process works on the same output."""
 

@@ -22,7 +22,7 @@ import yaml
 
 from mindformers_glm32k.checks import true_or_false
 from mindformers_glm32k.errors import CommandFailed, InputError
-from mindformers_glm32k.files import require_file
+from mindformers_glm32k.files import can_be_written, require_file
 from mindformers_glm32k.interrupts import pass_on_interrupts
 from mindformers_glm32k.overrides import normalize_values, pairs, parse_value, reject_misspelt, set_key
 
@@ -105,6 +105,16 @@ def build_parser() -> argparse.ArgumentParser:
     for name, kind, _, text in OVERRIDES:
         parser.add_argument(f"--{name}", type=kind, help=text)
     return parser
+
+
+def _require_log_folder():
+    """MindFormers opens its logs while it is imported, and goes on with a traceback where it cannot."""
+    logs = os.environ.get("LOG_MF_PATH") or os.path.join(os.environ.get("LOCAL_DEFAULT_PATH") or "output", "log")
+    if not can_be_written(logs):
+        raise InputError(
+            f"{os.path.abspath(logs)}: cannot be written, and MindFormers keeps its logs there; start in another folder"
+            ", or set LOCAL_DEFAULT_PATH to one"
+        )
 
 
 def read_config(argv: Sequence[str] | None = None) -> MindFormerConfig:
@@ -197,6 +207,7 @@ def _parse(argv):
         raise InputError("--modal_type: GLM32K is a text model; leave the option out")
     written = _read_yaml(args.config)
     leftovers = pairs(rest)
+    _require_log_folder()
     if args.register_path:
         os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
         sys.path.append(os.path.abspath(args.register_path))
@@ -250,7 +261,7 @@ def run(config: MindFormerConfig) -> list[dict] | None:
     """
     from mindformers import Trainer, build_context
 
-    from mindformers_glm32k.compat import barrier_on_cpu, set_output_path
+    from mindformers_glm32k.compat import barrier_on_cpu, run_mode_restored, set_output_path
     from mindformers_glm32k.preflight import config_findings, is_for_this_plugin, raise_errors, weights_findings
 
     if is_for_this_plugin(config):
@@ -258,6 +269,11 @@ def run(config: MindFormerConfig) -> list[dict] | None:
         raise_errors([*found, *weights_findings(config, config.run_mode)])
         for finding in found:
             logging.getLogger("mindformers").warning("%s", finding.line())
+    if not can_be_written(os.getcwd()):
+        raise InputError(
+            f"{os.getcwd()}: cannot be written, and MindFormers writes modules, rank_N and answers into the folder in "
+            "which it is started; start in another"
+        )
     if config.use_parallel and not any(name in os.environ for name in _LAUNCHERS):
         raise InputError(
             "use_parallel: True needs several processes; start them with scripts/msrun_launcher.sh, or "
@@ -269,9 +285,10 @@ def run(config: MindFormerConfig) -> list[dict] | None:
             "the same files; add --use_parallel True"
         )
     set_output_path(config.output_dir)
-    build_context(config)
     trains = config.run_mode in ("train", "finetune")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(run_mode_restored())
+        build_context(config)
         if is_for_this_plugin(config):
             from mindformers_glm32k.training.resume import choose_checkpoint
             from mindformers_glm32k.training.stop import hold_output_folder

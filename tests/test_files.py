@@ -4,7 +4,7 @@ import stat
 import pytest
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.files import atomic_path, copy_atomically, require_file
+from mindformers_glm32k.files import atomic_path, can_be_written, copy_atomically, require_file
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -86,3 +86,12 @@ def test_require_file_says_what_is_wrong(name, found):
     with pytest.raises(InputError) as refusal:
         require_file(name, "data file", "Give one.")
     assert found in str(refusal.value) and str(refusal.value).endswith("Give one.")
+
+
+def test_folders_that_take_files(tmp_path):
+    assert can_be_written(tmp_path) and can_be_written(tmp_path / "new" / "newer")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    for path in ("file", "file/below", "dangling/below"):
+        assert not can_be_written(tmp_path / path)

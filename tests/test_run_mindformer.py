@@ -1,5 +1,6 @@
 """The launcher's options and override rules; what a run does is in test_training_runs.py."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -342,6 +343,33 @@ def test_help_is_quick_and_needs_nothing_heavy():
     assert done.returncode == 0, done.stderr
     assert all(f"--{name}" in done.stdout for name in UPSTREAM_OPTIONS)
     assert seconds < 5  # 0.1 s on a quiet machine; with MindFormers imported it would be 5 to 10
+
+
+def _without_privileges():
+    """In a child before it starts its program: permissions of files hold for root, too."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+@pytest.mark.parametrize("logs", ["output/log", "elsewhere"])
+def test_a_working_folder_that_cannot_be_written(logs, tmp_path):
+    """With logs elsewhere MindFormers can be imported, and then writes into the working folder."""
+    folder = tmp_path / "read-only"
+    folder.mkdir(0o555)
+    more = {"LOCAL_DEFAULT_PATH": str(tmp_path)} if logs == "elsewhere" else {}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_DEF", "LOG_MF"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "mindformers_glm32k.run_mindformer", "--config", YAML, "--output_dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**environment, **more, "PYTHONPATH": str(ROOT)},
+        preexec_fn=_without_privileges,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: {folder}{'/output/log' if not more else ''}: cannot be written"), error
+    assert "Traceback" not in done.stdout + done.stderr and not list(folder.iterdir())
 
 
 def test_module_exits_with_2():

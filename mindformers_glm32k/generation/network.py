@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -106,7 +107,7 @@ class Network:
         from mindformers import Trainer, build_context
         from mindspore import set_seed
 
-        from mindformers_glm32k.compat import barrier_on_cpu, set_output_path
+        from mindformers_glm32k.compat import barrier_on_cpu, run_mode_restored, set_output_path
         from mindformers_glm32k.preflight.run_config import check_config
 
         config = self._config
@@ -114,10 +115,13 @@ class Network:
         config.model.model_config.max_new_tokens = 1
         config.model.model_config.batch_size = self.batch_size
         set_output_path(config.output_dir)
-        build_context(config)
-        trainer = Trainer(config)
-        set_seed(config.seed or 0)  # of random weights: Trainer passes over a seed of 0
-        with tempfile.TemporaryDirectory() as folder, barrier_on_cpu():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(run_mode_restored())
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            build_context(config)
+            trainer = Trainer(config)
+            set_seed(config.seed or 0)  # of random weights: Trainer passes over a seed of 0
+            stack.enter_context(barrier_on_cpu())
             config.save_file = str(Path(folder) / "first.txt")
             trainer.predict(
                 predict_checkpoint=config.load_checkpoint,

@@ -197,7 +197,7 @@ def read_prompts(input_data: str | list[str]) -> list[str]:
     """
     if isinstance(input_data, str) and os.path.isfile(input_data):
         try:
-            with open(input_data, encoding="utf-8") as file:
+            with open(input_data, encoding="utf-8-sig") as file:
                 prompts = [line.rstrip("\n").replace(r"\n", "\n") for line in file if line.strip()]
         except UnicodeDecodeError as error:
             raise InputError(f"{input_data}: not UTF-8 ({error}); convert the file") from error
@@ -213,4 +213,22 @@ def read_prompts(input_data: str | list[str]) -> list[str]:
     for count, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise InputError(f"prompt {count} is empty; give a text")
+        if _names_a_file(prompt):
+            one = "; one file alone is read" if len(prompts) > 1 else ""
+            there = (
+                "is a folder" if os.path.isdir(prompt) else "is a file" if os.path.isfile(prompt) else "no such file"
+            )
+            raise InputError(f"--predict_data {prompt}: {there}{one} (a path is no prompt; seen from {os.getcwd()})")
     return prompts
+
+
+def _names_a_file(prompt):
+    """Whether a prompt is meant as a path: one that is there, or a name of its own that looks like one."""
+    if "\n" in prompt or "\0" in prompt or len(prompt) > 1000:
+        return False
+    folder, name = os.path.split(prompt)
+    spaces = any(map(str.isspace, prompt))
+    known = Path(name).suffix.lower() in (".txt", ".json", ".jsonl", ".md", ".csv", ".tsv", ".text")
+    if prompt.isascii() and not spaces and (known or prompt.startswith(("./", "../", "~/"))):
+        return True
+    return bool(folder.strip("./")) and os.path.isdir(folder) and (known or not spaces or os.path.exists(prompt))

@@ -18,6 +18,7 @@ _FACE = {
     "check_dataset": "data",
     "check_packing": "data",
     "check_checkpoint": "checkpoint",
+    "check_finite": "checkpoint",
 }
 __all__ = list(_FACE)
 __getattr__ = face(__name__, _FACE)

@@ -29,7 +29,7 @@ def check_checkpoint(path: str, network: nn.Cell) -> None:
     Folders (per-rank or per-layer files) are left to MindFormers, which knows their layout.
 
     Raises:
-        InputError: missing, extra or misshapen parameters, all named with their shapes.
+        InputError: missing, extra or misshapen parameters, all named with their shapes; NaN or infinity in one.
     """
     if not os.path.isfile(path):
         return
@@ -40,6 +40,21 @@ def check_checkpoint(path: str, network: nn.Cell) -> None:
     )
     if problem:
         raise InputError(problem)
+    check_finite(path)
+
+
+def check_finite(path: str | os.PathLike) -> None:
+    """Refuses a file in which a weight is NaN or infinite: every answer and loss would be.
+
+    All values are read, which loading them afterwards does again from the system's cache.
+    """
+    from mindformers_glm32k.weights.checkpoint import first_bad_tensor
+
+    bad = first_bad_tensor(path)
+    if bad:
+        raise InputError(
+            f"load_checkpoint {path}: {bad} is the first parameter with NaN or infinity; take an earlier checkpoint"
+        )
 
 
 def _misfit(path, stored, wanted, optional):
@@ -177,7 +192,7 @@ def _shapes(tensors, config, dims):
 
 
 def _value_findings(path, tensors, config):
-    from mindformers_glm32k.weights.tensors import FROM_MINDSPORE, ITEM_SIZE, TO_CONFIG
+    from mindformers_glm32k.weights.tensors import CARRIER, FROM_MINDSPORE, ITEM_SIZE, TO_CONFIG, count_not_finite
 
     dtypes, bad, looked_at = set(), [], 0
     for tensor in sorted(tensors.values(), key=lambda tensor: prod(tensor.shape)):
@@ -186,8 +201,9 @@ def _value_findings(path, tensors, config):
             continue
         dtypes.add(TO_CONFIG[dtype])
         looked_at += prod(tensor.shape) * ITEM_SIZE[dtype]
-        if looked_at <= _LOOKED_AT_BYTES and not _is_finite(tensor.raw_bytes(), dtype):
-            bad.append(tensor.name)
+        if looked_at <= _LOOKED_AT_BYTES:
+            values = np.frombuffer(tensor.raw_bytes(), CARRIER[dtype])
+            bad += [tensor.name] if count_not_finite(values, dtype) else []
     if bad:
         yield Finding(
             ERROR, _PATH, f"{path}: NaN or infinity in {len(bad)} tensors, {bad[0]} first", "take an earlier checkpoint"
@@ -196,9 +212,3 @@ def _value_findings(path, tensors, config):
     if dtypes and dtypes != {wanted}:
         text = f"holds {' and '.join(sorted(dtypes))}, the model's parameters are {wanted}"
         yield Finding(NOTE, _PATH, text, "MindSpore casts when it loads")
-
-
-def _is_finite(raw, dtype):
-    if dtype == "bf16":
-        return not bool(((np.frombuffer(raw, "<u2") & np.uint16(0x7F80)) == np.uint16(0x7F80)).any())
-    return bool(np.isfinite(np.frombuffer(raw, {"fp32": "<f4", "fp16": "<f2"}[dtype])).all())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mindformers_glm32k import compat
+from mindformers_glm32k.files import can_be_written
 from mindformers_glm32k.parallel import layout_problems, one_program
 from mindformers_glm32k.preflight.findings import ERROR, SET, WARNING, Finding, value_at
 
@@ -81,6 +83,9 @@ def rule_findings(config: Mapping[str, Any], run_mode: str, built: Iterable[str]
             "write False; GLM32KMonitor and tensorboard work",
             (SET, False),
         )
+    output = config.get("output_dir") or "./output"
+    if isinstance(output, str) and not can_be_written(os.path.expanduser(output)):
+        yield Finding(ERROR, "output_dir", f"{output} cannot be written", "choose another folder, or make it writable")
     yield from _lora(config)
     yield from _evaluation(config, run_mode, built)
 

@@ -24,8 +24,9 @@ from mindformers_glm32k.checks import whole_number
 from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.files import flush, flush_folder
 from mindformers_glm32k.training.monitor import first_outputs
-from mindformers_glm32k.training.saved import first_bad_tensor, prefix_for, saved_files, write_meta
+from mindformers_glm32k.training.saved import prefix_for, saved_files, write_meta
 from mindformers_glm32k.training.stop import STOP_SIGNALS, SkippedSteps, any_process
+from mindformers_glm32k.weights.checkpoint import first_bad_tensor
 
 _SAVING = ".saving"  # subfolder of a rank's folder; no listing of checkpoints sees what is in it
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -19,6 +19,7 @@ from mindformers.tools.utils import get_real_rank
 from mindformers_glm32k import compat
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import one_program
+from mindformers_glm32k.preflight import check_finite
 from mindformers_glm32k.training.saved import LABEL, read_meta
 from mindformers_glm32k.weights.checkpoint import read_file
 from mindformers_glm32k.weights.rank_files import RankFiles, choose, count_of, rank_folders, scalar_of
@@ -55,6 +56,7 @@ def choose_checkpoint(config: MindFormerConfig) -> None:
     rank = get_real_rank() or 0
     file = chosen.files.get(rank, chosen.files[min(chosen.files)])
     step = chosen.counters.get("step_num")
+    check_finite(file)
     logger.info("%s %s (step %s)", "resuming from" if resume else "loading", file, "?" if step is None else step)
     if config.get("load_ckpt_format") != file.suffix[1:]:
         config.load_ckpt_format = file.suffix[1:]

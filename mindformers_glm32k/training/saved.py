@@ -1,4 +1,4 @@
-"""The files that training saves: which there are, of which step, and whether their weights are finite."""
+"""The files that training saves: which there are, and of which step."""
 
 from __future__ import annotations
 
@@ -12,30 +12,9 @@ from typing import Any
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, flush_folder
 from mindformers_glm32k.weights.checkpoint import read_file
-from mindformers_glm32k.weights.names import STATE_PREFIXES
 from mindformers_glm32k.weights.rank_files import count_of
-from mindformers_glm32k.weights.tensors import FROM_MINDSPORE, FROM_SAFETENSORS
 
 LABEL = re.compile(r"-(\d+)_(\d+)\.\w+$")
-# dtype -> (NumPy's unsigned integer, the bits that are all ones in NaN and infinity)
-_EXPONENT = {"fp32": ("<u4", 0x7F800000), "fp16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80)}
-
-
-def first_bad_tensor(path: Path) -> str | None:
-    """The first weight with NaN or infinity in a file, None without one. States of the optimizer are not looked at: a
-    step whose gradients are finite leaves them finite.
-
-    Raises:
-        InputError: the file is broken.
-    """
-    for tensor in read_file(path):
-        dtype = FROM_MINDSPORE.get(tensor.dtype) or FROM_SAFETENSORS.get(tensor.dtype) or tensor.dtype
-        if dtype not in _EXPONENT or tensor.name.startswith(STATE_PREFIXES) or "." not in tensor.name:
-            continue
-        kind, bits = _EXPONENT[dtype]
-        if any(((chunk.view(kind) & bits) == bits).any() for chunk in tensor.chunks()):
-            return tensor.name
-    return None
 
 
 def step_of(path: Path) -> float:

@@ -14,8 +14,16 @@ import numpy as np
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.finding import HOW_TO_MERGE, find_files
 from mindformers_glm32k.weights.model_dims import ModelDims
-from mindformers_glm32k.weights.names import TensorKey, foreign_kind, key_of, model_keys, name_of, unwrapped
-from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor, same_bits
+from mindformers_glm32k.weights.names import (
+    STATE_PREFIXES,
+    TensorKey,
+    foreign_kind,
+    key_of,
+    model_keys,
+    name_of,
+    unwrapped,
+)
+from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor, count_not_finite, same_bits
 
 # suffix -> module and function of formats/ that list a file's tensors; imported when there is such a file
 _READERS = {
@@ -77,6 +85,21 @@ def read_file(path: str | os.PathLike) -> list[StoredTensor]:
 def read_index(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], str]]:
     """The (shape, dtype) of what is in a weight file, by name, in file order; see `read_file`."""
     return {tensor.name: (tensor.shape, tensor.dtype) for tensor in read_file(path)}
+
+
+def first_bad_tensor(path: str | os.PathLike) -> str | None:
+    """The first weight with NaN or infinity in a file, None without one. States of the optimizer are not looked at: a
+    step whose gradients are finite leaves them finite.
+
+    Raises:
+        InputError: the file is broken.
+    """
+    for tensor in read_file(path):
+        if tensor.dtype not in ITEM_SIZE or tensor.name.startswith(STATE_PREFIXES) or "." not in tensor.name:
+            continue
+        if any(count_not_finite(chunk, tensor.dtype) for chunk in tensor.chunks()):
+            return tensor.name
+    return None
 
 
 def open_source(path: str | os.PathLike) -> Source:

@@ -65,7 +65,11 @@ def test_a_prompt_without_room_for_an_answer_is_named(chat):
         ("hello", ["hello"]),
         (["one", "two"], ["one", "two"]),
         ("line one\nline two", ["line one\nline two"]),
-        ("no/such/file.txt", ["no/such/file.txt"]),
+        ("TCP/IP", ["TCP/IP"]),
+        ("what is notes.txt?", ["what is notes.txt?"]),
+        ("请总结README.md", ["请总结README.md"]),
+        ("1/2", ["1/2"]),
+        ("./a b", ["./a b"]),
     ],
 )
 def test_texts_are_prompts(given, prompts):
@@ -75,6 +79,32 @@ def test_texts_are_prompts(given, prompts):
 def test_a_file_has_one_prompt_a_line(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("first\n\n第二个问题\r\nwith\\nbreak\n   \n".encode())
     assert read_prompts("prompts.txt") == ["first", "第二个问题", "with\nbreak"]
+
+
+def test_a_byte_order_mark_belongs_to_no_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_text("first\nsecond\n", encoding="utf-8-sig")
+    assert read_prompts("prompts.txt") == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("prompts.txt", "--predict_data prompts.txt: no such file"),
+        ("no/such/file.jsonl", "file.jsonl: no such file"),
+        ("../prompts", "no such file"),
+        ("data/问题", "data/问题: no such file"),
+        ("data/my prompts.txt", "no such file"),
+        ("data/", "is a folder"),
+        (["there.md", "data/there too"], "there.md: is a file; one file alone is read"),
+        (["a", "prompts.txt"], "prompts.txt: no such file"),
+    ],
+)
+def test_a_path_is_not_answered(given, message, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "there.md").write_text("a\n")
+    (tmp_path / "data" / "there too").write_text("a\n")
+    with pytest.raises(InputError, match=message):
+        read_prompts(given)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def test_mistakes_of_the_command_line(option, words, written, capsys):
             "model.model_config.use_past",
             "use_flash_attention: False",
         ),
+        (TRAIN, {"output_dir": "/dev/null/output"}, [], "output_dir", "/dev/null/output cannot be written"),
         (TRAIN, {"monitor_config": {"monitor_on": True}}, [], "monitor_config.monitor_on", "without a CPU kernel"),
         (
             TRAIN,

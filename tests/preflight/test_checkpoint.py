@@ -79,6 +79,20 @@ def test_another_size_of_model_names_the_first_few():
     assert "7 not in the model: " in message and "and 2 more" in message
 
 
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_weight_that_is_not_finite_is_named(name, bad, dtype):
+    spoilt = np.zeros((4, 4), dtype)
+    spoilt[3, 2] = bad
+    network = Network()
+    text = refusal(save(values(network, transformer__1__weight=spoilt), name), network)
+    assert text.startswith(f"load_checkpoint {name}: transformer.1.weight is the first parameter with NaN or infinity")
+    assert "\n" not in text
+    whole = {**values(network), "adam_v.transformer.1.weight": spoilt}  # written by a step that was skipped
+    check_checkpoint(save(whole, name), network)
+
+
 def test_optimizer_states_and_counters_are_no_weights():
     network = Network()
     weights = values(network)

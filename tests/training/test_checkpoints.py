@@ -20,8 +20,9 @@ from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.files import Busy
 from mindformers_glm32k.training import checkpoints, stop
 from mindformers_glm32k.training.checkpoints import GLM32KCheckpointMonitor
-from mindformers_glm32k.training.saved import first_bad_tensor, prefix_for, saved_files
+from mindformers_glm32k.training.saved import prefix_for, saved_files
 from mindformers_glm32k.training.stop import SkippedSteps, hold_output_folder
+from mindformers_glm32k.weights.checkpoint import first_bad_tensor
 from mindformers_glm32k.weights.rank_files import choose
 
 STEPS_PER_EPOCH = 5

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from mindformers_glm32k.training.saved import first_bad_tensor, read_meta, saved_files
+from mindformers_glm32k.training.saved import read_meta, saved_files
+from mindformers_glm32k.weights.checkpoint import first_bad_tensor
 
 CONFIG = ROOT / "research" / "glm32k" / "finetune_glm32k_tiny_cpu.yaml"
 RECORDS, BATCH, EPOCHS = 40, 8, 6

@@ -142,15 +142,20 @@ def test_prompts_that_do_not_fit_are_refused_and_leave_the_cache_free(network, p
 
 
 @pytest.mark.parametrize("tile", [512, 48])
+@pytest.mark.parametrize("wide", [(), (1024,)])
 @pytest.mark.parametrize("sizes", [(512, 128), (64,), (1,), (7, 3)])
-def test_chunks_cover_a_prompt_once_and_lie_in_one_tile(sizes, tile):
-    for length in (0, 1, 6, 127, 128, 129, 300, 511, 512, 700, 1153):
-        chunks = list(chunks_of(length, sizes, tile))
+def test_chunks_cover_a_prompt_once_and_lie_in_one_tile(sizes, wide, tile):
+    for length in (0, 1, 6, 127, 128, 129, 300, 511, 512, 700, 1153, 2047, 2048):
+        chunks = list(chunks_of(length, sizes, tile, wide))
         ends = np.cumsum([kept for _, _, kept in chunks])
         assert [start for start, _, _ in chunks] == [0, *ends][: len(chunks)] and (ends[-1:] == length).all()
         for start, size, kept in chunks:
+            if size in wide:
+                assert start % size == 0 and kept == size
+                continue
             assert size in sizes and 0 < kept <= size
             assert start // tile == (start + kept - 1) // tile
+        assert sum(kept for _, size, kept in chunks if size in wide) == (length // 1024 * 1024 if wide else 0)
 
 
 def test_a_chunk_whose_scores_differ_too_much_is_computed_again(network, monkeypatch):

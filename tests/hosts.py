@@ -34,7 +34,7 @@ MARK = re.compile(r"(<!-- hosts -->\n).*?(<!-- /hosts -->)", re.S)
 STEPS = 20
 HANGS_AFTER = 3600  # seconds for the tests of one pair
 
-# what a pair runs: data, tokenizer, weights, training runs, a dry run, and one simulation of a whole layout
+# what a pair runs: data, tokenizer, weights, training runs, generation, a dry run, and one simulation of a whole layout
 TESTS = (
     "tests/data",
     "tests/tokenizer",
@@ -45,6 +45,8 @@ TESTS = (
     "tests/test_registry.py",
     "tests/test_run_mindformer.py",
     "tests/test_model.py",
+    "tests/test_generator.py",
+    "tests/kernels/cpu/test_paged_attention.py",
     "tests/commands/test_dryrun.py",
     "tests/dryrun/compile/test_pool.py",
     "tests/dryrun/simulator/test_train.py",

@@ -133,9 +133,15 @@ def _figures(summaries):
     yield "FLOPs a card, 1e15 a step", lambda it: f"{it['flops'] / 1e15:.3f}"
     yield "of it recomputed", lambda it: f"{100 * it['flops_recomputed'] / max(it['flops'], 1):.0f} %"
     yield "**estimated tokens/s/p**", speed(lambda found: f"**{found['tokens_per_second_per_device']:.0f}**")
+    yield "fitted to 16 figures, tokens/s/p", speed(lambda found: _interval(found["fitted"]))
     yield "estimated step, s", speed(lambda found: f"{found['step_seconds']:.2f}")
     for part in PARTS:
         yield f"– {part}, s", speed(lambda found, part=part: f"{found['parts'][part]:.2f}")
+
+
+def _interval(fitted):
+    low, high = fitted["interval"]
+    return f"{fitted['tokens_per_second_per_device']:.0f} ({low:.0f} to {high:.0f})"
 
 
 def _origin(extrapolated):

@@ -18,14 +18,14 @@ from typing import Any
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
 from mindformers_glm32k.dryrun.analysis.order import ORDERS
 from mindformers_glm32k.dryrun.search.figures import Figures, at_depth, combine, with_sequences
-from mindformers_glm32k.dryrun.search.space import Setting
+from mindformers_glm32k.dryrun.search.space import HARDER, Setting
 
 # Elements that a token keeps in a layer, in features of (residual stream, MLP): found in compiled programs.
 _KEPT = {"whole": (1.0, 0.0), "mlp": (6.5, 0.0), "cheap": (6.5, 2.0), "none": (9.5, 4.0)}
 # Bytes that operators without products read and write, in features of (residual stream, MLP) a token and layer.
 _MOVED = {"whole": (150, 60), "mlp": (125, 60), "cheap": (125, 50), "none": (120, 45)}
 _TRANSIENT = 6  # tensors of a layer's MLP that its backward pass holds at once
-_LOGITS = 5  # float32 copies of a chunk's logits that the loss holds at once
+_LOGITS = 4  # float32 copies of a chunk's logits that the loss holds at once
 _ADAM = 8  # bytes of a parameter's moments
 _EXCHANGES = 15  # of a rank's query features, by context parallel, forward and backward of a layer
 _SHARES = 20  # of a sequence's residual stream, by tensor parallel
@@ -95,10 +95,10 @@ class Model:
         """Figures of each stage."""
         found = []
         for stage, layers in enumerate(setting.layers):
-            whole = setting.recomputed[stage] if setting.recomputed else 0
+            whole = setting.recomputed[stage] if setting.recomputed else 0  # layers
             figures = self._stage(setting, stage, layers - whole)
-            if whole:  # what so many layers more take where each is computed again
-                again = replace(setting, recompute="whole", recomputed=())
+            if whole:  # what so many layers more take where each computes more again
+                again = replace(setting, recompute=HARDER[setting.recompute], recomputed=())
                 more = [self._stage(again, stage, count) for count in (whole, 0)]
                 figures = combine((1, figures), (1, more[0]), (-1, more[1]))
             found.append(figures)
@@ -134,7 +134,8 @@ class Model:
                 other.recompute != family.recompute,
                 other.mlp_chunk != family.mlp_chunk,
                 (other.pipeline_stage > 1) != (family.pipeline_stage > 1),
-                other.shard_gradients != family.shard_gradients,
+                other.level != family.level,
+                other.context_parallel != family.context_parallel,
             )
 
         least = min(map(unlike, self.known))
@@ -170,8 +171,8 @@ class Model:
         accumulates = setting.sequences > 1 and not adapters
         states = parameters * dims.bytes / (1 if adapters else replicas)
         states += 0 if adapters else parameters * _ADAM / replicas
-        states += parameters * dims.bytes / (replicas if setting.shard_gradients else 1) if accumulates else 0
-        gathered = 0 if adapters or replicas == 1 else parameters * dims.bytes
+        states += parameters * dims.bytes / (replicas if setting.level > 1 else 1) if accumulates else 0
+        gathered = 0 if adapters or replicas == 1 or setting.level > 2 else parameters * dims.bytes
         hidden, ffn = _KEPT[setting.recompute]
         kept = (hidden * dims.hidden + ffn * dims.ffn / setting.model_parallel) * tokens * dims.bytes
         kept /= setting.model_parallel if setting.model_parallel > 1 else 1
@@ -180,7 +181,6 @@ class Model:
         transient = _TRANSIENT * dims.ffn * tokens * dims.bytes * share / setting.model_parallel
         if last:
             transient += _LOGITS * min(dims.loss_chunk, tokens) * dims.vocabulary * 4
-            transient += tokens * dims.vocabulary * dims.bytes
         total = states + gathered + kept * in_flight * layers + transient
         return {**{("bytes", order): total for order in ORDERS}, ("states",): states}
 
@@ -219,8 +219,9 @@ class Model:
         parameters = self._parameters(setting, stage, layers) * dims.bytes
         if setting.replicas > 1 and not dims.adapters:
             ranks, calls = range(first, first + per_stage, mp), 4 * layers + 2
-            add("AllGather", ranks, True, parameters, calls)
-            scatters = setting.sequences if setting.shard_gradients else 1
+            gathers = 1 + (setting.level > 2)
+            add("AllGather", ranks, True, parameters * gathers, calls * gathers)
+            scatters = setting.sequences if setting.level > 1 else 1
             add("ReduceScatter", ranks, True, parameters * scatters, calls * scatters)
         again = 1 + 0.3 * (setting.recompute == "whole")
         tokens = dims.length / cp

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mindformers_glm32k.dryrun.report.estimate import estimate
+from mindformers_glm32k.dryrun.report.estimate import estimate, fitted
 from mindformers_glm32k.dryrun.search.figures import best_order, figures_of, fullest, program_of
 from mindformers_glm32k.dryrun.search.measure import Programs
 from mindformers_glm32k.dryrun.search.model import Dims, Model
-from mindformers_glm32k.dryrun.search.space import Setting, applied, settings
+from mindformers_glm32k.dryrun.search.space import HARDER, Setting, applied, settings
 from mindformers_glm32k.errors import CommandFailed, InputError
 
 SHOWN = 10  # candidates
@@ -24,7 +24,7 @@ _BUDGET = 20 * 60  # seconds in which a compile may begin
 _FAMILIES = 10  # pairs of shallow programs at most
 _FAMILIES_IN_VAIN = 4  # and where nothing fits
 _EXPECTED = 40.0  # seconds of a pair of shallow programs, before the first was seen
-_NEAR = 1.25  # a guess of memory that is this much too high may still be right
+_NEAR = 1.15  # a guess of memory that is this much too high may still be right
 _PER_LAYOUT = 3  # candidates of the same axes
 
 
@@ -33,7 +33,8 @@ class Candidate:
     """A setting with what it takes.
 
     Attributes:
-        speed: tokens/s and card, estimated; `interval` bounds it.
+        speed: tokens/s and card, `fitted`; `interval` bounds it.
+        roofline: the same by `estimate`, with its `parts` (seconds).
         bytes: of the fullest card, in `order`.
         known: extrapolated from shallow programs of its own; False: a guess.
         compiled: from the whole program.
@@ -42,6 +43,7 @@ class Candidate:
     setting: Setting
     speed: float
     interval: tuple[float, float]
+    roofline: float
     step_seconds: float
     parts: dict[str, float]
     bytes: float
@@ -138,10 +140,10 @@ class Search:
         return _ranked(found, fits)
 
     def _mixed(self, setting):
-        """The setting with as many layers computed again as a whole as it takes to fit; None where that is no way."""
-        if setting.recompute == "whole":
+        """The setting with as many layers that compute more again as it takes to fit; None where that is no way."""
+        if setting.recompute not in HARDER:
             return None
-        whole = replace(setting, recompute="whole", recomputed=())
+        whole = replace(setting, recompute=HARDER[setting.recompute])
         if self.candidate(whole).bytes > self.limit:
             return None
         recomputed = []
@@ -161,15 +163,15 @@ class Search:
         """By the model, or from the figures of whole programs."""
         figures = stages or self.model.stages(setting)
         report = self._report(setting, figures)
-        found = estimate(report)
+        before, found = estimate(report), fitted(report)
         order = best_order(figures)
-        speed = found["tokens_per_second_per_device"]
         return Candidate(
             setting,
-            speed,
-            (speed / 1.25, speed * 1.05),
+            found["tokens_per_second_per_device"],
+            tuple(found["interval"]),
+            before["tokens_per_second_per_device"],
             found["step_seconds"],
-            found["parts"],
+            before["parts"],
             fullest(figures, order),
             order,
             known=stages is not None or self.model.is_known(setting),
@@ -231,11 +233,8 @@ def _variants(found):
     """Settings that differ only in what saves memory at little cost, the plainest first."""
     groups = {}
     for setting in found:
-        groups.setdefault(replace(setting, mlp_chunk=None, shard_gradients=False), []).append(setting)
-    return [
-        sorted(group, key=lambda one: (one.mlp_chunk is not None) + 2 * one.shard_gradients)
-        for group in groups.values()
-    ]
+        groups.setdefault(replace(setting, mlp_chunk=None, level=1), []).append(setting)
+    return [sorted(group, key=lambda one: (one.level, one.mlp_chunk is not None)) for group in groups.values()]
 
 
 class _Progress:

@@ -11,23 +11,17 @@ from typing import Any
 from mindformers_glm32k.parallel import layout_problems
 
 _NORMS = [r"input_layernorm\.(cast|norm)", r"post_attention_layernorm\.(cast|norm)"]
-# What every layer computes again, from most to least: keys of recompute_config.
-RECOMPUTE = {
-    "whole": {"recompute": True, "select_recompute": False},
-    "mlp": {"recompute": False, "select_recompute": ["mlp", *_NORMS]},
-    "cheap": {  # next to no time, half of the memory
-        "recompute": False,
-        "select_recompute": [
-            r"mlp\.activation_func\.mul",
-            r"mlp\.activation_func\.silu\.silu",
-            r"mlp\.dense_4h_to_h\.reshape",
-            *_NORMS,
-        ],
-    },
-    "none": {"recompute": False, "select_recompute": False},
-}
+_CHEAP = [  # next to no time, half of the memory
+    r"mlp\.activation_func\.mul",
+    r"mlp\.activation_func\.silu\.silu",
+    r"mlp\.dense_4h_to_h\.reshape",
+    *_NORMS,
+]
+# What every layer computes again, from most to least: patterns of recompute_config.select_recompute.
+RECOMPUTE = {"whole": [], "mlp": ["mlp", *_NORMS], "cheap": _CHEAP, "none": []}
+HARDER = {"mlp": "whole", "cheap": "mlp", "none": "cheap"}  # what saves more
 MLP_CHUNK = 4096  # tokens
-_SHARD_GRADIENTS = "parallel.parallel_optimizer_config.gradient_accumulation_shard"
+_LEVEL = "parallel.parallel_optimizer_config.optimizer_level"
 
 
 @dataclass(frozen=True)
@@ -40,9 +34,10 @@ class Setting:
             accumulated gradients otherwise.
         layers: of each stage.
         recompute: of RECOMPUTE.
-        recomputed: layers of each stage that are computed again as a whole beside that; empty for none.
+        recomputed: layers of each stage that compute again what HARDER says, the others less; empty for none.
         mlp_chunk: model_config.mlp_chunk_size.
-        shard_gradients: accumulated gradients are sharded over data parallel ranks, as weights and states are.
+        level: what is sharded over data parallel ranks: 1 weights and optimizer states, 2 accumulated gradients, too,
+            3 and weights are gathered again in the backward pass.
     """
 
     data_parallel: int = 1
@@ -54,7 +49,7 @@ class Setting:
     recompute: str = "whole"
     recomputed: tuple[int, ...] = ()
     mlp_chunk: int | None = None
-    shard_gradients: bool = False
+    level: int = 1
 
     @property
     def devices(self) -> int:
@@ -78,11 +73,11 @@ class Setting:
         parts = [f"{axis}{size}" for axis, size in axes if size > 1] or ["one"]
         parts += [f"rows{self.rows}", self.recompute]
         if self.recomputed:
-            parts.append("whole" + "-".join(map(str, self.recomputed)))
+            parts.append(HARDER[self.recompute] + "-".join(map(str, self.recomputed)))
         if len(set(self.layers)) > 1:
             parts.append("layers" + "-".join(map(str, self.layers)))
         parts += [f"chunk{self.mlp_chunk}"] if self.mlp_chunk else []
-        parts += ["accushard"] if self.shard_gradients else []
+        parts += [f"level{self.level}"] if self.level > 1 else []
         return "_".join(parts)
 
     @property
@@ -116,17 +111,15 @@ class Setting:
             "runner_config.gradient_accumulation_steps": 1 if pipeline else self.sequences,
             "micro_batch_interleave_num": 1,
             "model.model_config.mlp_chunk_size": self.mlp_chunk,
-            **{f"recompute_config.{key}": value for key, value in RECOMPUTE[self.recompute].items()},
+            **self._recompute_keys(),
         }
         if cp > 1:  # under the name ulysses_cp MindFormers refuses fewer KV heads than ranks
             keys["parallel_config.context_parallel_algo"] = "hybrid_cp"
             keys["parallel_config.ulysses_degree_in_cp"] = cp
         if mp > 1:  # split weights are sharded without moving activations
             keys["model.model_config.qkv_concat"] = keys["model.model_config.mlp_concat"] = False
-        if self.shard_gradients:
-            keys[_SHARD_GRADIENTS] = True
-        if any(self.recomputed):
-            keys["recompute_config.recompute"] = list(self.recomputed)
+        if self.level > 1:
+            keys[_LEVEL] = f"level{self.level}"
         if self.layers:
             even = sum(self.layers) // pp
             offset = [count - even for count in self.layers]
@@ -134,6 +127,17 @@ class Setting:
         if order:
             keys["context.exec_order"] = order
         return keys
+
+    def _recompute_keys(self):
+        whole, patterns = self.recompute == "whole", list(RECOMPUTE[self.recompute])
+        if any(self.recomputed):
+            counts, harder = list(self.recomputed), HARDER[self.recompute]
+            if harder == "whole":
+                whole = counts
+            else:
+                more = {pattern: counts for pattern in RECOMPUTE[harder] if pattern not in patterns}
+                patterns = {**dict.fromkeys(patterns, True), **more}
+        return {"recompute_config.recompute": whole, "recompute_config.select_recompute": patterns or False}
 
 
 def applied(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,12 +173,14 @@ def settings(config: Mapping[str, Any], devices: int, most_rows: int) -> Iterato
                 setting = Setting(dp, mp, cp, pp, sequences, dealt)
                 if layout_problems(applied(config, setting.keys()), devices):
                     continue
-                for kind, chunk, shard in itertools.product(RECOMPUTE, (None, MLP_CHUNK), (False, True)):
-                    if chunk and (mp * cp > 1 or chunk >= length or kind not in ("whole", "mlp")):
+                for kind, chunk, level in itertools.product(RECOMPUTE, (None, MLP_CHUNK), (1, 2, 3)):
+                    if chunk and (mp * cp > 1 or chunk >= length or kind == "none"):
                         continue  # kept tensors are not less by chunks
-                    if shard and (setting.replicas == 1 or sequences == 1 or adapters):
+                    if level > 1 and (setting.replicas == 1 or adapters):
                         continue
-                    yield replace(setting, recompute=kind, mlp_chunk=chunk, shard_gradients=shard)
+                    if level == 2 and sequences == 1 or level == 3 and pp > 1:
+                        continue
+                    yield replace(setting, recompute=kind, mlp_chunk=chunk, level=level)
 
 
 def _layouts(devices):

@@ -41,19 +41,22 @@ def test_the_axes_that_are_looked_at():
 
 def test_adapters_have_no_gradients_to_share_out():
     lora = applied(card(), {"model.model_config.pet_config": {"pet_type": "lora"}})
-    assert not any(one.shard_gradients for one in settings(lora, 8, 16))
+    assert not any(one.level > 1 for one in settings(lora, 8, 16))
 
 
 def test_keys_say_what_a_setting_is():
-    setting = Setting(2, 1, 1, 4, 8, (6, 7, 8, 7), "cheap", (2, 0, 0, 1), shard_gradients=True)
+    setting = Setting(2, 1, 1, 4, 8, (6, 7, 8, 7), "mlp", (2, 0, 0, 1), level=2)
     config = applied(card(), setting.keys("dfs"))
     assert config["context"]["exec_order"] == "dfs"
     assert config["model"]["model_config"]["offset"] == [-1, 0, 1, 0]
     assert config["recompute_config"]["recompute"] == [2, 0, 0, 1]
-    assert config["recompute_config"]["select_recompute"] == RECOMPUTE["cheap"]["select_recompute"]
-    assert config["parallel"]["parallel_optimizer_config"] == {"gradient_accumulation_shard": True}
+    assert config["recompute_config"]["select_recompute"] == RECOMPUTE["mlp"]
+    assert config["parallel"]["parallel_optimizer_config"] == {"optimizer_level": "level2"}
     assert config["parallel_config"]["micro_batch_num"] == 8
     assert config["runner_config"]["gradient_accumulation_steps"] == 1
+    mixed = applied(card(), Setting(8, layers=(28,), recompute="cheap", recomputed=(5,)).keys())["recompute_config"]
+    assert mixed["recompute"] is False
+    assert mixed["select_recompute"] == {**dict.fromkeys(RECOMPUTE["cheap"], True), "mlp": [5]}
     ulysses = applied(card(), Setting(1, 1, 8, 1, 16, (28,)).keys())
     assert ulysses["runner_config"]["gradient_accumulation_steps"] == 16
     assert ulysses["parallel_config"]["ulysses_degree_in_cp"] == 8 and ulysses["parallel"]["enable_alltoall"] is True

@@ -129,9 +129,10 @@ class ChunkedLoss(nn.Cell):
         else:
             self.token_loss, self.token_loss_frozen = (TokenLoss(config, frozen) for frozen in (False, True))
             self.dtype = config.compute_dtype
-            # what the compiler inserts belongs before TokenLoss, not inside: each has an operator of its own to hold it
+            # what the compiler inserts belongs before TokenLoss, not inside: these operators hold it
             self.whole = P.Add().shard(((1, 1), ())).add_prim_attr("keep_alive", True)
-            self.over_runs = P.Add().shard(((parallel.data_parallel, 1), ())).add_prim_attr("keep_alive", True)
+            self.at_least = P.Maximum().shard(((parallel.data_parallel, 1), ()))
+            self.at_most = P.Minimum().shard(((parallel.data_parallel, 1), ()))
             self.weigh = P.Mul().shard(((1,), (1,)))
             self.sum = P.ReduceSum().shard(((1,),))
 
@@ -149,7 +150,7 @@ class ChunkedLoss(nn.Cell):
         loss_weights = loss_weights.reshape((runs, run_length))
         if mode != "chunked":
             weight = self.whole(ops.cast(output_layer.weight, self.dtype), 0)
-            labels = self.over_runs(labels, 0)
+            labels = self.at_most(self.at_least(labels, 0), weight.shape[0] - 1)
             loss = self.token_loss_frozen if mode == "frozen" else self.token_loss
             token_losses = loss(hidden, weight, labels).reshape((-1,))
             loss_weights = loss_weights.reshape((-1,))

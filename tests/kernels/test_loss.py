@@ -77,6 +77,7 @@ class SumOfTokenLosses(ms.nn.Cell):
         self.loss = TokenLoss(config, frozen)
 
     def construct(self, hidden, weight, labels, loss_weights):
+        labels = ms.ops.clamp(labels, 0, VOCAB_SIZE - 1)
         tokens = self.loss(hidden.reshape((2, -1, WIDTH)), weight, labels.reshape((2, -1)))
         return ((tokens * loss_weights.reshape((2, -1))).sum(),)
 

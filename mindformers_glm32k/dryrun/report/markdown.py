@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from mindformers_glm32k.dryrun.report.advice import GIB, purpose
+from mindformers_glm32k.dryrun.report.advice import GIB, device_bytes, purpose
 from mindformers_glm32k.files import atomic_path
 
 PLOT = "report.png"
@@ -90,10 +90,10 @@ def _head(report):
     ]
     if report["run_mode"] in ("train", "finetune"):
         lines[-1] += f" A step reads {report['tokens_per_step']:,} tokens."
-    worst = max(report["programs"], key=lambda program: program["total_bytes"])
+    worst = max(report["programs"], key=device_bytes)
     limit = report["max_device_memory_bytes"]
     room = f" of the {limit / GIB:.1f} GiB that max_device_memory allows" if limit else ""
-    lines += ["", f"The fullest card needs **{_size(worst['total_bytes'], GIB)} GiB**{room} ({title(worst)})."]
+    lines += ["", f"The fullest card needs **{_size(device_bytes(worst), GIB)} GiB**{room} ({title(worst)})."]
     placeholders = [text for program in report["programs"] for text in program.get("stand_ins", ())]
     lines += [f"\n{text}" for text in dict.fromkeys(placeholders)]
     return "\n".join(lines)

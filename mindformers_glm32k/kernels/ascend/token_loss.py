@@ -13,16 +13,24 @@ in all runs, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
 
 from mindformers_glm32k.config import GLM32KConfig
+from mindformers_glm32k.kernels.cpu.blocks import arange
 
 
 @ops.constexpr
 def chunk_bounds(length: int, size: int) -> tuple[tuple[int, int], ...]:
     """First and last token (exclusive) of each chunk of `length` tokens; the last chunk may be shorter."""
     return tuple((start, min(start + size, length)) for start in range(0, length, size))
+
+
+@ops.constexpr
+def minus_ones(count: int) -> Tensor:
+    """-1, -1, -1, …: (count,) float32, a constant of the program."""
+    return Tensor(np.full(count, -1), mstype.float32)
 
 
 class TokenLoss(nn.Cell):
@@ -34,7 +42,7 @@ class TokenLoss(nn.Cell):
         hidden (Tensor): (R, S, H), R over dp x cp.
         weight (Tensor): (V, H) in compute_dtype, no Parameter: what the compiler inserts between a parameter and its
             first operator, such as the sum over data parallel ranks, a hand-written backward pass would leave out.
-        labels (Tensor): (R, S) int32; the loss of a token whose label is no id is arbitrary, but finite.
+        labels (Tensor): (R, S) int32 in [0, V).
 
     Outputs:
         Tensor: (R, S) float32.
@@ -46,40 +54,31 @@ class TokenLoss(nn.Cell):
         runs = parallel.data_parallel * parallel.context_parallel
         self.frozen, self.chunk_size, self.dtype = frozen, config.loss_chunk_size, config.compute_dtype
         tokens = (runs, 1)
-        self.matmul = P.MatMul(transpose_b=True).shard((tokens, (1, 1)))
-        self.max = P.ReduceMax(keep_dims=True).shard((tokens,))
-        self.shift = P.Sub().shard((tokens, tokens))
-        self.exp = P.Exp().shard((tokens,))
-        self.sum = P.ReduceSum(keep_dims=True).shard((tokens,))
-        self.log = P.Log().shard((tokens,))
-        self.one_hot = P.OneHot().shard((tokens, (), ()))
-        self.pick = P.Mul().shard((tokens, tokens))
-        self.subtract = P.Sub().shard((tokens, tokens))
         self.split = P.StridedSlice().shard(((runs, 1, 1),))
         self.split_labels = P.StridedSlice().shard((tokens,))
-        self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        self.matmul = P.MatMul(transpose_b=True).shard((tokens, (1, 1)))
+        self.log_softmax = P.LogSoftmax(-1).shard((tokens,))
+        self.pick = P.GatherD().shard((tokens, tokens))
+        self.negate = P.Neg().shard((tokens,))
+        self.join_losses = P.Concat(1)
         # of the backward pass, where every tensor is a rank's part
         self.logits = P.MatMul(transpose_b=True)
+        self.softmax = P.Softmax(-1)
+        self.add_at = P.TensorScatterAdd()
         self.to_hidden = P.MatMul()
         self.to_weight = P.MatMul(transpose_a=True)
-        self.softmax = P.Softmax(-1)
-        self.one_hot_of_rank = P.OneHot()
         self.join = P.Concat(1)
-        self.join_losses = P.Concat(1)
 
     def construct(self, hidden, weight, labels):
         runs, length, width = hidden.shape
         losses = ()
         for start, stop in chunk_bounds(length, self.chunk_size):
-            tokens = self.split(hidden, (0, start, 0), (runs, stop, width), (1, 1, 1)).reshape((-1, width))  # (T, H)
             if start > 0:
-                tokens = ops.depend(tokens, losses[-1])  # one chunk after the other
+                hidden = ops.depend(hidden, losses[-1])  # one chunk after the other
+            tokens = self.split(hidden, (0, start, 0), (runs, stop, width), (1, 1, 1)).reshape((-1, width))  # (T, H)
             logits = ops.cast(self.matmul(ops.cast(tokens, self.dtype), weight), mstype.float32)  # (T, V)
-            logits = self.shift(logits, self.max(logits, 1))
-            # or the labels of all chunks, V wide, would be there from the start
-            label = self.split_labels(ops.depend(labels, logits), (0, start), (runs, stop), (1, 1)).reshape((-1,))
-            one_hot = self.one_hot(label, weight.shape[0], self.one, self.zero)
-            loss = self.subtract(self.log(self.sum(self.exp(logits), 1)), self.sum(self.pick(logits, one_hot), 1))
+            label = self.split_labels(labels, (0, start), (runs, stop), (1, 1)).reshape((-1, 1))
+            loss = self.negate(self.pick(self.log_softmax(logits), 1, label))  # (T, 1)
             losses += (loss.reshape((runs, stop - start)),)
         return self.join_losses(losses) if len(losses) > 1 else losses[0]
 
@@ -88,11 +87,12 @@ class TokenLoss(nn.Cell):
         d_hidden, d_weight, before = (), 0.0, (out, dout)
         for start, stop in chunk_bounds(length, self.chunk_size):
             # the dependency also keeps the compiler from taking the logits of the forward pass
-            tokens = ops.depend(hidden[:, start:stop], before).reshape((-1, width))  # (T, H)
+            tokens = ops.depend(hidden, before)[:, start:stop].reshape((-1, width))  # (T, H)
             tokens = ops.cast(tokens, self.dtype)
             probabilities = self.softmax(ops.cast(self.logits(tokens, weight), mstype.float32))  # (T, V)
-            label = ops.depend(labels, probabilities)[:, start:stop].reshape((-1,))
-            difference = probabilities - self.one_hot_of_rank(label, weight.shape[0], self.one, self.zero)
+            label = labels[:, start:stop].reshape((-1,))
+            count = label.shape[0]
+            difference = self.add_at(probabilities, ops.stack((arange(count), label), 1), minus_ones(count))
             d_logits = ops.cast(difference * dout[:, start:stop].reshape((-1, 1)), self.dtype)
             d_tokens = self.to_hidden(d_logits, weight)  # (T, H)
             d_hidden += (d_tokens.reshape((runs, stop - start, width)),)

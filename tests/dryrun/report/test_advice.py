@@ -63,6 +63,11 @@ def test_memory_above_what_the_yaml_allows(config):
     assert "pipeline_stage" in fix
     ((_, what, fix),) = found(config, program(phase="prefill", total_bytes=60 * GIB))
     assert "prefill of stage 0" in what and "num_blocks" in fix
+    orders = {"bfs": 58 * GIB, "dfs": 61 * GIB}
+    assert found(config, program(total_bytes=60 * GIB, total_bytes_by_order=orders)) == []
+    assert found(config, program(total_bytes=50 * GIB, total_bytes_by_order={"bfs": 61 * GIB})) == []
+    ((_, what, _),) = found(config, program(total_bytes=62 * GIB, total_bytes_by_order={"bfs": 61 * GIB}))
+    assert "61.0 GiB are needed" in what
     config["context"]["max_device_memory"] = None
     assert found(config, program(total_bytes=600 * GIB)) == []
 

@@ -130,6 +130,15 @@ def softmax(call: Call, x: Array, axis: Axis) -> Array:
     return as_output(weights / weights.sum(axis, keepdims=True), call.output)
 
 
+@operator("LogSoftmax")
+def log_softmax(call: Call, x: Array, axis: Axis) -> Array:
+    """log(softmax(x)) over `axis`. Source: mindspore.ops.log_softmax."""
+    axis = _axes(axis, x.ndim)
+    x = wide(x)
+    x = x - x.max(axis, keepdims=True)
+    return as_output(x - np.log(np.exp(x).sum(axis, keepdims=True)), call.output)
+
+
 @operator("SoftmaxBackward")
 def softmax_backward(call: Call, dy: Array, y: Array, axis: Axis) -> Array:
     """Gradient of softmax, from its result y: y * (dy - sum(dy * y))."""

@@ -167,6 +167,24 @@ def gather(call: Call, x: Array, indices: Array, axis: int, batch_dims: int = 0)
     return np.take(x, indices, int(axis))
 
 
+@operator("GatherD")
+def gather_d(call: Call, x: Array, dim: int, index: Array) -> Array:
+    """x[i, index[i, j]] (for dim 1) -> index.shape. Source: mindspore.ops.gather_elements."""
+    _check_range(index, x.shape[int(dim)])
+    return np.take_along_axis(x, index, int(dim))
+
+
+@operator("TensorScatterAdd")
+def tensor_scatter_add(call: Call, x: Array, indices: Array, updates: Array) -> Array:
+    """A copy of x with updates (n,) added at indices (n, x.ndim). Source: mindspore.ops.tensor_scatter_add."""
+    call.require(x.ndim, indices=indices.shape[-1])
+    for axis in range(x.ndim):
+        _check_range(indices[..., axis], x.shape[axis])
+    total = wide(x).copy()
+    np.add.at(total, tuple(np.moveaxis(indices, -1, 0)), wide(updates))
+    return as_output(total, call.output)
+
+
 @operator("UnsortedSegmentSum")
 def unsorted_segment_sum(call: Call, x: Array, segments: Array, num_segments: int) -> Array:
     """x (segments.shape, …) summed by segment -> (num_segments, …); rows of negative segments are dropped.

@@ -209,6 +209,20 @@ def test_softmax(axis, dtype):
     np.testing.assert_allclose(call("Softmax", x, axis, to="float64"), special.softmax(x, axis))
 
 
+@covers("LogSoftmax")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_log_softmax(axis, dtype):
+    from mindspore import ops
+
+    x = random((3, 4, 5), dtype, scale=3.0)
+    expected = run(lambda tensor: ops.log_softmax(tensor, axis), x.astype(np.float32), dtype=dtype)
+    allowed = {**tolerance(dtype), **({"atol": 1e-5} if dtype == "float32" else {})}  # MindSpore's logarithm is rough
+    np.testing.assert_allclose(call("LogSoftmax", x, axis, to=dtype), expected, **allowed)
+    x = x.astype(np.float64)
+    np.testing.assert_allclose(call("LogSoftmax", x, axis, to="float64"), special.log_softmax(x, axis))
+
+
 @covers("SoftmaxBackward")
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_softmax_backward(axis):

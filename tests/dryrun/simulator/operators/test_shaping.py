@@ -209,6 +209,31 @@ def test_gather_refuses_what_an_npu_would_read_from_elsewhere():
         call("Gather", random((4, 2)), np.array([0], np.int32), 0, 1)
 
 
+@covers("GatherD")
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_gather_d(dim):
+    x, index = random((4, 4)), np.array([[0, 3, 1, 1], [3, 2, 0, 2]], np.int32)
+    index = index if dim == 0 else index.reshape((4, 2))
+    same(call("GatherD", x, dim, index), run(primitive("GatherD"), x, dim, index))
+    with pytest.raises(IndexError, match="index -1 of an axis"):
+        call("GatherD", x, dim, index - 1)
+
+
+@covers("TensorScatterAdd")
+def test_tensor_scatter_add():
+    x, updates = random((4, 5)), random((3,), seed=1)
+    indices = np.array([[0, 4], [3, 2], [0, 4]], np.int32)  # one element twice
+    np.testing.assert_allclose(
+        call("TensorScatterAdd", x, indices, updates),
+        run(primitive("TensorScatterAdd"), x, indices, updates),
+        rtol=1e-6,
+    )
+    with pytest.raises(IndexError, match="index 4 of an axis of 4"):
+        call("TensorScatterAdd", x, indices[:, ::-1], updates)
+    with pytest.raises(NotImplementedError, match="indices 1"):
+        call("TensorScatterAdd", x, indices[:, :1], updates)
+
+
 @covers("UnsortedSegmentSum")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32"])
 def test_unsorted_segment_sum(dtype):

@@ -29,6 +29,7 @@ from mindformers_glm32k.weights.checkpoint import first_bad_tensor
 CONFIG = ROOT / "research" / "glm32k" / "finetune_glm32k_tiny_cpu.yaml"
 RECORDS, BATCH, EPOCHS = 40, 8, 6
 STEPS = RECORDS // BATCH * EPOCHS
+LONG = {"runner_config__epochs": 20, "lr_schedule__total_steps": RECORDS // BATCH * 20}  # for kills every few steps
 TIMEOUT = 900  # seconds; a run takes about 15 on a quiet machine
 
 
@@ -158,6 +159,14 @@ def whole(data, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def long_whole(data, tmp_path_factory):
+    """A longer one."""
+    folder = Folder(tmp_path_factory.mktemp("long_whole"), data)
+    assert folder.run(**LONG) == 0, folder.text()[-3000:]
+    return folder
+
+
 def weights(folder, rank=0):
     name = read_meta(folder.ranks / f"rank_{rank}")["last_ckpt_file"]
     found = ms.load_checkpoint(str(folder.ranks / f"rank_{rank}" / name))
@@ -180,7 +189,7 @@ def assert_bit_equal(folder, whole):
 def kill_many(folder, kills, rng, processes=1):
     """Kills a training again and again, goes on each time, and lets it end. Returns the kills that fell into a save."""
     in_a_save = 0
-    options = {"callbacks__2__save_checkpoint_steps": 1, "callbacks__2__keep_checkpoint_max": 1}
+    options = {**LONG, "callbacks__2__save_checkpoint_steps": 1, "callbacks__2__keep_checkpoint_max": 1}
     for _ in range(kills):
         process = folder.start(processes, **options, **folder.resume())
         folder.wait_for_steps(process, rng.randint(1, 3))
@@ -301,19 +310,19 @@ def test_a_second_run_in_the_folder_is_a_line_and_ctrl_c_ends_the_first(data, tm
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_one_process(data, tmp_path, whole):
+def test_twenty_kills_of_one_process(data, tmp_path, long_whole):
     folder = Folder(tmp_path / "killed", data)
     in_a_save = kill_many(folder, int(os.environ.get("GLM32K_KILLS", 20)), random.Random(1))
     assert in_a_save > 0 and len(folder.files()) == 1
-    assert_bit_equal(folder, whole)
+    assert_bit_equal(folder, long_whole)
 
 
 @pytest.mark.slow
 def test_twenty_kills_of_two_processes(data, tmp_path):
     folder = Folder(tmp_path / "killed", data)
     in_a_save = kill_many(folder, int(os.environ.get("GLM32K_KILLS", 20)), random.Random(2), processes=2)
-    assert in_a_save > 0 and folder.complete(2) == {STEPS}
-    assert [row["step"] for row in folder.rows()] == [str(step + 1) for step in range(STEPS)]
+    assert in_a_save > 0 and folder.complete(2) == {LONG["lr_schedule__total_steps"]}
+    assert [row["step"] for row in folder.rows()] == [str(step + 1) for step in range(LONG["lr_schedule__total_steps"])]
 
 
 @pytest.mark.slow

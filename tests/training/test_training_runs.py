@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -224,6 +225,8 @@ def follow_ups(runs, trained):
             {"load_checkpoint": last, "model.model_config.top_k": 3},
             "--do_sample",
             "True",
+            "--predict_batch_size",
+            "8",
             "--predict_data",
             *prompts[:2],
         ),
@@ -240,7 +243,9 @@ def follow_ups(runs, trained):
             "--do_eval",
             "True",
         ),
-        "one process": lambda: runs.run("one_process", FINETUNE, from_middle),
+        "one process": lambda: runs.run(
+            "one_process", FINETUNE, {**from_middle, "tensorboard": '{"tensorboard_dir": "board"}'}
+        ),
         "packed": lambda: runs.run(
             "packed", FINETUNE, {**PACKED, "runner_config.epochs": 4, "eval_step_interval": 12}, "--do_eval", "True"
         ),
@@ -333,6 +338,19 @@ def test_evaluation_during_training(follow_ups):
     assert len(values) == 2 and values[1][1] < values[0][1]
 
 
+def test_tensorboard_gets_the_losses(follow_ups):
+    """MindFormers' own writer, which the callbacks of the YAML leave in its place."""
+    run = succeeded(follow_ups("one process"))
+    (events,) = (run.folder / "board" / "rank_0").glob("events.out.tfevents.*")
+    losses = [
+        value
+        for (value,) in struct.iter_unpack(
+            "<f", b"".join(re.findall(rb"\x04loss\x15(.{4})", events.read_bytes(), re.S))
+        )
+    ]
+    assert losses == pytest.approx(run.losses(), rel=1e-6) and len(losses) == ROWS // BATCH
+
+
 def perplexities(run):
     """(loss, perplexity) of every evaluation in a log."""
     return [
@@ -393,6 +411,28 @@ def test_checkpoints_that_do_not_fit_are_refused(
     assert error.startswith(f"error: {name} does not fit the model: {words}") and "Traceback" not in captured.err
     assert not list(Path("output").glob("checkpoint/**/*.ckpt"))
     assert not Path("text_generation_result.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "config, words_of_run",
+    [(FINETUNE, ()), (FINETUNE, ("--run_mode", "eval")), (PREDICT, ("--predict_data", "ab left"))],
+    ids=["finetune", "evaluate", "predict"],
+)
+def test_a_checkpoint_with_nan_is_refused(config, words_of_run, runs, trained, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_DEFAULT_PATH", "output")
+    monkeypatch.setenv("REGISTER_PATH", str(YAMLS))
+
+    def spoil(entries):
+        values = entries[OUTPUT_LAYER].asnumpy().copy()
+        values[7, 5] = np.nan
+        entries[OUTPUT_LAYER] = ms.Parameter(ms.Tensor(values))
+
+    name = altered(trained, "altered.ckpt", spoil)
+    assert main(runs.options(config, {"load_checkpoint": name}) + list(words_of_run)) == 2
+    captured = capsys.readouterr()
+    (error,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert f"{name}: {OUTPUT_LAYER} is the first parameter with NaN" in error and "Traceback" not in captured.err
+    assert "RUN_MODE" not in os.environ  # MindFormers leaves it there, and the next trainer would predict
 
 
 # --- two processes ---
@@ -496,7 +536,7 @@ def test_three_prompts_in_batches_of_two(follow_ups):
     assert succeeded(follow_ups("predict")).answers() == ["yes", "no it is 42", "yes"]
 
 
-def test_sampling(follow_ups):
+def test_sampling_of_two_prompts_in_a_batch_of_eight(follow_ups):
     run = succeeded(follow_ups("sample"))
     assert run.answers() == ["yes", "no it is 42"]  # the model is sure of itself
 

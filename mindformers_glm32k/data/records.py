@@ -79,6 +79,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _WHOLE = 2 << 30  # bytes; a larger file is not read into memory
+_FREELY, _MOST_TIMES = 64 << 20, 100  # bytes that any packed file may hold, and of larger ones how many times its own
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -112,7 +113,7 @@ def json_lines(
             first = file.readline(MAX_LINE_BYTES + 1)
         if open_file is not open and head.startswith((_PARQUET, *_ARROW)):
             with open_file(path, "rb") as file:
-                unpacked = io.BytesIO(file.read())
+                unpacked = io.BytesIO(b"".join(_pieces(path, file)))
             return _kept(path, cache_dir, lambda: _table(path, unpacked, head))
     except _BROKEN as error:
         raise InputError(f"{path}: cannot be unpacked ({error}); is the file cut off? Copy or download it again") from (
@@ -157,7 +158,7 @@ def _arrays_inside(value):
 
 def _rewritten(path, open_file, encoding, is_record, cache_dir, beside):
     with open_file(path, "rb") as file:
-        raw = file.read()
+        raw = b"".join(_pieces(path, file))
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError:  # named by line
@@ -241,11 +242,22 @@ def _refuse(path, head):
 
 def _unpacked(path, open_file) -> Iterator[bytes]:
     with open_file(path, "rb") as file:
-        while True:
-            piece = file.read(1 << 20)
-            if not piece:
-                return
-            yield piece
+        yield from _pieces(path, file)
+
+
+def _pieces(path, file) -> Iterator[bytes]:
+    """The bytes of an open file, piece by piece; InputError where a packed one holds far more than records take."""
+    size, total = os.path.getsize(path), 0
+    while True:
+        piece = file.read(1 << 20)
+        total += len(piece)
+        if total > max(_FREELY, _MOST_TIMES * size):
+            raise InputError(
+                f"{path}: unpacks to more than {_MOST_TIMES} times its {size} bytes; look at what it holds"
+            )
+        if not piece:
+            return
+        yield piece
 
 
 def _pyarrow(path, what):
@@ -269,12 +281,16 @@ def _table(path, file, head) -> Iterator[bytes]:
             if len(set(names)) < len(names):
                 raise InputError(f"{path}: two columns have one name, {max(names, key=names.count)!r}; rename one")
             batch.validate(full=True)  # of offsets that lie outside, reading the values would end the process
-            for record in batch.to_pylist():
-                yield _line({name: _without_nulls(value) for name, value in record.items()})
+            if batch.num_rows > 8 * batch.nbytes + 1000:  # columns of nulls have no bytes, however many
+                raise ValueError(f"{batch.num_rows} records in {batch.nbytes} bytes")
+            for start in range(0, batch.num_rows, 1000):
+                for record in batch.slice(start, 1000).to_pylist():
+                    yield _line({name: _without_nulls(value) for name, value in record.items()})
     except InputError:
         raise
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason, kind = str(error).splitlines()[0][:150], "a parquet" if head.startswith(_PARQUET) else "an Arrow"
+    except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        kind = "a parquet" if head.startswith(_PARQUET) else "an Arrow"
         raise InputError(
             f"{path}: {kind} file that cannot be read ({reason}); is it cut off? Copy or download it again"
         ) from error

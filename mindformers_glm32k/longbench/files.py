@@ -19,7 +19,7 @@ OUTPUTS = {True: "longbench_e.jsonl", False: "longbench.jsonl"}  # by is_longben
 _HINT = "Give the folder of LongBench's .jsonl files, or its data.zip, in --data_path."
 _ZIP_ERRORS = (  # RuntimeError: encrypted; the others: bytes that zipfile takes for names, places and streams
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError),
-    *(OSError, ValueError, KeyError, OverflowError, struct.error),
+    *(OSError, ValueError, LookupError, OverflowError, struct.error),
 )
 
 

@@ -6,6 +6,7 @@ import json
 import lzma
 import sys
 
+import numpy as np
 import pytest
 
 from mindformers_glm32k.data.sources import SampleSource
@@ -180,3 +181,41 @@ def test_what_is_not_read_is_named_with_what_to_do(tmp_path, name, raw, message)
     with pytest.raises(InputError, match=message) as error:
         SampleSource(tmp_path / name)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+# --- files that would take the process's memory, or end it ---
+
+
+def test_arrow_offsets_outside_the_values(tmp_path):
+    """pyarrow reads there without looking, and the process ends."""
+    pyarrow = pytest.importorskip("pyarrow")
+    feather = pytest.importorskip("pyarrow.feather")
+    table = pyarrow.table({"content": ["q" * 100] * 3, "summary": ["a"] * 3})
+    feather.write_feather(table, tmp_path / "a.arrow", compression="uncompressed")
+    raw = (tmp_path / "a.arrow").read_bytes()
+    offsets = np.array([0, 100, 200, 300], "<i4").tobytes()
+    assert raw.count(offsets) == 1
+    (tmp_path / "a.arrow").write_bytes(raw.replace(offsets, np.array([0, 100, 1 << 30, 300], "<i4").tobytes()))
+    with pytest.raises(InputError, match="a.arrow: an Arrow file that cannot be read"):
+        SampleSource(tmp_path / "a.arrow")
+
+
+def test_a_column_of_nulls_without_end(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    batch = pyarrow.RecordBatch.from_arrays([pyarrow.nulls(1 << 24)], ["content"])
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), batch.schema) as writer:
+        writer.write_batch(batch)
+    assert (tmp_path / "a.arrow").stat().st_size < 2000
+    with pytest.raises(InputError, match=f"{1 << 24} records in 0 bytes"):
+        SampleSource(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("start", [b"[\n", b'{"content": "q", "summary": "a"}\n'])
+def test_a_small_file_that_unpacks_to_a_huge_one(start, tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
+        file.write(start)
+        for _ in range(80):
+            file.write(b" " * (1 << 20))
+    with pytest.raises(InputError, match="a.jsonl.gz: unpacks to more than 100 times its"):
+        SampleSource(tmp_path / "a.jsonl.gz")
+    assert not list(tmp_path.rglob("*.records.jsonl"))

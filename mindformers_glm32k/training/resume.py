@@ -15,6 +15,7 @@ from typing import Any
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.utils import get_real_rank
+from mindspore import Tensor, nn
 
 from mindformers_glm32k import compat
 from mindformers_glm32k.errors import InputError
@@ -222,3 +223,16 @@ def complete_callbacks(config: MindFormerConfig, global_batch_size: int) -> None
     info = {"step_num": runner.initial_step, "epoch_num": runner.initial_epoch, "loss_scale": value or 1.0}
     for callback in callbacks:
         callback["append_info"] = [info]
+
+
+def restore_scale_window(config: MindFormerConfig, step: nn.Cell) -> None:
+    """Gives a dynamic loss scale the counters of its window that the checkpoint has, which MindFormers leaves at their
+    start: the scale of a resumed run would grow later than it would have."""
+    file, manager = resumed_file(config), getattr(step, "loss_scaling_manager", None)
+    if file is None or manager is None:
+        return
+    stored = {tensor.name: tensor for tensor in read_file(file)}
+    for parameter in manager.get_parameters():
+        count = count_of(stored.get(parameter.name))
+        if count is not None:
+            parameter.set_data(Tensor(count, parameter.dtype))

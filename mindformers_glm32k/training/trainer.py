@@ -23,7 +23,12 @@ from mindformers_glm32k.parallel import one_program, pipeline_stages
 from mindformers_glm32k.preflight import check_checkpoint, check_config, check_dataset, check_packing, check_run_layout
 from mindformers_glm32k.tokenizer import GLM32KTokenizer
 from mindformers_glm32k.training.perplexity import evaluate_all_records, weigh_by_tokens
-from mindformers_glm32k.training.resume import check_continuation, complete_callbacks, resumed_file
+from mindformers_glm32k.training.resume import (
+    check_continuation,
+    complete_callbacks,
+    restore_scale_window,
+    resumed_file,
+)
 from mindformers_glm32k.training.stop import STOP_SIGNALS, hold_output_folder
 from mindformers_glm32k.training.wrappers import innermost_network
 from mindformers_glm32k.weights import checkpoint_to_load
@@ -149,7 +154,9 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
 
     def create_model_wrapper(self, network: nn.Cell, optimizer: nn.Optimizer) -> nn.Cell:
         complete_callbacks(self.config, self.global_batch_size)
-        return super().create_model_wrapper(network, optimizer)
+        step = super().create_model_wrapper(network, optimizer)
+        restore_scale_window(self.config, step)
+        return step
 
     def create_network(self, default_args: dict | None = None) -> nn.Cell:
         accumulates = self.config.runner_config.gradient_accumulation_steps not in (None, 1)

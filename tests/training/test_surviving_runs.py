@@ -170,7 +170,6 @@ def long_whole(data, tmp_path_factory):
 def weights(folder, rank=0):
     name = read_meta(folder.ranks / f"rank_{rank}")["last_ckpt_file"]
     found = ms.load_checkpoint(str(folder.ranks / f"rank_{rank}" / name))
-    found.pop("current_iterator_step", None)  # MindSpore's, of the process
     return {name: value.asnumpy() for name, value in found.items()}
 
 

@@ -45,8 +45,8 @@ PARTS = ("matmul", "attention", "vector", "communication", "bubble")
 WORK = PARTS[:-1]
 # Of `fitted`: how many times the seconds at the device's peaks each kind of work takes (of communication, the part that
 # is not hidden behind other work), and the spread of the logarithm of estimate by figure; from search.calibrate.
-FITTED = {"matmul": 1.37, "attention": 1.52, "vector": 1.07, "communication": 0.55}
-SPREAD = 0.162
+FITTED = {"matmul": 1.244, "attention": 1.7, "vector": 1.036, "communication": 0.564}
+SPREAD = 0.163
 _NINE_IN_TEN = 1.645  # standard deviations
 
 

@@ -23,7 +23,8 @@ from mindformers_glm32k.dryrun.search.space import HARDER, Setting
 # Elements that a token keeps in a layer, in features of (residual stream, MLP): found in compiled programs.
 _KEPT = {"whole": (1.0, 0.0), "mlp": (6.5, 0.0), "cheap": (6.5, 2.0), "none": (9.5, 4.0)}
 # Bytes that operators without products read and write, in features of (residual stream, MLP) a token and layer.
-_MOVED = {"whole": (150, 60), "mlp": (125, 60), "cheap": (125, 50), "none": (120, 45)}
+_MOVED = {"whole": (250, 85), "mlp": (210, 70), "cheap": (200, 65), "none": (190, 62)}
+_MOVED_BY_EXCHANGE = 1.8  # times that, with context parallel: copies before and after
 _TRANSIENT = 6  # tensors of a layer's MLP that its backward pass holds at once
 _LOGITS = 4  # float32 copies of a chunk's logits that the loss holds at once
 _ADAM = 8  # bytes of a parameter's moments
@@ -89,7 +90,18 @@ class Model:
 
     def is_known(self, setting: Setting) -> bool:
         """Whether a setting's figures are extrapolated from its own shallow programs, and not guessed."""
-        return setting.family in self.known
+        return not self.missing(setting)
+
+    def missing(self, setting: Setting) -> list[Setting]:
+        """Families whose programs a setting's figures would have to be extrapolated from, but are guessed."""
+        needed = [setting.family]
+        if any(setting.recomputed):
+            needed.append(replace(setting, recompute=HARDER[setting.recompute]).family)
+        return [family for family in needed if family not in self.known]
+
+    def is_near(self, setting: Setting) -> bool:
+        """Whether a guess about a setting follows from programs of the same axes that compute the same again."""
+        return any(one.axes == setting.axes and one.recompute == setting.recompute for one in self.known)
 
     def stages(self, setting: Setting) -> list[Figures]:
         """Figures of each stage."""
@@ -126,8 +138,9 @@ class Model:
 
     def _ratios(self, family):
         """figure -> (ratio of what a layer adds, ratio of what there is without layers)."""
-        if not self.known:
-            return {}
+
+        def exchanges(one):
+            return one.context_parallel > 1, one.model_parallel > 1
 
         def unlike(other):
             return (
@@ -138,8 +151,9 @@ class Model:
                 other.context_parallel != family.context_parallel,
             )
 
-        least = min(map(unlike, self.known))
-        near = [other for other in self.known if unlike(other) == least]
+        same = [other for other in self.known if exchanges(other) == exchanges(family)]
+        least = min(map(unlike, same), default=())
+        near = [other for other in same if unlike(other) == least]
         found = defaultdict(list)
         for other in near:
             for stage, pair in enumerate(zip(*self.known[other])):
@@ -199,6 +213,7 @@ class Model:
         attention = layers * pairs * (3.5 + (setting.recompute == "whole"))
         hidden, ffn = _MOVED[setting.recompute]
         vector = layers * tokens * (hidden * dims.hidden + ffn * dims.ffn) * dims.bytes / 2 / mp
+        vector *= _MOVED_BY_EXCHANGE if cp > 1 else 1
         vector += last * 60 * tokens * dims.vocabulary / mp + 60 * self._parameters(setting, stage, layers) / (
             setting.replicas * count
         )

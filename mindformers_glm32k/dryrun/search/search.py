@@ -19,12 +19,14 @@ from mindformers_glm32k.errors import CommandFailed, InputError
 
 SHOWN = 10  # candidates
 COMPILED = 2  # of them, compiled at full depth
+_COMPILED_AT_MOST = 4  # where one turns out to be worse than those behind it
 _PROMISING = 4  # settings whose own shallow programs are compiled before the search ends
 _BUDGET = 20 * 60  # seconds in which a compile may begin
 _FAMILIES = 10  # pairs of shallow programs at most
 _FAMILIES_IN_VAIN = 4  # and where nothing fits
 _EXPECTED = 40.0  # seconds of a pair of shallow programs, before the first was seen
 _NEAR = 1.15  # a guess of memory that is this much too high may still be right
+_SURE = 0.2  # power of that where programs of the same axes are known
 _PER_LAYOUT = 3  # candidates of the same axes
 
 
@@ -84,15 +86,15 @@ class Search:
 
     def run(self, quick: bool = False) -> list[Candidate]:
         """Candidates, best first; those that do not fit are behind those that do."""
-        for setting in self._unknown():
-            self._compile_shallow(setting)
+        for family in self._unknown():
+            self._compile_shallow(family)
         return self.shown() if quick else self._confirmed()
 
     def _config(self, setting, order=None):
         return applied(self.written, setting.keys(order))
 
     def _unknown(self):
-        """The next setting to be compiled, until the best ones are known."""
+        """The next family to be compiled, until the best settings are known."""
         while self.progress.seconds < _BUDGET:
             best = self._all(near=_NEAR)[:_PROMISING]
             unknown = [item.setting for item in best if not item.known]
@@ -100,11 +102,11 @@ class Search:
             tried = len(self.model.known) + len(self.failed)
             if not unknown or tried >= (_FAMILIES if fits else _FAMILIES_IN_VAIN):
                 return
-            self.progress.total = len({setting.family for setting in unknown})
-            yield unknown[0]
+            missing = [family for setting in unknown for family in self.model.missing(setting)]
+            self.progress.total = len(set(missing))
+            yield missing[0]
 
-    def _compile_shallow(self, setting):
-        family = setting.family
+    def _compile_shallow(self, family):
         self.progress.say(f"2 and 4 layers a stage of {family.name}")
         even = replace(family, layers=(self.dims.layers // family.pipeline_stage,) * family.pipeline_stage)
         try:
@@ -120,7 +122,8 @@ class Search:
         """All candidates by the model, the fastest that fit first; `near` stretches the limit for guesses."""
 
         def fits(item):
-            return item.bytes <= self.limit * (1 if item.known else near)
+            factor = 1 if item.known else near ** (_SURE if self.model.is_near(item.setting) else 1)
+            return item.bytes <= self.limit * factor
 
         found = []
         for variants in self.variants:
@@ -193,23 +196,28 @@ class Search:
 
     def _confirmed(self):
         """The best candidates, those that were compiled as a whole with their own figures."""
-        found = self.shown()
-        left = list(found)[:COMPILED]
-        self.progress.total = len(left)
-        for candidate in left:
-            if candidate.bytes > self.limit or self.progress.seconds > _BUDGET:
+        found, tried = self.shown(), 0
+        while tried < _COMPILED_AT_MOST and self.progress.seconds < _BUDGET:
+            open_ones = [item for item in found[:COMPILED] if item.bytes <= self.limit and not item.compiled]
+            if not open_ones:
                 break
-            self.progress.say(f"all layers of {candidate.setting.name}")
-            try:
-                programs = self.programs.full(self._config(candidate.setting, candidate.order))
-            except CommandFailed as error:
-                self.progress.say(f"{candidate.setting.name} does not compile: {str(error).splitlines()[0]}")
-                found.remove(candidate)
-                continue
-            self.progress.done()
-            found[found.index(candidate)] = self.candidate(
-                candidate.setting, [figures_of(program) for program in programs]
-            )
+            self.progress.total, tried = len(open_ones), tried + 1
+            found.remove(open_ones[0])
+            found = self._ranked([*found, *self._compiled(open_ones[0])])
+        return found
+
+    def _compiled(self, candidate):
+        """The candidate with the figures of its whole program; nothing where that does not compile."""
+        self.progress.say(f"all layers of {candidate.setting.name}")
+        try:
+            programs = self.programs.full(self._config(candidate.setting, candidate.order))
+        except (InputError, CommandFailed) as error:
+            self.progress.say(f"{candidate.setting.name} does not compile: {str(error).splitlines()[0]}")
+            return []
+        self.progress.done()
+        return [self.candidate(candidate.setting, [figures_of(program) for program in programs])]
+
+    def _ranked(self, found):
         return _ranked(found, lambda item: item.bytes <= self.limit)
 
     def shown(self) -> list[Candidate]:

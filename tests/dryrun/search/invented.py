@@ -8,9 +8,10 @@ import yaml
 
 from dryrun.tiny import CONFIG
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
-from mindformers_glm32k.dryrun.search.figures import program_of
+from mindformers_glm32k.dryrun.search.figures import combine, program_of
 from mindformers_glm32k.dryrun.search.model import Dims, Model
 from mindformers_glm32k.dryrun.search.search import Search
+from mindformers_glm32k.dryrun.search.space import HARDER
 from mindformers_glm32k.errors import InputError
 
 GIB = 2**30
@@ -60,10 +61,16 @@ class Invented:
 
     def of(self, setting, layers=None):
         """Programs of every stage, with their own layers or `layers`."""
-        return [
-            program(self.figures(replace(setting, layers=()), stage, layers or count), stage)
-            for stage, count in enumerate(setting.layers)
-        ]
+        found, plain = [], replace(setting, layers=(), recomputed=())
+        for stage, count in enumerate(setting.layers):
+            more = setting.recomputed[stage] if setting.recomputed else 0
+            figures = self.figures(plain, stage, (layers or count) - more)
+            if more:
+                harder = replace(plain, recompute=HARDER[plain.recompute])
+                ends = [self.figures(harder, stage, one) for one in (more, 0)]
+                figures = combine((1, figures), (1, ends[0]), (-1, ends[1]))
+            found.append(program(figures, stage))
+        return found
 
 
 def search(devices=8, limit=56, rows=16, config=None, **factors):

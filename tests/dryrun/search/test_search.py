@@ -13,7 +13,7 @@ def test_the_best_are_known_and_compiled_and_fit():
     best = candidates[0]
     assert best.compiled and best.known and best.bytes <= 56 * GIB and best.order == "bfs"
     assert [item.speed for item in candidates] == sorted((item.speed for item in candidates), reverse=True)
-    assert sum(name.startswith("full") for name in invented.asked) == module.COMPILED
+    assert sum(name.startswith("full") for name in invented.asked) >= module.COMPILED
     assert all(low < item.speed < high for item in candidates for low, high in [item.interval])
     assert len(candidates) <= module.SHOWN
 

@@ -7,7 +7,7 @@ import re
 from mindformers_glm32k.parallel import layers_per_stage
 
 MIB, GIB = 1024**2, 1024**3
-_SMALL_CALL = MIB  # a collective call below this is a scalar, a norm or a bias
+_SMALL_CALL = 4 * MIB  # a collective call below this is a scalar, a norm, a bias, or the losses of tokens
 _UNBALANCED = 1.15  # the slowest stage's FLOPs against the mean
 _UNITS = {"GB": GIB, "MB": MIB}
 _WIDTH = {"float32": 4, "float64": 8, "int64": 8, "float16": 2, "bfloat16": 2}

@@ -33,14 +33,16 @@ def chunk_sizes(length: int, size: int) -> tuple[int, ...]:
     return (base + more,) + (base,) * (count - 2) + (length - more - base * (count - 1),)
 
 
-def recomputes_parts(config: GLM32KConfig) -> bool:
-    """Whether only parts of a layer are recomputed (`select_recompute`).
+def reads_the_forward(config: GLM32KConfig) -> bool:
+    """Whether a hand-written backward pass would keep the forward's tensors: with parts of a layer recomputed
+    (`select_recompute`), or without a pipeline, whose micro batches are cells that are called and not inlined.
 
-    The compiler then takes the operators of a hand-written backward pass for recomputed ones, and lets them read the
-    forward's tensors: both halves of the projection stay (1.7 GiB a layer at 32768 tokens) and are computed again, too.
+    The compiler then takes the operators of that backward pass for recomputed ones, and lets them read the forward's
+    tensors: both halves of the projection stay (1.7 GiB a layer at 32768 tokens) and are computed again, too.
     """
-    recompute = config.parallel_config.recompute
-    return bool(recompute.select_recompute) and not recompute.recompute
+    parallel = config.parallel_config
+    recompute = parallel.recompute
+    return parallel.pipeline_stage == 1 or bool(recompute.select_recompute) and not recompute.recompute
 
 
 class SwiGLU(ChatGLM2SwiGLU):
@@ -68,7 +70,7 @@ class ChunkedMLP(ChatGLM2MLP):
         self.sizes = chunk_sizes(self.length, config.mlp_chunk_size or self.length)
         if len(self.sizes) > 1:
             tokens = ((config.parallel_config.data_parallel, 1, 1),)
-            if not recomputes_parts(config):
+            if not reads_the_forward(config):
                 self.activation_func = SwiGLU()
             self.activation_func.shard(tokens)
             self.split_tokens = SplitWithSize().shard(tokens)

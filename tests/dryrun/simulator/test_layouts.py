@@ -25,6 +25,8 @@ LAYOUTS = {
     "16 cards": ("finetune_glm32k_16p", {"parallel_config__micro_batch_num": 4}),
     "LoRA on 8": ("finetune_glm32k_lora", {"parallel_config__micro_batch_num": 4}),
     "LoRA on 1": ("finetune_glm32k_lora_1p", {}),
+    "fastest: dp 8": ("finetune_glm32k_fast", {}),
+    "fastest with less memory: dp 8": ("finetune_glm32k_fast_32gb", {}),
     "dp 2 x mp 2 x pp 2": (
         "finetune_glm32k",
         {

@@ -172,8 +172,9 @@ def test_the_kernel_gets_all_tokens_behind_each_other(one, ranks):
         ),
         ("finetune_glm32k_cp8", {}),
         ("finetune_glm32k_mp4", {"parallel_config__micro_batch_num": 2}),
+        ("finetune_glm32k_fast", {}),
     ],
-    ids=["dp 2 x pp 2", "dp 2 x cp 2 (Ulysses)", "cp 8 (Ulysses)", "mp 4 x pp 2"],
+    ids=["dp 2 x pp 2", "dp 2 x cp 2 (Ulysses)", "cp 8 (Ulysses)", "mp 4 x pp 2", "dp 8"],
 )
 def test_every_kind_of_layout_equals_one_device(tmp_path, yaml, layout):
     result = run_command(

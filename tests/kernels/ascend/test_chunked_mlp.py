@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mindformers_glm32k.kernels.ascend.chunked_mlp import chunk_sizes, recomputes_parts
+from mindformers_glm32k.kernels.ascend.chunked_mlp import chunk_sizes, reads_the_forward
 
 
 @pytest.mark.parametrize("length, size", [(32768, 4096), (32768, 5000), (64, 24), (64, 2), (17, 16), (5, 2), (3, 2)])
@@ -26,4 +26,6 @@ def test_a_short_row_is_one_chunk():
 )
 def test_parts_of_a_layer_are_recomputed(recompute, selected, parts):
     settings = SimpleNamespace(recompute=recompute, select_recompute=selected)
-    assert recomputes_parts(SimpleNamespace(parallel_config=SimpleNamespace(recompute=settings))) is parts
+    for stages in (1, 2):
+        config = SimpleNamespace(parallel_config=SimpleNamespace(recompute=settings, pipeline_stage=stages))
+        assert reads_the_forward(config) is (parts or stages == 1)

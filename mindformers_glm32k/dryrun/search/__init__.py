@@ -7,6 +7,7 @@ from pathlib import Path
 from mindformers_glm32k.checks import is_int
 from mindformers_glm32k.dryrun.compile.pool import read_config
 from mindformers_glm32k.dryrun.report.advice import GIB
+from mindformers_glm32k.dryrun.search.predict import search_prompts
 from mindformers_glm32k.dryrun.search.results import write
 from mindformers_glm32k.dryrun.search.search import Candidate, Search
 from mindformers_glm32k.errors import InputError
@@ -51,6 +52,9 @@ def search_layouts(
     merged = read_config(arguments)
     limit = memory_gib * GIB
     output.mkdir(parents=True, exist_ok=True)
-    found = Search(written, merged, devices, limit, rows, output).run(quick)
+    if str(written["run_mode"]).startswith("predict"):
+        found = search_prompts(written, merged, devices, limit, output)
+    else:
+        found = Search(written, merged, devices, limit, rows, output).run(quick)
     text = write(found, written, limit, output, config_file)
     return [item for item in found if item.bytes <= limit], text

@@ -26,6 +26,7 @@ _FAMILIES = 10  # pairs of shallow programs at most
 _FAMILIES_IN_VAIN = 4  # and where nothing fits
 _EXPECTED = 40.0  # seconds of a pair of shallow programs, before the first was seen
 _NEAR = 1.15  # a guess of memory that is this much too high may still be right
+_FAILURES = 2  # of settings of the same axes, after which they are given up
 _SURE = 0.2  # power of that where programs of the same axes are known
 _PER_LAYOUT = 3  # candidates of the same axes
 
@@ -75,7 +76,7 @@ class Search:
         self.model = Model(self.dims)
         self.programs = Programs(folder, written)
         self.progress = _Progress()
-        self.failed: set[tuple[int, ...]] = set()  # axes whose programs do not compile
+        self.failed: set[Setting] = set()  # families whose programs do not compile
         self.settings = list(settings(merged, devices, rows))
         self.variants = _variants(self.settings)
         if not self.settings:
@@ -112,7 +113,7 @@ class Search:
         try:
             shallow, deeper = self.programs.shallow(self._config(even))
         except (InputError, CommandFailed) as error:
-            self.failed.add(family.axes)
+            self.failed.add(family)
             self.progress.say(f"{family.name} does not compile: {str(error).splitlines()[0]}")
             return
         self.model.learn(family, *([figures_of(program) for program in programs] for programs in (shallow, deeper)))
@@ -129,7 +130,7 @@ class Search:
         for variants in self.variants:
             tried = []
             for setting in variants:  # each takes less memory than the one before, for a little time
-                if setting.axes not in self.failed:
+                if self._may_compile(setting):
                     tried.append(self.candidate(setting))
                     if fits(tried[-1]):
                         break
@@ -142,12 +143,17 @@ class Search:
                 found.append(mixed)
         return _ranked(found, fits)
 
+    def _may_compile(self, setting):
+        """Not after it failed, nor after two other settings of its axes did."""
+        alike = sum(family.axes == setting.axes for family in self.failed)
+        return setting.family not in self.failed and alike < _FAILURES
+
     def _mixed(self, setting):
         """The setting with as many layers that compute more again as it takes to fit; None where that is no way."""
         if setting.recompute not in HARDER:
             return None
         whole = replace(setting, recompute=HARDER[setting.recompute])
-        if self.candidate(whole).bytes > self.limit:
+        if not self._may_compile(whole) or self.candidate(whole).bytes > self.limit:
             return None
         recomputed = []
         for order in ("bfs", "dfs"):

@@ -180,6 +180,8 @@ def settings(config: Mapping[str, Any], devices: int, most_rows: int) -> Iterato
                         continue
                     if level == 2 and sequences == 1 or level == 3 and pp > 1:
                         continue
+                    if chunk and level == 3 and sequences > 1:
+                        continue  # MindSpore 2.9 gathers the weights of a recomputed MLP for its first chunk only
                     yield replace(setting, recompute=kind, mlp_chunk=chunk, level=level)
 
 

@@ -143,18 +143,25 @@ class PagedAttention(nn.Cell):
         value = ops.cast(self.gather(values, rows, 0), mstype.float32)
         scores = self.scores(query, key)  # (B*G, M, K)
         if positions is not None:
-            shape = scores.shape
-            batch, tokens = positions.shape
-            length = shape[-1]
-            position = ops.arange(length) + j * length
-            hidden = position.reshape((1, 1, 1, 1, length)) > positions.reshape((batch, 1, 1, tokens, 1))
-            scores = scores.reshape((batch, self.groups, self.q_per_kv, tokens, length))
-            scores = (scores + ops.cast(hidden, mstype.float32) * MASKED).reshape(shape)
+            scores = scores + self._mask(positions, j, scores.shape[-1])
         if any_scores:
             logarithms = self.log_softmax(scores)
             return self.context(self.exp(logarithms), value), scores[:, :, :1] - logarithms[:, :, :1]
         weights = self.softmax(scores)
         return self.context(weights, value), scores[:, :, :1] - self.log(weights[:, :, :1] - LEAST_WEIGHT)
+
+    def _mask(self, positions, j, length):
+        """Summand of the scores (B*G, M, K) of tile j, which hides the keys behind each query's position (B, C).
+
+        It is made whole, once for all layers: a sum with a smaller tensor keeps four buffers of its own size in every
+        layer's kernel, and takes longer.
+        """
+        batch, tokens = positions.shape
+        position = ops.arange(length) + j * length
+        hidden = position.reshape((1, 1, 1, 1, length)) > positions.reshape((batch, 1, 1, tokens, 1))
+        mask = ops.cast(hidden, mstype.float32) * MASKED
+        mask = ops.broadcast_to(mask, (batch, self.groups, self.q_per_kv, tokens, length))
+        return mask.reshape((batch * self.groups, self.q_per_kv * tokens, length))  # (B, G, R, C, K) -> (B*G, M, K)
 
     def _merge(self, context, log_sum, tile):
         """Context and log of the sum of what came before and of one more tile."""

@@ -309,6 +309,7 @@ def test_a_second_run_in_the_folder_is_a_line_and_ctrl_c_ends_the_first(data, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_twenty_kills_of_one_process(data, tmp_path, long_whole):
     folder = Folder(tmp_path / "killed", data)
     in_a_save = kill_many(folder, int(os.environ.get("GLM32K_KILLS", 20)), random.Random(1))
@@ -317,6 +318,7 @@ def test_twenty_kills_of_one_process(data, tmp_path, long_whole):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_twenty_kills_of_two_processes(data, tmp_path):
     folder = Folder(tmp_path / "killed", data)
     in_a_save = kill_many(folder, int(os.environ.get("GLM32K_KILLS", 20)), random.Random(2), processes=2)

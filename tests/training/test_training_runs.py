@@ -37,6 +37,7 @@ ANSWERS = {"left": "yes", "right": "no it is 42"}
 ROWS, BATCH, EPOCHS = 64, 8, 8
 STEPS = ROWS // BATCH * EPOCHS
 SAVED = 28  # a step in the middle of an epoch
+SMALL_WINDOW = {"runner_wrapper.scale_sense.scale_window": 20}  # good steps, after which the loss scale doubles
 PACKED = {"train_dataset.packing": True, "eval_dataset.packing": True}
 TIMEOUT = 900  # seconds; a run takes about 15 on a quiet machine
 
@@ -181,7 +182,7 @@ def runs(small_vocab_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(runs):
     """The fine-tuned tiny model that the other runs start from."""
-    return succeeded(runs.run("trained", FINETUNE, {"runner_wrapper.scale_sense.scale_window": 20}))
+    return succeeded(runs.run("trained", FINETUNE, SMALL_WINDOW))
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def follow_ups(runs, trained):
         "resume": lambda: runs.run(
             "resume",
             FINETUNE,
-            {"load_checkpoint": "output/checkpoint"},
+            {"load_checkpoint": "output/checkpoint", **SMALL_WINDOW},
             "--resume_training",
             middle.name,
             prepare=with_earlier_output,
@@ -296,12 +297,14 @@ def test_what_a_run_leaves_behind(trained):
 
 def test_resumed_training_is_bit_equal(trained, follow_ups):
     resumed = succeeded(follow_ups("resume"))
-    kept = ("step", "loss", "learning_rate", "global_norm", "overflow")
+    kept = ("step", "loss", "learning_rate", "global_norm", "overflow", "loss_scale")
     before, after = ([[row[name] for name in kept] for row in run.curve()] for run in (trained, resumed))
     assert len(re.findall(r"step \d+: \d+\.\d tokens/s/p", resumed.log)) == STEPS - SAVED
     assert after == before
     first, second = (ms.load_checkpoint(str(run.checkpoint())) for run in (trained, resumed))
     assert first["global_step"].asnumpy() == second["global_step"].asnumpy() == STEPS
+    for name in ("scale_sense", "current_iterator_step", "last_overflow_iterator_step"):
+        assert first[name].asnumpy() == second[name].asnumpy(), name
     weights = [name for name in first if name.startswith(("transformer.", "adam_"))]
     assert len(weights) > 40
     for name in weights:
@@ -527,6 +530,76 @@ def test_packed_training_resumes_bit_equal(runs):
     )
     assert len(re.findall(r"step \d+: \d+\.\d tokens/s/p", resumed.log)) == len(whole.losses()) - 5
     assert resumed.losses() == whole.losses()
+
+
+# --- gradient accumulation, evaluation on two processes ---
+
+
+@pytest.mark.slow
+def test_accumulation_resumes_bit_equal_and_with_another_split(runs):
+    """Four times two sequences a step, resumed in the middle of an epoch: the same; resumed as one batch: equal."""
+    options = {
+        "runner_config.epochs": 2,
+        "runner_config.batch_size": BATCH // 4,
+        "runner_config.gradient_accumulation_steps": 4,
+        "callbacks.2.save_checkpoint_steps": 5,
+    }
+    whole = succeeded(runs.run("accumulated_whole", FINETUNE, options))
+    middle = next(path for path in (whole.checkpoints() / "rank_0").glob("*-2_2.ckpt"))
+    assert len(whole.losses()) == 2 * ROWS // BATCH
+
+    def with_earlier_output(folder):
+        shutil.copytree(whole.checkpoints(), folder / "output" / "checkpoint")
+        shutil.copy(whole.folder / "output" / "loss_curve.csv", folder / "output")
+
+    def resumed(name, changes):
+        values = {**options, **changes, "load_checkpoint": "output/checkpoint"}
+        words = ("--resume_training", middle.name)
+        run = succeeded(runs.run(name, FINETUNE, values, *words, prepare=with_earlier_output))
+        assert len(re.findall(r"step \d+: \d+\.\d tokens/s/p", run.log)) == len(whole.losses()) - 10
+        assert "sequences a step instead of" not in run.log
+        return run
+
+    run = resumed("accumulated_resumed", {})
+    assert run.losses() == whole.losses()
+    first, second = (ms.load_checkpoint(str(one.checkpoint())) for one in (whole, run))
+    for name in (name for name in first if name.startswith(("transformer.", "adam_"))):
+        assert np.array_equal(first[name].asnumpy(), second[name].asnumpy()), name
+    changes = {"runner_config.batch_size": BATCH, "runner_config.gradient_accumulation_steps": 1}
+    assert resumed("accumulated_as_one", changes).losses() == pytest.approx(whole.losses(), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_accumulate_like_one_large_batch(runs, trained):
+    options = {"runner_config.epochs": 1, "load_checkpoint": trained.checkpoint(f"glm32k_rank_0-4_{SAVED - 24}.ckpt")}
+    one = succeeded(runs.run("large_batch", FINETUNE, options))
+    split = {"runner_config.batch_size": BATCH // 4, "runner_config.gradient_accumulation_steps": 2}
+    two = succeeded(runs.run_two_processes("accumulated_two", FINETUNE, {**options, **split, "use_parallel": True}))
+    assert len(one.losses()) == len(two.losses()) == ROWS // BATCH
+    assert np.abs(np.subtract(one.losses(), two.losses())).max() < 1e-4
+    norms = [[row["global_norm"] for row in run.curve()] for run in (one, two)]
+    # at this learning rate rounding grows tenfold every few steps
+    assert norms[0][:5] == pytest.approx(norms[1][:5], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_all_records_alike(runs, trained):
+    """13 records, which neither batches nor processes divide; their answers have one and four words."""
+    write_rows(runs.folder / "eval13.jsonl", 13, seed=2)
+    options = {
+        "run_mode": "eval",
+        "load_checkpoint": trained.checkpoint(f"glm32k_rank_0-4_{SAVED - 24}.ckpt"),
+        "eval_dataset.data_loader.dataset_dir": runs.folder / "eval13.jsonl",
+    }
+    found = [perplexities(succeeded(runs.run("evaluated_one", FINETUNE, {**options, "runner_config.batch_size": 13})))]
+    split = {"runner_config.batch_size": 3}
+    found.append(perplexities(succeeded(runs.run("evaluated_threes", FINETUNE, {**options, **split}))))
+    split["use_parallel"] = True
+    found.append(perplexities(succeeded(runs.run_two_processes("evaluated_two", FINETUNE, {**options, **split}))))
+    (expected,), (threes,), both = found
+    assert threes == pytest.approx(expected, rel=1e-5) and len(both) >= 1
+    for values in both:
+        assert values == pytest.approx(expected, rel=1e-5)
 
 
 # --- prediction ---

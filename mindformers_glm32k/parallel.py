@@ -295,11 +295,19 @@ def _sequence(run: _Run) -> Iterator[str]:
 
 
 def _chunks(run: _Run) -> Iterator[str]:
-    if run.model.get("mlp_chunk_size") and run.model_parallel * run.context_parallel > 1:
+    chunk = run.model.get("mlp_chunk_size")
+    if chunk and run.model_parallel * run.context_parallel > 1:
         yield (
-            f"model_config.mlp_chunk_size={run.model['mlp_chunk_size']!r}: for layouts with model_parallel 1 and "
+            f"model_config.mlp_chunk_size={chunk!r}: for layouts with model_parallel 1 and "
             "context_parallel 1; the others shard these tensors already, set it to null"
         )
+    sharding = (run.config.get("parallel") or {}).get("parallel_optimizer_config") or {}
+    if sharding.get("optimizer_level") == "level3":
+        name, size = "optimizer_weight_shard_size", sharding.get("optimizer_weight_shard_size")
+        if is_int(size, 1) and size < run.data_parallel * run.context_parallel:
+            yield f"parallel.parallel_optimizer_config.{name}={size}: gradients are wrong with optimizer_level: level3"
+        if chunk and _count(run.config.get("runner_config") or {}, "gradient_accumulation_steps") > 1:
+            yield f"model_config.mlp_chunk_size={chunk!r}: null to accumulate gradients with optimizer_level: level3"
 
 
 def _packing(run: _Run) -> Iterator[str]:

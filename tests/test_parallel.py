@@ -59,6 +59,18 @@ def test_shipped_layouts_pass(path):
             {"parallel_config.model_parallel": 2, "model.model_config.mlp_chunk_size": 4096},
             ["model_config.mlp_chunk_size=4096", "model_parallel 1"],
         ),
+        (
+            {"parallel.parallel_optimizer_config": {"optimizer_level": "level3", "optimizer_weight_shard_size": 1}},
+            ["parallel.parallel_optimizer_config.optimizer_weight_shard_size=1", "level3"],
+        ),
+        (
+            {
+                "parallel.parallel_optimizer_config": {"optimizer_level": "level3"},
+                "model.model_config.mlp_chunk_size": 4096,
+                "runner_config.gradient_accumulation_steps": 2,
+            },
+            ["model_config.mlp_chunk_size=4096: null to accumulate", "level3"],
+        ),
         ({"parallel_config.context_parallel": 3}, ["model_config.seq_length=32768", "context_parallel = 3"]),
         ({"model.model_config.seq_length": 32760}, ["model_config.seq_length=32760", "16"]),
         (

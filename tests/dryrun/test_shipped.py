@@ -14,6 +14,7 @@ LONG = {
     "finetune_glm32k",
     "finetune_glm32k_16p",
     "finetune_glm32k_32gb",
+    "finetune_glm32k_fast_16p",
     "finetune_glm32k_fast_32gb",
     "finetune_glm32k_lora",
     "finetune_glm32k_mp4",

@@ -27,6 +27,7 @@ LAYOUTS = {
     "LoRA on 1": ("finetune_glm32k_lora_1p", {}),
     "fastest: dp 8": ("finetune_glm32k_fast", {}),
     "fastest with less memory: dp 8": ("finetune_glm32k_fast_32gb", {}),
+    "fastest on 16 cards: dp 16": ("finetune_glm32k_fast_16p", {}),
     "dp 2 x mp 2 x pp 2": (
         "finetune_glm32k",
         {

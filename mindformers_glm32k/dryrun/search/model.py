@@ -21,7 +21,7 @@ from mindformers_glm32k.dryrun.search.figures import Figures, at_depth, combine,
 from mindformers_glm32k.dryrun.search.space import HARDER, Setting
 
 # Elements that a token keeps in a layer, in features of (residual stream, MLP): found in compiled programs.
-_KEPT = {"whole": (1.0, 0.0), "mlp": (6.5, 0.0), "cheap": (6.5, 2.0), "none": (9.5, 4.0)}
+_KEPT = {"whole": (1.0, 0.0), "mlp": (4.4, 0.0), "cheap": (4.4, 2.0), "none": (9.5, 4.0)}
 # Bytes that operators without products read and write, in features of (residual stream, MLP) a token and layer.
 _MOVED = {"whole": (250, 85), "mlp": (210, 70), "cheap": (200, 65), "none": (190, 62)}
 _MOVED_BY_EXCHANGE = 1.8  # times that, with context parallel: copies before and after

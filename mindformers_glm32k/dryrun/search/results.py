@@ -131,38 +131,26 @@ def draw(candidates: list[Candidate], limit: float, path: Path, config_file: str
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
     best = frontier(candidates)
-    for compiled, marker, label in ((True, "o", "compiled in full"), (False, "s", "extrapolated")):
-        shown = [item for item in candidates if item.compiled == compiled]
-        if shown:
-            axes.errorbar(
-                [item.bytes / GIB for item in shown],
-                [item.speed for item in shown],
-                yerr=[
-                    [item.speed - item.interval[0] for item in shown],
-                    [item.interval[1] - item.speed for item in shown],
-                ],
-                fmt=marker,
-                label=label,
-                alpha=0.8,
-                elinewidth=0.6,
-            )
     axes.plot([item.bytes / GIB for item in best], [item.speed for item in best], "--", color="grey", label="frontier")
-    for item in best:
-        axes.annotate(
-            item.setting.name.replace("_", " "),
-            (item.bytes / GIB, item.speed),
-            xytext=(4, 6),
-            textcoords="offset points",
-            fontsize=7,
+    for index, item in enumerate(candidates, 1):
+        axes.plot(
+            item.bytes / GIB,
+            item.speed,
+            "o" if item.compiled else "s",
+            color="#4878d0" if item.bytes <= limit else "#d65f5f",
+            label=f"{index} {item.setting.name.replace('_', ' ')}" + (", compiled in full" if item.compiled else ""),
         )
+        axes.annotate(str(index), (item.bytes / GIB, item.speed), xytext=(6, 6), textcoords="offset points", fontsize=9)
     axes.axvline(limit / GIB, color="black", linestyle=":", linewidth=1, label=f"{limit / GIB:.0f} GiB")
     axes.set_xlabel("GiB of the fullest card")
     axes.set_ylabel("estimated tokens/s and card")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{Path(config_file).name}: layouts (estimated, not measured)", fontsize=11)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    factor = candidates[0].interval[1] / candidates[0].speed if candidates else 1
+    title = f"{Path(config_file).name}: estimated, not measured; intervals: a factor of {factor:.2f} both ways"
+    axes.set_title(title, fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
     pyplot.close(figure)

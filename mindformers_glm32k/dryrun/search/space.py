@@ -10,15 +10,18 @@ from typing import Any
 
 from mindformers_glm32k.parallel import layout_problems
 
-_NORMS = [r"input_layernorm\.(cast|norm)", r"post_attention_layernorm\.(cast|norm)"]
-_CHEAP = [  # next to no time, half of the memory
+_CHEAP = [  # next to no time, half of the memory: norms and SwiGLU, and what the projections behind them keep of them
     r"mlp\.activation_func\.mul",
     r"mlp\.activation_func\.silu\.silu",
+    r"input_layernorm\.(cast|norm)",
+    r"post_attention_layernorm\.(cast|norm)",
+    r"self_attention\.query_key_value\.reshape",
+    r"mlp\.dense_h_to_4h\.reshape",
     r"mlp\.dense_4h_to_h\.reshape",
-    *_NORMS,
 ]
+_OF_CHUNKS = r"mlp\.split_tokens"
 # What every layer computes again, from most to least: patterns of recompute_config.select_recompute.
-RECOMPUTE = {"whole": [], "mlp": ["mlp", *_NORMS], "cheap": _CHEAP, "none": []}
+RECOMPUTE = {"whole": [], "mlp": ["mlp", *_CHEAP], "cheap": _CHEAP, "none": []}
 HARDER = {"mlp": "whole", "cheap": "mlp", "none": "cheap"}  # what saves more
 MLP_CHUNK = 4096  # tokens
 _LEVEL = "parallel.parallel_optimizer_config.optimizer_level"
@@ -130,6 +133,8 @@ class Setting:
 
     def _recompute_keys(self):
         whole, patterns = self.recompute == "whole", list(RECOMPUTE[self.recompute])
+        if self.mlp_chunk and patterns:
+            patterns.append(_OF_CHUNKS)
         if any(self.recomputed):
             counts, harder = list(self.recomputed), HARDER[self.recompute]
             if harder == "whole":

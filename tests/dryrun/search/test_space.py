@@ -79,3 +79,21 @@ def test_settings_of_a_family_differ_in_layers_and_sequences_only():
 def test_names_are_different():
     found = list(settings(card(), 8, 16))
     assert len({one.name for one in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(8, 1, 1, 1, 1, (28,), "cheap", (19,), 4096, 3),
+        Setting(1, 1, 8, 1, 16, (28,), "none"),
+        Setting(2, 1, 1, 4, 8, (6, 7, 8, 7), "mlp", (2, 0, 0, 1), level=2),
+        Setting(1, 4, 1, 2, 16, (14, 14)),
+        Setting(layers=(28,)),
+    ],
+    ids=lambda setting: setting.name,
+)
+def test_the_preflight_finds_nothing_wrong_with_the_keys(setting):
+    from mindformers_glm32k.preflight import all_findings
+
+    config = applied(card(), setting.keys("dfs"))
+    assert [finding.line() for finding in all_findings(config, "finetune") if finding.severity == "error"] == []

@@ -104,36 +104,32 @@ def test_ctrl_c_stops_an_answer(chat_at_a_terminal):
     leave(child)
 
 
+def from_a_pipe(vocabulary, folder, text, *options):
+    done = subprocess.run(
+        [sys.executable, *arguments(vocabulary, *options)],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=surroundings(),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_room_is_that_of_the_cache(small_vocab_file, tmp_path):
     """Not seq_length: an answer would break off in the middle where the cache has less."""
     options = ("--model.model_config.num_blocks", "8", "--max_new_tokens", "100")
-    done = subprocess.run(
-        [sys.executable, *arguments(small_vocab_file, *options)],
-        input="count\n/context\n",
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        env=surroundings(),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "128 tokens of context" in done.stdout  # 8 blocks of 16
-    assert "of 128 tokens used, 100 are kept" in done.stdout and "error" not in done.stdout
+    shown = from_a_pipe(small_vocab_file, tmp_path, "count\n/context\n", *options)
+    assert "128 tokens of context" in shown  # 8 blocks of 16
+    assert "of 128 tokens used, 100 are kept" in shown and "error" not in shown
 
 
 def test_lines_from_a_pipe(small_vocab_file, tmp_path):
-    done = subprocess.run(
-        [sys.executable, *arguments(small_vocab_file, "--max_new_tokens", "4", "--system", "be kind")],
-        input="你好\n/context\n",
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        env=surroundings(),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "system prompt: " in done.stdout and "of 256 tokens used" in done.stdout
-    assert "INFO" not in done.stdout and "you>" not in done.stdout
+    shown = from_a_pipe(small_vocab_file, tmp_path, "你好\n/context\n", "--max_new_tokens", "4", "--system", "be kind")
+    assert "system prompt: " in shown and "of 256 tokens used" in shown
+    assert "INFO" not in shown and "you>" not in shown
 
 
 @pytest.mark.parametrize(

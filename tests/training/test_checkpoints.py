@@ -210,7 +210,14 @@ def test_skipped_steps_in_a_row():
 def test_a_signal_ends_the_run_after_a_step_and_a_save(number, status):
     """SIGINT as the launcher's thread passes it on: MindSpore makes SIGTERM of what the process gets itself."""
     before = signal.getsignal(number)
-    train(9, save_checkpoint_steps=100, callbacks=[At(3, lambda _: _thread.interrupt_main(number))])
+
+    def send(_):
+        if number == signal.SIGINT:
+            _thread.interrupt_main()
+        else:
+            signal.raise_signal(number)
+
+    train(9, save_checkpoint_steps=100, callbacks=[At(3, send)])
     assert names() == ["tiny_rank_0-1_3.ckpt"] and meta()["global_step"] == 3
     assert stop.STOP_SIGNALS.exit_status() == status
     assert signal.getsignal(number) == before

@@ -8,8 +8,8 @@ from mindformers_glm32k.checks import is_int
 from mindformers_glm32k.dryrun.compile.pool import read_config
 from mindformers_glm32k.dryrun.report.advice import GIB
 from mindformers_glm32k.dryrun.search.predict import search_prompts
-from mindformers_glm32k.dryrun.search.results import write
-from mindformers_glm32k.dryrun.search.search import Candidate, Search
+from mindformers_glm32k.dryrun.search.results import Candidate, write
+from mindformers_glm32k.dryrun.search.search import Search
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.run_mindformer import read_as_written
 

@@ -13,6 +13,7 @@ from mindformers_glm32k.dryrun.analysis.extrapolate import extrapolate
 from mindformers_glm32k.dryrun.analysis.order import ORDERS
 from mindformers_glm32k.dryrun.report.estimate import ATLAS_800T_A2, FITTED, seconds_of_program
 from mindformers_glm32k.dryrun.search.measure import Programs
+from mindformers_glm32k.dryrun.search.results import Candidate
 from mindformers_glm32k.dryrun.search.space import applied
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import layout_problems
@@ -60,25 +61,9 @@ class Prompts:
         return {**keys, **({"context.exec_order": order} if order else {})}
 
 
-@dataclass
-class Answer:
-    """What a number of prompts takes; the attributes that `results` shows of a training's candidate."""
-
-    setting: Prompts
-    speed: float
-    interval: tuple[float, float]
-    roofline: float
-    step_seconds: float
-    parts: dict[str, float]
-    bytes: float
-    order: str
-    known: bool = True
-    compiled: bool = False
-
-
 def search_prompts(
     written: Mapping[str, Any], merged: Mapping[str, Any], devices: int, limit: float, folder: Path
-) -> list[Answer]:
+) -> list[Candidate]:
     """Batches of 1, 2, 4, … prompts, the fastest that fit first, then the smallest that does not.
 
     Raises:
@@ -117,7 +102,8 @@ def _answer(setting, probes):
     order = min(ORDERS, key=size)
     interval = (speed / _FACTOR, speed * _FACTOR)
     roofline = setting.rows / sum(parts.values()) / setting.model_parallel
-    return Answer(setting, speed, interval, roofline, step, {**parts, "bubble": 0.0}, size(order), order)
+    parts["bubble"] = 0.0
+    return Candidate(setting, speed, interval, roofline, step, parts, size(order), order, known=True)
 
 
 def _decoding(programs):

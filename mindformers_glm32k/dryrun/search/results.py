@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,37 @@ import yaml
 from mindformers_glm32k.dryrun.report.advice import GIB
 from mindformers_glm32k.dryrun.report.estimate import PARTS, note
 from mindformers_glm32k.dryrun.report.markdown import table
-from mindformers_glm32k.dryrun.search.search import Candidate
 from mindformers_glm32k.dryrun.search.space import applied
 from mindformers_glm32k.files import atomic_path
 
 JSON, TABLE, PICTURE = "search.json", "search.md", "search.png"
 _MISSES = 3  # candidates that do not fit, named when none does
+
+
+@dataclass
+class Candidate:
+    """A setting, of training or prediction, with what it takes.
+
+    Attributes:
+        setting: has a `name`, and `keys` of a YAML.
+        speed: tokens/s and card, `fitted`; `interval` bounds it.
+        roofline: the same by `estimate`, with its `parts` (seconds).
+        bytes: of the fullest card, in `order`.
+        known: extrapolated from shallow programs of its own; False: a guess.
+        compiled: from the whole program.
+    """
+
+    setting: Any
+    speed: float
+    interval: tuple[float, float]
+    roofline: float
+    step_seconds: float
+    parts: dict[str, float]
+    bytes: float
+    order: str
+    known: bool = False
+    compiled: bool = False
+    stages: list[dict] = field(default_factory=list, repr=False)
 
 
 def write(candidates: list[Candidate], written: Mapping[str, Any], limit: float, folder: Path, config_file: str) -> str:

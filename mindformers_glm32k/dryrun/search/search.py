@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mindformers_glm32k.dryrun.report.estimate import estimate, fitted
 from mindformers_glm32k.dryrun.search.figures import best_order, figures_of, fullest, program_of
 from mindformers_glm32k.dryrun.search.measure import Programs
 from mindformers_glm32k.dryrun.search.model import Dims, Model
+from mindformers_glm32k.dryrun.search.results import Candidate
 from mindformers_glm32k.dryrun.search.space import HARDER, Setting, applied, settings
 from mindformers_glm32k.errors import CommandFailed, InputError
 
@@ -29,31 +30,6 @@ _NEAR = 1.15  # a guess of memory that is this much too high may still be right
 _FAILURES = 2  # of settings of the same axes, after which they are given up
 _SURE = 0.2  # power of that where programs of the same axes are known
 _PER_LAYOUT = 3  # candidates of the same axes
-
-
-@dataclass
-class Candidate:
-    """A setting with what it takes.
-
-    Attributes:
-        speed: tokens/s and card, `fitted`; `interval` bounds it.
-        roofline: the same by `estimate`, with its `parts` (seconds).
-        bytes: of the fullest card, in `order`.
-        known: extrapolated from shallow programs of its own; False: a guess.
-        compiled: from the whole program.
-    """
-
-    setting: Setting
-    speed: float
-    interval: tuple[float, float]
-    roofline: float
-    step_seconds: float
-    parts: dict[str, float]
-    bytes: float
-    order: str
-    known: bool = False
-    compiled: bool = False
-    stages: list[dict] = field(default_factory=list, repr=False)
 
 
 class Search:

@@ -30,7 +30,8 @@ def test_an_engineer_finds_what_he_asks_for(report, pipeline):
     assert "take the place of files that are not there: dataset_dir ''" in text
     worst = max(report["programs"], key=lambda program: program["total_bytes"])
     assert f"({title(worst)})" in text
-    assert "Estimate, not a measurement: **" in text and "tokens/s/p" in text
+    assert "Estimates, not a measurement: **" in text and "tokens/s/p" in text
+    assert "by the fit to 16 figures" in text
     assert "| Send | forward | 0, 2 |" in text
     assert "max_device_memory" in text
     for program in report["programs"]:

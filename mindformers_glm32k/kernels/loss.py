@@ -1,11 +1,11 @@
 """Output layer and cross-entropy, a part of the tokens at a time, so that what the loss keeps in float32 is a part's.
 
 At 32768 tokens and 65024 ids a card's logits take 4.3 GB in float16, and upstream's loss keeps four float32 copies
-of them (34 GB). There are three forms. On Ascend a plain output layer whose vocabulary is whole is a TokenLoss, one
-chunk after the other in the backward pass, too. Over chunks (any other output layer) the copies are recomputed chunk by
-chunk in the backward pass; the half-precision logits stay. Where the output layer itself is not marked for recompute,
-or a cell around both is, the compiler joins the chunks' weight gradients into one product over a copy of all their
-logit gradients: twice the memory (found by the dry run).
+of them (34 GB). There are three forms. On Ascend a plain output layer whose vocabulary is whole is a TokenLoss where
+there is no pipeline, one chunk after the other in the backward pass, too. Over chunks (any other output layer) the
+copies are recomputed chunk by chunk in the backward pass; the half-precision logits stay. Where the output layer itself
+is not marked for recompute, or a cell around both is, the compiler joins the chunks' weight gradients into one product
+over a copy of all their logit gradients: twice the memory (found by the dry run).
 
 Over tiles (CPU, a plain output layer) a loop computes the gradients on its way: the logits of a block exist once, and
 the backward pass only scales. With p the softmax of a token's logits, l its label and w its loss weight, the gradient
@@ -123,7 +123,8 @@ class ChunkedLoss(nn.Cell):
         self.loss = CrossEntropyLoss(parallel_config=parallel, calculate_per_token_loss=True)
         self.loss.recompute()
         self.portable = config.use_portable_cells
-        self.one_vocabulary = config.parallel_config.model_parallel == 1
+        # in a pipeline the compiler puts the weight on the first stage, too, with its optimizer states
+        self.whole_output = config.parallel_config.model_parallel == 1 and config.parallel_config.pipeline_stage == 1
         if self.portable:
             self.tiled, self.tiled_frozen = (TiledLoss(frozen, self.chunk_size) for frozen in (False, True))
         else:
@@ -170,7 +171,7 @@ class ChunkedLoss(nn.Cell):
     def mode(self, output_layer: nn.Cell) -> str:
         """ "chunked" for the form that takes any output layer; "tiled" or "frozen" (the layer is not trained) for
         TiledLoss or TokenLoss."""
-        plain = self.portable or self.one_vocabulary
+        plain = self.portable or self.whole_output
         if not plain or not blocks.in_graph_mode() or not blocks.is_plain(output_layer):
             return "chunked"
         return blocks.tiling_mode(output_layer)

@@ -10,6 +10,7 @@ import copy
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import random
@@ -17,6 +18,7 @@ import stat
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -206,13 +208,17 @@ def _words(draw):
 def _overridden(path):
     """The launcher's overrides, as `glm32k check` and run_mindformer apply them."""
     words = [word.decode("utf-8", "surrogateescape") for word in path.read_bytes().split(b"\0")]
+    logging.disable()  # what pytest keeps of a log goes from process to process, which surrogates cannot
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        silent = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
+        with silent[0], silent[1], mock.patch.dict(os.environ):  # --register_path stays in the environment
             read_as_written(["--config", "small.yaml", *words])
     except SystemExit as end:  # argparse's own refusals, and --help
         assert end.code in (0, 2)
         if end.code:
             raise InputError("usage") from end
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _checked(path):
@@ -288,8 +294,9 @@ READERS = {
 NEVER_REFUSED = ("prompts", "documents", "configuration")
 
 
-def fuzz(name, count, seeds, folder):
-    """Mutations that were read and refused."""
+def fuzz(name, count, seeds, folder, bounded):
+    """Mutations that were read and refused. `bounded`: memory is, too, in a process that does nothing else: MindSpore's
+    threads, which other tests of a process leave there, end it where they get none."""
     file, make, read = READERS[name]
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
     (folder / "a.safetensors").write_bytes(seeds["a.safetensors"])
@@ -300,7 +307,7 @@ def fuzz(name, count, seeds, folder):
         bound = TIMES * path.stat().st_size + SPARE_BYTES
         started = time.perf_counter()
         try:
-            with watched(folder) as found, memory_bound(bound) if seed >= 0 else contextlib.nullcontext():
+            with watched(folder) as found, memory_bound(bound) if bounded and seed >= 0 else contextlib.nullcontext():
                 read(path)
         except InputError as error:
             refused += seed >= 0
@@ -316,7 +323,7 @@ def fuzz(name, count, seeds, folder):
 @pytest.mark.parametrize("name", READERS)
 def test_a_few_mutations(name, seeds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert fuzz(name, 100, seeds, tmp_path) > 0 or name in NEVER_REFUSED
+    assert fuzz(name, 100, seeds, tmp_path, bounded=False) > 0 or name in NEVER_REFUSED
 
 
 @pytest.mark.fuzz
@@ -325,4 +332,4 @@ def test_a_few_mutations(name, seeds, tmp_path, monkeypatch):
 def test_many_mutations(name, seeds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     count = int(os.environ.get("GLM32K_FUZZ", 15_000))
-    print(f"\n{name}: {count} mutations, {fuzz(name, count, seeds, tmp_path)} refused")
+    print(f"\n{name}: {count} mutations, {fuzz(name, count, seeds, tmp_path, bounded=True)} refused")

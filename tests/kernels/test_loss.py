@@ -143,4 +143,6 @@ def test_which_form_an_output_layer_gets():
     layer.weight.requires_grad = True
     assert ChunkedLoss(config(cells="ascend")).mode(layer) == "tiled"
     split_vocabulary = TransformerOpParallelConfig(model_parallel=2)
+    pipeline = TransformerOpParallelConfig(pipeline_stage=2, micro_batch_num=2)
+    assert ChunkedLoss(config(cells="ascend", parallel_config=pipeline)).mode(layer) == "chunked"
     assert ChunkedLoss(config(cells="ascend", parallel_config=split_vocabulary)).mode(layer) == "chunked"

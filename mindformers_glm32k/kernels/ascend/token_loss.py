@@ -1,4 +1,4 @@
-"""Output layer and cross-entropy over chunks of tokens, for programs without tensor parallelism.
+"""Output layer and cross-entropy over chunks of tokens, for programs without tensor and pipeline parallelism.
 
 The backward pass is written out, and each of its chunks waits for the one before: a chunk's logits, in every
 precision, are gone before the next one's are computed again, and one gradient of the weight grows by a chunk at a time.

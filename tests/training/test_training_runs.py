@@ -571,15 +571,19 @@ def test_accumulation_resumes_bit_equal_and_with_another_split(runs):
 
 @pytest.mark.slow
 def test_two_processes_accumulate_like_one_large_batch(runs, trained):
-    options = {"runner_config.epochs": 1, "load_checkpoint": trained.checkpoint(f"glm32k_rank_0-4_{SAVED - 24}.ckpt")}
+    """At a learning rate at which rounding does not grow: at that of the other runs tenfold every few steps."""
+    options = {
+        "runner_config.epochs": 1,
+        "lr_schedule.learning_rate": 1e-4,
+        "load_checkpoint": trained.checkpoint(f"glm32k_rank_0-4_{SAVED - 24}.ckpt"),
+    }
     one = succeeded(runs.run("large_batch", FINETUNE, options))
     split = {"runner_config.batch_size": BATCH // 4, "runner_config.gradient_accumulation_steps": 2}
     two = succeeded(runs.run_two_processes("accumulated_two", FINETUNE, {**options, **split, "use_parallel": True}))
     assert len(one.losses()) == len(two.losses()) == ROWS // BATCH
-    assert np.abs(np.subtract(one.losses(), two.losses())).max() < 1e-4
+    assert one.losses() == pytest.approx(two.losses(), rel=1e-4)
     norms = [[row["global_norm"] for row in run.curve()] for run in (one, two)]
-    # at this learning rate rounding grows tenfold every few steps
-    assert norms[0][:5] == pytest.approx(norms[1][:5], rel=1e-4)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 @pytest.mark.slow

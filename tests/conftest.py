@@ -17,13 +17,19 @@ REFERENCE = ROOT.parent / "shared" / "reference"
 logging.raiseExceptions = False
 
 
+# What MindFormers sets for the whole process, and processes that a test starts would take over: the run mode of a
+# prediction, and an option that MindSpore prints when it finds it.
+LEFT_BEHIND = ("RUN_MODE", "MS_ALLOC_CONF")
+
+
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch):
     """MindFormers writes output/, rank_0/ and the like into the current folder: every test gets its own, and what a
     trainer sets for the whole process, MindSpore's context of parallel runs and RUN_MODE, as it was."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    os.environ.pop("RUN_MODE", None)  # the next module's fixtures start before any fixture of a test
+    for name in LEFT_BEHIND:  # afterwards: the next module's fixtures start before any fixture of a test
+        os.environ.pop(name, None)
     if "mindspore" in sys.modules:
         sys.modules["mindspore"].reset_auto_parallel_context()
 

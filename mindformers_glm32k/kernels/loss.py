@@ -25,7 +25,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
 
 from mindformers_glm32k.config import GLM32KConfig
-from mindformers_glm32k.kernels.ascend.token_loss import TokenLoss
+from mindformers_glm32k.kernels.ascend.token_loss import TokenLoss, chunk_bounds
 from mindformers_glm32k.kernels.cpu import blocks
 from mindformers_glm32k.kernels.cpu.blocks import Buffer
 
@@ -157,8 +157,7 @@ class ChunkedLoss(nn.Cell):
             loss_weights = loss_weights.reshape((-1,))
             return self.sum(self.weigh(token_losses, loss_weights)), self.sum(loss_weights)
         total, count = 0.0, 0.0
-        for start in range(0, run_length, self.chunk_size):
-            stop = min(start + self.chunk_size, run_length)
+        for start, stop in chunk_bounds(run_length, self.chunk_size):
             tokens = hidden[:, start:stop].reshape((-1, width))  # (runs * chunk, H)
             if start > 0:
                 tokens = ops.depend(tokens, total)  # one chunk after the other

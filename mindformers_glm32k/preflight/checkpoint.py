@@ -3,6 +3,7 @@ rest from random numbers without a word."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from math import prod
@@ -46,15 +47,22 @@ def check_checkpoint(path: str, network: nn.Cell) -> None:
 def check_finite(path: str | os.PathLike) -> None:
     """Refuses a file in which a weight is NaN or infinite: every answer and loss would be.
 
-    All values are read, which loading them afterwards does again from the system's cache.
+    All values are read, which loading them afterwards does again from the system's cache; once in a process, though the
+    choice of a checkpoint and the network both ask.
     """
-    from mindformers_glm32k.weights.checkpoint import first_bad_tensor
-
-    bad = first_bad_tensor(path)
+    stat = os.stat(path)
+    bad = _first_bad_tensor(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
     if bad:
         raise InputError(
             f"load_checkpoint {path}: {bad} is the first parameter with NaN or infinity; take an earlier checkpoint"
         )
+
+
+@functools.lru_cache(maxsize=1)
+def _first_bad_tensor(path, _size, _time):
+    from mindformers_glm32k.weights.checkpoint import first_bad_tensor
+
+    return first_bad_tensor(path)
 
 
 def _misfit(path, stored, wanted, optional):

@@ -68,7 +68,7 @@ def apply_edits(config: dict, findings: Iterable[Finding]) -> tuple[dict, list[s
         parent_key, _, leaf = finding.key.rpartition(".")
         parent = value_at(config, parent_key) if parent_key else config
         if kind == SET:
-            _set(config, finding.key, rest[0])
+            set_value(config, finding.key, rest[0])
             done.append(f"{finding.key}: set to {rest[0]!r} ({finding.message})")
         elif isinstance(parent, list):
             items.append((parent, int(leaf), finding))
@@ -77,7 +77,7 @@ def apply_edits(config: dict, findings: Iterable[Finding]) -> tuple[dict, list[s
                 continue  # which of the two is meant is not certain
             value = parent.pop(leaf)
             if kind == MOVE:
-                _set(config, rest[0], value)
+                set_value(config, rest[0], value)
             what = f"moved to {rest[0]}" if kind == MOVE else "removed"
             done.append(f"{finding.key}: {what} ({finding.message})")
     for parent, index, finding in sorted(items, key=lambda item: -item[1]):
@@ -86,8 +86,14 @@ def apply_edits(config: dict, findings: Iterable[Finding]) -> tuple[dict, list[s
     return config, done
 
 
-def _set(config, dotted, value):
+def set_value(config: Any, dotted: str, value: Any) -> None:
+    """Sets a dotted key; sections that are missing, or no sections, are made."""
     *sections, leaf = dotted.split(".")
     for section in sections:
-        config = config[int(section)] if isinstance(config, list) else config.setdefault(section, {})
+        if isinstance(config, list):
+            config = config[int(section)]
+            continue
+        if not isinstance(config.get(section), (Mapping, list)):
+            config[section] = {}
+        config = config[section]
     config[leaf] = value

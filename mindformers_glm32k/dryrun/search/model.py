@@ -123,16 +123,16 @@ class Model:
             figures = at_depth(shallow, deeper, layers)
         else:
             figures = self._guess(family, stage, layers)
-        figures = with_sequences(figures, family.sequences, setting.sequences)
-        return figures
+        return with_sequences(figures, family.sequences, setting.sequences)
 
     def _guess(self, family, stage, layers):
         """The closed form, each figure by the median ratio of the most similar families that were compiled."""
         figures = self.closed_form(family, stage, layers)
         if family not in self._corrections:
             self._corrections[family] = self._ratios(family)
+        none, one = (self.closed_form(family, stage, count) for count in (0, 1))  # layers
         for key, (kept, constant) in self._corrections[family].items():
-            first, second = (self.closed_form(family, stage, count).get(key, 0.0) for count in (0, 1))
+            first, second = none.get(key, 0.0), one.get(key, 0.0)
             figures[key] = constant * first + kept * (second - first) * layers
         return figures
 
@@ -157,8 +157,9 @@ class Model:
         found = defaultdict(list)
         for other in near:
             for stage, pair in enumerate(zip(*self.known[other])):
+                forms = [self.closed_form(other, stage, count) for count in (0, 1)]  # layers
                 for key in (("vector",), *(("bytes", order) for order in ORDERS)):
-                    zero, one = (self.closed_form(other, stage, count)[key] for count in (0, 1))
+                    zero, one = (form[key] for form in forms)
                     added = (pair[1][key] - pair[0][key]) / (LAYERS[1] - LAYERS[0])
                     without = pair[0][key] - LAYERS[0] * added
                     found[key].append((added / max(one - zero, 1), max(without, 0) / max(zero, 1)))

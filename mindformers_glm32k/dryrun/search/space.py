@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mindformers_glm32k.parallel import layout_problems
+from mindformers_glm32k.preflight.findings import set_value
 
 _CHEAP = [  # next to no time, half of the memory: norms and SwiGLU, and what the projections behind them keep of them
     r"mlp\.activation_func\.mul",
@@ -149,13 +150,7 @@ def applied(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any
     """A copy of a configuration with dotted keys set; sections that it lacks are made."""
     config = copy.deepcopy(dict(config))
     for dotted, value in keys.items():
-        *sections, leaf = dotted.split(".")
-        node = config
-        for section in sections:
-            if not isinstance(node.get(section), dict):
-                node[section] = {}
-            node = node[section]
-        node[leaf] = copy.deepcopy(value)
+        set_value(config, dotted, copy.deepcopy(value))
     return config
 
 

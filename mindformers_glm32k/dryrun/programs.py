@@ -48,6 +48,7 @@ def dry_run(
         programs = compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs)
     sizes = asdict(layout)
     sizes["rows"] = sizes.pop("global_batch_size")  # report.json's name
+    sizes["interleave"] = _interleave(config) if layout.stages > 1 else 1
     report = {
         "world_size": layout.world,
         "layout": layout.describe(),
@@ -59,6 +60,13 @@ def dry_run(
     }
     write_report(report, config, output)
     return report
+
+
+def _interleave(config):
+    """Virtual stages of a stage: `pp_interleave_num` does nothing unless the pipeline is told to interleave."""
+    pipeline = (config.get("parallel") or {}).get("pipeline_config") or {}
+    asked = int(config["model"]["model_config"].get("pp_interleave_num") or 1)
+    return asked if pipeline.get("pipeline_interleave") else 1
 
 
 def ranks_asked_for(text: str, layout: ParallelLayout) -> list[int]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from mindformers_glm32k.dryrun.analysis.cost import count_flops, list_collectives, measure, measure_work
 from mindformers_glm32k.dryrun.analysis.mindir import Node, Program, read_program
-from mindformers_glm32k.dryrun.analysis.order import peaks
+from mindformers_glm32k.dryrun.analysis.order import alive_at_peak, by_order, peaks
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
 
 LARGEST = 10
+WEIGHTS = "parallel_optimizer"  # in the purpose of a collective that gathers weights or scatters their gradients
 LARGE_CONSTANT = 64 * 1024**2  # bytes
 _COMPRESSED_MASK = (2048, 2048)  # of the flash attention kernel, the same for every length
 _SCOPE = re.compile(r"# Fullname with scope: \((.*)\)\s*$")
@@ -38,7 +39,7 @@ def analyze(
     program = read_program(path)
     trace = trace_program(program)
     sources = SourceLines(text_folder, program)
-    used = measure(trace)
+    used, ordered = measure(trace), by_order(trace)
     operations = count_flops(trace)
     peak = used.peak_event
     everything = trace.activations + trace.constants + trace.inputs
@@ -57,10 +58,11 @@ def analyze(
         "activation_peak_bytes": used.activation_peak,
         "total_bytes": used.total,
         "total_bytes_by_order": {
-            order: used.total - used.activation_peak + peak for order, peak in peaks(trace).items()
+            order: used.total - used.activation_peak + peak for order, peak in peaks(trace, ordered).items()
         },
+        "at_peak_by_order": {order: _terms(alive_at_peak(trace, events)) for order, events in ordered.items()},
         "peak_at": sources.of(peak.node) if peak else "",
-        "logits_bytes": _logits(trace, used),
+        "logits_bytes": _terms(used.at_peak)["logits"],
         "flops": sum(operations.values()),
         "flops_by_part": {f"{what}_{part}": value for (what, part), value in sorted(operations.items())},
         "work": measure_work(trace),
@@ -110,13 +112,20 @@ def _largest(buffers, sources):
     ]
 
 
-def _logits(trace, used):
-    """Bytes of the buffers alive at the peak that the output layer and the loss made."""
+def _terms(alive):
+    """Bytes of the buffers alive at a peak that the output layer and the loss made, and of gathered weights."""
 
-    def is_logits(scope):
-        return "output_layer" in scope or "CrossEntropy" in scope or "/loss-" in scope
+    def is_logits(node):
+        return any(name in node.scope for name in ("output_layer", "CrossEntropy", "/loss-"))
 
-    return sum(buffer.spec.bytes for buffer in used.at_peak if buffer.event and is_logits(buffer.event.node.scope))
+    def is_gathered(node):
+        return node.op == "AllGather" and WEIGHTS in node.instance
+
+    nodes = [(buffer.event.node, buffer.spec.bytes) for buffer in alive if buffer.event]
+    return {
+        "logits": sum(size for node, size in nodes if is_logits(node) and not is_gathered(node)),
+        "gathered": sum(size for node, size in nodes if is_gathered(node)),
+    }
 
 
 class SourceLines:

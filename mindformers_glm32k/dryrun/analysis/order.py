@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mindformers_glm32k.dryrun.analysis.cost import COLLECTIVES
-from mindformers_glm32k.dryrun.analysis.trace import Event, Step, Trace
+from mindformers_glm32k.dryrun.analysis.trace import Buffer, Event, Step, Trace
 
 ORDERS = ("bfs", "dfs")
 VIRTUAL = frozenset(("MakeTuple", "MakeList", "make_tuple", "TupleGetItem", "Depend", "UpdateState", "Load", "Partial"))
@@ -182,12 +182,8 @@ def ordered_events(trace: Trace, how: str) -> list[Event]:
 
 def live_bytes(trace: Trace, events: Iterable[Event]) -> list[int]:
     """Bytes of the buffers alive while each event runs, the events being executed in the order given."""
-    last, events = {}, list(events)
-    for index, event in enumerate(events):
-        for buffer in (*event.reads, *event.writes):
-            last[buffer.storage] = index
-    for buffer in trace.results:
-        last[buffer.storage] = len(events)
+    events = list(events)
+    last = _last_uses(trace, events)
     released = defaultdict(int)
     for buffer, index in last.items():
         if buffer.kind == "activation":
@@ -200,12 +196,39 @@ def live_bytes(trace: Trace, events: Iterable[Event]) -> list[int]:
     return curve
 
 
-def peaks(trace: Trace) -> dict[str, int]:
+def _last_uses(trace, events):
+    """Storage -> index of the event that touches it last."""
+    last = {}
+    for index, event in enumerate(events):
+        for buffer in (*event.reads, *event.writes):
+            last[buffer.storage] = index
+    for buffer in trace.results:
+        last[buffer.storage] = len(events)
+    return last
+
+
+def alive_at_peak(trace: Trace, events: list[Event]) -> list[Buffer]:
+    """The buffers alive where memory is at its peak, the events being executed in the order given."""
+    curve = live_bytes(trace, events)
+    at = curve.index(max(curve)) if curve else -1
+    last = _last_uses(trace, events)
+    return [buffer for event in events[: at + 1] for buffer in event.writes if last[buffer.storage] >= at]
+
+
+def by_order(trace: Trace) -> dict[str, list[Event]]:
+    """A trace's events in each of MindSpore's orders."""
+    return {how: ordered_events(trace, how) for how in ORDERS}
+
+
+def peaks(trace: Trace, ordered: Mapping[str, list[Event]] | None = None) -> dict[str, int]:
     """Peak of the activations in bytes by order: "file" (the program's own), "bfs", "dfs", and "best", the least of
-    these and of `frugal_order`: the least that is known to be possible, for no order is the best for certain."""
+    these and of `frugal_order`: the least that is known to be possible, for no order is the best for certain.
+
+    `ordered` is `by_order` of the trace where that is known.
+    """
     found = {"file": max(live_bytes(trace, trace.events), default=0)}
-    for how in ORDERS:
-        found[how] = max(live_bytes(trace, ordered_events(trace, how)), default=0)
+    for how, events in (ordered or by_order(trace)).items():
+        found[how] = max(live_bytes(trace, events), default=0)
     candidates = [frugal_order(trace, patient) for patient in (False, True)]
     found["best"] = min([*found.values(), *(max(live_bytes(trace, order), default=0) for order in candidates)])
     return found

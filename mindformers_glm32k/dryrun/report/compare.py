@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mindformers_glm32k.dryrun.report.advice import GIB
-from mindformers_glm32k.dryrun.report.estimate import PARTS, estimate_with_note, stages_of
+from mindformers_glm32k.dryrun.report.estimate import FIGURES, PARTS, estimate_with_note, stages_of
 from mindformers_glm32k.dryrun.report.markdown import table, traffic_by_kind
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
@@ -133,7 +133,7 @@ def _figures(summaries):
     yield "FLOPs a card, 1e15 a step", lambda it: f"{it['flops'] / 1e15:.3f}"
     yield "of it recomputed", lambda it: f"{100 * it['flops_recomputed'] / max(it['flops'], 1):.0f} %"
     yield "**estimated tokens/s/p**", speed(lambda found: f"**{found['tokens_per_second_per_device']:.0f}**")
-    yield "fitted to 16 figures, tokens/s/p", speed(lambda found: _interval(found["fitted"]))
+    yield f"fitted to {FIGURES} figures, tokens/s/p", speed(lambda found: _interval(found["fitted"]))
     yield "estimated step, s", speed(lambda found: f"{found['step_seconds']:.2f}")
     for part in PARTS:
         yield f"– {part}, s", speed(lambda found, part=part: f"{found['parts'][part]:.2f}")

@@ -44,9 +44,11 @@ FRACTION = 0.676  # of the peak, from calibrate()
 PARTS = ("matmul", "attention", "vector", "communication", "bubble")
 WORK = PARTS[:-1]
 # Of `fitted`: how many times the seconds at the device's peaks each kind of work takes (of communication, the part that
-# is not hidden behind other work), and the spread of the logarithm of estimate by figure; from search.calibrate.
+# is not hidden behind other work), the spread of the logarithm of estimate by figure, and the number of figures; from
+# search.calibrate.
 FITTED = {"matmul": 1.244, "attention": 1.7, "vector": 1.036, "communication": 0.564}
 SPREAD = 0.163
+FIGURES = 16
 _NINE_IN_TEN = 1.645  # standard deviations
 
 
@@ -97,7 +99,8 @@ def estimate(report: dict, device: Device = ATLAS_800T_A2, fraction: float = FRA
     """Estimates a training step.
 
     With m micro batches and t_i seconds of a micro batch on stage i, a step of 1F1B takes (m - 1) x max t + sum t: with
-    stages alike that is (m + stages - 1) / m of a stage's own work.
+    stages alike that is (m + stages - 1) / m of a stage's own work. With `interleave` virtual stages a stage, all but
+    the slowest stage's own work is divided by their number.
 
     Args:
         report: with programs of every stage, `layout_sizes` and `tokens_per_step`.
@@ -119,7 +122,7 @@ def estimate(report: dict, device: Device = ATLAS_800T_A2, fraction: float = FRA
     ]
     totals = [sum(parts.values()) for parts in stages]
     slowest = totals.index(max(totals))
-    bubble = (sum(totals) - totals[slowest]) / micro_batches
+    bubble = (sum(totals) - totals[slowest]) / micro_batches / report["layout_sizes"].get("interleave", 1)
     step = totals[slowest] + bubble
     return {
         "step_seconds": step,
@@ -139,7 +142,7 @@ def at_peak(report: dict, device: Device = ATLAS_800T_A2) -> dict[str, float]:
 
 
 def fitted(report: dict, device: Device = ATLAS_800T_A2) -> dict:
-    """A second estimate: the same work, with an efficiency for each kind, fitted to 16 published figures.
+    """A second estimate: the same work, with an efficiency for each kind, fitted to FIGURES published ones.
 
     Returns:
         "step_seconds", "tokens_per_second_per_device", and "interval" of the latter, which nine figures in ten lie
@@ -267,6 +270,6 @@ def note() -> str:
         f"Speeds are estimates, not a measurement: a roofline of the compiled programs for {ATLAS_800T_A2.name}, "
         f"matrix products and attention at {FRACTION:.0%} of the peak, calibrated on one published figure "
         f"({first.what}: {first.speed} tokens/s/p). On the others: {others}. A second estimate, with an efficiency for "
-        "each kind of work fitted to 16 published figures, is off by "
+        f"each kind of work fitted to {FIGURES} published figures, is off by "
         f"{math.expm1(SPREAD):.0%} (root mean square) on figures left out of the fit."
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mindformers_glm32k.dryrun.report.advice import GIB, device_bytes, purpose
+from mindformers_glm32k.dryrun.report.estimate import FIGURES
 from mindformers_glm32k.files import atomic_path
 
 PLOT = "report.png"
@@ -163,7 +164,7 @@ def _work(report):
         low, high = (f"{bound:.0f}" for bound in fitted["interval"])
         text += (
             f"\n\nEstimates, not a measurement: **{speed:.0f} tokens/s/p**, a step of "
-            f"{estimate['step_seconds']:.2f} s on {estimate['device']}; by the fit to 16 figures "
+            f"{estimate['step_seconds']:.2f} s on {estimate['device']}; by the fit to {FIGURES} figures "
             f"{fitted['tokens_per_second_per_device']:.0f}, nine times in ten {low} to {high}. "
             f"{estimate['note']}"
         )

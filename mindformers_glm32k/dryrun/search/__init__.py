@@ -8,9 +8,9 @@ from mindformers_glm32k.checks import is_int
 from mindformers_glm32k.dryrun.compile.pool import read_config
 from mindformers_glm32k.dryrun.report.advice import GIB
 from mindformers_glm32k.dryrun.search.predict import search_prompts
-from mindformers_glm32k.dryrun.search.results import Candidate, write
-from mindformers_glm32k.dryrun.search.search import Search
-from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.dryrun.search.results import Candidate, misfit, write
+from mindformers_glm32k.dryrun.search.search import MINUTES, Search
+from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.run_mindformer import read_as_written
 
 __all__ = ["Candidate", "search_layouts"]
@@ -24,6 +24,7 @@ def search_layouts(
     memory_gib: float,
     rows: int,
     quick: bool = False,
+    minutes: float = MINUTES,
 ) -> tuple[list[Candidate], str]:
     """Searches and writes search.json, the candidates' YAMLs, search.md and search.png.
 
@@ -35,18 +36,21 @@ def search_layouts(
         memory_gib: that a card may take.
         rows: sequences of a step at most, over all NPUs.
         quick: nothing is compiled at full depth.
+        minutes: in which a compile of training may begin.
 
     Returns:
-        The candidates that fit, best first, and the table. Nothing fits where there are none.
+        The candidates that fit, best first, and the table.
 
     Raises:
         InputError: sizes that are none, or a configuration that run_mindformer would refuse.
+        CommandFailed: nothing fits; the files are there.
     """
     for name, value in (("devices", devices), ("rows", rows)):
         if not is_int(value, 1):
             raise InputError(f"--{name} {value}: a whole number of at least 1 is needed")
-    if not memory_gib > 0:
-        raise InputError(f"--memory {memory_gib}: a number of GiB above 0 is needed")
+    for name, value, unit in (("memory", memory_gib, "GiB"), ("minutes", minutes, "minutes")):
+        if not value > 0:
+            raise InputError(f"--{name} {value}: a number of {unit} above 0 is needed")
     arguments = ["--config", str(Path(config_file).resolve()), *overrides]
     _, written = read_as_written(arguments)
     merged = read_config(arguments)
@@ -55,6 +59,9 @@ def search_layouts(
     if str(written["run_mode"]).startswith("predict"):
         found = search_prompts(written, merged, devices, limit, output)
     else:
-        found = Search(written, merged, devices, limit, rows, output).run(quick)
+        found = Search(written, merged, devices, limit, rows, output, minutes).run(quick)
     text = write(found, written, limit, output, config_file)
-    return [item for item in found if item.bytes <= limit], text
+    fitting = [item for item in found if item.bytes <= limit]
+    if not fitting:
+        raise CommandFailed(misfit(found, limit, output))
+    return fitting, text

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from mindformers_glm32k.dryrun.analysis.analyze import WEIGHTS
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
 from mindformers_glm32k.dryrun.analysis.order import ORDERS
 
-Figures = dict[tuple, float]  # ("bytes", order), ("state",), ("matmul", dtype), ("collective", kind, ranks, what, …), …
+Figures = dict[
+    tuple, float
+]  # ("bytes", order), ("states",), ("matmul", dtype), ("collective", kind, ranks, what, …), …
 
-_WEIGHTS = "parallel_optimizer"  # in the purpose of a collective that gathers weights or scatters their gradients
+_STATES = ("weights", "gradients", "optimizer")  # what a step keeps: accumulated gradients, AdamW's moments
+_AT_PEAK = ("gathered", "logits")  # of the activations, by order: weights gathered for a product; what the loss makes
+_OF_MEMORY = frozenset(("bytes", "states", *_STATES, *_AT_PEAK))
 
 
 def figures_of(program: dict) -> Figures:
     """Those of a program of report.json that an estimate and a search read."""
     found: Figures = {("bytes", order): program["total_bytes_by_order"][order] for order in ORDERS}
     found["states",] = program["total_bytes"] - program["activation_peak_bytes"]
+    for name, key in zip(_STATES, ("parameter_bytes", "accumulator_bytes", "optimizer_bytes")):
+        found[name,] = program[key]
+    found.update({(name, order): program["at_peak_by_order"][order][name] for name in _AT_PEAK for order in ORDERS})
     work = program["work"]
     for kind in ("matmul", "attention"):
         found.update({(kind, dtype): count for dtype, count in work[f"{kind}_flops"].items()})
     found["vector",] = work["vector_bytes"]
     sums = defaultdict(float)
     for item in program["collectives"]:
-        once = _WEIGHTS in item["purpose"]
+        once = WEIGHTS in item["purpose"]
         for what in ("bytes", "count"):
             sums["collective", item["kind"], tuple(item["group_ranks"]), once, what] += item[what]
     return {**found, **sums}
@@ -68,7 +76,7 @@ def with_sequences(figures: Figures, compiled: int, wanted: int) -> Figures:
     moves weights and their gradients, which happens once."""
     factor = wanted / compiled
     return {
-        key: value if key[0] in ("bytes", "states") or key[0] == "collective" and key[3] else value * factor
+        key: value if key[0] in _OF_MEMORY or key[0] == "collective" and key[3] else value * factor
         for key, value in figures.items()
     }
 
@@ -76,6 +84,14 @@ def with_sequences(figures: Figures, compiled: int, wanted: int) -> Figures:
 def fullest(stages: list[Figures], order: str) -> float:
     """Bytes of the fullest stage in an order of execution."""
     return max(figures["bytes", order] for figures in stages)
+
+
+def memory_terms(figures: Figures, order: str) -> dict[str, float]:
+    """Bytes of a stage by what takes them, the largest first."""
+    found = {name: figures.get((name,), 0.0) for name in _STATES}
+    found.update({name: figures.get((name, order), 0.0) for name in _AT_PEAK})
+    found["activations"] = max(figures["bytes", order] - sum(found.values()), 0.0)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def best_order(stages: list[Figures]) -> str:

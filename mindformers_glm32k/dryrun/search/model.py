@@ -9,6 +9,7 @@ Legend: T tokens of a sequence that a device has, H hidden size, F MLP size, Q q
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
 from mindformers_glm32k.dryrun.analysis.order import ORDERS
-from mindformers_glm32k.dryrun.search.figures import Figures, at_depth, combine, with_sequences
+from mindformers_glm32k.dryrun.search.figures import Figures, at_depth, best_order, combine, with_sequences
 from mindformers_glm32k.dryrun.search.space import HARDER, Setting
 
 # Elements that a token keeps in a layer, in features of (residual stream, MLP): found in compiled programs.
@@ -27,6 +28,7 @@ _MOVED = {"whole": (250, 85), "mlp": (210, 70), "cheap": (200, 65), "none": (190
 _MOVED_BY_EXCHANGE = 1.8  # times that, with context parallel: copies before and after
 _TRANSIENT = 6  # tensors of a layer's MLP that its backward pass holds at once
 _LOGITS = 4  # float32 copies of a chunk's logits that the loss holds at once
+_OF_THE_LOSS = 2**28  # bytes of the loss at a peak, below which its chunks do not matter
 _ADAM = 8  # bytes of a parameter's moments
 _EXCHANGES = 15  # of a rank's query features, by context parallel, forward and backward of a layer
 _SHARES = 20  # of a sequence's residual stream, by tensor parallel
@@ -121,9 +123,33 @@ class Model:
         if family in self.known:
             shallow, deeper = (pair[stage] for pair in self.known[family])
             figures = at_depth(shallow, deeper, layers)
+        elif family.usual in self.known:
+            figures = self._resized(family, stage, layers)
         else:
             figures = self._guess(family, stage, layers)
         return with_sequences(figures, family.sequences, setting.sequences)
+
+    def _resized(self, family, stage, layers):
+        """From the programs with chunks of the usual sizes. Smaller chunks of the loss save only what the loss makes up
+        at the peak of these."""
+        usual = family.usual
+        figures = at_depth(*(pair[stage] for pair in self.known[usual]), layers)
+        forms = [self.closed_form(one, stage, layers) for one in (family, replace(family, loss_chunk=None), usual)]
+        figures["vector",] += forms[0]["vector",] - forms[2]["vector",]
+        for order in ORDERS:
+            logits = [form["logits", order] for form in forms]
+            more = logits[0] - logits[2]
+            if more < 0:
+                more *= figures["logits", order] / logits[2]
+            figures["logits", order] += more
+            figures["bytes", order] += more + forms[1]["bytes", order] - forms[2]["bytes", order]
+        return figures
+
+    def limited_by_loss(self, setting: Setting) -> bool:
+        """Whether the loss has a part in the peak of the fullest stage, by the programs of a setting that is known."""
+        stages = self.stages(setting)
+        order = best_order(stages)
+        return max(stages, key=lambda figures: figures["bytes", order])["logits", order] > _OF_THE_LOSS
 
     def _guess(self, family, stage, layers):
         """The closed form, each figure by the median ratio of the most similar families that were compiled."""
@@ -149,6 +175,8 @@ class Model:
                 (other.pipeline_stage > 1) != (family.pipeline_stage > 1),
                 other.level != family.level,
                 other.context_parallel != family.context_parallel,
+                other.interleave != family.interleave,
+                other.loss_chunk != family.loss_chunk,
             )
 
         same = [other for other in self.known if exchanges(other) == exchanges(family)]
@@ -184,20 +212,26 @@ class Model:
         tokens = dims.length / setting.context_parallel
         adapters, replicas = dims.adapters, setting.replicas
         accumulates = setting.sequences > 1 and not adapters
-        states = parameters * dims.bytes / (1 if adapters else replicas)
-        states += 0 if adapters else parameters * _ADAM / replicas
-        states += parameters * dims.bytes / (replicas if setting.level > 1 else 1) if accumulates else 0
+        weights = parameters * dims.bytes / (1 if adapters else replicas)
+        optimizer = 0 if adapters else parameters * _ADAM / replicas
+        gradients = parameters * dims.bytes / (replicas if setting.level > 1 else 1) if accumulates else 0
+        states = weights + optimizer + gradients
         gathered = 0 if adapters or replicas == 1 or setting.level > 2 else parameters * dims.bytes
         hidden, ffn = _KEPT[setting.recompute]
         kept = (hidden * dims.hidden + ffn * dims.ffn / setting.model_parallel) * tokens * dims.bytes
         kept /= setting.model_parallel if setting.model_parallel > 1 else 1
-        in_flight = min(setting.pipeline_stage - stage, setting.sequences) if setting.pipeline_stage > 1 else 1
         share = (setting.mlp_chunk or dims.length) / dims.length
         transient = _TRANSIENT * dims.ffn * tokens * dims.bytes * share / setting.model_parallel
-        if last:
-            transient += _LOGITS * min(dims.loss_chunk, tokens) * dims.vocabulary * 4
-        total = states + gathered + kept * in_flight * layers + transient
-        return {**{("bytes", order): total for order in ORDERS}, ("states",): states}
+        logits = last * self._logits(setting, min(setting.loss_chunk or dims.loss_chunk, tokens))
+        total = states + gathered + kept * _in_flight(setting, stage) * layers + transient + logits
+        at_peak = {"bytes": total, "gathered": gathered, "logits": logits}
+        kept_always = {"states": states, "weights": weights, "gradients": gradients, "optimizer": optimizer}
+        found = {(name, order): size for name, size in at_peak.items() for order in ORDERS}
+        return {**found, **{(name,): size for name, size in kept_always.items()}}
+
+    def _logits(self, setting, tokens):
+        """Bytes that the loss holds of so many tokens' logits."""
+        return _LOGITS * tokens * self.dims.vocabulary * 4 / setting.model_parallel
 
     def _work(self, setting, stage, layers):
         dims, last = self.dims, self._ends(setting, stage)[1]
@@ -218,6 +252,9 @@ class Model:
         vector += last * 60 * tokens * dims.vocabulary / mp + 60 * self._parameters(setting, stage, layers) / (
             setting.replicas * count
         )
+        # each chunk of the loss behind the first reads the weight's gradient and what it adds, and writes the sum
+        more_chunks = math.ceil(tokens / (setting.loss_chunk or dims.loss_chunk)) - 1
+        vector += last * (not dims.adapters) * more_chunks * 3 * dims.vocabulary * dims.hidden * dims.bytes / mp
         dtype = {2: "float16", 4: "float32"}[dims.bytes]
         work = {("matmul", dtype): matmul * count, ("attention", dtype): attention * count, ("vector",): vector * count}
         return {**work, **self._collectives(setting, stage, layers)}
@@ -249,8 +286,21 @@ class Model:
             for kind in ("AllGather", "ReduceScatter"):
                 add(kind, range(first, first + mp), False, size, 5 * layers * setting.sequences)
         boundary = tokens * dims.hidden * dims.bytes / mp
-        for other in (stage - 1, stage + 1):
-            if 0 <= other < setting.pipeline_stage:
-                ranks = sorted((first, other * per_stage))
-                add("Receive", ranks, False, boundary * setting.sequences, setting.sequences)
+        stages = setting.pipeline_stage
+        for other, ends in ((stage - 1, stage == 0), (stage + 1, stage == stages - 1)):
+            calls = setting.sequences * (setting.interleave - ends)  # virtual stages begin behind the last stage
+            if stages > 1 and calls:
+                key = "collective", "Receive", tuple(sorted((first, other % stages * per_stage))), False
+                for what, more in (("bytes", boundary * calls), ("count", calls)):
+                    found[(*key, what)] = found.get((*key, what), 0) + more
         return found
+
+
+def _in_flight(setting, stage):
+    """Micro batches whose activations a stage holds at once in all its layers (1F1B; with virtual stages as Megatron's
+    interleaved schedule has it, whose warm-up takes a round more of every virtual stage)."""
+    stages, parts = setting.pipeline_stage, setting.interleave
+    if stages == 1:
+        return 1
+    ahead = stages - stage if parts == 1 else (2 * (stages - 1 - stage) + (parts - 1) * stages + 1) / parts
+    return min(ahead, setting.sequences)

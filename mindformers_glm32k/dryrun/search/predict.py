@@ -96,6 +96,12 @@ def _answer(setting, probes):
     def seconds(kind):
         return at(lambda programs: seconds_of_program(_decoding(programs), ATLAS_800T_A2, 1.0)[kind])
 
+    def terms(order):
+        names = {"weights": "parameter_bytes", "cache": "cache_bytes"}
+        found = {name: at(lambda programs, key=key: programs[0][key]) for name, key in names.items()}
+        found["activations"] = max(size(order) - sum(found.values()), 0)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
     parts = {kind: seconds(kind) for kind in FITTED}
     step = sum(FITTED[kind] * count for kind, count in parts.items())
     speed = setting.rows / step / setting.model_parallel
@@ -103,7 +109,7 @@ def _answer(setting, probes):
     interval = (speed / _FACTOR, speed * _FACTOR)
     roofline = setting.rows / sum(parts.values()) / setting.model_parallel
     parts["bubble"] = 0.0
-    return Candidate(setting, speed, interval, roofline, step, parts, size(order), order, known=True)
+    return Candidate(setting, speed, interval, roofline, step, parts, size(order), order, terms(order), known=True)
 
 
 def _decoding(programs):

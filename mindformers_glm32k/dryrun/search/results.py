@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,22 @@ from typing import Any
 import yaml
 
 from mindformers_glm32k.dryrun.report.advice import GIB
-from mindformers_glm32k.dryrun.report.estimate import PARTS, note
+from mindformers_glm32k.dryrun.report.estimate import FIGURES, PARTS, note
 from mindformers_glm32k.dryrun.report.markdown import table
 from mindformers_glm32k.dryrun.search.space import applied
 from mindformers_glm32k.files import atomic_path
 
 JSON, TABLE, PICTURE = "search.json", "search.md", "search.png"
+# Terms of memory: what they are called, what makes them less.
+_TERMS = {
+    "weights": ("weights", "they take less with more NPUs (--devices)"),
+    "gradients": ("accumulated gradients", "they take less with more NPUs (--devices) or fewer sequences (--rows)"),
+    "optimizer": ("optimizer states", "more NPUs (--devices) share them out, LoRA (model_config.pet_config) has few"),
+    "gathered": ("gathered weights", "tensor or pipeline parallel layouts on more NPUs (--devices) gather less"),
+    "logits": ("logits and loss", "a smaller model_config.loss_chunk_size makes them less"),
+    "activations": ("activations", "they take less with a shorter model_config.seq_length or more NPUs (--devices)"),
+    "cache": ("key-value cache", "it takes less with a shorter model_config.seq_length or more NPUs (--devices)"),
+}
 _MISSES = 3  # candidates that do not fit, named when none does
 
 
@@ -29,6 +40,7 @@ class Candidate:
         speed: tokens/s and card, `fitted`; `interval` bounds it.
         roofline: the same by `estimate`, with its `parts` (seconds).
         bytes: of the fullest card, in `order`.
+        terms: of these by what takes them, the largest first.
         known: extrapolated from shallow programs of its own; False: a guess.
         compiled: from the whole program.
     """
@@ -41,6 +53,7 @@ class Candidate:
     parts: dict[str, float]
     bytes: float
     order: str
+    terms: dict[str, float]
     known: bool = False
     compiled: bool = False
     stages: list[dict] = field(default_factory=list, repr=False)
@@ -81,6 +94,23 @@ def write(candidates: list[Candidate], written: Mapping[str, Any], limit: float,
     return text
 
 
+def misfit(candidates: list[Candidate], limit: float, folder: Path) -> str:
+    """One line on what none of the candidates fits for, and what would help."""
+    if not candidates:
+        return "no layout compiles; the lines above say why, the layouts' YAML may not be of this model"
+    least = min(candidates, key=lambda item: item.bytes)
+    (term, most), *others = ((name, size / GIB) for name, size in least.terms.items())
+    name, fix = _TERMS[term]
+    rest = ", ".join(f"{_TERMS[other][0]} {size:.1f}" for other, size in others if size >= 0.05)
+    rest, guess = f" ({rest})" if rest else "", "" if least.known else " (a guess)"
+    size = least.bytes / GIB
+    return (
+        f"--memory {limit / GIB:g}: nothing fits; {least.setting.name}, the smallest, takes {size:.1f} GiB{guess} and "
+        f"is {size - limit / GIB:.1f} GiB over, most of it {name}: {most:.1f} GiB{rest}; {fix}, or give "
+        f"--memory {math.ceil(size)} (table: {folder / TABLE})"
+    )
+
+
 def _entry(item, name):
     entry = {
         "config": name,
@@ -92,6 +122,7 @@ def _entry(item, name):
         "layout": item.setting.name,
         "rows": item.setting.rows,
         "step_seconds": round(item.step_seconds, 2),
+        "gib_by_term": {name: round(size / GIB, 2) for name, size in item.terms.items()},
         "tokens_per_second_per_card_by_one_figure": round(item.roofline, 1),
     }
     return entry if name else {key: value for key, value in entry.items() if key != "config"}
@@ -129,8 +160,8 @@ def render(candidates: list[Candidate], limit: float, config_file: str) -> str:
     how = (
         f"Layouts of {Path(config_file).name} for at most {limit / GIB:.0f} GiB a card, the fastest first. Memory is "
         "of the fullest card, in the better of MindSpore's orders of execution, which the YAML sets. tokens/s/p "
-        "is fitted to 16 published figures, nine in ten of which lie in such an interval; beside it that by one "
-        "figure, of which matmul to bubble are the seconds."
+        f"is fitted to {FIGURES} published figures, nine in ten of which lie in such an interval; beside it that by "
+        "one figure, of which matmul to bubble are the seconds."
     )
     return "\n\n".join(["# Search", how, table(head, lines), f"![Memory against speed]({PICTURE})", note()]) + "\n"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_glm32k.dryrun.report.estimate import estimate, fitted
-from mindformers_glm32k.dryrun.search.figures import best_order, figures_of, fullest, program_of
+from mindformers_glm32k.dryrun.search.figures import best_order, figures_of, fullest, memory_terms, program_of
 from mindformers_glm32k.dryrun.search.measure import Programs
 from mindformers_glm32k.dryrun.search.model import Dims, Model
 from mindformers_glm32k.dryrun.search.results import Candidate
@@ -22,7 +22,7 @@ SHOWN = 10  # candidates
 COMPILED = 2  # of them, compiled at full depth
 _COMPILED_AT_MOST = 4  # where one turns out to be worse than those behind it
 _PROMISING = 4  # settings whose own shallow programs are compiled before the search ends
-_BUDGET = 20 * 60  # seconds in which a compile may begin
+MINUTES = 20.0  # in which a compile may begin
 _FAMILIES = 10  # pairs of shallow programs at most
 _FAMILIES_IN_VAIN = 4  # and where nothing fits
 _EXPECTED = 40.0  # seconds of a pair of shallow programs, before the first was seen
@@ -30,6 +30,8 @@ _NEAR = 1.15  # a guess of memory that is this much too high may still be right
 _FAILURES = 2  # of settings of the same axes, after which they are given up
 _SURE = 0.2  # power of that where programs of the same axes are known
 _PER_LAYOUT = 3  # candidates of the same axes
+_RESIZED = 2  # pairs of shallow programs with chunks of other sizes, at most
+_WORTH = 1.001  # times the speed that other chunks must bring
 
 
 class Search:
@@ -42,12 +44,20 @@ class Search:
         limit: bytes that a card may take.
         rows: sequences that a step may take.
         folder: for what compiles leave.
+        minutes: in which a compile may begin.
     """
 
     def __init__(
-        self, written: dict[str, Any], merged: dict[str, Any], devices: int, limit: float, rows: int, folder: Path
+        self,
+        written: dict[str, Any],
+        merged: dict[str, Any],
+        devices: int,
+        limit: float,
+        rows: int,
+        folder: Path,
+        minutes: float = MINUTES,
     ):
-        self.written, self.devices, self.limit = written, devices, limit
+        self.written, self.devices, self.limit, self.seconds = written, devices, limit, 60 * minutes
         self.dims = Dims.of(merged)
         self.model = Model(self.dims)
         self.programs = Programs(folder, written)
@@ -72,7 +82,7 @@ class Search:
 
     def _unknown(self):
         """The next family to be compiled, until the best settings are known."""
-        while self.progress.seconds < _BUDGET:
+        while self.progress.seconds < self.seconds:
             best = self._all(near=_NEAR)[:_PROMISING]
             unknown = [item.setting for item in best if not item.known]
             fits = any(item.bytes <= self.limit for item in best)
@@ -117,7 +127,27 @@ class Search:
             mixed = None if least.bytes <= self.limit else self._mixed(least.setting)
             if mixed is not None:
                 found.append(mixed)
+            found += self._resized(least, found[-1])
         return _ranked(found, fits)
+
+    def _resized(self, plain, best):
+        """A known candidate with chunks of other sizes, where that makes it fit or faster than `best`: smaller ones of
+        the loss only where the loss is what limits it."""
+        if not plain.known or plain.setting.usual != plain.setting:
+            return []
+        by_loss, found = self.model.limited_by_loss(plain.setting), []
+        spent = sum(family.usual != family for family in (*self.model.known, *self.failed)) >= _RESIZED
+        for setting in plain.setting.resized(self.dims.length, self.dims.loss_chunk):
+            smaller = (setting.loss_chunk or self.dims.loss_chunk) < self.dims.loss_chunk
+            if smaller and not by_loss or not self._may_compile(setting):
+                continue
+            item = self.candidate(setting)
+            if item.bytes > self.limit:
+                item = self._mixed(setting) or item
+            better = item.bytes < best.bytes if best.bytes > self.limit else item.speed > best.speed * _WORTH
+            if better and (item.known or not spent) and (item.bytes <= self.limit or best.bytes > self.limit):
+                found.append(item)
+        return found
 
     def _may_compile(self, setting):
         """Not after it failed, nor after two other settings of its axes did."""
@@ -126,7 +156,7 @@ class Search:
 
     def _mixed(self, setting):
         """The setting with as many layers that compute more again as it takes to fit; None where that is no way."""
-        if setting.recompute not in HARDER:
+        if setting.recompute not in HARDER or setting.interleave > 1:
             return None
         whole = replace(setting, recompute=HARDER[setting.recompute])
         if not self._may_compile(whole) or self.candidate(whole).bytes > self.limit:
@@ -159,6 +189,7 @@ class Search:
             before["parts"],
             fullest(figures, order),
             order,
+            memory_terms(max(figures, key=lambda stage: stage["bytes", order]), order),
             known=stages is not None or self.model.is_known(setting),
             compiled=stages is not None,
             stages=figures,
@@ -171,6 +202,7 @@ class Search:
             "layout_sizes": {
                 "stages": setting.pipeline_stage,
                 "micro_batches": setting.sequences if setting.pipeline_stage > 1 else 1,
+                "interleave": setting.interleave,
             },
             "tokens_per_step": setting.rows * self.dims.length,
             "world_size": self.devices,
@@ -179,7 +211,7 @@ class Search:
     def _confirmed(self):
         """The best candidates, those that were compiled as a whole with their own figures."""
         found, tried = self.shown(), 0
-        while tried < _COMPILED_AT_MOST and self.progress.seconds < _BUDGET:
+        while tried < _COMPILED_AT_MOST and self.progress.seconds < self.seconds:
             open_ones = [item for item in found[:COMPILED] if item.bytes <= self.limit and not item.compiled]
             if not open_ones:
                 break

@@ -25,6 +25,9 @@ _OF_CHUNKS = r"mlp\.split_tokens"
 RECOMPUTE = {"whole": [], "mlp": ["mlp", *_CHEAP], "cheap": _CHEAP, "none": []}
 HARDER = {"mlp": "whole", "cheap": "mlp", "none": "cheap"}  # what saves more
 MLP_CHUNK = 4096  # tokens
+# Other sizes, of the MLP's chunks and of the loss's: of settings whose programs show that chunks are what limits them.
+_MLP_CHUNKS, _LOSS_CHUNKS = (2048, 8192), (1024, 4096)
+INTERLEAVE = 2  # virtual stages: shallow programs have one layer or two in each
 _LEVEL = "parallel.parallel_optimizer_config.optimizer_level"
 
 
@@ -42,6 +45,8 @@ class Setting:
         mlp_chunk: model_config.mlp_chunk_size.
         level: what is sharded over data parallel ranks: 1 weights and optimizer states, 2 accumulated gradients, too,
             3 and weights are gathered again in the backward pass.
+        loss_chunk: model_config.loss_chunk_size; None: as in the YAML.
+        interleave: virtual stages that each stage of a pipeline consists of.
     """
 
     data_parallel: int = 1
@@ -54,6 +59,8 @@ class Setting:
     recomputed: tuple[int, ...] = ()
     mlp_chunk: int | None = None
     level: int = 1
+    loss_chunk: int | None = None
+    interleave: int = 1
 
     @property
     def devices(self) -> int:
@@ -81,7 +88,9 @@ class Setting:
         if len(set(self.layers)) > 1:
             parts.append("layers" + "-".join(map(str, self.layers)))
         parts += [f"chunk{self.mlp_chunk}"] if self.mlp_chunk else []
+        parts += [f"loss{self.loss_chunk}"] if self.loss_chunk else []
         parts += [f"level{self.level}"] if self.level > 1 else []
+        parts += [f"interleave{self.interleave}"] if self.interleave > 1 else []
         return "_".join(parts)
 
     @property
@@ -90,6 +99,22 @@ class Setting:
         as show what each one more adds."""
         few = 2 * self.pipeline_stage if self.pipeline_stage > 1 else 2
         return replace(self, layers=(), recomputed=(), sequences=min(self.sequences, few))
+
+    @property
+    def usual(self) -> Setting:
+        """The setting with chunks of the usual sizes."""
+        return replace(self, loss_chunk=None, mlp_chunk=MLP_CHUNK if self.mlp_chunk else None)
+
+    def resized(self, length: int, loss_chunk: int) -> Iterator[Setting]:
+        """Settings that differ in the size of one kind of chunks; those of the YAML's loss have `loss_chunk` tokens of
+        the sequence's `length`."""
+        tokens = length // self.context_parallel
+        for size in _LOSS_CHUNKS:
+            if min(size, tokens) != min(loss_chunk, tokens):
+                yield replace(self, loss_chunk=size)
+        for size in _MLP_CHUNKS if self.mlp_chunk else ():
+            if size < length:
+                yield replace(self, mlp_chunk=size)
 
     @property
     def axes(self) -> tuple[int, int, int, int]:
@@ -115,6 +140,7 @@ class Setting:
             "runner_config.gradient_accumulation_steps": 1 if pipeline else self.sequences,
             "micro_batch_interleave_num": 1,
             "model.model_config.mlp_chunk_size": self.mlp_chunk,
+            "model.model_config.pp_interleave_num": self.interleave,
             **self._recompute_keys(),
         }
         if cp > 1:  # under the name ulysses_cp MindFormers refuses fewer KV heads than ranks
@@ -124,13 +150,25 @@ class Setting:
             keys["model.model_config.qkv_concat"] = keys["model.model_config.mlp_concat"] = False
         if self.level > 1:
             keys[_LEVEL] = f"level{self.level}"
+        if self.loss_chunk:
+            keys["model.model_config.loss_chunk_size"] = self.loss_chunk
+        if self.interleave > 1:  # without it pp_interleave_num does nothing
+            keys["parallel.pipeline_config"] = {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}
         if self.layers:
-            even = sum(self.layers) // pp
-            offset = [count - even for count in self.layers]
-            keys["model.model_config.offset"] = offset if any(offset) else 0
+            keys["model.model_config.offset"] = self._offset()
         if order:
             keys["context.exec_order"] = order
         return keys
+
+    def _offset(self):
+        """model_config.offset: a number for each stage, in a list for each virtual one where there are several."""
+        parts = self.interleave
+        even = sum(self.layers) // (self.pipeline_stage * parts)
+        dealt = [[count // parts + (part < count % parts) for count in self.layers] for part in range(parts)]
+        offset = [[count - even for count in part] for part in dealt]
+        if not any(map(any, offset)):
+            return 0
+        return offset if parts > 1 else offset[0]
 
     def _recompute_keys(self):
         whole, patterns = self.recompute == "whole", list(RECOMPUTE[self.recompute])
@@ -169,8 +207,10 @@ def settings(config: Mapping[str, Any], devices: int, most_rows: int) -> Iterato
         if dp > most_rows or pp > layers:
             continue
         for sequences in _sequences(most_rows // dp, pp):
-            for dealt in _deals(layers, pp):
-                setting = Setting(dp, mp, cp, pp, sequences, dealt)
+            for dealt, interleave in itertools.product(_deals(layers, pp), (1, INTERLEAVE)):
+                if interleave > 1 and (pp == 1 or min(dealt) < interleave):
+                    continue
+                setting = Setting(dp, mp, cp, pp, sequences, dealt, interleave=interleave)
                 if layout_problems(applied(config, setting.keys()), devices):
                     continue
                 for kind, chunk, level in itertools.product(RECOMPUTE, (None, MLP_CHUNK), (1, 2, 3)):

@@ -6,7 +6,15 @@ import random
 import pytest
 
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec
-from mindformers_glm32k.dryrun.analysis.order import execution_order, frugal_order, live_bytes, ordered_events, peaks
+from mindformers_glm32k.dryrun.analysis.order import (
+    alive_at_peak,
+    by_order,
+    execution_order,
+    frugal_order,
+    live_bytes,
+    ordered_events,
+    peaks,
+)
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
 
 
@@ -52,6 +60,14 @@ def test_an_only_user_runs_at_once_in_bfs_too():
     trace = traced(TWO_BRANCHES, ["both"])
     assert names(trace, "bfs") == ["a", "left1", "left2", "right1", "right2", "both"]
     assert peaks(trace) == {"file": 17, "bfs": 10, "dfs": 10, "best": 10}
+
+
+def test_what_is_alive_at_the_peak_makes_up_the_peak():
+    trace = traced(TWO_BRANCHES, ["both"])
+    for how, events in by_order(trace).items():
+        alive = alive_at_peak(trace, events)
+        assert sum(buffer.spec.bytes for buffer in alive) == peaks(trace)[how] == 10
+        assert [buffer.event.node.name for buffer in alive] == ["a", "left1", "left2"]
 
 
 def test_a_gather_of_weights_waits_for_the_layer_before():

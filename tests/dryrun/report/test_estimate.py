@@ -21,13 +21,13 @@ def program(stage, matmul=0, attention=0, moved=0, collectives=()):
     }
 
 
-def report(*programs, stages=None, micro_batches=1):
+def report(*programs, stages=None, micro_batches=1, **sizes):
     stages = stages or len(programs)
     return {
         "config": "x.yaml",
         "world_size": stages,
         "tokens_per_step": 1200,
-        "layout_sizes": {"stages": stages, "micro_batches": micro_batches},
+        "layout_sizes": {"stages": stages, "micro_batches": micro_batches, **sizes},
         "programs": list(programs),
     }
 
@@ -50,6 +50,15 @@ def test_bubble_of_stages_that_are_alike():
     found = estimate(report(*(program(stage, 1600) for stage in range(4)), micro_batches=16), DEVICE, 1.0)
     assert found["step_seconds"] == pytest.approx(16 * (16 + 4 - 1) / 16)
     assert sum(found["parts"].values()) == pytest.approx(found["step_seconds"])
+
+
+def test_virtual_stages_divide_the_bubble():
+    programs = [program(stage, 1600) for stage in range(4)]
+    plain, interleaved = (
+        estimate(report(*programs, micro_batches=16, interleave=parts), DEVICE, 1.0)["parts"]["bubble"]
+        for parts in (1, 2)
+    )
+    assert plain == 3 and interleaved == 1.5
 
 
 def test_the_slowest_stage_sets_the_pace():

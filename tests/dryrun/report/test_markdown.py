@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib import pyplot
 
+from mindformers_glm32k.dryrun.report.estimate import FIGURES
 from mindformers_glm32k.dryrun.report.markdown import (
     MEMORY,
     ORDER_NAMES,
@@ -31,7 +32,7 @@ def test_an_engineer_finds_what_he_asks_for(report, pipeline):
     worst = max(report["programs"], key=lambda program: program["total_bytes"])
     assert f"({title(worst)})" in text
     assert "Estimates, not a measurement: **" in text and "tokens/s/p" in text
-    assert "by the fit to 16 figures" in text
+    assert f"by the fit to {FIGURES} figures" in text
     assert "| Send | forward | 0, 2 |" in text
     assert "max_device_memory" in text
     for program in report["programs"]:

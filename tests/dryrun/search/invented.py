@@ -10,11 +10,12 @@ from dryrun.tiny import CONFIG
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
 from mindformers_glm32k.dryrun.search.figures import combine, program_of
 from mindformers_glm32k.dryrun.search.model import Dims, Model
-from mindformers_glm32k.dryrun.search.search import Search
+from mindformers_glm32k.dryrun.search.search import MINUTES, Search
 from mindformers_glm32k.dryrun.search.space import HARDER
 from mindformers_glm32k.errors import InputError
 
 GIB = 2**30
+STATES = {"parameter": "weights", "accumulator": "gradients", "optimizer": "optimizer"}
 
 
 def card():
@@ -33,6 +34,8 @@ def program(figures, stage):
         "total_bytes_by_order": sizes,
         "total_bytes": sizes["dfs"],
         "activation_peak_bytes": sizes["dfs"] - figures["states",],
+        **{f"{name}_bytes": figures[key,] for name, key in STATES.items()},
+        "at_peak_by_order": {order: {name: figures[name, order] for name in ("logits", "gathered")} for order in sizes},
     }
 
 
@@ -43,17 +46,22 @@ class Invented:
         dims: sizes of the model.
         memory, vector: factors on the closed form.
         broken: settings that do not compile, by a test of theirs.
+        loss: whether the loss is part of the peak.
     """
 
-    def __init__(self, dims, memory=1.2, vector=1.5, broken=lambda setting: False):
+    def __init__(self, dims, memory=1.2, vector=1.5, broken=lambda setting: False, loss=True):
         self.form, self.memory, self.vector, self.broken = Model(dims), memory, vector, broken
-        self.setting = None
+        self.loss = loss
         self.asked: list[str] = []
 
     def figures(self, setting, stage, layers):
         """What is true."""
         found = self.form.closed_form(setting, stage, layers)
         found["vector",] *= self.vector
+        if not self.loss:
+            for order in ("bfs", "dfs"):
+                found["bytes", order] -= found["logits", order]
+                found["logits", order] = 0
         activations = found["bytes", "bfs"] - found["states",]
         found["bytes", "bfs"] = found["states",] + self.memory * activations
         found["bytes", "dfs"] = found["states",] + (self.memory + 0.05) * activations
@@ -73,10 +81,10 @@ class Invented:
         return found
 
 
-def search(devices=8, limit=56, rows=16, config=None, **factors):
+def search(devices=8, limit=56, rows=16, config=None, minutes=MINUTES, **factors):
     """A search over invented programs, and these."""
     config = config or card()
-    made = Search(config, config, devices, limit * GIB, rows, None)
+    made = Search(config, config, devices, limit * GIB, rows, None, minutes)
     invented = Invented(made.dims, **factors)
 
     def shallow(setting):

@@ -4,15 +4,23 @@ import math
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from mindformers_glm32k.dryrun.report.estimate import FITTED, SPREAD, WORK, at_peak, estimate, fitted
+from mindformers_glm32k.dryrun.report.estimate import FIGURES, FITTED, SPREAD, WORK, at_peak, estimate, fitted
 from mindformers_glm32k.dryrun.search.calibrate import figures, fit, leave_one_out, spread
 
 
 def test_figures_have_sources():
     found = figures()
-    assert len(found) == 16 and all(figure.source and figure.speed > 1000 for figure in found)
+    assert len(found) == FIGURES and all(figure.source and figure.speed > 1000 for figure in found)
     assert {1758, 1583, 1442, 2501} <= {figure.speed for figure in found}
+
+
+def test_the_documents_say_how_many_figures_there_are():
+    text = " ".join((ROOT / "docs" / "dryrun.md").read_text(encoding="utf-8").split())
+    assert f"by least squares to {FIGURES} figures" in text and f"a fit to the {FIGURES - 1} others" in text
+    changes = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
+    assert f"fitted to {FIGURES} published figures" in changes
 
 
 def test_the_coefficients_are_those_of_the_fit():

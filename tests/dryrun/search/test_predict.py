@@ -7,6 +7,7 @@ from dryrun.search.invented import GIB
 from dryrun.tiny import CONFIG
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
 from mindformers_glm32k.dryrun.search import predict
+from mindformers_glm32k.dryrun.search.results import misfit
 from mindformers_glm32k.errors import InputError
 
 YAML = yaml.safe_load(CONFIG.with_name("predict_glm32k.yaml").read_text(encoding="utf-8"))
@@ -33,6 +34,8 @@ class Invented:
             "compile_seconds": 1.0,
             "peak_rss_bytes": 1,
             "total_bytes_by_order": {"bfs": size, "dfs": size + GIB},
+            "parameter_bytes": round(11 * GIB * layers / 28 / cards),
+            "cache_bytes": round(rows * GIB * layers / 28 / cards),
             "work": work,
             "collectives": [],
         }
@@ -50,6 +53,17 @@ def test_the_largest_batch_that_fits_is_the_fastest(tmp_path):
     assert best.bytes == pytest.approx(28 * GIB, rel=1e-6) and best.order == "bfs" and not best.compiled
     assert best.interval[0] < best.speed < best.interval[1]
     assert found[-1].bytes > 30 * GIB
+
+
+def test_where_nothing_fits_the_largest_term_is_named(tmp_path):
+    found = predict.search_prompts(YAML, YAML, 1, 10 * GIB, tmp_path)
+    assert {name: pytest.approx(size / GIB) for name, size in found[0].terms.items()} == {
+        "weights": 11,
+        "activations": 1,
+        "cache": 1,
+    }
+    line = misfit(found, 10 * GIB, tmp_path)
+    assert "one_prompts1, the smallest, takes 13.0 GiB and is 3.0 GiB over, most of it weights: 11.0 GiB" in line
 
 
 def test_two_cards_hold_more(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from dryrun.search.invented import card
 from mindformers_glm32k.dryrun.search import space
 from mindformers_glm32k.dryrun.search.space import RECOMPUTE, Setting, applied, settings
-from mindformers_glm32k.parallel import layout_problems
+from mindformers_glm32k.parallel import layers_per_stage, layout_problems
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 64])
@@ -37,6 +37,52 @@ def test_the_axes_that_are_looked_at():
     assert {one.recompute for one in found} == set(RECOMPUTE)
     assert {one.sequences for one in found if one.data_parallel == 8} == {1, 2}
     assert {one.layers for one in found if one.pipeline_stage == 4} == {(7, 7, 7, 7), (6, 7, 8, 7), (7, 8, 7, 6)}
+
+
+def test_only_pipelines_have_virtual_stages():
+    found = list(settings(card(), 8, 16))
+    assert any(one.interleave > 1 for one in found)
+    assert all(one.pipeline_stage > 1 and min(one.layers) >= one.interleave for one in found if one.interleave > 1)
+
+
+@pytest.mark.parametrize(
+    "layers, offset",
+    [
+        ((7, 7, 7, 7), [[1, 1, 1, 1], [0, 0, 0, 0]]),
+        ((6, 7, 8, 7), [[0, 1, 1, 1], [0, 0, 1, 0]]),
+        ((8, 8, 6, 6), [[1, 1, 0, 0], [1, 1, 0, 0]]),
+    ],
+)
+def test_virtual_stages_in_the_yaml(layers, offset):
+    setting = Setting(2, 1, 1, 4, 8, layers, interleave=2)
+    config = applied(card(), setting.keys())
+    model = config["model"]["model_config"]
+    assert model["offset"] == offset and model["pp_interleave_num"] == 2
+    assert config["parallel"]["pipeline_config"] == {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}
+    assert [sum(stage) for stage in zip(*layers_per_stage(config))] == list(layers)
+    even = applied(card(), Setting(4, 1, 1, 2, 4, (14, 14), interleave=2).keys())
+    assert even["model"]["model_config"]["offset"] == 0
+    plain = applied(card(), Setting(2, 1, 1, 4, 8, layers).keys())
+    assert "pipeline_config" not in plain["parallel"] and plain["model"]["model_config"]["pp_interleave_num"] == 1
+
+
+def test_chunks_of_other_sizes():
+    setting = Setting(8, layers=(28,), recompute="mlp", mlp_chunk=space.MLP_CHUNK)
+    found = list(setting.resized(32768, 2048))
+    assert [(one.mlp_chunk, one.loss_chunk) for one in found] == [
+        (4096, 1024),
+        (4096, 4096),
+        (2048, None),
+        (8192, None),
+    ]
+    assert all(one.usual == setting for one in found)
+    assert len({one.name for one in (*found, setting)}) == 5
+    assert applied(card(), found[0].keys())["model"]["model_config"]["loss_chunk_size"] == 1024
+    assert "loss_chunk_size" not in applied(card(), setting.keys())["model"]["model_config"]
+    # a rank of Ulysses has no more tokens than that in all; without chunks the MLP has no other size
+    ulysses = Setting(1, 1, 8, 1, 16, (28,), "none")
+    assert [one.loss_chunk for one in ulysses.resized(32768, 4096)] == [1024]
+    assert [one.loss_chunk for one in ulysses.resized(8192, 2048)] == []
 
 
 def test_adapters_have_no_gradients_to_share_out():
@@ -89,6 +135,7 @@ def test_names_are_different():
         Setting(2, 1, 1, 4, 8, (6, 7, 8, 7), "mlp", (2, 0, 0, 1), level=2),
         Setting(1, 4, 1, 2, 16, (14, 14)),
         Setting(layers=(28,)),
+        Setting(2, 1, 1, 4, 8, (6, 7, 8, 7), loss_chunk=1024, interleave=2),
     ],
     ids=lambda setting: setting.name,
 )

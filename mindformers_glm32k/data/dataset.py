@@ -34,7 +34,7 @@ from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.data.tokens import TokenizedSamples, all_lengths, kept_lengths
 from mindformers_glm32k.data.truncation import TRUNCATIONS
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.tokenizer.word_encoder import WordEncoder
+from mindformers_glm32k.tokenizer.vocabulary import WordEncoder
 
 SAMPLE, TOKEN = "sample", "token"
 # Read here, with the value that stands for a missing key (None: needed, or nothing).

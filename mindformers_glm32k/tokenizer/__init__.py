@@ -10,7 +10,7 @@ _FACE = {
     "GLM32KTokenizer": "glm32k_tokenizer",
     "GLM32KProcessor": "glm32k_tokenizer",
     "Vocabulary": "vocabulary",
-    "WordEncoder": "word_encoder",
+    "WordEncoder": "vocabulary",
 }
 __all__ = list(_FACE)
 __getattr__ = face(__name__, _FACE)

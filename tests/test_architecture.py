@@ -49,10 +49,10 @@ PRIVATE_EXCEPTIONS: dict[tuple[str, str], str] = {
 
 # The package as it is: these may come down, and rise only with a room. 125 files and 20,000 lines were the aim for what
 # stood before LongBench, `glm32k check` and the formats that people bring; it came to 133 files and 20,823 lines.
-MOST_FILES, MOST_LINES, LONGEST_FILE = 200, 33_300, 400
+MOST_FILES, MOST_LINES, LONGEST_FILE = 197, 33_300, 400
 # Files that one reads to follow a path to its end: `glm32k convert`, and a JSON line to its batch. It was 14 and 19
 # before adapters, unfinished downloads and other programs' formats were read.
-MOST_TO_READ = {"commands.convert": 18, "data.dataset": 21}
+MOST_TO_READ = {"commands.convert": 18, "data.dataset": 19}
 
 
 class Sources:

@@ -125,7 +125,7 @@ def _predict(args):
     from pathlib import Path
 
     from mindformers_glm32k.checks import shard_of
-    from mindformers_glm32k.data.prompts import PromptTemplates
+    from mindformers_glm32k.data.longbench import PromptTemplates
     from mindformers_glm32k.longbench import predict, samples
     from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
@@ -192,7 +192,7 @@ def _engine(args, tokenizer, vocabulary):
 
 
 def _scored(args, folder):
-    from mindformers_glm32k.data.holdout import Manifest
+    from mindformers_glm32k.data.longbench import Manifest
     from mindformers_glm32k.longbench import samples
     from mindformers_glm32k.longbench.score import score_folder
 

@@ -8,8 +8,8 @@ _FACE = {
     "GLM32KDataLoader": "loader",
     "GLM32KDataset": "dataset",
     "SampleSource": "sources",
-    "Manifest": "holdout",
-    "PromptTemplates": "prompts",
+    "Manifest": "longbench",
+    "PromptTemplates": "longbench",
     "write_task": "synthetic",
 }
 __all__ = sorted(_FACE)

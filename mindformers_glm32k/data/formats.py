@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindformers_glm32k.checks import UnusableJSON, nearest, parse_json
-from mindformers_glm32k.data.prompts import PromptTemplates
+from mindformers_glm32k.data.longbench import PromptTemplates
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.chat_format import listed_tools
 

@@ -9,9 +9,8 @@ import numpy as np
 from mindspore.dataset import GeneratorDataset, Sampler
 
 from mindformers_glm32k.checks import boolean, choice, reject_unknown, whole_number, workers
-from mindformers_glm32k.data.holdout import contamination_warning
 from mindformers_glm32k.data.jsonl import ON_ERROR, RAISE
-from mindformers_glm32k.data.sources import AUTO, LAYOUTS, SampleSource
+from mindformers_glm32k.data.sources import AUTO, LAYOUTS, SampleSource, contamination_warning
 from mindformers_glm32k.errors import InputError
 
 # column name -> what it holds of sample `index`

@@ -24,7 +24,7 @@ from mindformers_glm32k.data.formats import (
     layout_of,
 )
 from mindformers_glm32k.data.jsonl import RAISE, JsonLines, first_record
-from mindformers_glm32k.data.prompts import PromptTemplates
+from mindformers_glm32k.data.longbench import LOUD, Manifest, PromptTemplates, is_test_set, manifest_path
 from mindformers_glm32k.data.records import json_lines
 from mindformers_glm32k.errors import InputError
 
@@ -185,6 +185,23 @@ class SampleSource:
             for lines, _ in self._files
             if lines.problems.count
         ]
+
+
+def contamination_warning(source: SampleSource) -> list[str]:
+    """One loud sentence where LongBench's samples are read for training, from its own files or from records of which
+    nothing was held out; else nothing.
+    """
+    names = [
+        path
+        for path, dataset in source.longbench_files()
+        if is_test_set(dataset) and not (manifest_path(path).is_file() and Manifest.read(manifest_path(path)).holdout)
+    ]
+    if not names:
+        return []
+    return [
+        LOUD + f"Files: {', '.join(names)}. `glm32k preprocess --holdout 0.1` splits them by document and notes "
+        "which records were trained on."
+    ]
 
 
 class _NoData(InputError):

@@ -32,7 +32,7 @@ _CODE = (
     "data/chats.py",
     "data/formats.py",
     "data/records.py",
-    "data/prompts.py",
+    "data/longbench.py",
     "data/encode.py",
     "data/sources.py",
     "data/truncation.py",

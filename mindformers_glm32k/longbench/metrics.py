@@ -14,7 +14,7 @@ import string
 from collections import Counter
 from typing import Callable
 
-from mindformers_glm32k.data.prompts import plain_name
+from mindformers_glm32k.data.longbench import plain_name
 from mindformers_glm32k.errors import InputError
 
 EXTRA = "pip install 'mindformers-glm32k[longbench]'"

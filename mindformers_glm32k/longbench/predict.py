@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from mindformers_glm32k.data.holdout import document_key
-from mindformers_glm32k.data.prompts import CONTEXT, PromptTemplates, plain_name
+from mindformers_glm32k.data.longbench import CONTEXT, PromptTemplates, document_key, plain_name
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.generation.progress import Progress
 from mindformers_glm32k.longbench import samples

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_glm32k.data.formats import LongBenchLayout, text_field
-from mindformers_glm32k.data.holdout import LOUD, Manifest, is_held_out, is_test_set, manifest_path
 from mindformers_glm32k.data.jsonl import RAISE, Problems, parse_line
-from mindformers_glm32k.data.prompts import PromptTemplates
+from mindformers_glm32k.data.longbench import LOUD, Manifest, PromptTemplates, is_held_out, is_test_set, manifest_path
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.longbench.files import OUTPUTS, DataFile

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mindformers_glm32k.checks import whole_number
-from mindformers_glm32k.data.prompts import PromptTemplate, plain_name
+from mindformers_glm32k.data.longbench import PromptTemplate, plain_name
 from mindformers_glm32k.data.truncation import halves
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer import chat_format as chat

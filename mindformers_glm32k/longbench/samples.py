@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindformers_glm32k.data.holdout import is_test_set
 from mindformers_glm32k.data.jsonl import parse_line
-from mindformers_glm32k.data.prompts import plain_name
+from mindformers_glm32k.data.longbench import is_test_set, plain_name
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.longbench import files as longbench_files
 

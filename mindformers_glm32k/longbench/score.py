@@ -12,7 +12,7 @@ from typing import Callable
 
 import numpy as np
 
-from mindformers_glm32k.data.holdout import Manifest
+from mindformers_glm32k.data.longbench import Manifest
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.longbench.metrics import score_row

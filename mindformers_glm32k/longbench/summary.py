@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_glm32k.data.holdout import is_test_set
-from mindformers_glm32k.data.prompts import plain_name
+from mindformers_glm32k.data.longbench import is_test_set, plain_name
 from mindformers_glm32k.longbench.score import DatasetScores, RunScores, interval, resample
 
 CATEGORIES = {

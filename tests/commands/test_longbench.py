@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mindformers_glm32k import cli
-from mindformers_glm32k.data.holdout import Manifest
+from mindformers_glm32k.data.longbench import Manifest
 from tests.longbench.test_report import make_run
 from tests.longbench.test_score import prediction, write
 

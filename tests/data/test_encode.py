@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mindformers_glm32k.data.chats import ChatLayout
 from mindformers_glm32k.data.encode import IGNORED, SampleEncoder
 from mindformers_glm32k.data.formats import Chat, LongBenchLayout, Sample, Text, Turn
-from mindformers_glm32k.data.prompts import PromptTemplates
+from mindformers_glm32k.data.longbench import PromptTemplates
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.glm32k_tokenizer import GLM32KTokenizer
 

@@ -15,7 +15,7 @@ from mindformers_glm32k.data.formats import (
     Turn,
     layout_of,
 )
-from mindformers_glm32k.data.prompts import PromptTemplates
+from mindformers_glm32k.data.longbench import PromptTemplates
 from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
 

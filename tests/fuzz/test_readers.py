@@ -25,7 +25,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from mindformers_glm32k.data.prompts import PromptTemplates
+from mindformers_glm32k.data.longbench import PromptTemplates
 from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.generation.documents import read_document

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from mindformers_glm32k.data.holdout import TEST_SETS
+from mindformers_glm32k.data.longbench import TEST_SETS
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.longbench import metrics
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 
 from mindformers_glm32k import cli
-from mindformers_glm32k.data.holdout import Manifest, contamination_warning
-from mindformers_glm32k.data.sources import SampleSource
+from mindformers_glm32k.data.longbench import Manifest
+from mindformers_glm32k.data.sources import SampleSource, contamination_warning
 from mindformers_glm32k.longbench import preprocess
 
 SCRIPT = ROOT / "research" / "glm32k" / "glm32k_preprocess.py"

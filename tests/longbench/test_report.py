@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from mindformers_glm32k.data.holdout import TEST_SETS
+from mindformers_glm32k.data.longbench import TEST_SETS
 from mindformers_glm32k.longbench import summary, write_report
 from mindformers_glm32k.longbench.report import build
 from mindformers_glm32k.longbench.score import score_folder

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mindformers_glm32k.data.holdout import Manifest, document_key
+from mindformers_glm32k.data.longbench import Manifest, document_key
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.longbench import score_rows
 from mindformers_glm32k.longbench.predictions import read_predictions

@@ -1,19 +1,22 @@
-"""Splits by document, and what keeps scores on LongBench honest: its test sets in a model's training data."""
+"""What training data has to do with LongBench: its prompts, which are templates by data set, splits by document, and
+what keeps its scores honest: the test sets in a model's training data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import string
 from pathlib import Path
 from typing import Any
 
-from mindformers_glm32k.data.prompts import plain_name
-from mindformers_glm32k.data.sources import SampleSource
+from mindformers_glm32k.checks import parse_json
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
 
-VERSION = 1
+CONTEXT = "context"  # the field that holds the long document
+_HINT = "It maps each data set's name to its prompt, as LongBench's config/dataset2prompt.json does."
+_MANIFEST_VERSION = 1
 TEST_SETS = frozenset(
     "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader gov_report qmsum multi_news "
     "vcsum trec triviaqa samsum lsht passage_count passage_retrieval_en passage_retrieval_zh lcc repobench-p".split()
@@ -22,6 +25,93 @@ LOUD = (
     "THE MODEL IS TRAINED ON LONGBENCH'S TEST SET. LongBench has test sets only: scores on the records that were "
     "trained on say nothing about the model. "
 )
+
+
+def plain_name(dataset: str) -> str:
+    """The data set's name without LongBench-E's ending `_e`; both have the same prompt and metric."""
+    return dataset[:-2] if dataset.endswith("_e") else dataset
+
+
+class PromptTemplate:
+    """One prompt in str.format's syntax, with plain field names only.
+
+    Args:
+        text: the template.
+        what: what it is, for messages ("the prompt of 'trec'").
+
+    Raises:
+        InputError: no text, an unbalanced brace, or a field without a plain name.
+    """
+
+    def __init__(self, text: str, what: str):
+        self._what = what
+        if not isinstance(text, str):
+            raise InputError(f"{what} is {type(text).__name__}, not a text")
+        self.text = text
+        try:
+            self._pieces = [(literal, field) for literal, field, _, _ in string.Formatter().parse(text)]
+        except ValueError as error:
+            raise InputError(
+                f"{what} has a wrong brace ({error}); write {{{{ or }}}} for a brace in the text"
+            ) from error
+        wrong = [field for _, field in self._pieces if field is not None and not field.isidentifier()]
+        if wrong:
+            raise InputError(
+                f"{what} has the field {{{wrong[0]}}}; "
+                "write {context}, {input} or another field's name, or {{ }} for braces in the text"
+            )
+
+    def render(self, record: dict) -> tuple[str, tuple[int, int]]:
+        """Fills the fields in, as `template.format(**record)` does; InputError for one that is missing or no text.
+
+        Returns:
+            the prompt and where in it, in characters, the context stands (all of it where the template has no
+            {context}).
+        """
+        text, span = "", None
+        for literal, field in self._pieces:
+            text += literal
+            if field is None:
+                continue
+            value = record.get(field)
+            if not isinstance(value, str):
+                found = "missing" if field not in record else f"{type(value).__name__}, not a text"
+                raise InputError(f"field {field!r} is {found}, and {self._what} needs it")
+            if field == CONTEXT and span is None:
+                span = (len(text), len(text) + len(value))
+            text += value
+        return text, span or (0, len(text))
+
+
+class PromptTemplates:
+    """The prompts of a JSON file by data set; InputError where there is none, or a wrong template in it."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = require_file(path, "prompt file", _HINT)
+        try:
+            templates = parse_json(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"prompt file {self.path}: not JSON ({error}). {_HINT}") from error
+        if not isinstance(templates, dict) or not templates:
+            raise InputError(f"prompt file {self.path}: a JSON object is needed. {_HINT}")
+        self._templates = {
+            name: PromptTemplate(text, f"prompt file {self.path}: the prompt of {name!r}")
+            for name, text in templates.items()
+        }
+
+    def render(self, record: dict) -> tuple[str, tuple[int, int]]:
+        """The prompt of one LongBench record and where its context stands; see `PromptTemplate.render`."""
+        return self.template(record["dataset"]).render(record)
+
+    def template(self, dataset: str) -> PromptTemplate:
+        """That of a data set; InputError, with the names there are, for one without."""
+        # LongBench-E names its files hotpotqa_e; the prompts are those of hotpotqa.
+        for name in (dataset, plain_name(dataset)):
+            if name in self._templates:
+                return self._templates[name]
+        raise InputError(
+            f"no prompt for the data set {dataset!r} in {self.path}, which has {', '.join(self._templates)}; add one"
+        )
 
 
 def document_key(context: str, seed: int = 0) -> bytes:
@@ -51,23 +141,6 @@ def manifest_path(records: str | os.PathLike) -> Path:
     """Where the manifest of a file of records is."""
     records = Path(records)
     return records.with_name(f"{records.stem}.manifest.json")
-
-
-def contamination_warning(source: SampleSource) -> list[str]:
-    """One loud sentence where LongBench's samples are read for training, from its own files or from records of which
-    nothing was held out; else nothing.
-    """
-    names = [
-        path
-        for path, dataset in source.longbench_files()
-        if is_test_set(dataset) and not (manifest_path(path).is_file() and Manifest.read(manifest_path(path)).holdout)
-    ]
-    if not names:
-        return []
-    return [
-        LOUD + f"Files: {', '.join(names)}. `glm32k preprocess --holdout 0.1` splits them by document and notes "
-        "which records were trained on."
-    ]
 
 
 class Manifest:
@@ -113,7 +186,7 @@ class Manifest:
     def write(self, path: str | os.PathLike) -> None:
         """Writes the file, whole or not at all."""
         content = {
-            "version": VERSION,
+            "version": _MANIFEST_VERSION,
             "holdout": self.holdout,
             "seed": self.seed,
             "trained": self.trained,
@@ -129,8 +202,8 @@ class Manifest:
         path = require_file(path, "manifest", "`glm32k preprocess` writes one beside its records.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["version"] != VERSION:
-                raise ValueError(f"version {content['version']!r}, this program knows {VERSION}")
+            if content["version"] != _MANIFEST_VERSION:
+                raise ValueError(f"version {content['version']!r}, this program knows {_MANIFEST_VERSION}")
             manifest = cls(content["holdout"], content["seed"])
             manifest.trained = {name: list(ids) for name, ids in content["trained"].items()}
             manifest.held_out = {name: list(ids) for name, ids in content["held_out"].items()}

@@ -14,6 +14,7 @@ from mindformers_glm32k.dryrun.analysis.order import ORDERS
 from mindformers_glm32k.dryrun.report.estimate import ATLAS_800T_A2, FITTED, seconds_of_program
 from mindformers_glm32k.dryrun.search.measure import Programs
 from mindformers_glm32k.dryrun.search.results import Candidate
+from mindformers_glm32k.dryrun.search.search import Progress
 from mindformers_glm32k.dryrun.search.space import applied
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import layout_problems
@@ -64,7 +65,8 @@ class Prompts:
 def search_prompts(
     written: Mapping[str, Any], merged: Mapping[str, Any], devices: int, limit: float, folder: Path
 ) -> list[Candidate]:
-    """Batches of 1, 2, 4, … prompts, the fastest that fit first, then the smallest that does not.
+    """Batches of 1, 2, 4, … prompts and of the most that fit, the fastest that fit first, then the smallest that does
+    not.
 
     Raises:
         InputError: the trainer refuses so many NPUs for prediction.
@@ -76,13 +78,17 @@ def search_prompts(
     if problems:
         raise InputError(f"--devices {devices}: {problems[0]}")
     programs, layers = Programs(folder, written), int(model["num_layers"])
-    probes = []
-    for rows in _PROBED:
+    probes, progress = [], Progress()
+    for index, rows in enumerate(_PROBED):
+        progress.total = len(_PROBED) - index
+        progress.say(f"2 and 4 layers with {rows} prompt{'s' * (rows > 1)}, prefill and decoding")
         shallow, deeper = programs.shallow(applied(written, replace(first, rows=rows).keys()))
         probes.append([extrapolate(*pair, layers) for pair in zip(shallow, deeper)])
-    found = [_answer(replace(first, rows=2**power), probes) for power in range(_MOST.bit_length())]
-    fitting = sorted((item for item in found if item.bytes <= limit), key=lambda item: -item.speed)
-    return fitting + [item for item in found if item.bytes > limit][:1]
+        progress.done()
+    answers = [_answer(replace(first, rows=rows), probes) for rows in range(1, _MOST + 1)]
+    fit = [item for item in answers if item.bytes <= limit]
+    shown = [item for item in fit if item in fit[-1:] or item.setting.rows & (item.setting.rows - 1) == 0]
+    return sorted(shown, key=lambda item: -item.speed) + [item for item in answers if item.bytes > limit][:1]
 
 
 def _answer(setting, probes):

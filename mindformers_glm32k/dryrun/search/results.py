@@ -28,6 +28,15 @@ _TERMS = {
     "activations": ("activations", "they take less with a shorter model_config.seq_length or more NPUs (--devices)"),
     "cache": ("key-value cache", "it takes less with a shorter model_config.seq_length or more NPUs (--devices)"),
 }
+_OF_TRAINING = (
+    f"tokens/s/p is fitted to {FIGURES} published figures, nine in ten of which lie in such an interval; beside it "
+    "that by one figure, of which matmul to bubble are the seconds."
+)
+_OF_PREDICTION = (
+    "tokens/s/p are tokens decoded behind full prompts, at the efficiencies that were fitted for training: nothing "
+    "published is fitted for prediction, and the interval is a guess. Beside it that at the device's peaks, of which "
+    "matmul to bubble are the seconds of a token of each prompt."
+)
 _MISSES = 3  # candidates that do not fit, named when none does
 
 
@@ -87,7 +96,7 @@ def write(candidates: list[Candidate], written: Mapping[str, Any], limit: float,
     with atomic_path(folder / JSON) as path:
         content = {"candidates": entries, "memory_gib": limit / GIB, "nearest_misses": misses}
         path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    text = render(candidates, limit, config_file)
+    text = render(candidates, limit, config_file, str(written.get("run_mode")).startswith("predict"))
     with atomic_path(folder / TABLE) as path:
         path.write_text(text, encoding="utf-8")
     draw(candidates, limit, folder / PICTURE, config_file)
@@ -128,8 +137,8 @@ def _entry(item, name):
     return entry if name else {key: value for key, value in entry.items() if key != "config"}
 
 
-def render(candidates: list[Candidate], limit: float, config_file: str) -> str:
-    """The table in Markdown."""
+def render(candidates: list[Candidate], limit: float, config_file: str, predicts: bool = False) -> str:
+    """The table in Markdown; of prediction, where `predicts`."""
     lines = [
         [
             item.setting.name,
@@ -139,18 +148,17 @@ def render(candidates: list[Candidate], limit: float, config_file: str) -> str:
             f"{item.roofline:.0f}",
             f"{item.bytes / GIB:.1f}" + (" (too much)" if item.bytes > limit else ""),
             item.order,
-            f"{item.step_seconds:.1f}",
-            *(f"{item.parts[part]:.1f}" for part in PARTS),
+            *map(_seconds, (item.step_seconds, *(item.parts[part] for part in PARTS))),
             _origin(item),
         ]
         for item in candidates
     ]
     head = [
         "setting",
-        "sequences a step",
+        "prompts" if predicts else "sequences a step",
         "tokens/s/p",
         "interval",
-        "by one figure",
+        "at the peaks" if predicts else "by one figure",
         "GiB",
         "order",
         "step, s",
@@ -159,11 +167,16 @@ def render(candidates: list[Candidate], limit: float, config_file: str) -> str:
     ]
     how = (
         f"Layouts of {Path(config_file).name} for at most {limit / GIB:.0f} GiB a card, the fastest first. Memory is "
-        "of the fullest card, in the better of MindSpore's orders of execution, which the YAML sets. tokens/s/p "
-        f"is fitted to {FIGURES} published figures, nine in ten of which lie in such an interval; beside it that by "
-        "one figure, of which matmul to bubble are the seconds."
+        "of the fullest card, in the better of MindSpore's orders of execution, which the YAML sets. "
+        + (_OF_PREDICTION if predicts else _OF_TRAINING)
     )
-    return "\n\n".join(["# Search", how, table(head, lines), f"![Memory against speed]({PICTURE})", note()]) + "\n"
+    notes = [] if predicts else [note()]
+    return "\n\n".join(["# Search", how, table(head, lines), f"![Memory against speed]({PICTURE})", *notes]) + "\n"
+
+
+def _seconds(count):
+    """Two digits of what is less than a tenth of a second."""
+    return f"{count:.2g}" if 0 < count < 0.1 else f"{count:.1f}"
 
 
 def _origin(item):

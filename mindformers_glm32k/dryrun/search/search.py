@@ -61,7 +61,7 @@ class Search:
         self.dims = Dims.of(merged)
         self.model = Model(self.dims)
         self.programs = Programs(folder, written)
-        self.progress = _Progress()
+        self.progress = Progress()
         self.failed: set[Setting] = set()  # families whose programs do not compile
         self.settings = list(settings(merged, devices, rows))
         self.variants = _variants(self.settings)
@@ -87,11 +87,15 @@ class Search:
             unknown = [item.setting for item in best if not item.known]
             fits = any(item.bytes <= self.limit for item in best)
             tried = len(self.model.known) + len(self.failed)
-            if not unknown or tried >= (_FAMILIES if fits else _FAMILIES_IN_VAIN):
+            if not unknown or tried >= (_FAMILIES if fits else 1 if self._hopeless(best) else _FAMILIES_IN_VAIN):
                 return
             missing = [family for setting in unknown for family in self.model.missing(setting)]
             self.progress.total = len(set(missing))
             yield missing[0]
+
+    def _hopeless(self, found):
+        """Whether what a step keeps, weights, moments and gradients, is too much for all of them already."""
+        return all(max(stage["states",] for stage in item.stages) > self.limit for item in found)
 
     def _compile_shallow(self, family):
         self.progress.say(f"2 and 4 layers a stage of {family.name}")
@@ -144,8 +148,8 @@ class Search:
             item = self.candidate(setting)
             if item.bytes > self.limit:
                 item = self._mixed(setting) or item
-            better = item.bytes < best.bytes if best.bytes > self.limit else item.speed > best.speed * _WORTH
-            if better and (item.known or not spent) and (item.bytes <= self.limit or best.bytes > self.limit):
+            better = best.bytes > self.limit or item.speed > best.speed * _WORTH
+            if better and item.bytes <= self.limit and (item.known or not spent):
                 found.append(item)
         return found
 
@@ -259,7 +263,7 @@ def _variants(found):
     return [sorted(group, key=lambda one: (one.level, one.mlp_chunk is not None)) for group in groups.values()]
 
 
-class _Progress:
+class Progress:
     """Lines on standard error: what is compiled, how long it took so far, how long it may still take."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):

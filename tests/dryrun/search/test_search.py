@@ -70,6 +70,13 @@ def test_where_nothing_fits_the_nearest_misses_are_left():
     assert candidates[0].bytes == min(item.bytes for item in candidates)
 
 
+def test_one_look_is_enough_where_the_states_do_not_fit(capsys):
+    found, invented = search(devices=1)
+    candidates = found.run()
+    assert len(invented.asked) == 1 and candidates[0].known and candidates[0].bytes > 56 * GIB
+    assert next(iter(candidates[0].terms)) == "optimizer"
+
+
 def test_layers_are_recomputed_as_a_whole_until_it_fits():
     candidates = search(limit=45)[0].run(quick=True)
     mixed = [item for item in candidates if item.setting.recomputed]

@@ -18,11 +18,11 @@ from mindformers_glm32k.files import copy_atomically, require_space, work_folder
 from mindformers_glm32k.weights import reshard
 from mindformers_glm32k.weights.checkpoint import open_source
 from mindformers_glm32k.weights.config_json import check_agreement, config_of
-from mindformers_glm32k.weights.lora import add_product, pairs_of
+from mindformers_glm32k.weights.lora import pairs_of, write_adapter
 from mindformers_glm32k.weights.merge_plan import FROZEN, MergePlan
 from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_tensors
 from mindformers_glm32k.weights.names import ADAPTER, STATE, WEIGHT, in_model_order, key_of, kind_of
-from mindformers_glm32k.weights.peft import write_adapter
+from mindformers_glm32k.weights.peft import add_product
 from mindformers_glm32k.weights.rank_files import choose
 from mindformers_glm32k.weights.strategy import read_stages, stage_devices, write_stage
 from mindformers_glm32k.weights.tensors import StoredTensor, cast, same_bits, stored_bytes

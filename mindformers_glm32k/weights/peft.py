@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's folders: merged into a base while it is converted, and written from those of MindFormers.
+"""LoRA adapters in PEFT's folders, merged into a base while it is converted.
 
 PEFT computes W x + scale B A x with A (r, in), B (out, r), and scale = lora_alpha / r, or / sqrt(r) with use_rslora.
 Sources: peft/tuners/lora/{config,layer}.py, peft/utils/{save_and_load,other}.py.
@@ -6,7 +6,6 @@ Sources: peft/tuners/lora/{config,layer}.py, peft/utils/{save_and_load,other}.py
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zlib
@@ -22,13 +21,11 @@ from mindformers_glm32k.checks import is_int, is_number, parse_json
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.checkpoint import read_file
 from mindformers_glm32k.weights.finding import ADAPTER_CONFIG
-from mindformers_glm32k.weights.lora import add_product
 from mindformers_glm32k.weights.model_dims import ModelDims
-from mindformers_glm32k.weights.names import MLP, QKV, TensorKey, adapter_of, key_of, name_of, unwrapped
+from mindformers_glm32k.weights.names import TensorKey, key_of, unwrapped
 from mindformers_glm32k.weights.tensors import CARRIER, ITEM_SIZE, StoredTensor, cast, count_not_finite
-from mindformers_glm32k.weights.writer import CheckpointWriter
 
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Fields that change no value of a merge: who made it, dropout, where adapters were put (their names tell), the start.
 _WITHOUT_EFFECT = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout "
@@ -166,9 +163,9 @@ def _read_config(folder):
 
 def _read_tensors(folder):
     """The adapters, module -> (A, B), and the tensors that replace a base's."""
-    file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise InputError(f"{folder}: neither {' nor '.join(_FILES)} is there; give the folder that PEFT saved")
+        raise InputError(f"{folder}: neither {' nor '.join(ADAPTER_FILES)} is there; give the folder that PEFT saved")
     found, whole = {}, []
     for tensor in read_file(file):
         if tensor.dtype not in ITEM_SIZE:
@@ -216,10 +213,11 @@ def _overlaps(dims, key, weights):
     for target in weights:
         for part in target.parts:
             if target.layer == key.layer and part in key.parts:
-                yield target, tuple(_rows_of(dims, one, part) for one in (target, key))
+                yield target, tuple(rows_of(dims, one, part) for one in (target, key))
 
 
-def _rows_of(dims, key, part):
+def rows_of(dims: ModelDims, key: TensorKey, part: str) -> tuple[int, int]:
+    """Where a part of names.py lies in a tensor that holds it: its rows, from and to."""
     start = sum(dims.rows(other) for other in key.parts[: key.parts.index(part)])
     return start, start + dims.rows(part)
 
@@ -254,124 +252,25 @@ def _check_saved(config, whole, path):
             raise InputError(f"{path}: modules_to_save names {name!r}, but the adapter's file has none of it")
 
 
-def write_adapter(
-    folder: Path,
-    adapters: Mapping[str, tuple[np.ndarray, str]],
-    scale: float,
-    dims: ModelDims | None,
-    naming: str = "chatglm",
-) -> CheckpointWriter:
-    """Writes MindFormers' adapters as a PEFT folder; returns the writer, for a report.
+def add_product(
+    weight: tuple[np.ndarray, str], a: tuple[np.ndarray, str], b: tuple[np.ndarray, str], scale: float, name: str
+) -> np.ndarray:
+    """W + scale x B A, computed in float32 and rounded once to the weight's dtype.
 
-    For the published model ("chatglm") split projections become one adapter of the fused one: their A on each other,
-    their B on the diagonal, so that the rank is the sum of theirs, and lora_alpha = scale x rank keeps the product.
-    For transformers' `glm` a fused one becomes three, which share A. There all have the largest rank, filled with
-    zeros: engines allocate one rank, and not all of them read PEFT's patterns.
+    Args:
+        weight, a, b: values in the carrier of a dtype, and the dtype.
+        scale: alpha / rank.
+        name: of the weight, for messages.
 
     Raises:
-        InputError: some of a fused projection's parts have no adapter, and no `dims` tell how large they are.
+        InputError: values that the weight's dtype cannot hold.
     """
-    modules = {}
-    for name, values in adapters.items():
-        weight, side = adapter_of(name)
-        parts, layer = key_of(weight)
-        fused = next((family for family in (QKV, MLP) if parts[0] in family), parts)
-        modules.setdefault(TensorKey(fused, layer), {}).setdefault(parts, {})[side] = values
-    pairs = {}
-    for key, parts in modules.items():
-        for part_key, pair in _split(key, parts, dims) if naming == "glm" else [(key, _fuse(key, parts, dims))]:
-            pairs[name_of(part_key, naming)[: -len(".weight")]] = pair
-    if naming == "glm":
-        pairs = _padded(pairs)
-    ranks = {module: len(a) for module, (a, _) in pairs.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: other for module, other in ranks.items() if other != rank}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "THUDM/chatglm3-6b-32k" if naming == "chatglm" else None,
-        "r": rank,
-        "lora_alpha": _plain(scale * rank),
-        "lora_dropout": 0.0,
-        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks}),
-        "rank_pattern": others,
-        "alpha_pattern": {module: _plain(scale * other) for module, other in others.items()},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    layers = sorted({key.layer for key in modules if key.layer is not None})
-    expected = dims.num_layers if dims else layers[-1] + 1
-    by_target = Counter(module.rsplit(".", 1)[-1] for module in ranks)
-    if set(by_target.values()) != {expected}:
-        config["target_modules"] = sorted(ranks)  # only some layers have it: whole names
-    folder.mkdir()
-    tensors = {
-        f"base_model.model.{module}.lora_{side}.weight": values
-        for module, pair in pairs.items()
-        for side, values in zip("AB", pair)
-    }
-    entries = [(name, values.shape, "fp32") for name, values in tensors.items()]
-    with CheckpointWriter.for_file(folder / _FILES[0], entries, "pt") as writer:
-        for name, values in tensors.items():
-            writer.write(name, values)
-        writer.finish()
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return writer
-
-
-def _split(key, parts, dims):
-    """Yields (key, (A, B)) of the weights that `glm` has for one that is fused here: the three of attention."""
-    if key.parts != QKV:
-        yield key, _fuse(key, parts, dims)
-    elif QKV in parts:
-        if dims is None:
-            raise InputError(
-                "adapters of query_key_value only: the rows of query, key and value in it are unknown; give --config "
-                "with the YAML of the run"
-            )
-        a, b = _fuse(key, parts, dims)
-        for part in QKV:
-            rows = slice(*_rows_of(dims, key, part))
-            yield TensorKey((part,), key.layer), (a, np.ascontiguousarray(b[rows]))
-    else:
-        for held, sides in parts.items():
-            yield TensorKey(held, key.layer), _fuse(TensorKey(held, key.layer), {held: sides}, dims)
-
-
-def _padded(pairs):
-    """All pairs with the largest rank of any: rows of A and columns of B that are zero add nothing."""
-    rank = max(len(a) for a, _ in pairs.values())
-    return {
-        module: (np.pad(a, ((0, rank - len(a)), (0, 0))), np.pad(b, ((0, 0), (0, rank - b.shape[1]))))
-        for module, (a, b) in pairs.items()
-    }
-
-
-def _fuse(key, parts, dims):
-    """A and B in float32 of one fused weight, from those of the tensors that hold its parts."""
-    wide = {
-        held: [cast(np.ascontiguousarray(values), dtype, "fp32") for values, dtype in (sides["a"], sides["b"])]
-        for held, sides in parts.items()
-    }
-    if key.parts in wide:
-        return wide[key.parts]
-    if dims is None and len(wide) < len(key.parts):
-        raise InputError(
-            f"adapters of {', '.join(name_of(TensorKey(held, key.layer), 'mindspore') for held in wide)} only: their "
-            "rows in the fused weight are unknown; give --config with the YAML of the run"
-        )
-    rows = {part: dims.rows(part) if dims else len(wide[(part,)][1]) for part in key.parts}
-    a = np.concatenate([pair[0] for pair in wide.values()])
-    b, column, row = np.zeros((sum(rows.values()), len(a)), np.float32), 0, 0
-    starts = {}
-    for part in key.parts:
-        starts[part], row = row, row + rows[part]
-    for (part,), (_, other) in wide.items():
-        b[starts[part] : starts[part] + rows[part], column : column + other.shape[1]] = other
-        column += other.shape[1]
-    return a, b
-
-
-def _plain(number):
-    return int(number) if number == int(number) else number
+    values, dtype = weight
+    wide = [cast(np.ascontiguousarray(array), kind, "fp32") for array, kind in (weight, a, b)]
+    total = (wide[0] + (wide[2] @ wide[1]) * np.float32(scale)).astype(np.float32)
+    result = cast(total, "fp32", dtype)
+    back = cast(result, dtype, "fp32")
+    lost = int(np.count_nonzero(~np.isfinite(back))) - int(np.count_nonzero(~np.isfinite(wide[0])))
+    if lost > 0:
+        raise InputError(f"{name}: {lost} merged values are too large for {dtype}; merge into a base of fp32 or bf16")
+    return result.reshape(values.shape)

@@ -12,7 +12,7 @@ from mindspore import merge_pipeline_strategys, transform_checkpoints
 from mindformers_glm32k import cli
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import convert, merge
-from mindformers_glm32k.weights.lora import add_product
+from mindformers_glm32k.weights.peft import add_product
 from mindformers_glm32k.weights.strategy import read_strategy
 from mindformers_glm32k.weights.tensors import cast
 from weights.parallel import CASES, read_all, read_weights, whole_tensors, write_checkpoint, write_layout

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.weights import convert, convert_reversed
-from mindformers_glm32k.weights.peft import write_adapter
+from mindformers_glm32k.weights.lora import write_adapter
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder
 from .test_peft import DIMS, TARGETS, adapters

@@ -1,4 +1,5 @@
-"""The files of a checkpoint, of any format: found, listed, checked against their index, and held against the model."""
+"""A checkpoint of any format: its files are found, listed, checked against their index and held against the model; and
+which values of it go where in another layout, decided before anything is written."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,9 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.finding import HOW_TO_MERGE, find_files
 from mindformers_glm32k.weights.model_dims import ModelDims
 from mindformers_glm32k.weights.names import (
+    MLP,
+    QKV,
+    QKV_BIAS,
     STATE_PREFIXES,
     TensorKey,
     foreign_kind,
@@ -23,7 +28,7 @@ from mindformers_glm32k.weights.names import (
     name_of,
     unwrapped,
 )
-from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor, count_not_finite, same_bits
+from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor, TensorSpec, count_not_finite, same_bits
 
 # suffix -> module and function of formats/ that list a file's tensors; imported when there is such a file
 _READERS = {
@@ -31,6 +36,7 @@ _READERS = {
     **dict.fromkeys((".bin", ".pt", ".pth"), ("torch_bin", "read_torch")),
     ".ckpt": ("ckpt", "read_ckpt"),
 }
+_FAMILY = {part: family for family in (QKV, QKV_BIAS, MLP) for part in family}
 _MOST_NAMED = 12  # problems spelled out in one message
 
 
@@ -280,3 +286,83 @@ def raise_problems(path: object, problems: Iterable[str]) -> None:
     if problems:
         more = f"\n  … and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         raise InputError(f"{path}: {len(problems)} problems:\n  " + "\n  ".join(problems[:_MOST_NAMED]) + more)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Consecutive values copied from a source tensor to a target; all figures count elements."""
+
+    source: StoredTensor
+    source_start: int
+    target: TensorSpec
+    target_start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """The smallest unit of work: tensors that share parts, as Q, K, V and their fused form. The moves of a target are
+    in the order of its values."""
+
+    moves: tuple[Move, ...]
+
+    @property
+    def targets(self) -> list[TensorSpec]:
+        return list(dict.fromkeys(move.target for move in self.moves))
+
+    @property
+    def sources(self) -> list[StoredTensor]:
+        return list(dict.fromkeys(move.source for move in self.moves))
+
+
+def make_targets(
+    dims: ModelDims,
+    weights: Mapping[TensorKey, StoredTensor],
+    naming: str,
+    qkv_concat: bool,
+    mlp_concat: bool,
+    dtype: str | None,
+) -> dict[TensorKey, TensorSpec]:
+    """The tensors to write, in the model's order; without a dtype each keeps its own."""
+    own = {(part, key.layer): tensor.dtype for key, tensor in weights.items() for part in key.parts}
+    return {
+        key: TensorSpec(name_of(key, naming), dims.shape(key), dtype or own[key.parts[0], key.layer])
+        for key in model_keys(dims.num_layers, dims.qkv_bias, qkv_concat, mlp_concat)
+    }
+
+
+def make_groups(
+    dims: ModelDims, weights: Mapping[TensorKey, StoredTensor], targets: Mapping[TensorKey, TensorSpec]
+) -> list[TensorGroup]:
+    """Says which source values go where, in the order of the source files' bytes, so that disks are read forward."""
+    sources, locations = {}, {}
+    for key, tensor in weights.items():
+        sources.update(_locate_parts(dims, key, tensor))
+    for key, target in targets.items():
+        locations.update(_locate_parts(dims, key, target))
+    families = {}
+    for part in locations:
+        families.setdefault((_FAMILY.get(part[0], part[0]), part[1]), []).append(part)
+    groups = []
+    for (family, _), parts in families.items():
+        moves: list[Move] = []
+        for part in sorted(parts, key=lambda part: family.index(part[0]) if isinstance(family, tuple) else 0):
+            source, source_start, count = sources[part]
+            target, target_start, _ = locations[part]
+            last = moves[-1] if moves else None
+            if last and last.source is source and last.target is target:
+                moves[-1] = Move(source, last.source_start, target, last.target_start, last.count + count)
+            else:
+                moves.append(Move(source, source_start, target, target_start, count))
+        groups.append(TensorGroup(tuple(moves)))
+    return sorted(groups, key=lambda group: (group.moves[0].source.file, group.moves[0].source.segments[0][0]))
+
+
+def _locate_parts(dims, key, tensor):
+    """Where each part of a tensor lies: (part, layer) -> (tensor, first element, elements)."""
+    row, start, locations = prod(tensor.shape[1:]), 0, {}
+    for part in key.parts:
+        count = dims.rows(part) * row
+        locations[part, key.layer] = (tensor, start, count)
+        start += count
+    return locations

@@ -20,13 +20,20 @@ import numpy as np
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import copy_atomically, require_space, work_folder
-from mindformers_glm32k.weights.checkpoint import Source, check_against, open_source, weights_of
+from mindformers_glm32k.weights.checkpoint import (
+    Source,
+    TensorGroup,
+    check_against,
+    make_groups,
+    make_targets,
+    open_source,
+    weights_of,
+)
 from mindformers_glm32k.weights.config_json import check_agreement, config_of, config_text, find_config, read_config
 from mindformers_glm32k.weights.finding import INDEX_SUFFIX
 from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_config, dims_from_tensors
 from mindformers_glm32k.weights.names import TensorKey
 from mindformers_glm32k.weights.peft import merge_adapter
-from mindformers_glm32k.weights.plan import TensorGroup, make_groups, make_targets
 from mindformers_glm32k.weights.tensors import StoredTensor, cast, check_dtype
 from mindformers_glm32k.weights.writer import (
     FORMATS,

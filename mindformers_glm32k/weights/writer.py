@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, flush
-from mindformers_glm32k.weights.checkpoint import read_file
-from mindformers_glm32k.weights.plan import TensorGroup
+from mindformers_glm32k.weights.checkpoint import TensorGroup, read_file
 from mindformers_glm32k.weights.tensors import (
     ITEM_SIZE,
     StoredTensor,

@@ -25,8 +25,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = str(ROOT)
 
 from mindformers_glm32k.weights import merge, split  # noqa: E402
-from mindformers_glm32k.weights.model_dims import ModelDims  # noqa: E402
-from mindformers_glm32k.weights.names import model_keys, name_of  # noqa: E402
+from mindformers_glm32k.weights.names import (  # noqa: E402
+    ModelDims,  # noqa: E402
+    model_keys,
+    name_of,
+)
 from mindformers_glm32k.weights.writer import CheckpointWriter  # noqa: E402
 
 

@@ -96,8 +96,8 @@ def strategy_of_run(args: argparse.Namespace) -> Iterator[tuple]:
         return
     from mindformers_glm32k.commands.split import compiled_strategy, is_sharded
     from mindformers_glm32k.dryrun.compile.pool import read_layout
+    from mindformers_glm32k.weights.config_json import dims_of_run
     from mindformers_glm32k.weights.lora import scale_of_config
-    from mindformers_glm32k.weights.model_dims import dims_of_run
 
     arguments = ["--config", str(Path(args.config).resolve()), *args.overrides]
     layout, config = read_layout(arguments)

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from mindformers_glm32k.dryrun.compile.pool import read_layout
     from mindformers_glm32k.weights.checkpoint import open_source
-    from mindformers_glm32k.weights.config_json import check_agreement, config_of
-    from mindformers_glm32k.weights.model_dims import dims_of_run
+    from mindformers_glm32k.weights.config_json import check_agreement, dims_of_run
+    from mindformers_glm32k.weights.finding import config_of
     from mindformers_glm32k.weights.splitting import refuse_existing, split
 
     try:

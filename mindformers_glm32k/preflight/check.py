@@ -14,7 +14,7 @@ from mindformers_glm32k.preflight.records import records_findings
 from mindformers_glm32k.preflight.rules import TRAINS, checkpoint_of, is_template, layout_findings, weights_findings
 from mindformers_glm32k.preflight.run_config import config_findings
 from mindformers_glm32k.preflight.schedule import disk_findings, schedule_findings
-from mindformers_glm32k.weights.model_dims import dims_of_run
+from mindformers_glm32k.weights.config_json import dims_of_run
 from mindformers_glm32k.weights.names import model_keys
 
 # sections that MindFormers fills in where a YAML lacks them

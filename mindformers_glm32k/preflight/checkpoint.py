@@ -17,7 +17,7 @@ from mindformers_glm32k.preflight.findings import ERROR, NOTE, WARNING, Finding
 if TYPE_CHECKING:
     from mindspore import nn
 
-    from mindformers_glm32k.weights.model_dims import ModelDims
+    from mindformers_glm32k.weights.names import ModelDims
 
 _SHOWN = 5
 _LOOKED_AT_BYTES = 64 << 20  # of values, in search of NaN

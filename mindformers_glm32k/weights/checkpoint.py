@@ -15,12 +15,12 @@ import numpy as np
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.finding import HOW_TO_MERGE, find_files
-from mindformers_glm32k.weights.model_dims import ModelDims
 from mindformers_glm32k.weights.names import (
     MLP,
     QKV,
     QKV_BIAS,
     STATE_PREFIXES,
+    ModelDims,
     TensorKey,
     foreign_kind,
     key_of,

@@ -1,20 +1,83 @@
-"""config.json of ChatGLM and of transformers' `glm`, as transformers 4 and 5 write it, reports and YAMLs that stand in
-for it, and what two of them must agree on although no shape shows it."""
+"""The one table of config.json's fields, as ChatGLM and transformers' `glm` call them; the file as transformers 4 and 5
+write it, reports and YAMLs that stand in for it; and what two of them must agree on although no shape shows it."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_glm32k.checks import parse_json
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.weights.finding import snapshot_of
-from mindformers_glm32k.weights.model_dims import FIELDS, GLM_NAMES, PUBLISHED, ModelDims, dims_from_config
+from mindformers_glm32k.weights.names import ModelDims
 from mindformers_glm32k.weights.tensors import TO_CONFIG
 
+
+class Field(NamedTuple):
+    """A field of ChatGLM's config.json.
+
+    published: what THUDM/chatglm3-6b-32k has; also the default of GLM32KConfig.
+    glm: the field of transformers' `glm` with the same meaning.
+    filled_in: written for `glm` even where the ChatGLM file leaves it to its code, since transformers' defaults are
+        those of another model.
+    in_yaml: means the same in a MindFormers model_config.
+    shapes: decides the shapes of weights.
+    """
+
+    published: Any
+    glm: str | None = None
+    filled_in: bool = False
+    in_yaml: bool = True
+    shapes: bool = False
+
+
+FIELDS = {
+    "_name_or_path": Field("THUDM/chatglm3-6b-32k", in_yaml=False),
+    "model_type": Field("chatglm", in_yaml=False),
+    "architectures": Field(["ChatGLMModel"], in_yaml=False),
+    "auto_map": Field(
+        {
+            "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+            "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+            "AutoModelForCausalLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+            "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+            "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
+        },
+        in_yaml=False,
+    ),
+    "add_bias_linear": Field(False),
+    "add_qkv_bias": Field(True, "attention_bias", filled_in=True, shapes=True),
+    "apply_query_key_layer_scaling": Field(True),
+    "apply_residual_connection_post_layernorm": Field(False),
+    "attention_dropout": Field(0.0, "attention_dropout", filled_in=True),
+    "attention_softmax_in_fp32": Field(True),
+    "bias_dropout_fusion": Field(True),
+    "ffn_hidden_size": Field(13696, "intermediate_size", shapes=True),
+    "fp32_residual_connection": Field(False),
+    "hidden_dropout": Field(0.0),
+    "hidden_size": Field(4096, "hidden_size", shapes=True),
+    "kv_channels": Field(128, "head_dim", shapes=True),
+    "layernorm_epsilon": Field(1e-05, "rms_norm_eps", filled_in=True),
+    "rope_ratio": Field(50),  # `glm`: rope_theta, see to_glm
+    "multi_query_attention": Field(True, shapes=True),
+    "multi_query_group_num": Field(2, "num_key_value_heads", shapes=True),
+    "num_attention_heads": Field(32, "num_attention_heads", shapes=True),
+    "num_layers": Field(28, "num_hidden_layers", shapes=True),
+    "original_rope": Field(True, in_yaml=False),
+    "padded_vocab_size": Field(65024, "vocab_size", shapes=True),
+    "post_layer_norm": Field(True),
+    "rmsnorm": Field(True),
+    "seq_length": Field(32768, "max_position_embeddings", filled_in=True),
+    "use_cache": Field(True, "use_cache", filled_in=True, in_yaml=False),
+    "torch_dtype": Field("float16", "torch_dtype", in_yaml=False),
+    "transformers_version": Field("4.30.2", in_yaml=False),
+    "tie_word_embeddings": Field(False, "tie_word_embeddings", filled_in=True, in_yaml=False),
+    "eos_token_id": Field(2, "eos_token_id", filled_in=True),
+    "pad_token_id": Field(0, "pad_token_id", filled_in=True),
+}
+PUBLISHED = {key: field.published for key, field in FIELDS.items()}
+GLM_NAMES = {key: field.glm for key, field in FIELDS.items() if field.glm}
 _ROPE_BASE = 10000.0
 _STOP_TOKENS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 _MODEL_CONFIG_LAYOUT = ("qkv_concat", "mlp_concat")
@@ -118,7 +181,7 @@ def read_config(path: str | Path) -> KnownConfig:
         path = path / "config.json"
     if path.suffix in (".yaml", ".yml"):
         return KnownConfig(*_from_yaml(path), path)
-    config = _load_json(path)
+    config = load_object(path)
     config = config.get("huggingface_config", config)  # a conversion's report carries it
     if not isinstance(config, dict) or config.get("model_type") not in ("chatglm", "glm"):
         found = config.get("model_type") if isinstance(config, dict) else config
@@ -188,7 +251,8 @@ def _whole(number):
     return int(number) if number == int(number) else number
 
 
-def _load_json(path):
+def load_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; raises InputError for anything else."""
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -219,29 +283,6 @@ def _from_yaml(path):
                 raise InputError(f"{path}: model.model_config.{key} is {value!r}, a number is needed") from error
     layout = {key: model[key] for key in _MODEL_CONFIG_LAYOUT if isinstance(model.get(key), bool)}
     return dict(defaults, **given), layout
-
-
-def config_of(checkpoint: str | Path) -> KnownConfig | None:
-    """What lies beside a checkpoint and tells its config: config.json in or beside it, or the report of the conversion,
-    split or merge that made it; None where nothing does.
-
-    Raises:
-        InputError: the config.json or report contradicts itself.
-    """
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = snapshot_of(path)
-        places = [*path.glob("*.report.json"), *path.glob("rank_0/*.report.json"), path / "config.json"]
-    else:
-        stem = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+\.index\.json|\.\w+)$", "", path.name)
-        places = [path.with_name(stem + ".report.json"), path.with_name("config.json")]
-    for place in places:
-        if place.is_file():
-            content = _load_json(place)
-            content = content.get("huggingface_config") if place.name.endswith(".report.json") else content
-            if isinstance(content, dict) and content.get("model_type") in ("chatglm", "glm"):
-                return read_config(place)
-    return None
 
 
 def check_agreement(known: KnownConfig | None, wanted: Mapping[str, Any], where: object) -> None:
@@ -283,33 +324,66 @@ def _effective(fields):
     return result
 
 
-def find_config(option: Any, checkpoint: Path, inferred: ModelDims) -> KnownConfig:
-    """The config of a checkpoint, from the first of: the option, what lies beside it (see `config_of`), the published
-    model when all dimensions are its.
-
-    Raises:
-        InputError: none of them is there, two contradict each other, or one the dimensions inferred from the tensors.
-    """
-    beside = config_of(checkpoint)
-    known = beside if option is None else read_config(option)
-    if known is not None:
-        wrong = dims_from_config(known.fields, known.origin).differences(inferred)
-        if wrong:
-            raise InputError(f"{checkpoint}: does not fit {known.origin}: {'; '.join(wrong)}")
-        check_agreement(beside, known.fields, known.origin)
-        return known
-    if inferred == dims_from_config(PUBLISHED, "the published config.json"):
-        note = f"{checkpoint}: no config.json or report beside it; that of ChatGLM3-6B-32K is taken (rope_ratio 50)"
-        return KnownConfig(dict(PUBLISHED), {}, Path(checkpoint), (note,))
-    raise InputError(
-        f"{checkpoint}: config.json cannot be made up from the weights (they do not tell the number of "
-        "heads); give --config with the original config.json or the YAML that trained the model"
-    )
-
-
 def config_text(fields: Mapping[str, Any], naming: str, dtype: str) -> str:
     """The text of config.json, for "chatglm" or "glm", with the dtype of the weights."""
     config = dict(to_glm(fields) if naming == "glm" else fields, torch_dtype=TO_CONFIG[dtype])
     if naming == "glm":
         config["dtype"] = config["torch_dtype"]
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def dims_from_config(config: Mapping[str, Any], path: Any) -> ModelDims:
+    """Reads the dimensions from the content of the config.json at `path`, of ChatGLM or of transformers' `glm`.
+
+    Raises:
+        InputError: another model, or keys that are missing or no positive numbers.
+    """
+    kind = config.get("model_type")
+    if kind not in ("chatglm", "glm"):
+        raise InputError(f"{path}: model_type is {kind!r}, 'chatglm' or 'glm' is needed")
+
+    def key_in_file(key):
+        return key if kind == "chatglm" else GLM_NAMES[key]
+
+    values, problems = {}, []
+    for key in (
+        "num_layers",
+        "padded_vocab_size",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "kv_channels",
+    ):
+        values[key] = config.get(key_in_file(key))
+        if key == "kv_channels" and values[key] is None and kind == "glm" and not problems:
+            values[key] = values["hidden_size"] // values["num_attention_heads"]
+        if type(values[key]) is not int or values[key] < 1:
+            problems.append(f"{key_in_file(key)} is {values[key]!r}, a positive number is needed")
+    heads = values["num_attention_heads"]
+    groups = config.get(key_in_file("multi_query_group_num"), heads)
+    if kind == "chatglm" and not config.get("multi_query_attention", True):
+        groups = heads
+    if type(groups) is not int or groups < 1:
+        problems.append(f"{key_in_file('multi_query_group_num')} is {groups!r}, a positive number is needed")
+    if config.get("add_bias_linear"):
+        problems.append("add_bias_linear is true: ChatGLM3 has no biases in its linear layers")
+    if config.get("tie_word_embeddings"):
+        problems.append("tie_word_embeddings is true: ChatGLM3 has an output layer of its own")
+    if problems:
+        raise InputError(f"{path}: " + "; ".join(problems))
+    return ModelDims(
+        values["num_layers"],
+        values["padded_vocab_size"],
+        values["hidden_size"],
+        values["ffn_hidden_size"],
+        heads * values["kv_channels"],
+        groups * values["kv_channels"],
+        bool(config.get(key_in_file("add_qkv_bias"), True)),
+    )
+
+
+def dims_of_run(config: Mapping[str, Any], path: Any) -> ModelDims:
+    """The dimensions by the merged configuration of the run of the YAML `path`; raises as `dims_from_config` does."""
+    model = config["model"]["model_config"]
+    given = {key: model[key] for key, field in FIELDS.items() if field.shapes and model.get(key) is not None}
+    return dims_from_config({**PUBLISHED, **given}, path)

@@ -29,10 +29,9 @@ from mindformers_glm32k.weights.checkpoint import (
     open_source,
     weights_of,
 )
-from mindformers_glm32k.weights.config_json import check_agreement, config_of, config_text, find_config, read_config
-from mindformers_glm32k.weights.finding import INDEX_SUFFIX
-from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_config, dims_from_tensors
-from mindformers_glm32k.weights.names import TensorKey
+from mindformers_glm32k.weights.config_json import check_agreement, config_text, dims_from_config, read_config
+from mindformers_glm32k.weights.finding import INDEX_SUFFIX, config_of, find_config
+from mindformers_glm32k.weights.names import ModelDims, TensorKey, dims_from_tensors
 from mindformers_glm32k.weights.peft import merge_adapter
 from mindformers_glm32k.weights.tensors import StoredTensor, cast, check_dtype
 from mindformers_glm32k.weights.writer import (

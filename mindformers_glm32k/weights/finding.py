@@ -1,14 +1,24 @@
-"""Which files a checkpoint consists of: indices, numbered sets, hub caches, unfinished downloads, adapters."""
+"""Which files a checkpoint consists of: indices, numbered sets, hub caches, unfinished downloads, adapters; and which
+config.json belongs to it."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mindformers_glm32k.checks import parse_json
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.config_json import (
+    PUBLISHED,
+    KnownConfig,
+    check_agreement,
+    dims_from_config,
+    load_object,
+    read_config,
+)
+from mindformers_glm32k.weights.names import ModelDims
 
 INDEX_SUFFIX = ".index.json"
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
@@ -244,3 +254,50 @@ def _require_whole_set(files):
             f"{files[0].parent}: files of several checkpoints lie in one folder "
             f"({', '.join(file.name for file in files)}); give the index file of the one meant"
         )
+
+
+def config_of(checkpoint: str | Path) -> KnownConfig | None:
+    """What lies beside a checkpoint and tells its config: config.json in or beside it, or the report of the conversion,
+    split or merge that made it; None where nothing does.
+
+    Raises:
+        InputError: the config.json or report contradicts itself.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = snapshot_of(path)
+        places = [*path.glob("*.report.json"), *path.glob("rank_0/*.report.json"), path / "config.json"]
+    else:
+        stem = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+\.index\.json|\.\w+)$", "", path.name)
+        places = [path.with_name(stem + ".report.json"), path.with_name("config.json")]
+    for place in places:
+        if place.is_file():
+            content = load_object(place)
+            content = content.get("huggingface_config") if place.name.endswith(".report.json") else content
+            if isinstance(content, dict) and content.get("model_type") in ("chatglm", "glm"):
+                return read_config(place)
+    return None
+
+
+def find_config(option: Any, checkpoint: Path, inferred: ModelDims) -> KnownConfig:
+    """The config of a checkpoint, from the first of: the option, what lies beside it (see `config_of`), the published
+    model when all dimensions are its.
+
+    Raises:
+        InputError: none of them is there, two contradict each other, or one the dimensions inferred from the tensors.
+    """
+    beside = config_of(checkpoint)
+    known = beside if option is None else read_config(option)
+    if known is not None:
+        wrong = dims_from_config(known.fields, known.origin).differences(inferred)
+        if wrong:
+            raise InputError(f"{checkpoint}: does not fit {known.origin}: {'; '.join(wrong)}")
+        check_agreement(beside, known.fields, known.origin)
+        return known
+    if inferred == dims_from_config(PUBLISHED, "the published config.json"):
+        note = f"{checkpoint}: no config.json or report beside it; that of ChatGLM3-6B-32K is taken (rope_ratio 50)"
+        return KnownConfig(dict(PUBLISHED), {}, Path(checkpoint), (note,))
+    raise InputError(
+        f"{checkpoint}: config.json cannot be made up from the weights (they do not tell the number of "
+        "heads); give --config with the original config.json or the YAML that trained the model"
+    )

@@ -18,9 +18,9 @@ from typing import Any
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import Busy
 from mindformers_glm32k.weights.checkpoint import open_source, read_file
-from mindformers_glm32k.weights.config_json import check_agreement, config_of
+from mindformers_glm32k.weights.config_json import check_agreement
 from mindformers_glm32k.weights.conversion import convert
-from mindformers_glm32k.weights.finding import ADAPTER_CONFIG, INDEX_SUFFIX, snapshot_of
+from mindformers_glm32k.weights.finding import ADAPTER_CONFIG, INDEX_SUFFIX, config_of, snapshot_of
 from mindformers_glm32k.weights.names import (
     STATE_PREFIXES,
     adapter_of,

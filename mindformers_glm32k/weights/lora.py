@@ -15,8 +15,7 @@ import numpy as np
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.finding import ADAPTER_CONFIG
-from mindformers_glm32k.weights.model_dims import ModelDims
-from mindformers_glm32k.weights.names import MLP, QKV, TensorKey, adapter_of, key_of, name_of
+from mindformers_glm32k.weights.names import MLP, QKV, ModelDims, TensorKey, adapter_of, key_of, name_of
 from mindformers_glm32k.weights.peft import ADAPTER_FILES, rows_of
 from mindformers_glm32k.weights.tensors import cast
 from mindformers_glm32k.weights.writer import CheckpointWriter

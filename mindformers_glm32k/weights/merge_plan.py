@@ -8,8 +8,16 @@ from typing import NamedTuple
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.checkpoint import check_against, raise_problems, weights_in
-from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_tensors
-from mindformers_glm32k.weights.names import ADAPTER, COUNTER, SCRATCH_PREFIX, STATE, WEIGHT, kind_of
+from mindformers_glm32k.weights.names import (
+    ADAPTER,
+    COUNTER,
+    SCRATCH_PREFIX,
+    STATE,
+    WEIGHT,
+    ModelDims,
+    dims_from_tensors,
+    kind_of,
+)
 from mindformers_glm32k.weights.rank_files import RankFiles
 from mindformers_glm32k.weights.strategy import ShardSpec
 from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor

@@ -17,11 +17,20 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import copy_atomically, require_space, work_folder
 from mindformers_glm32k.weights import reshard
 from mindformers_glm32k.weights.checkpoint import open_source
-from mindformers_glm32k.weights.config_json import check_agreement, config_of
+from mindformers_glm32k.weights.config_json import check_agreement
+from mindformers_glm32k.weights.finding import config_of
 from mindformers_glm32k.weights.lora import pairs_of, write_adapter
 from mindformers_glm32k.weights.merge_plan import FROZEN, MergePlan
-from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_tensors
-from mindformers_glm32k.weights.names import ADAPTER, STATE, WEIGHT, in_model_order, key_of, kind_of
+from mindformers_glm32k.weights.names import (
+    ADAPTER,
+    STATE,
+    WEIGHT,
+    ModelDims,
+    dims_from_tensors,
+    in_model_order,
+    key_of,
+    kind_of,
+)
 from mindformers_glm32k.weights.peft import add_product
 from mindformers_glm32k.weights.rank_files import choose
 from mindformers_glm32k.weights.strategy import read_stages, stage_devices, write_stage

@@ -1,4 +1,5 @@
-"""The one table of what a checkpoint's entries are: weights under all namings, adapters, optimizer states, counters.
+"""The one table of what a checkpoint's entries are: weights under all namings, adapters, optimizer states, counters;
+and the dimensions that decide their shapes.
 
 A row of the table lists the *parts* that a tensor holds, stacked along axis 0, and the tensor's names. Fused and split
 layouts are both rows: converting a layout is moving whole parts between rows, never touching a value. transformers'
@@ -11,10 +12,12 @@ Sources: mindformers/models/glm2, modeling_chatglm.py of THUDM/chatglm3-6b-32k, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights.tensors import StoredTensor
 
 NAMINGS = ("mindspore", "chatglm", "glm")
 QKV, QKV_BIAS, MLP = ("q", "k", "v"), ("q_bias", "k_bias", "v_bias"), ("gate", "up")
@@ -213,3 +216,101 @@ def in_model_order(names: Iterable[str]) -> list[str]:
 
 
 _ORDER = {key.parts[0]: index for index, key in enumerate(model_keys(1, True, False, False))}
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """The dimensions that decide every weight's shape.
+
+    Args:
+        num_layers: transformer layers.
+        vocab: rows of the embedding and of the output layer.
+        hidden: width of the residual stream.
+        ffn: width of one half of the MLP's first projection.
+        q_rows: heads x head_dim.
+        kv_rows: key-value groups x head_dim.
+        qkv_bias: whether the attention projections have biases.
+    """
+
+    num_layers: int
+    vocab: int
+    hidden: int
+    ffn: int
+    q_rows: int
+    kv_rows: int
+    qkv_bias: bool
+
+    def rows(self, part: str) -> int:
+        """Rows (axis 0) that a part takes in a tensor."""
+        return {
+            **dict.fromkeys(("embedding", "output"), self.vocab),
+            **dict.fromkeys(("q", "q_bias"), self.q_rows),
+            **dict.fromkeys(("k", "v", "k_bias", "v_bias"), self.kv_rows),
+            **dict.fromkeys(("gate", "up"), self.ffn),
+        }.get(part, self.hidden)
+
+    def shape(self, key: TensorKey) -> tuple[int, ...]:
+        rows = sum(self.rows(part) for part in key.parts)
+        first = key.parts[0]
+        if first.endswith(("_norm", "_bias")):
+            return (rows,)
+        return (rows, {"attention_out": self.q_rows, "mlp_out": self.ffn}.get(first, self.hidden))
+
+    def shape_of(self, name: str) -> tuple[int | None, ...] | None:
+        """The whole shape of a weight, adapter or state by its name: None stands for the rank of an adapter, which the
+        dimensions do not tell; None in all for parameters that are not this model's."""
+        name = plain_name(name)
+        weight, side = adapter_of(name) or (name, None)
+        try:
+            key = key_of(weight)
+        except InputError:
+            key = None
+        if key is None:
+            return None
+        shape = self.shape(key)
+        return {"a": (None, shape[-1]), "b": (shape[0], None)}.get(side, shape)
+
+    def fits(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a shape is as `shape_of` says."""
+        expected = self.shape_of(name)
+        return (
+            expected is None
+            or len(shape) == len(expected)
+            and all(wanted in (None, found) for wanted, found in zip(expected, shape))
+        )
+
+    def differences(self, found: ModelDims) -> list[str]:
+        """What is different in another model, as ["ffn is 160, expected 13696"]."""
+        other = asdict(found)
+        return [
+            f"{key} is {other[key]}, expected {value}" for key, value in asdict(self).items() if other[key] != value
+        ]
+
+
+def dims_from_tensors(weights: Mapping[TensorKey, StoredTensor]) -> ModelDims:
+    """Infers the dimensions where there is no config.json.
+
+    Raises:
+        InputError: the tensors that tell them are missing.
+    """
+    by_part = {}
+    for key, tensor in weights.items():
+        for part in key.parts:
+            by_part.setdefault((part, key.layer if key.layer in (None, 0) else -1), (key, tensor))
+
+    def shape(part, layer):
+        key, tensor = by_part.get((part, layer), (None, None))
+        if tensor is None or len(tensor.shape) != 2:
+            raise InputError(
+                f"the sizes of the model cannot be inferred: no tensor of 2 dimensions holds {part!r} of layer "
+                f"{layer}; put the model's config.json beside the weights"
+            )
+        return key, tensor.shape
+
+    vocab, hidden = shape("embedding", None)[1]
+    q_rows = shape("attention_out", 0)[1][1]
+    ffn = shape("mlp_out", 0)[1][1]
+    key, (rows, _) = shape("k", 0)
+    kv_rows = (rows - q_rows) // 2 if key.parts == QKV else rows
+    layers = 1 + max(key.layer for key in weights if key.layer is not None)
+    return ModelDims(layers, vocab, hidden, ffn, q_rows, kv_rows, ("k_bias", 0) in by_part)

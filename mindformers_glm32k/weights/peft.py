@@ -21,8 +21,7 @@ from mindformers_glm32k.checks import is_int, is_number, parse_json
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.checkpoint import read_file
 from mindformers_glm32k.weights.finding import ADAPTER_CONFIG
-from mindformers_glm32k.weights.model_dims import ModelDims
-from mindformers_glm32k.weights.names import TensorKey, key_of, unwrapped
+from mindformers_glm32k.weights.names import ModelDims, TensorKey, key_of, unwrapped
 from mindformers_glm32k.weights.tensors import CARRIER, ITEM_SIZE, StoredTensor, cast, count_not_finite
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -16,12 +16,22 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import flush, require_space, work_folder
 from mindformers_glm32k.weights import reshard
 from mindformers_glm32k.weights.checkpoint import Source, open_source, raise_problems, weights_in
-from mindformers_glm32k.weights.config_json import check_agreement, config_of
+from mindformers_glm32k.weights.config_json import check_agreement
 from mindformers_glm32k.weights.conversion import convert
+from mindformers_glm32k.weights.finding import config_of
 from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt
 from mindformers_glm32k.weights.loading import is_huggingface
-from mindformers_glm32k.weights.model_dims import ModelDims, dims_from_tensors
-from mindformers_glm32k.weights.names import ADAPTER, COUNTER, SCRATCH_PREFIX, STATE, STATE_PREFIXES, WEIGHT, kind_of
+from mindformers_glm32k.weights.names import (
+    ADAPTER,
+    COUNTER,
+    SCRATCH_PREFIX,
+    STATE,
+    STATE_PREFIXES,
+    WEIGHT,
+    ModelDims,
+    dims_from_tensors,
+    kind_of,
+)
 from mindformers_glm32k.weights.strategy import ShardSpec, read_stages, stage_devices, write_stage
 from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor, same_bits, stored_bytes
 

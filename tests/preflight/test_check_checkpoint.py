@@ -6,7 +6,7 @@ from weights.synthetic import TINY, chatglm_shapes, random_values, write_folder
 
 from mindformers_glm32k.preflight.checkpoint import checkpoint_findings
 from mindformers_glm32k.weights import convert
-from mindformers_glm32k.weights.model_dims import dims_of_run
+from mindformers_glm32k.weights.config_json import dims_of_run
 
 CONFIG = {"model": {"model_config": {**TINY, "param_init_type": "float32"}}}
 

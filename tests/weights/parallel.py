@@ -6,8 +6,7 @@ import numpy as np
 from dryrun.tiny import CONFIG, FFN, GROUPS, HEADS, HIDDEN, SHARDED, SIZE, VOCABULARY
 
 from mindformers_glm32k.weights.checkpoint import read_file
-from mindformers_glm32k.weights.model_dims import ModelDims
-from mindformers_glm32k.weights.names import model_keys, name_of
+from mindformers_glm32k.weights.names import ModelDims, model_keys, name_of
 from mindformers_glm32k.weights.writer import CheckpointWriter
 from weights.strategy_files import write_strategy
 

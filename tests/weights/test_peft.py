@@ -7,8 +7,8 @@ import pytest
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import convert, convert_reversed, load_hf_weights
+from mindformers_glm32k.weights.config_json import dims_from_config
 from mindformers_glm32k.weights.lora import write_adapter
-from mindformers_glm32k.weights.model_dims import dims_from_config
 
 from .synthetic import TINY, chatglm_shapes, random_values, write_folder, write_safetensors, write_torch
 

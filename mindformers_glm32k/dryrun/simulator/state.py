@@ -16,9 +16,9 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.weights import convert, is_huggingface
 from mindformers_glm32k.weights.checkpoint import open_source, weights_in
-from mindformers_glm32k.weights.config_json import check_agreement, config_of
-from mindformers_glm32k.weights.model_dims import dims_from_tensors
-from mindformers_glm32k.weights.names import COUNTER, SCRATCH_PREFIX, STATE_PREFIXES, kind_of
+from mindformers_glm32k.weights.config_json import check_agreement
+from mindformers_glm32k.weights.finding import config_of
+from mindformers_glm32k.weights.names import COUNTER, SCRATCH_PREFIX, STATE_PREFIXES, dims_from_tensors, kind_of
 from mindformers_glm32k.weights.strategy import ShardSpec
 from mindformers_glm32k.weights.tensors import cast
 from mindformers_glm32k.weights.writer import CheckpointWriter

@@ -3,7 +3,6 @@ which values of it go where in another layout, decided before anything is writte
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.finding import HOW_TO_MERGE, find_files
+from mindformers_glm32k.weights.formats import read_ckpt, read_safetensors
 from mindformers_glm32k.weights.names import (
     MLP,
     QKV,
@@ -29,13 +29,10 @@ from mindformers_glm32k.weights.names import (
     unwrapped,
 )
 from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor, TensorSpec, count_not_finite, same_bits
+from mindformers_glm32k.weights.torch_bin import read_torch
 
-# suffix -> module and function of formats/ that list a file's tensors; imported when there is such a file
-_READERS = {
-    ".safetensors": ("safetensors", "read_header"),
-    **dict.fromkeys((".bin", ".pt", ".pth"), ("torch_bin", "read_torch")),
-    ".ckpt": ("ckpt", "read_ckpt"),
-}
+# suffix -> what lists a file's tensors
+_READERS = {".safetensors": read_safetensors, **dict.fromkeys((".bin", ".pt", ".pth"), read_torch), ".ckpt": read_ckpt}
 _FAMILY = {part: family for family in (QKV, QKV_BIAS, MLP) for part in family}
 _MOST_NAMED = 12  # problems spelled out in one message
 
@@ -80,10 +77,8 @@ def read_file(path: str | os.PathLike) -> list[StoredTensor]:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         if head.startswith(b"version https://git-lfs"):
             raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
-    module, function = _READERS[path.suffix]
-    reader = getattr(importlib.import_module(f"mindformers_glm32k.weights.formats.{module}"), function)
     try:
-        return reader(path)
+        return _READERS[path.suffix](path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mindformers_glm32k.errors import CommandFailed
-from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt
+from mindformers_glm32k.weights.formats import ckpt_frame, read_ckpt
 from mindformers_glm32k.weights.tensors import StoredTensor
 
 CHUNK_BYTES = 512 << 20  # of all ranks' shards together; MindSpore needs about four times as much memory
@@ -133,7 +133,7 @@ def _write_chunk(path, tensors):
     with open(path, "wb") as handle:
         for tensor in tensors:
             start = 0
-            for before, length in frame(*tensor.spec):
+            for before, length in ckpt_frame(*tensor.spec):
                 handle.write(before)
                 for values in tensor.chunks(_READ_BYTES, start, start + length):
                     handle.write(memoryview(values).cast("B"))

@@ -19,7 +19,7 @@ from mindformers_glm32k.weights.checkpoint import Source, open_source, raise_pro
 from mindformers_glm32k.weights.config_json import check_agreement
 from mindformers_glm32k.weights.conversion import convert
 from mindformers_glm32k.weights.finding import config_of
-from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt
+from mindformers_glm32k.weights.formats import ckpt_frame, read_ckpt
 from mindformers_glm32k.weights.loading import is_huggingface
 from mindformers_glm32k.weights.names import (
     ADAPTER,
@@ -207,7 +207,7 @@ def _split(plan, costs, strategy, work, result, progress):
     for rank in range(plan.world):
         with open(_shard_file(result, rank), "ab") as file:
             for counter in plan.counters:
-                for before, _ in frame(*counter.spec):
+                for before, _ in ckpt_frame(*counter.spec):
                     file.write(before + counter.raw_bytes())
         flush(_shard_file(result, rank))
 

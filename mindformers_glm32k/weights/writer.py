@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, flush
 from mindformers_glm32k.weights.checkpoint import TensorGroup, read_file
+from mindformers_glm32k.weights.formats import ckpt_frame, safetensors_header
 from mindformers_glm32k.weights.tensors import (
     ITEM_SIZE,
     StoredTensor,
@@ -103,12 +104,10 @@ def lay_out(
 
 
 def _lay_out_ckpt(name, tensors, _):
-    from mindformers_glm32k.weights.formats.ckpt import frame
-
     position, framing, segments = 0, [], {}
     for tensor in tensors:
         ranges = []
-        for before, length in frame(*tensor):
+        for before, length in ckpt_frame(*tensor):
             framing.append((position, before))
             ranges.append((position + len(before), length))
             position += len(before) + length
@@ -117,9 +116,7 @@ def _lay_out_ckpt(name, tensors, _):
 
 
 def _lay_out_safetensors(name, tensors, framework):
-    from mindformers_glm32k.weights.formats.safetensors import build_header
-
-    header, offsets = build_header(tensors, {"format": framework})
+    header, offsets = safetensors_header(tensors, {"format": framework})
     segments = {tensor: ((offset, tensor.nbytes),) for tensor, offset in zip(tensors, offsets)}
     return OutputFile(name, len(header) + sum(tensor.nbytes for tensor in tensors), ((0, header),), segments)
 

@@ -38,7 +38,7 @@ from mindformers_glm32k.run_mindformer import _read_yaml, read_as_written
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 from mindformers_glm32k.weights.checkpoint import open_source, read_file, read_index
 from mindformers_glm32k.weights.config_json import read_config
-from mindformers_glm32k.weights.formats.ckpt import frame
+from mindformers_glm32k.weights.formats import ckpt_frame
 from mindformers_glm32k.weights.peft import merge_adapter
 from mindformers_glm32k.weights.strategy import read_strategy
 from tests.fuzz.guard import SPARE_BYTES, TIMES, memory_bound, watched
@@ -138,7 +138,7 @@ def seeds(tmp_path_factory, train_vocabulary):
         write(folder / name, tensors)
         found[name] = (folder / name).read_bytes()
     values = tensors["transformer.a.weight"].tobytes()
-    found["a.ckpt"] = b"".join(before + values for before, _ in frame("transformer.a.weight", (2, 3), "fp32"))
+    found["a.ckpt"] = b"".join(before + values for before, _ in ckpt_frame("transformer.a.weight", (2, 3), "fp32"))
     write_strategy(folder / "strategy.ckpt", {"a": ([2, 4], [0, -1], 0, 0), "b": ([2], [-1], 0, 0)})
     found["strategy.ckpt"] = (folder / "strategy.ckpt").read_bytes()
     found["tokenizer.model"] = Path(train_vocabulary()).read_bytes()

@@ -10,8 +10,7 @@ import pytest
 from mindformers_glm32k import cli
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import merge, split
-from mindformers_glm32k.weights.formats.ckpt import read_ckpt
-from mindformers_glm32k.weights.formats.safetensors import read_header
+from mindformers_glm32k.weights.formats import read_ckpt, read_safetensors
 from mindformers_glm32k.weights.reshard import Transformer
 from weights.parallel import TINY_DIMS, read_all, read_weights, whole_tensors, write_checkpoint, write_layout
 
@@ -80,7 +79,7 @@ def test_safetensors_files_of_a_run_with_counters(run, tmp_path):
     merge(run / "checkpoint", tmp_path / "out.safetensors", run / "strategy", optimizer_states=True)
     found = read_weights(tmp_path / "out.safetensors")
     assert all((found[name] == values).all() for name, values in read_weights(run / "whole.ckpt").items())
-    codes = {tensor.name: tensor.dtype for tensor in read_header(tmp_path / "out.safetensors") if not tensor.shape}
+    codes = {tensor.name: tensor.dtype for tensor in read_safetensors(tmp_path / "out.safetensors") if not tensor.shape}
     assert codes == {
         "scale_sense": "fp32",
         "step_num": "I64",

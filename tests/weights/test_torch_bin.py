@@ -9,7 +9,7 @@ import pytest
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights.checkpoint import open_source
-from mindformers_glm32k.weights.formats.torch_bin import read_torch
+from mindformers_glm32k.weights.torch_bin import read_torch
 from weights.synthetic import state_dict_pickle, write_torch
 
 

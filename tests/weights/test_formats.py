@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.weights import formats
 from mindformers_glm32k.weights.checkpoint import read_index
-from mindformers_glm32k.weights.formats import ckpt as ms_checkpoint
-from mindformers_glm32k.weights.formats.ckpt import frame, read_ckpt
+from mindformers_glm32k.weights.formats import ckpt_frame, read_ckpt
 from weights.synthetic import write_safetensors
 
 
@@ -14,7 +14,7 @@ def _write(path, tensors):
     with open(path, "wb") as handle:
         for name, dtype, values in tensors:
             raw, position = values.tobytes(), 0
-            for before, length in frame(name, values.shape, dtype):
+            for before, length in ckpt_frame(name, values.shape, dtype):
                 handle.write(before + raw[position : position + length])
                 position += length
 
@@ -41,7 +41,7 @@ def test_bytes_are_those_of_mindspore(tmp_path):
 def test_slices_of_a_large_tensor(tmp_path, monkeypatch):
     import mindspore
 
-    monkeypatch.setattr(ms_checkpoint, "SLICE_BYTES", 1000)
+    monkeypatch.setattr(formats, "SLICE_BYTES", 1000)
     path = tmp_path / "sliced.ckpt"
     _write(path, _examples())
     loaded = mindspore.load_checkpoint(str(path))
@@ -87,7 +87,7 @@ def test_every_cut_of_a_checkpoint_is_an_input_error(tmp_path):
     path, cut = tmp_path / "whole.ckpt", tmp_path / "cut.ckpt"
     _write(path, _examples())
     data = path.read_bytes()
-    boundary = len(data) - len(_examples()[1][2].tobytes()) - len(frame("b.weight", (130,), "fp16")[0][0])
+    boundary = len(data) - len(_examples()[1][2].tobytes()) - len(ckpt_frame("b.weight", (130,), "fp16")[0][0])
     for length in [*range(1, 60), *range(60, len(data), 97)]:
         cut.write_bytes(data[:length])
         if length == boundary:

@@ -28,6 +28,17 @@ def test_one_program_per_stage(report):
         assert program["peak_rss_bytes"] > 100e6
 
 
+def test_the_phases_of_a_step_make_up_the_peak_of_each_order(report):
+    for program in report["programs"]:
+        fixed = program["total_bytes"] - program["activation_peak_bytes"]
+        assert set(program["at_peak_by_order"]) == {"bfs", "dfs"}
+        for order, found in program["at_peak_by_order"].items():
+            assert fixed + max(found["passes"], found["update"]) == program["total_bytes_by_order"][order]
+            assert sum(found[name] for name in ("gathered", "fresh", "logits")) <= found["passes"]
+    last = report["programs"][-1]["at_peak_by_order"]["bfs"]
+    assert last["logits"] > 0 and last["gathered"] > 0  # weights are sharded over data parallel 2
+
+
 def test_names_the_placeholders_of_missing_files(report):
     assert "dataset_dir" in report["programs"][0]["stand_ins"][0]
     assert "vocab_file" in report["programs"][0]["stand_ins"][0]

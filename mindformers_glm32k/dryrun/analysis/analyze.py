@@ -6,13 +6,24 @@ import re
 from collections.abc import Container
 from pathlib import Path
 
-from mindformers_glm32k.dryrun.analysis.cost import count_flops, list_collectives, measure, measure_work
+from mindformers_glm32k.dryrun.analysis.cost import (
+    ATTENTION,
+    MATRIX_PRODUCTS,
+    count_flops,
+    list_collectives,
+    measure,
+    measure_work,
+    parameter_kind,
+)
 from mindformers_glm32k.dryrun.analysis.mindir import Node, Program, read_program
-from mindformers_glm32k.dryrun.analysis.order import alive_at_peak, by_order, peaks
+from mindformers_glm32k.dryrun.analysis.order import alive_at, by_order, live_bytes, peaks
 from mindformers_glm32k.dryrun.analysis.trace import trace_program
 
 LARGEST = 10
 WEIGHTS = "parallel_optimizer"  # in the purpose of a collective that gathers weights or scatters their gradients
+TERMS = ("gathered", "fresh", "logits")
+_UPDATE = ("/clip_grad_norm-", "/optimizer-", "/learning_rate-")  # in the scope of what follows the backward pass
+_LOSS = ("output_layer", "CrossEntropy", "/loss-")
 LARGE_CONSTANT = 64 * 1024**2  # bytes
 _COMPRESSED_MASK = (2048, 2048)  # of the flash attention kernel, the same for every length
 _SCOPE = re.compile(r"# Fullname with scope: \((.*)\)\s*$")
@@ -43,6 +54,7 @@ def analyze(
     operations = count_flops(trace)
     peak = used.peak_event
     everything = trace.activations + trace.constants + trace.inputs
+    shapes = _weight_shapes(trace)
     squares = [buffer for buffer in everything if is_square(buffer.spec.shape, lengths, widths)]
     return {
         "rank": rank,
@@ -60,9 +72,9 @@ def analyze(
         "total_bytes_by_order": {
             order: used.total - used.activation_peak + peak for order, peak in peaks(trace, ordered).items()
         },
-        "at_peak_by_order": {order: _terms(alive_at_peak(trace, events)) for order, events in ordered.items()},
+        "at_peak_by_order": {order: _at_peak(trace, events, shapes) for order, events in ordered.items()},
         "peak_at": sources.of(peak.node) if peak else "",
-        "logits_bytes": _terms(used.at_peak)["logits"],
+        "logits_bytes": _terms(used.at_peak, shapes)["logits"],
         "flops": sum(operations.values()),
         "flops_by_part": {f"{what}_{part}": value for (what, part), value in sorted(operations.items())},
         "work": measure_work(trace),
@@ -112,20 +124,42 @@ def _largest(buffers, sources):
     ]
 
 
-def _terms(alive):
-    """Bytes of the buffers alive at a peak that the output layer and the loss made, and of gathered weights."""
+def _at_peak(trace, events, shapes):
+    """The peaks of an order, "passes" up to the last product and "update" behind it; what is alive at the first one."""
+    curve = live_bytes(trace, events)
+    products = [index for index, event in enumerate(events) if event.node.op in (*MATRIX_PRODUCTS, *ATTENTION)]
+    end = products[-1] + 1 if products else len(events)
+    passes = max(curve[:end], default=0)
+    alive = alive_at(trace, events, curve.index(passes)) if curve else []
+    return {"passes": passes, "update": max(curve[end:], default=0), **_terms(alive, shapes)}
 
-    def is_logits(node):
-        return any(name in node.scope for name in ("output_layer", "CrossEntropy", "/loss-"))
 
-    def is_gathered(node):
-        return node.op == "AllGather" and WEIGHTS in node.instance
+def _terms(alive, shapes):
+    """Bytes alive at a peak by what they are: "gathered" weights, "fresh" gradients of weights (and what clipping makes
+    of them), "logits" (what the output layer and the loss make); the rest is activations."""
+    found = dict.fromkeys(TERMS, 0)
+    for buffer in alive:
+        node = buffer.event.node if buffer.event else None
+        if node is None:
+            continue
+        if _is_gather(node):
+            found["gathered"] += buffer.spec.bytes
+        elif buffer.spec.shape in shapes or any(name in node.scope for name in _UPDATE):
+            found["fresh"] += buffer.spec.bytes
+        elif any(name in node.scope for name in _LOSS):
+            found["logits"] += buffer.spec.bytes
+    return found
 
-    nodes = [(buffer.event.node, buffer.spec.bytes) for buffer in alive if buffer.event]
-    return {
-        "logits": sum(size for node, size in nodes if is_logits(node) and not is_gathered(node)),
-        "gathered": sum(size for node, size in nodes if is_gathered(node)),
-    }
+
+def _is_gather(node):
+    return node.op == "AllGather" and WEIGHTS in node.instance
+
+
+def _weight_shapes(trace):
+    """Shapes of the matrices that are trained, whole and as this device holds them."""
+    whole = (buffer.spec.shape for event in trace.events if _is_gather(event.node) for buffer in event.writes)
+    held = (buffer.spec.shape for buffer in trace.parameters if parameter_kind(buffer.name) == "weights")
+    return {shape for shape in (*whole, *held) if len(shape) == 2}
 
 
 class SourceLines:

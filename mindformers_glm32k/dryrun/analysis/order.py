@@ -207,12 +207,10 @@ def _last_uses(trace, events):
     return last
 
 
-def alive_at_peak(trace: Trace, events: list[Event]) -> list[Buffer]:
-    """The buffers alive where memory is at its peak, the events being executed in the order given."""
-    curve = live_bytes(trace, events)
-    at = curve.index(max(curve)) if curve else -1
+def alive_at(trace: Trace, events: list[Event], index: int) -> list[Buffer]:
+    """The buffers alive while an event runs, the events being executed in the order given."""
     last = _last_uses(trace, events)
-    return [buffer for event in events[: at + 1] for buffer in event.writes if last[buffer.storage] >= at]
+    return [buffer for event in events[: index + 1] for buffer in event.writes if last[buffer.storage] >= index]
 
 
 def by_order(trace: Trace) -> dict[str, list[Event]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from mindformers_glm32k.dryrun.analysis.analyze import WEIGHTS
+from mindformers_glm32k.dryrun.analysis.analyze import TERMS, WEIGHTS
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
 from mindformers_glm32k.dryrun.analysis.order import ORDERS
 
@@ -13,17 +13,18 @@ Figures = dict[
 ]  # ("bytes", order), ("states",), ("matmul", dtype), ("collective", kind, ranks, what, …), …
 
 _STATES = ("weights", "gradients", "optimizer")  # what a step keeps: accumulated gradients, AdamW's moments
-_AT_PEAK = ("gathered", "logits")  # of the activations, by order: weights gathered for a product; what the loss makes
-_OF_MEMORY = frozenset(("bytes", "states", *_STATES, *_AT_PEAK))
+PHASES = ("passes", "update")  # forward and backward; clipping and the optimizer behind them
+_OF_MEMORY = frozenset(("bytes", "states", *_STATES, *PHASES, *TERMS))
 
 
 def figures_of(program: dict) -> Figures:
     """Those of a program of report.json that an estimate and a search read."""
-    found: Figures = {("bytes", order): program["total_bytes_by_order"][order] for order in ORDERS}
-    found["states",] = program["total_bytes"] - program["activation_peak_bytes"]
+    found: Figures = {("states",): program["total_bytes"] - program["activation_peak_bytes"]}
+    peaks = program["at_peak_by_order"]
+    found.update({(name, order): found["states",] + peaks[order][name] for name in PHASES for order in ORDERS})
     for name, key in zip(_STATES, ("parameter_bytes", "accumulator_bytes", "optimizer_bytes")):
         found[name,] = program[key]
-    found.update({(name, order): program["at_peak_by_order"][order][name] for name in _AT_PEAK for order in ORDERS})
+    found.update({(name, order): peaks[order][name] for name in TERMS for order in ORDERS})
     work = program["work"]
     for kind in ("matmul", "attention"):
         found.update({(kind, dtype): count for dtype, count in work[f"{kind}_flops"].items()})
@@ -33,7 +34,12 @@ def figures_of(program: dict) -> Figures:
         once = WEIGHTS in item["purpose"]
         for what in ("bytes", "count"):
             sums["collective", item["kind"], tuple(item["group_ranks"]), once, what] += item[what]
-    return {**found, **sums}
+    return settled({**found, **sums})
+
+
+def settled(figures: Figures) -> Figures:
+    """With the bytes of each order: the larger of its phases, each of which is linear in the layers by itself."""
+    return {**figures, **{("bytes", order): max(figures[phase, order] for phase in PHASES) for order in ORDERS}}
 
 
 def program_of(figures: Figures, stage: int) -> dict:
@@ -68,7 +74,7 @@ def combine(*terms: tuple[float, Figures]) -> Figures:
 def at_depth(shallow: Figures, deeper: Figures, layers: float) -> Figures:
     """Extrapolated from programs of LAYERS layers."""
     steps = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
-    return {key: max(value, 0) for key, value in combine((1 - steps, shallow), (steps, deeper)).items()}
+    return settled({key: max(value, 0) for key, value in combine((1 - steps, shallow), (steps, deeper)).items()})
 
 
 def with_sequences(figures: Figures, compiled: int, wanted: int) -> Figures:
@@ -88,9 +94,13 @@ def fullest(stages: list[Figures], order: str) -> float:
 
 def memory_terms(figures: Figures, order: str) -> dict[str, float]:
     """Bytes of a stage by what takes them, the largest first."""
-    found = {name: figures.get((name,), 0.0) for name in _STATES}
-    found.update({name: figures.get((name, order), 0.0) for name in _AT_PEAK})
-    found["activations"] = max(figures["bytes", order] - sum(found.values()), 0.0)
+    found = {name: figures[name,] for name in _STATES}
+    if figures["update", order] > figures["passes", order]:
+        rest = "update"
+    else:
+        rest = "activations"
+        found.update({name: figures[name, order] for name in TERMS})
+    found[rest] = max(figures["bytes", order] - sum(found.values()), 0.0)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

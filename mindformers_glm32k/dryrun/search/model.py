@@ -9,6 +9,7 @@ Legend: T tokens of a sequence that a device has, H hidden size, F MLP size, Q q
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,7 +19,15 @@ from typing import Any
 
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
 from mindformers_glm32k.dryrun.analysis.order import ORDERS
-from mindformers_glm32k.dryrun.search.figures import Figures, at_depth, best_order, combine, with_sequences
+from mindformers_glm32k.dryrun.search.figures import (
+    PHASES,
+    Figures,
+    at_depth,
+    best_order,
+    combine,
+    settled,
+    with_sequences,
+)
 from mindformers_glm32k.dryrun.search.space import HARDER, Setting
 
 # Elements that a token keeps in a layer, in features of (residual stream, MLP): found in compiled programs.
@@ -29,6 +38,7 @@ _MOVED_BY_EXCHANGE = 1.8  # times that, with context parallel: copies before and
 _TRANSIENT = 6  # tensors of a layer's MLP that its backward pass holds at once
 _LOGITS = 4  # float32 copies of a chunk's logits that the loss holds at once
 _OF_THE_LOSS = 2**28  # bytes of the loss at a peak, below which its chunks do not matter
+_UPDATE = 8.5  # bytes of a parameter that clipping and AdamW hold beside its moments
 _ADAM = 8  # bytes of a parameter's moments
 _EXCHANGES = 15  # of a rank's query features, by context parallel, forward and backward of a layer
 _SHARES = 20  # of a sequence's residual stream, by tensor parallel
@@ -114,7 +124,7 @@ class Model:
             if whole:  # what so many layers more take where each computes more again
                 again = replace(setting, recompute=HARDER[setting.recompute], recomputed=())
                 more = [self._stage(again, stage, count) for count in (whole, 0)]
-                figures = combine((1, figures), (1, more[0]), (-1, more[1]))
+                figures = settled(combine((1, figures), (1, more[0]), (-1, more[1])))
             found.append(figures)
         return found
 
@@ -142,8 +152,8 @@ class Model:
             if more < 0:
                 more *= figures["logits", order] / logits[2]
             figures["logits", order] += more
-            figures["bytes", order] += more + forms[1]["bytes", order] - forms[2]["bytes", order]
-        return figures
+            figures["passes", order] += more + forms[1]["passes", order] - forms[2]["passes", order]
+        return settled(figures)
 
     def limited_by_loss(self, setting: Setting) -> bool:
         """Whether the loss has a part in the peak of the fullest stage, by the programs of a setting that is known."""
@@ -160,7 +170,7 @@ class Model:
         for key, (kept, constant) in self._corrections[family].items():
             first, second = none.get(key, 0.0), one.get(key, 0.0)
             figures[key] = constant * first + kept * (second - first) * layers
-        return figures
+        return settled(figures)
 
     def _ratios(self, family):
         """figure -> (ratio of what a layer adds, ratio of what there is without layers)."""
@@ -186,7 +196,7 @@ class Model:
         for other in near:
             for stage, pair in enumerate(zip(*self.known[other])):
                 forms = [self.closed_form(other, stage, count) for count in (0, 1)]  # layers
-                for key in (("vector",), *(("bytes", order) for order in ORDERS)):
+                for key in (("vector",), *itertools.product(PHASES, ORDERS)):
                     zero, one = (form[key] for form in forms)
                     added = (pair[1][key] - pair[0][key]) / (LAYERS[1] - LAYERS[0])
                     without = pair[0][key] - LAYERS[0] * added
@@ -223,10 +233,11 @@ class Model:
         share = (setting.mlp_chunk or dims.length) / dims.length
         transient = _TRANSIENT * dims.ffn * tokens * dims.bytes * share / setting.model_parallel
         logits = last * self._logits(setting, min(setting.loss_chunk or dims.loss_chunk, tokens))
-        total = states + gathered + kept * _in_flight(setting, stage) * layers + transient + logits
-        at_peak = {"bytes": total, "gathered": gathered, "logits": logits}
+        update = 0 if adapters else parameters * _UPDATE / replicas
+        passes = states + gathered + kept * _in_flight(setting, stage) * layers + transient + logits
+        at_peak = {"passes": passes, "update": states + update, "gathered": gathered, "logits": logits, "fresh": 0.0}
         kept_always = {"states": states, "weights": weights, "gradients": gradients, "optimizer": optimizer}
-        found = {(name, order): size for name, size in at_peak.items() for order in ORDERS}
+        found = settled({(name, order): size for name, size in at_peak.items() for order in ORDERS})
         return {**found, **{(name,): size for name, size in kept_always.items()}}
 
     def _logits(self, setting, tokens):

@@ -22,6 +22,11 @@ JSON, TABLE, PICTURE = "search.json", "search.md", "search.png"
 _TERMS = {
     "weights": ("weights", "they take less with more NPUs (--devices)"),
     "gradients": ("accumulated gradients", "they take less with more NPUs (--devices) or fewer sequences (--rows)"),
+    "fresh": ("gradients", "more NPUs (--devices) share them out, LoRA (model_config.pet_config) has few"),
+    "update": (
+        "gradients and their update",
+        "more NPUs (--devices) share them out, LoRA (model_config.pet_config) has few",
+    ),
     "optimizer": ("optimizer states", "more NPUs (--devices) share them out, LoRA (model_config.pet_config) has few"),
     "gathered": ("gathered weights", "tensor or pipeline parallel layouts on more NPUs (--devices) gather less"),
     "logits": ("logits and loss", "a smaller model_config.loss_chunk_size makes them less"),

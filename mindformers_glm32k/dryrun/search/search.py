@@ -169,7 +169,7 @@ class Search:
         for order in ("bfs", "dfs"):
             counts = []
             for stage, (much, little) in enumerate(zip(self.model.stages(setting), self.model.stages(whole))):
-                size, saved = much["bytes", order], much["bytes", order] - little["bytes", order]
+                size, saved = much["passes", order], much["passes", order] - little["passes", order]
                 share = (size - self.limit) / saved if saved > 0 else 0
                 counts.append(min(max(math.ceil(share * setting.layers[stage]), 0), setting.layers[stage]))
             recomputed.append(tuple(counts))

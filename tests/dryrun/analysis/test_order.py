@@ -7,7 +7,7 @@ import pytest
 
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec
 from mindformers_glm32k.dryrun.analysis.order import (
-    alive_at_peak,
+    alive_at,
     by_order,
     execution_order,
     frugal_order,
@@ -65,7 +65,8 @@ def test_an_only_user_runs_at_once_in_bfs_too():
 def test_what_is_alive_at_the_peak_makes_up_the_peak():
     trace = traced(TWO_BRANCHES, ["both"])
     for how, events in by_order(trace).items():
-        alive = alive_at_peak(trace, events)
+        curve = live_bytes(trace, events)
+        alive = alive_at(trace, events, curve.index(max(curve)))
         assert sum(buffer.spec.bytes for buffer in alive) == peaks(trace)[how] == 10
         assert [buffer.event.node.name for buffer in alive] == ["a", "left1", "left2"]
 

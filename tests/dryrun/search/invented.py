@@ -7,8 +7,9 @@ from dataclasses import replace
 import yaml
 
 from dryrun.tiny import CONFIG
+from mindformers_glm32k.dryrun.analysis.analyze import TERMS
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
-from mindformers_glm32k.dryrun.search.figures import combine, program_of
+from mindformers_glm32k.dryrun.search.figures import PHASES, combine, program_of, settled
 from mindformers_glm32k.dryrun.search.model import Dims, Model
 from mindformers_glm32k.dryrun.search.search import MINUTES, Search
 from mindformers_glm32k.dryrun.search.space import HARDER
@@ -35,8 +36,13 @@ def program(figures, stage):
         "total_bytes": sizes["dfs"],
         "activation_peak_bytes": sizes["dfs"] - figures["states",],
         **{f"{name}_bytes": figures[key,] for name, key in STATES.items()},
-        "at_peak_by_order": {order: {name: figures[name, order] for name in ("logits", "gathered")} for order in sizes},
+        "at_peak_by_order": {order: _at_peak(figures, order) for order in sizes},
     }
+
+
+def _at_peak(figures, order):
+    phases = {name: figures[name, order] - figures["states",] for name in PHASES}
+    return {**phases, **{name: figures[name, order] for name in TERMS}}
 
 
 class Invented:
@@ -60,12 +66,12 @@ class Invented:
         found["vector",] *= self.vector
         if not self.loss:
             for order in ("bfs", "dfs"):
-                found["bytes", order] -= found["logits", order]
+                found["passes", order] -= found["logits", order]
                 found["logits", order] = 0
-        activations = found["bytes", "bfs"] - found["states",]
-        found["bytes", "bfs"] = found["states",] + self.memory * activations
-        found["bytes", "dfs"] = found["states",] + (self.memory + 0.05) * activations
-        return found
+        activations = found["passes", "bfs"] - found["states",]
+        found["passes", "bfs"] = found["states",] + self.memory * activations
+        found["passes", "dfs"] = found["states",] + (self.memory + 0.05) * activations
+        return settled(found)
 
     def of(self, setting, layers=None):
         """Programs of every stage, with their own layers or `layers`."""
@@ -76,7 +82,7 @@ class Invented:
             if more:
                 harder = replace(plain, recompute=HARDER[plain.recompute])
                 ends = [self.figures(harder, stage, one) for one in (more, 0)]
-                figures = combine((1, figures), (1, ends[0]), (-1, ends[1]))
+                figures = settled(combine((1, figures), (1, ends[0]), (-1, ends[1])))
             found.append(program(figures, stage))
         return found
 

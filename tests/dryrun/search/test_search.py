@@ -74,7 +74,7 @@ def test_one_look_is_enough_where_the_states_do_not_fit(capsys):
     found, invented = search(devices=1)
     candidates = found.run()
     assert len(invented.asked) == 1 and candidates[0].known and candidates[0].bytes > 56 * GIB
-    assert next(iter(candidates[0].terms)) == "optimizer"
+    assert list(candidates[0].terms)[:2] == ["update", "optimizer"]
 
 
 def test_layers_are_recomputed_as_a_whole_until_it_fits():

@@ -23,8 +23,8 @@ import yaml
 from mindformers_glm32k.checks import true_or_false
 from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.files import can_be_written, require_file
-from mindformers_glm32k.interrupts import pass_on_interrupts
 from mindformers_glm32k.overrides import normalize_values, pairs, parse_value, reject_misspelt, set_key
+from mindformers_glm32k.process import pass_on_interrupts
 
 if TYPE_CHECKING:
     from mindformers.tools.register import MindFormerConfig

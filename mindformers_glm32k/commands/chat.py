@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from mindformers_glm32k.commands.generate import add_model_arguments, read_model, read_options
-from mindformers_glm32k.interrupts import INTERRUPT, pass_on_interrupts
+from mindformers_glm32k.process import INTERRUPT, logs_to, pass_on_interrupts
 
 TAKES_OVERRIDES = True  # options that are not listed here are run_mindformer's
 
@@ -28,9 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Talks; returns the exit status."""
     blocked = sys.stdin.isatty() and pass_on_interrupts()  # before the imports: see there
-    from mindformers_glm32k.generation.documents import read_document
+    from mindformers_glm32k.generation.conversation import read_document
     from mindformers_glm32k.generation.network import Network
-    from mindformers_glm32k.generation.quiet import logs_to
     from mindformers_glm32k.generation.terminal import COMMANDS, Chat
 
     @contextlib.contextmanager

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from mindformers_glm32k.generation import answers
     from mindformers_glm32k.generation.network import Network, sequences_in_cache
     from mindformers_glm32k.generation.questions import QuestionFile
-    from mindformers_glm32k.generation.quiet import logs_to
+    from mindformers_glm32k.process import logs_to
 
     shard = shard_of(args.shard)
     if args.batch_size is not None:

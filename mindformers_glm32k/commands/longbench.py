@@ -173,7 +173,7 @@ def _check_numbers(args):
 
 def _engine(args, tokenizer, vocabulary):
     if args.base_url:
-        from mindformers_glm32k.longbench.endpoint import EndpointEngine
+        from mindformers_glm32k.longbench.engines import EndpointEngine
 
         return EndpointEngine(
             args.base_url,
@@ -214,11 +214,11 @@ def _score(args):
 
 
 def _scores_said(args):
-    from mindformers_glm32k.longbench import tables
+    from mindformers_glm32k.longbench import summary
 
     scores = _scored(args, args.predictions)
     path = scores.write()
-    print(tables.text(scores))
+    print(summary.table(scores))
     for line in scores.warnings():
         print(line, file=sys.stderr)
     print(f"scores: {path}")

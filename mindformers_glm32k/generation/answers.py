@@ -11,8 +11,7 @@ from typing import Any, Protocol, TextIO
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
-from mindformers_glm32k.generation.journal import Journal, first_difference
-from mindformers_glm32k.generation.progress import Progress
+from mindformers_glm32k.generation.journal import Journal, Progress, first_difference
 from mindformers_glm32k.generation.questions import ERROR, QuestionFile, fitted_ids, key_of, measured
 from mindformers_glm32k.generation.sampling import Sampling
 from mindformers_glm32k.tokenizer.chat_format import stop_ids

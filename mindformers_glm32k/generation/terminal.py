@@ -12,8 +12,7 @@ from typing import Any, TextIO
 
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.generation.answers import Options
-from mindformers_glm32k.generation.conversation import Conversation, title
-from mindformers_glm32k.generation.documents import read_document
+from mindformers_glm32k.generation.conversation import Conversation, read_document, title
 from mindformers_glm32k.generation.streaming import AnswerStreamer, Stopped
 from mindformers_glm32k.tokenizer.chat_format import stop_ids
 from mindformers_glm32k.tokenizer.response import ToolCall, read_response

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from mindformers_glm32k.longbench.score import RunScores
 
 _FACE = {
-    "WITHOUT_CHAT_FORMAT": "prompt_ids",
-    "build_prompt_ids": "prompt_ids",
+    "WITHOUT_CHAT_FORMAT": "samples",
+    "build_prompt_ids": "samples",
     "find": "files",
     "score_folder": "score",
     "score_rows": "score",

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 from mindformers_glm32k.data.longbench import CONTEXT, PromptTemplates, document_key, plain_name
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.generation.progress import Progress
+from mindformers_glm32k.generation.journal import Progress
 from mindformers_glm32k.longbench import samples
 from mindformers_glm32k.longbench.engines import Engine, Request
 from mindformers_glm32k.longbench.predictions import PredictionFile
-from mindformers_glm32k.longbench.prompt_ids import WITHOUT_CHAT_FORMAT, build_prompt_ids
+from mindformers_glm32k.longbench.samples import WITHOUT_CHAT_FORMAT, build_prompt_ids
 from mindformers_glm32k.tokenizer import chat_format as chat
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 

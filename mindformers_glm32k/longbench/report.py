@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mindformers_glm32k.longbench import summary
 from mindformers_glm32k.longbench.score import BUCKETS, RunScores
-from mindformers_glm32k.longbench.tables import number, rows_text
+from mindformers_glm32k.longbench.summary import number, rows_text
 
 QUESTION, PREDICTION = 600, 1200  # characters shown of a text
 

@@ -1,4 +1,5 @@
-"""Means over data sets as LongBench's leaderboard takes them, scores by length and depth, and runs side by side."""
+"""Means over data sets as LongBench's leaderboard takes them, scores by length and depth, and runs side by side;
+a run as a plain table for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_glm32k.data.longbench import is_test_set, plain_name
-from mindformers_glm32k.longbench.score import DatasetScores, RunScores, interval, resample
+from mindformers_glm32k.longbench.score import BUCKETS, DatasetScores, RunScores, interval, resample
 
 CATEGORIES = {
     "single-document QA": ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"),
@@ -37,6 +38,7 @@ OF_E = (
     "repobench-p",
 )
 LANGUAGES = {"en": "English", "zh": "Chinese"}  # the two code data sets count in both, as in the leaderboard
+_HEAD = ("data set", "score", "95 % interval", "rows", *BUCKETS, "empty", "loops", "trained on")
 RETRIEVAL = ("passage_retrieval_en", "passage_retrieval_zh", "kv_retrieval")
 ORDER = [name for names in CATEGORIES.values() for name in names]
 DEPTHS = 5  # rows of the map of retrieval
@@ -258,3 +260,46 @@ def worst(scores: DatasetScores, count: int = 10) -> list[tuple[dict, float]]:
     """The rows with the lowest scores (0 to 1), below 1, the longest first among equals."""
     order = sorted(range(len(scores.rows)), key=lambda index: (scores.scores[index], -scores.lengths[index]))
     return [(scores.rows[index], float(scores.scores[index])) for index in order[:count] if scores.scores[index] < 1]
+
+
+def table(run: RunScores) -> str:
+    """A run's scores for the terminal: one line a data set, and below them the leaderboard's means."""
+    lines: list[tuple[str, ...]] = [_HEAD]
+    for names in kinds(run).values():
+        for name in names:
+            found = run.datasets[name].summary()
+            lines.append(
+                (
+                    name,
+                    f"{found['score']:.2f}",
+                    "{:.1f} to {:.1f}".format(*found["interval"]),
+                    rows_text(found),
+                    *(number(found["score_e"][part]) for part in BUCKETS),
+                    *(str(found[key] or "-") for key in ("empty", "loops", "trained_on")),
+                )
+            )
+        for wanted in means(names):
+            figure = mean(run, wanted.groups)
+            lines.append(
+                (wanted.title, f"{figure.score:.2f}", "{:.1f} to {:.1f}".format(*figure.interval), str(figure.rows))
+                + ("",) * (len(_HEAD) - 4)
+            )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def rows_text(found: dict) -> str:
+    """The number of rows, with `of` how many where some are missing; `?` where that is not known."""
+    if found["complete"]:
+        return str(found["rows"])
+    return f"{found['rows']} of {'?' if found['expected'] is None else found['expected']}"
+
+
+def number(value: float | None) -> str:
+    """A score, or a dash where there is none."""
+    return "-" if value is None else f"{value:.2f}"

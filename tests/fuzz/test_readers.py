@@ -28,7 +28,7 @@ from conftest import ROOT
 from mindformers_glm32k.data.longbench import PromptTemplates
 from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.generation.documents import read_document
+from mindformers_glm32k.generation.conversation import read_document
 from mindformers_glm32k.generation.questions import QuestionFile, read_prompts
 from mindformers_glm32k.longbench import samples
 from mindformers_glm32k.preflight.check import DEFAULTED

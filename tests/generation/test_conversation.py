@@ -6,8 +6,7 @@ import pytest
 
 from mindformers_glm32k.data.chats import ChatLayout
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.generation.conversation import Conversation
-from mindformers_glm32k.generation.documents import read_document
+from mindformers_glm32k.generation.conversation import Conversation, read_document
 from mindformers_glm32k.generation.questions import prompt_ids
 from mindformers_glm32k.tokenizer.response import read_response
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary

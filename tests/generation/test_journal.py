@@ -1,12 +1,12 @@
 """How far a run is, and when it will be done."""
 
-from mindformers_glm32k.generation import progress as progressing
+from mindformers_glm32k.generation import journal
 
 
 def test_progress_says_how_long_it_takes(monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr(progressing.time, "monotonic", lambda: now[0])
-    progress = progressing.Progress(10, 110)
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    progress = journal.Progress(10, 110)
     now[0] = 120.0
     progress.step("trec")
     now[0] = 140.0
@@ -19,8 +19,8 @@ def test_progress_says_how_long_it_takes(monkeypatch, capsys):
 
 def test_answers_that_cost_more_count_for_more(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(progressing.time, "monotonic", lambda: now[0])
-    progress = progressing.Progress(0, 3, "prompts", work=100)
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    progress = journal.Progress(0, 3, "prompts", work=100)
     now[0] = 80.0
     progress.step(work=80)
     now[0] = 100.0

@@ -133,6 +133,7 @@ def _entry(item, name):
         "peak_gib": round(item.bytes / GIB, 2),
         "order": item.order,
         "compiled": item.compiled,
+        "figures": _origin(item),
         "layout": item.setting.name,
         "rows": item.setting.rows,
         "step_seconds": round(item.step_seconds, 2),

@@ -94,8 +94,8 @@ class Search:
             yield missing[0]
 
     def _hopeless(self, found):
-        """Whether what a step keeps, weights, moments and gradients, is too much for all of them already."""
-        return all(max(stage["states",] for stage in item.stages) > self.limit for item in found)
+        """Whether weights, moments and what their update takes are too much for all of them already."""
+        return all(max(stage["update", item.order] for stage in item.stages) > self.limit for item in found)
 
     def _compile_shallow(self, family):
         self.progress.say(f"2 and 4 layers a stage of {family.name}")

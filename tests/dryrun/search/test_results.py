@@ -23,6 +23,7 @@ def test_files(candidates, tmp_path):
     found = json.loads((tmp_path / "search.json").read_text())
     first = found["candidates"][0]
     assert {"config", "tokens_per_second_per_card", "interval", "peak_gib", "order", "compiled"} <= set(first)
+    assert first["figures"] == "compiled in full" and found["candidates"][-1]["figures"] != "a guess"
     assert first["compiled"] is True and first["peak_gib"] <= 56 and found["nearest_misses"] == []
     speeds = [item["tokens_per_second_per_card"] for item in found["candidates"]]
     assert speeds == sorted(speeds, reverse=True)

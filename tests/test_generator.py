@@ -149,13 +149,16 @@ def test_chunks_cover_a_prompt_once_and_lie_in_one_tile(sizes, wide, tile):
         chunks = list(chunks_of(length, sizes, tile, wide))
         ends = np.cumsum([kept for _, _, kept in chunks])
         assert [start for start, _, _ in chunks] == [0, *ends][: len(chunks)] and (ends[-1:] == length).all()
+        filled_up = length % 1024 if wide and length % 1024 > 1024 - min(sizes) else 0
         for start, size, kept in chunks:
             if size in wide:
-                assert start % size == 0 and kept == size
+                assert start % size == 0 and kept in (size, filled_up)
                 continue
             assert size in sizes and 0 < kept <= size
             assert start // tile == (start + kept - 1) // tile
-        assert sum(kept for _, size, kept in chunks if size in wide) == (length // 1024 * 1024 if wide else 0)
+        assert sum(kept for _, size, kept in chunks if size in wide) == (
+            length // 1024 * 1024 + filled_up if wide else 0
+        )
 
 
 def test_a_chunk_whose_scores_differ_too_much_is_computed_again(network, monkeypatch):
@@ -177,6 +180,19 @@ def test_a_chunk_whose_scores_differ_too_much_is_computed_again(network, monkeyp
             weight.set_data(ms.Tensor(original))
     assert np.isfinite(logits[0]).all()
     np.testing.assert_allclose(*logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(150,), (75, 7, 51)])
+def test_small_and_wide_tiles_give_what_one_tile_gives(network, monkeypatch, lengths):
+    prompts = [np.random.default_rng(8).integers(3, 290, length).tolist() for length in lengths]
+    expected = generate(network, prompts)  # one tile holds all of it
+    monkeypatch.setattr(cached_steps, "DECODE_TILE", 16)
+    monkeypatch.setattr(cached_steps, "PREFILL_TILE", 32)
+    steps = CachedSteps(network.transformer, network.config)
+    steps.chunks = (32,)
+    monkeypatch.setattr(network, "steps", steps)
+    assert generate(network, prompts) == expected
+    assert len(steps.programs) >= 3
 
 
 def test_prompts_as_lists_and_arrays():

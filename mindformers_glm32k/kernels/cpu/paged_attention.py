@@ -5,21 +5,30 @@ prompt (decode). Their keys and values are written into the cache in place; then
 tile, as many tiles as hold tokens. One compiled program therefore serves every length, and a call costs what it reads.
 
 Legend: B prompts, C tokens of a prompt in the call, G key-value heads, R query heads per key-value head, M = R * C,
-D features of a head, J tiles of seq_length, K tokens of a tile.
+D features of a head, J tiles of seq_length, K tokens of a tile, W wide tiles of seq_length, each some whole tiles.
 """
 
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
+import numpy as np
 from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
+from mindspore.ops import constexpr
 from mindspore.ops import operations as P
 
 from mindformers_glm32k.kernels.mask import MASKED
 from mindformers_glm32k.kernels.rotary import Rotation
 
 LEAST_WEIGHT = 1e-37  # the smallest normal float32 is 1.2e-38
+
+
+@constexpr
+def rows_of_heads(batch: int, heads: int, tokens: int) -> Tensor:
+    """Row b * C + c of token c of prompt b, for every head anew: (B * heads * C,) int32, a constant of the program."""
+    rows = np.arange(batch * tokens, dtype=np.int32).reshape(batch, 1, tokens)
+    return Tensor(np.broadcast_to(rows, (batch, heads, tokens)).reshape(-1))
 
 
 class PagedCache(nn.Cell):
@@ -53,9 +62,11 @@ class PagedAttention(nn.Cell):
 
     Inputs:
         query (Tensor): (B, C, G*R*D); key, value (Tensor): (B, C, G*D).
-        batch_valid_length (tuple): three () int32 Tensors, the tile whose first key every query sees (of one prompt the
-            tile that its tokens lie in, all of them, of several prompts the first) and the range of other tiles. And a
-            bool: whether scores may differ by any amount, see `_tile`.
+        batch_valid_length (tuple): which tiles are read, int32 Tensors. (J,) tiles, of which as many as the second, (),
+            says: first one whose first key every query sees (of one prompt the tile that its tokens lie in, all of
+            them, of several prompts the first). Then wide tiles, (W, B, G, their K) as block_tables, and which range of
+            them, two (): what they hold is read in a few large pieces. And a bool: whether scores may differ by any
+            amount, see `_tile`.
         block_tables (Tensor): (J, B, G, K) int32, the cache's rows of each tile. (Blocks instead of rows would need the
             cache in another shape, and a Reshape of what has been written in place copies it.)
         slot_mapping (Tensor): (B * C * G,) int32, the cache's rows of the tokens.
@@ -92,7 +103,7 @@ class PagedAttention(nn.Cell):
         self.softplus = P.Softplus()
         self.transpose = P.Transpose()
         self.gather = P.Gather()
-        self.one = Tensor(1, mstype.int32)
+        self.zero, self.one = Tensor(0, mstype.int32), Tensor(1, mstype.int32)
 
     def construct(
         self, query, key, value, batch_valid_length, block_tables, slot_mapping, freqs_cis=None, attn_mask=None
@@ -117,15 +128,22 @@ class PagedAttention(nn.Cell):
 
     def _attend(self, query, keys, values, tables, bounds, positions):
         """Context (B*G, M, D) of query (B*G, M, D); keys and values are the cache."""
-        own, start, end, any_scores = bounds
-        context, log_sum = self._tile(query, keys, values, tables, own, positions, any_scores)
+        order, count, wide, wide_start, wide_end, any_scores = bounds
+        first = self.gather(order, self.zero, 0)
+        context, log_sum = self._tile(query, keys, values, tables, first, positions, any_scores)
         # the other tiles of one prompt come before its newest tokens; of several, each has tiles that others have not
         hidden = positions if positions.shape[0] > 1 else None
-        j = start
-        while j < end:
-            tile = self._tile(query, keys, values, tables, j, hidden, any_scores)
+        i = self.one
+        while i < count:
+            tile = self._tile(query, keys, values, tables, self.gather(order, i, 0), hidden, any_scores)
             context, log_sum = self._merge(context, log_sum, tile)
-            j = j + self.one
+            i = i + self.one
+        if wide.shape[0] > 1:  # where there is but one, it holds no more than a few tiles
+            j = wide_start
+            while j < wide_end:
+                tile = self._tile(query, keys, values, wide, j, hidden, any_scores)
+                context, log_sum = self._merge(context, log_sum, tile)
+                j = j + self.one
         return context
 
     def _tile(self, query, keys, values, tables, j, positions, any_scores):
@@ -154,14 +172,14 @@ class PagedAttention(nn.Cell):
         """Summand of the scores (B*G, M, K) of tile j, which hides the keys behind each query's position (B, C).
 
         It is made whole, once for all layers: a sum with a smaller tensor keeps four buffers of its own size in every
-        layer's kernel, and takes longer.
+        layer's kernel, and takes longer. Gather repeats its rows three times as fast as BroadcastTo.
         """
         batch, tokens = positions.shape
         position = ops.arange(length) + j * length
-        hidden = position.reshape((1, 1, 1, 1, length)) > positions.reshape((batch, 1, 1, tokens, 1))
-        mask = ops.cast(hidden, mstype.float32) * MASKED
-        mask = ops.broadcast_to(mask, (batch, self.groups, self.q_per_kv, tokens, length))
-        return mask.reshape((batch * self.groups, self.q_per_kv * tokens, length))  # (B, G, R, C, K) -> (B*G, M, K)
+        hidden = position.reshape((1, length)) > positions.reshape((batch * tokens, 1))
+        mask = ops.cast(hidden, mstype.float32) * MASKED  # (B*C, K)
+        mask = self.gather(mask, rows_of_heads(batch, self.groups * self.q_per_kv, tokens), 0)  # (B*G*R*C, K)
+        return mask.reshape((batch * self.groups, self.q_per_kv * tokens, length))  # (B*G, M, K)
 
     def _merge(self, context, log_sum, tile):
         """Context and log of the sum of what came before and of one more tile."""

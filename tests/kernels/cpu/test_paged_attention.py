@@ -4,6 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from mindformers_glm32k.kernels.cpu.cached_steps import tiles_to_read
 from mindformers_glm32k.kernels.cpu.paged_attention import PagedAttention
 
 GROUPS, Q_PER_KV, SIZE, BLOCK, BLOCKS = 2, 3, 4, 4, 20
@@ -33,7 +34,7 @@ class Prompts:
         self.key, self.value = random.normal(size=(2, batch, length, GROUPS * SIZE)).astype(dtype)
         self.tables = random.permutation(BLOCKS)[: batch * (BLOCKS // batch)].reshape(batch, -1)
 
-    def call(self, cell, rows, positions, kept, any_scores=True):
+    def call(self, cell, rows, positions, kept, any_scores=True, wide=TILES):
         """The cell on tokens (B, C) at `positions` of prompts `rows`; those not kept go into the spare block."""
         tables = np.full((len(rows), TILES * PER_TILE), SPARE)
         known = min(self.tables.shape[1], TILES * PER_TILE)
@@ -45,7 +46,12 @@ class Prompts:
         tiles = (tables[:, :, None] * BLOCK + np.arange(BLOCK)).reshape(len(rows), TILES, 1, width)
         tiles = tiles.transpose(1, 0, 2, 3) + heads[:, None] * (BLOCKS + 1) * BLOCK
         last = positions[kept].max() // width
-        bounds = (last, 0, last) if len(rows) == 1 else (0, 1, last + 1)
+        if wide > 1 and positions.shape[1] == 1:
+            order, wide_range = tiles_to_read(last + 1, len(rows), wide)
+        else:
+            order, wide_range = tiles_to_read(last + 1, len(rows), last + 2)
+        large = tiles.reshape(TILES // wide, wide, len(rows), GROUPS, width).transpose(0, 2, 3, 1, 4)
+        large = large.reshape(TILES // wide, len(rows), GROUPS, wide * width)
         picked = [array[np.array(rows)[:, None], positions] for array in (self.query, self.key, self.value)]
         tokens = positions.size
         cos, sin = np.ones((tokens, 1, SIZE), self.query.dtype), np.zeros((tokens, 1, SIZE), self.query.dtype)
@@ -55,7 +61,13 @@ class Prompts:
 
         return cell(
             *map(ms.Tensor, picked),
-            (*(ms.mutable(ids(bound)) for bound in bounds), any_scores),
+            (
+                ids([*order, *[0] * (TILES - len(order))]),
+                ms.mutable(ids(len(order))),
+                ids(large),
+                *(ms.mutable(ids(bound)) for bound in wide_range),
+                any_scores,
+            ),
             ids(tiles),
             ids(cache_rows.reshape(-1)),
             (ms.Tensor(cos), ms.Tensor(sin), ms.Tensor(sin)),
@@ -64,8 +76,8 @@ class Prompts:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float16, 3e-3)])
-@pytest.mark.parametrize("any_scores", [True, False])
-def test_chunks_and_tokens_see_what_came_before(any_scores, dtype, tolerance):
+@pytest.mark.parametrize("any_scores, wide", [(True, TILES), (False, TILES), (True, 2)])
+def test_chunks_and_tokens_see_what_came_before(any_scores, wide, dtype, tolerance):
     cell = PagedAttention(
         GROUPS * Q_PER_KV, SIZE, GROUPS, 0.5, BLOCK, BLOCKS, compute_dtype=ms.Tensor(np.zeros(1, dtype)).dtype
     )
@@ -83,7 +95,7 @@ def test_chunks_and_tokens_see_what_came_before(any_scores, dtype, tolerance):
             np.testing.assert_allclose(got, expected, atol=tolerance)
     for step in range(4):  # both prompts, one of them tiles behind the other
         positions = np.array(lengths)[:, None] + step
-        got = prompts.call(cell, [0, 1], positions, np.ones((2, 1), bool), any_scores)
+        got = prompts.call(cell, [0, 1], positions, np.ones((2, 1), bool), any_scores, wide)
         for row in range(2):
             expected = whole(prompts.query[row][positions[row]], prompts.key[row], prompts.value[row], positions[row])
             np.testing.assert_allclose(got[row], expected, atol=tolerance)
@@ -114,3 +126,14 @@ def test_scores_of_any_size_do_not_overflow():
     np.testing.assert_allclose(
         got, whole(prompts.query[0][24:], prompts.key[0], prompts.value[0], np.arange(24, 32)), atol=1e-3
     )
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_every_used_tile_is_read_once(prompts):
+    for used in range(1, 20):
+        for wide in (2, 4, used + 1):
+            order, (start, end) = tiles_to_read(used, prompts, wide)
+            read = [*order, *(tile for j in range(start, end) for tile in range(j * wide, (j + 1) * wide))]
+            assert sorted(read) == list(range(used))
+            assert order[0] == (used - 1 if prompts == 1 else 0)
+            assert end <= used // wide or start >= end

@@ -12,7 +12,7 @@ import numpy as np
 
 from mindformers_glm32k.dryrun.simulator import operators, state
 from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter
-from mindformers_glm32k.dryrun.simulator.operators.values import Parameter
+from mindformers_glm32k.dryrun.simulator.operators import Parameter
 from mindformers_glm32k.parallel import ParallelLayout
 from mindformers_glm32k.weights.names import plain_name
 from mindformers_glm32k.weights.strategy import ShardSpec

@@ -23,7 +23,7 @@ from mindformers_glm32k.dryrun.simulator import scale_down, state
 from mindformers_glm32k.dryrun.simulator.comparison import LOGIT_TOLERANCES, GenerationRun, compare_generation
 from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter, SimulationError, widen
 from mindformers_glm32k.dryrun.simulator.network import Network, run_ranks
-from mindformers_glm32k.dryrun.simulator.operators.values import NUMPY, wide
+from mindformers_glm32k.dryrun.simulator.operators import NUMPY, wide
 from mindformers_glm32k.dryrun.simulator.report import write_reports
 from mindformers_glm32k.dryrun.simulator.scale_down import Request
 from mindformers_glm32k.dryrun.simulator.train import CompiledRank, compile_with_reference, make_watch

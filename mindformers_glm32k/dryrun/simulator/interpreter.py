@@ -16,14 +16,7 @@ import numpy as np
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Program, Spec
 from mindformers_glm32k.dryrun.simulator import operators
 from mindformers_glm32k.dryrun.simulator.network import Network, NetworkError, PeerFailed
-from mindformers_glm32k.dryrun.simulator.operators.values import (
-    NUMPY,
-    Array,
-    Parameter,
-    from_bytes,
-    plain,
-    round_bfloat16,
-)
+from mindformers_glm32k.dryrun.simulator.operators import NUMPY, Array, Parameter, from_bytes, plain, round_bfloat16
 
 _NARROW = ("float16", "bfloat16")
 

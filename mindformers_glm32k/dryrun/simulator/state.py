@@ -11,7 +11,7 @@ import numpy as np
 
 from mindformers_glm32k.dryrun.analysis.mindir import Program
 from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter
-from mindformers_glm32k.dryrun.simulator.operators.values import Array, round_bfloat16
+from mindformers_glm32k.dryrun.simulator.operators import Array, round_bfloat16
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path
 from mindformers_glm32k.weights import convert, is_huggingface

@@ -10,7 +10,7 @@ from mindformers_glm32k.dryrun.simulator.comparison import (
     compare_parameters,
     disagreements,
 )
-from mindformers_glm32k.dryrun.simulator.operators.values import Parameter
+from mindformers_glm32k.dryrun.simulator.operators import Parameter
 
 STRICT = TOLERANCES["float32"]
 STEP = {"loss": 7.5, "grad_norm": 2.0, "overflow": False, "loss_scale": 65536.0, "learning_rate": 5e-5}

@@ -6,7 +6,7 @@ import pytest
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec
 from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter, SimulationError
 from mindformers_glm32k.dryrun.simulator.network import Network, run_ranks
-from mindformers_glm32k.dryrun.simulator.operators.values import round_bfloat16
+from mindformers_glm32k.dryrun.simulator.operators import round_bfloat16
 
 FLOAT = Spec((2,), "float32", 4)
 SCALAR = Spec((), "float32", 4)

@@ -7,7 +7,7 @@ import pytest
 
 from mindformers_glm32k.dryrun.analysis.mindir import Spec
 from mindformers_glm32k.dryrun.simulator import state
-from mindformers_glm32k.dryrun.simulator.operators.values import Parameter
+from mindformers_glm32k.dryrun.simulator.operators import Parameter
 from mindformers_glm32k.weights.strategy import ShardSpec
 
 NAME = "layers.0.dense.weight"

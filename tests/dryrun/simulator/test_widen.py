@@ -6,7 +6,7 @@ import pytest
 from mindformers_glm32k.dryrun.analysis.mindir import Graph, Node, Program, Spec
 from mindformers_glm32k.dryrun.simulator.interpreter import RankInterpreter, widen
 from mindformers_glm32k.dryrun.simulator.network import Network
-from mindformers_glm32k.dryrun.simulator.operators.values import wide
+from mindformers_glm32k.dryrun.simulator.operators import wide
 
 X = np.array([1.0, 1000.0], np.float32)
 STEP = np.array([0.1, 0.1])

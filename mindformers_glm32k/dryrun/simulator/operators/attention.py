@@ -14,8 +14,7 @@ import weakref
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.operators import Call, operator
-from mindformers_glm32k.dryrun.simulator.operators.values import Array, as_output, rounded, wide
+from mindformers_glm32k.dryrun.simulator.operators import Array, Call, as_output, operator, rounded, wide
 
 _LAYOUTS = ("BSH", "BNSD", "SBH", "BSND", "TND", "TH")  # by MindSpore's enum
 _FLAT = ("TND", "TH")  # all sequences behind each other

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.operators import Call, operator
-from mindformers_glm32k.dryrun.simulator.operators.values import Array, as_output, wide
+from mindformers_glm32k.dryrun.simulator.operators import Array, Call, as_output, operator, wide
 
 _REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
 

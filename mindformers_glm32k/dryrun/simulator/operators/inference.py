@@ -8,8 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.operators import Call, operator
-from mindformers_glm32k.dryrun.simulator.operators.values import Array, Parameter, as_output, plain, rounded, wide
+from mindformers_glm32k.dryrun.simulator.operators import (
+    Array,
+    Call,
+    Parameter,
+    as_output,
+    operator,
+    plain,
+    rounded,
+    wide,
+)
 
 
 @operator("ApplyRotaryPosEmb")

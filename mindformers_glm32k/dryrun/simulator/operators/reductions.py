@@ -9,8 +9,7 @@ from typing import Union
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.operators import Call, operator
-from mindformers_glm32k.dryrun.simulator.operators.values import Array, as_output, wide
+from mindformers_glm32k.dryrun.simulator.operators import Array, Call, as_output, operator, wide
 
 Axis = Union[int, tuple[int, ...], None]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mindformers_glm32k.dryrun.simulator.operators import Call, operator
-from mindformers_glm32k.dryrun.simulator.operators.values import Array, as_output, wide
+from mindformers_glm32k.dryrun.simulator.operators import Array, Call, as_output, operator, wide
 
 Ints = tuple[int, ...]
 

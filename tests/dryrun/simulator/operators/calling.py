@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from mindformers_glm32k.dryrun.analysis.mindir import Spec
-from mindformers_glm32k.dryrun.simulator.operators import Call, table
-from mindformers_glm32k.dryrun.simulator.operators.values import NUMPY, plain, round_bfloat16
+from mindformers_glm32k.dryrun.simulator.operators import NUMPY, Call, plain, round_bfloat16, table
 
 TESTED = set()  # names that a test claims with `covers`
 _called = set()

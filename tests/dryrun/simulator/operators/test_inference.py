@@ -6,7 +6,7 @@ from scipy import special
 
 from dryrun.simulator.operators.calling import call, covers, random, spec, tolerance
 from dryrun.simulator.operators.mindspore_cpu import run
-from mindformers_glm32k.dryrun.simulator.operators.values import Parameter
+from mindformers_glm32k.dryrun.simulator.operators import Parameter
 
 BLOCK, HEADS, GROUPS, SIZE = 4, 4, 2, 6
 HALVES = ("float16", "bfloat16", "float32")

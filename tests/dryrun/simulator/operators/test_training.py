@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dryrun.simulator.operators.calling import call, covers, random, register, spec
-from mindformers_glm32k.dryrun.simulator.operators.values import Parameter, round_bfloat16
+from mindformers_glm32k.dryrun.simulator.operators import Parameter, round_bfloat16
 
 
 def changed(name, value, dtype="float32"):

@@ -7,8 +7,7 @@ from mindformers.modules.layers import Linear
 from mindformers.modules.transformer import TransformerOpParallelConfig
 
 from mindformers_glm32k import GLM32KConfig
-from mindformers_glm32k.kernels.ascend.token_loss import TokenLoss, chunk_bounds
-from mindformers_glm32k.kernels.loss import ChunkedLoss, TiledLoss
+from mindformers_glm32k.kernels.loss import ChunkedLoss, TiledLoss, TokenLoss, chunk_bounds
 
 WIDTH, VOCAB_SIZE = 12, 50
 

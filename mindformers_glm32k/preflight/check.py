@@ -9,11 +9,10 @@ from typing import Any
 from mindformers_glm32k import compat
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.preflight.checkpoint import checkpoint_findings
+from mindformers_glm32k.preflight.data import disk_findings, records_findings, schedule_findings
 from mindformers_glm32k.preflight.findings import ERROR, SEVERITIES, WARNING, Finding, apply_edits
-from mindformers_glm32k.preflight.records import records_findings
 from mindformers_glm32k.preflight.rules import TRAINS, checkpoint_of, is_template, layout_findings, weights_findings
 from mindformers_glm32k.preflight.run_config import config_findings
-from mindformers_glm32k.preflight.schedule import disk_findings, schedule_findings
 from mindformers_glm32k.weights.config_json import dims_of_run
 from mindformers_glm32k.weights.names import model_keys
 

@@ -8,9 +8,8 @@ from mindformers_glm32k.dryrun.analysis.analyze import TERMS, WEIGHTS
 from mindformers_glm32k.dryrun.analysis.extrapolate import LAYERS
 from mindformers_glm32k.dryrun.analysis.order import ORDERS
 
-Figures = dict[
-    tuple, float
-]  # ("bytes", order), ("states",), ("matmul", dtype), ("collective", kind, ranks, what, …), …
+# ("bytes", order), ("states",), ("matmul", dtype), ("collective", kind, ranks, what, …), …
+Figures = dict[tuple, float]
 
 _STATES = ("weights", "gradients", "optimizer")  # what a step keeps: accumulated gradients, AdamW's moments
 PHASES = ("passes", "update")  # forward and backward; clipping and the optimizer behind them

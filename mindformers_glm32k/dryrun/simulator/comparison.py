@@ -193,7 +193,15 @@ def compare_parameters(
     whole: Mapping[str, np.ndarray], one_device: Mapping[str, np.ndarray], noise: Mapping[str, np.ndarray] | None = None
 ) -> list[ParameterDifference]:
     """Gathered parameters of a layout beside one device's: weights, moments and counters, the largest relative
-    difference first; `noise` masks the elements to leave out, by weight, see `NoiseWatch`."""
+    difference first; `noise` masks the elements to leave out, by weight, see `NoiseWatch`.
+
+    A bias's moments are measured by the larger of their own and its weight's: the gradient of the keys' bias is a sum
+    that all but cancels, since softmax does not see what all keys share, and keeps the rounding of what it adds up.
+    """
+
+    def size(name):
+        return float(np.abs(one_device.get(name, 0.0)).max(initial=0.0))
+
     found = []
     for name, value in whole.items():
         reference = np.asarray(one_device[name], np.float64)
@@ -202,7 +210,9 @@ def compare_parameters(
         # where both are equal nothing is left out
         left_out = (difference > 0) & (noise or {}).get(name, False)
         largest = float(difference[~left_out].max(initial=0.0))
-        scale = float(np.abs(reference).max(initial=0.0))
+        scale = size(name)
+        if name.endswith(".bias") and plain_name(name) != name:
+            scale = max(scale, size(name[: -len("bias")] + "weight"))
         found.append(
             ParameterDifference(name, largest, largest / scale if scale else float(largest > 0), int(left_out.sum()))
         )

@@ -78,6 +78,16 @@ def test_a_wrong_moment_is_not_noise():
     assert found["adam_m.w"].relative == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_bias_s_moments_are_measured_beside_its_weight_s():
+    one = {"adam_m.k.weight": np.array([0.1, 0.2]), "adam_m.k.bias": np.array([1e-3]), "k.bias": np.array([1e-3])}
+    whole = {**one, "adam_m.k.bias": np.array([1e-3 + 2e-7]), "k.bias": np.array([1e-3 + 2e-7])}
+    found = {item.name: item.relative for item in compare_parameters(whole, one)}
+    assert found["adam_m.k.bias"] == pytest.approx(1e-6, rel=1e-3)  # rounding of what cancels
+    assert found["k.bias"] == pytest.approx(2e-4, rel=1e-3)
+    (wrong,) = compare_parameters({"adam_m.k.bias": np.array([-1e-3])}, one)
+    assert wrong.relative == pytest.approx(1e-2)
+
+
 @pytest.mark.parametrize(
     "value, reference, equal",
     [

@@ -182,7 +182,7 @@ def test_a_chunk_whose_scores_differ_too_much_is_computed_again(network, monkeyp
     np.testing.assert_allclose(*logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("lengths", [(150,), (75, 7, 51)])
+@pytest.mark.parametrize("lengths", [(150,), (75, 51), (75, 7, 51)])
 def test_small_and_wide_tiles_give_what_one_tile_gives(network, monkeypatch, lengths):
     prompts = [np.random.default_rng(8).integers(3, 290, length).tolist() for length in lengths]
     expected = generate(network, prompts)  # one tile holds all of it

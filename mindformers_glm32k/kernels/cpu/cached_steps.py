@@ -114,7 +114,8 @@ class CachedSteps:
         positions = np.asarray(lengths, np.int32).reshape(-1, 1) - 1
         program = self._program("decode", len(ids), 1, True)  # few scores: what holds decoding is elsewhere
         ids = np.asarray(ids).reshape(-1, 1)
-        return program(*self._inputs(ids, positions, positions, tables, DECODE_TILE, WIDE)).asnumpy()
+        wide = max(WIDE // len(ids), 1)  # of several prompts a tile is so much larger, and leaves the processor's cache
+        return program(*self._inputs(ids, positions, positions, tables, DECODE_TILE, wide)).asnumpy()
 
     def compile_prefill(self, table: np.ndarray) -> None:
         """Compiles what prefill has not run yet, on tokens that are not kept, so that no later prompt waits for it."""

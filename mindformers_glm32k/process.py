@@ -1,5 +1,6 @@
 """What a command asks of its process before MindSpore is there: Ctrl-C, which MindSpore's own handler turns into
-SIGTERM while it computes; and a terminal for answers alone, all that libraries print in a log file."""
+SIGTERM while it computes; and a terminal for answers alone, all that libraries print in a log file. And what it asks of
+the machine at any time: how much memory is left."""
 
 from __future__ import annotations
 
@@ -77,3 +78,67 @@ def _copy(stream, number):
     except (AttributeError, OSError, ValueError):
         return stream
     return os.fdopen(os.dup(number), "w", encoding="utf-8", errors="replace", buffering=1)
+
+
+# folder below /sys/fs/cgroup -> files of the limit and of what is used, line of memory.stat with what can be given back
+_CGROUPS = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def free_memory(root: str | os.PathLike = "/") -> int | None:
+    """Bytes that processes can still take before the system ends one of them: what the kernel calls available and the
+    swap that is free, or what the limits of this process's control groups (a container's, a batch system's) leave.
+
+    Source: Linux, Documentation/filesystems/proc.rst (meminfo), admin-guide/cgroup-v1/memory.rst, cgroup-v2.rst.
+
+    Args:
+        root: below which `proc` and `sys` stand.
+
+    Returns:
+        None where the system does not tell.
+    """
+    proc, groups = Path(root, "proc"), Path(root, "sys", "fs", "cgroup")
+    found = _fields(proc / "meminfo")
+    if "MemAvailable" not in found:
+        return None
+    free = [1024 * (found["MemAvailable"] + found.get("SwapFree", 0))]
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            folder, inside = "memory" if controllers else "", Path(path.lstrip("/"))
+            free += [_left(groups / folder / group, *_CGROUPS[folder]) for group in (inside, *inside.parents)]
+    return max(min(size for size in free if size is not None), 0)
+
+
+def _left(group, limit, used, cached):
+    """What a control group's limit leaves; None where it has none, or where its folder is not in sight."""
+    try:
+        most, now = (int((group / name).read_text(encoding="utf-8")) for name in (limit, used))
+    except (OSError, ValueError):  # "max": no limit
+        return None
+    return most - now + _fields(group / "memory.stat").get(cached, 0)
+
+
+def resident_memory(process: int) -> int | None:
+    """Bytes of memory that a process holds; None where the system does not tell, or the process is gone."""
+    size = _fields(Path(f"/proc/{process}/status")).get("VmRSS")
+    return None if size is None else 1024 * size
+
+
+def _fields(path):
+    """name -> number, of lines such as "MemAvailable: 1024 kB" or "inactive_file 4096"."""
+    found = {}
+    for line in _lines(path):
+        name, *rest = line.replace(":", " ").split() or [""]
+        if rest and rest[0].isdigit():
+            found[name] = int(rest[0])
+    return found
+
+
+def _lines(path):
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

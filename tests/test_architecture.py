@@ -49,7 +49,7 @@ PRIVATE_EXCEPTIONS: dict[tuple[str, str], str] = {
 
 # The package as it is: these may come down, and rise only with a room. 125 files and 20,000 lines were the aim for what
 # stood before LongBench, `glm32k check` and the formats that people bring; it came to 133 files and 20,823 lines.
-MOST_FILES, MOST_LINES, LONGEST_FILE = 182, 33_400, 400
+MOST_FILES, MOST_LINES, LONGEST_FILE = 182, 33_500, 400
 # Files that one reads to follow a path to its end: `glm32k convert`, and a JSON line to its batch. 14 and 19 were the
 # aim, before adapters and unfinished downloads were read; the reader of .bin files counts, whatever the checkpoint is.
 MOST_TO_READ = {"commands.convert": 15, "data.dataset": 19}

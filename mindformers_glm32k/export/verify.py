@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_glm32k.errors import InputError
+from mindformers_glm32k.process import free_memory
 from mindformers_glm32k.tokenizer.chat_format import conversation_ids
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 from mindformers_glm32k.weights import convert
@@ -44,8 +45,8 @@ def verify_logits(
     Raises:
         InputError: logits differ by more than rounding does.
     """
-    needed, free = parameters * 4 * _COPIES, _free_memory()
-    if needed > free:
+    needed, free = parameters * 4 * _COPIES, free_memory()
+    if free is not None and needed > free:
         return [f"logits not compared: {needed / 2**30:.0f} GiB of memory are needed, {free / 2**30:.0f} are free"]
     ids = [conversation_ids(vocabulary, [{"role": "user", "content": text}], True) for text in PROMPTS]
     ours = _our_logits(folder, folder, work, ids)
@@ -112,10 +113,3 @@ def _glm_logits(python, folder, work, ids):
         raise InputError(f"{python}: GlmForCausalLM does not load the folder: {last}")
     with np.load(output) as found:
         return [found[f"arr_{index}"] for index in range(len(ids))]
-
-
-def _free_memory():
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -128,7 +128,7 @@ def test_other_logits_keep_the_folder_from_appearing(checkpoint, small_vocab_fil
 
 
 def test_too_little_memory_is_said(checkpoint, small_vocab_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(verify, "free_memory", lambda: 1000)
     report = export(checkpoint, tmp_path / "model", small_vocab_file)
     assert "logits not compared" in report["verified"][1]
 

@@ -22,6 +22,7 @@ from mindformers_glm32k.dryrun.compile.worker import BATCHES_FILE, CONFIG_FILE, 
 from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.files import copy_atomically
 from mindformers_glm32k.parallel import ParallelLayout, check_layout
+from mindformers_glm32k.process import free_memory, resident_memory
 from mindformers_glm32k.weights.strategy import add_frozen
 
 _ERROR = "error: "
@@ -30,6 +31,8 @@ _WORKER = (sys.executable, "-m", "mindformers_glm32k.dryrun.compile.worker")
 _START_SECONDS = 12
 _SECONDS_PER_LAYER_CALL = 0.6
 FILE_NAME = "ckpt_strategy_rank_{}.ckpt"  # the run's own name, which transform_ckpt looks for
+_LEAST_FREE = 1 << 30  # bytes of the machine's memory that workers leave free
+_LOOK_EVERY = 0.2  # seconds
 _WITHOUT_ADAPTERS = ["--model.model_config.pet_config", ""]
 
 
@@ -133,14 +136,16 @@ def run_workers(
         options += ["--for_simulation"] if for_simulation else []
         progress.start(rank)
         environment = frontend.environment(rank, layout.world, None if for_simulation else own / "text")
-        status = _follow(
+        what = f"the program of rank {rank} was not compiled"
+        _follow(
+            what,
             [*_WORKER, *options, "--", *launcher_arguments, "--output_dir", str(own / "output")],
             {**_inherited(), **environment, "LOCAL_DEFAULT_PATH": str(own / "output")},
             log,
-            lambda what: progress.note(rank, what),
+            lambda note: progress.note(rank, note),
         )
-        if status != 0 or not (own / RECORD_FILE).exists():
-            raise _failure(f"the program of rank {rank} was not compiled", status, log)
+        if not (own / RECORD_FILE).exists():
+            raise _failure(what, 0, log)
         progress.finish(rank)
         record = json.loads((own / RECORD_FILE).read_text(encoding="utf-8"))
         if on_done:
@@ -164,9 +169,7 @@ def _run_worker(name, what_failed, options, launcher_arguments, folder):
     """Runs a worker that compiles nothing; its log goes to `log_NAME.txt`."""
     log = folder / f"log_{name}.txt"
     command = [*_WORKER, "--folder", str(folder), *options, "--", *launcher_arguments]
-    status = _follow(command, {**_inherited(), "LOCAL_DEFAULT_PATH": str(folder)}, log)
-    if status != 0:
-        raise _failure(what_failed, status, log)
+    _follow(what_failed, command, {**_inherited(), "LOCAL_DEFAULT_PATH": str(folder)}, log)
 
 
 def _inherited():
@@ -175,12 +178,13 @@ def _inherited():
     return {name: value for name, value in os.environ.items() if name != "RUN_MODE"}
 
 
-def _follow(command, environment, log, on_note=None):
-    """Runs a worker; its notes go to `on_note`, everything else to the log."""
+def _follow(what_failed, command, environment, log, on_note=None):
+    """Runs a worker to its end; its notes go to `on_note`, everything else to the log. Raises where it fails."""
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
         )
+        guard = _MemoryGuard(process)
         try:
             for line in process.stdout:
                 if line.startswith(NOTE):
@@ -188,10 +192,49 @@ def _follow(command, environment, log, on_note=None):
                         on_note(line[len(NOTE) :].strip())
                 else:
                     file.write(line)
-            return process.wait()
+            status = process.wait()
         finally:
             process.kill()
             process.wait()
+            guard.join()
+    if guard.ended:
+        raise WorkerFailed(f"{what_failed}: {guard.ended}")
+    if status != 0:
+        raise _failure(what_failed, status, log)
+
+
+class _MemoryGuard(threading.Thread):
+    """Ends a worker before the machine's memory is at its end: the system would pick a process by itself, perhaps one
+    that is not the compiler's.
+
+    Attributes:
+        ended: why the worker was ended; empty where it was not.
+    """
+
+    _one_at_a_time = threading.Lock()  # what one worker gives back may be enough for the others
+
+    def __init__(self, process: subprocess.Popen):
+        super().__init__(daemon=True)
+        self.process, self.ended = process, ""
+        self.start()
+
+    def run(self) -> None:
+        """Looks until the worker is at its end."""
+        while self.process.poll() is None:
+            with self._one_at_a_time:
+                free = free_memory()
+                if free is None:
+                    return
+                if free < _LEAST_FREE:
+                    held = resident_memory(self.process.pid)
+                    if self.process.poll() is None and held:
+                        self.ended = (
+                            f"it held {held / 2**30:.1f} GiB when less than {_LEAST_FREE / 2**30:.1f} GiB of the "
+                            "machine's memory were free; take a machine with more, or fewer layers (dryrun --quick)"
+                        )
+                    self.process.kill()
+                    self.process.wait()
+            time.sleep(_LOOK_EVERY)
 
 
 def _failure(what, status, log):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from mindspore import Parameter, Tensor, load_checkpoint, save_checkpoint
 from mindspore.train import node_strategy_pb2
 
 from dryrun.tiny import FFN, GROUPS, HEADS, HIDDEN, PIPELINE, SIZE, VOCABULARY, run_command, run_dryrun
+from mindformers_glm32k.dryrun.compile import pool
 
 QKV = (HEADS + 2 * GROUPS) * SIZE
 SHAPES = {
@@ -119,3 +121,19 @@ def test_one_npu_has_no_strategy(tmp_path):
     result = run_command("strategy", "--output", str(tmp_path / "out"), use_parallel=False)
     assert result.returncode == 2 and "use_parallel" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_takes_the_last_memory_is_ended_and_named(tmp_path, monkeypatch):
+    began = tmp_path / "began"
+    program = f"import pathlib, time; held = bytearray(60 << 20); pathlib.Path({str(began)!r}).touch(); time.sleep(300)"
+    monkeypatch.setattr(pool, "free_memory", lambda: 1000 if began.exists() else 4 << 30)
+    with pytest.raises(pool.WorkerFailed, match=r"rank 3 was not compiled: it held 0\.1 GiB when less than 1\.0 GiB"):
+        pool._follow("the program of rank 3 was not compiled", [sys.executable, "-c", program], None, tmp_path / "log")
+    assert not any(isinstance(thread, pool._MemoryGuard) for thread in threading.enumerate())
+
+
+def test_a_worker_is_left_alone_while_there_is_memory(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pool, "free_memory", lambda: asked.append(1) or 2 << 30)
+    pool._follow("not compiled", [sys.executable, "-c", "import time; time.sleep(1)"], None, tmp_path / "log.txt")
+    assert len(asked) > 1

@@ -22,6 +22,15 @@ logging.raiseExceptions = False
 LEFT_BEHIND = ("RUN_MODE", "MS_ALLOC_CONF")
 
 
+def launchers_environment():
+    """Environment variables for runs that a launcher starts: its processes import this tree and log below their own
+    folder, and msrun's `python` is the one that runs the tests, though its environment need not be activated."""
+    own = {"LOCAL_DEFAULT_PATH", "REGISTER_PATH", "LOG_MF_PATH"}
+    kept = {name: value for name, value in os.environ.items() if name not in own}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**kept, "PYTHONPATH": str(ROOT), "PATH": path}
+
+
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch):
     """MindFormers writes output/, rank_0/ and the like into the current folder: every test gets its own, and what a

@@ -13,6 +13,9 @@ from mindformers_glm32k.kernels.cpu import blocks, tiled_attention, tiled_layers
 from mindformers_glm32k.weights.names import key_of, name_of
 
 NO_STOP = [1023]  # an id that the golden continuations do not contain: generation runs to its limit
+SMALL = dict(
+    num_layers=1, hidden_size=64, num_attention_heads=4, kv_channels=16, ffn_hidden_size=64, padded_vocab_size=512
+)
 
 
 @pytest.fixture(scope="module")
@@ -209,17 +212,7 @@ def test_bfloat16_is_refused_where_there_are_no_kernels(build):
 @pytest.mark.parametrize("flash", [True, False])
 def test_no_square_tensor_is_created_at_construction(cells, flash):
     length = 3001
-    config = GLM32KConfig(
-        num_layers=1,
-        hidden_size=64,
-        num_attention_heads=4,
-        kv_channels=16,
-        ffn_hidden_size=64,
-        padded_vocab_size=512,
-        seq_length=length,
-        cells=cells,
-        use_flash_attention=flash,
-    )
+    config = GLM32KConfig(**SMALL, seq_length=length, cells=cells, use_flash_attention=flash)
     network = GLM32KForConditionalGeneration(config)
     for _, cell in network.cells_and_names():
         for name, value in vars(cell).items():
@@ -228,17 +221,7 @@ def test_no_square_tensor_is_created_at_construction(cells, flash):
 
 
 def test_cells_of_the_default_config_keep_no_square_tensor():
-    config = GLM32KConfig(
-        num_layers=1,
-        hidden_size=64,
-        num_attention_heads=4,
-        kv_channels=16,
-        ffn_hidden_size=64,
-        padded_vocab_size=512,
-        seq_length=1024,
-        param_init_type="float32",
-        compute_dtype="float32",
-    )
+    config = GLM32KConfig(**SMALL, seq_length=1024, param_init_type="float32", compute_dtype="float32")
     encoder = GLM32KForConditionalGeneration(config).transformer.encoder
     assert isinstance(encoder, tiled_layers.TiledTransformer)
     assert isinstance(encoder.layers[0].self_attention.flash_attention, tiled_attention.TiledAttention)
@@ -246,17 +229,7 @@ def test_cells_of_the_default_config_keep_no_square_tensor():
 
 
 def test_ascend_cells_are_upstreams():
-    config = GLM32KConfig(
-        num_layers=1,
-        hidden_size=64,
-        num_attention_heads=4,
-        kv_channels=16,
-        ffn_hidden_size=64,
-        padded_vocab_size=512,
-        seq_length=128,
-        cells="ascend",
-        use_flash_attention=True,
-    )
+    config = GLM32KConfig(**SMALL, seq_length=128, cells="ascend", use_flash_attention=True)
     layer = GLM32KForConditionalGeneration(config).transformer.encoder.layers[0]
     assert type(layer.input_layernorm) is glm2_transformer.ChatGLM2RMSNorm
     assert isinstance(layer.self_attention.flash_attention, glm2_transformer.FlashAttention)

@@ -21,7 +21,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launchers_environment
 
 from mindformers_glm32k.training.saved import read_meta, saved_files
 from mindformers_glm32k.weights.checkpoint import first_bad_tensor
@@ -39,14 +39,7 @@ class Folder:
     def __init__(self, path, data):
         self.path, self.data = path, data
         path.mkdir(parents=True, exist_ok=True)
-        self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("LOCAL_DEFAULT_PATH", "REGISTER_PATH", "LOG_MF_PATH")
-        }
-        self.environment.update(
-            PYTHONPATH=str(ROOT), PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        )
+        self.environment = launchers_environment()
         self.ranks = path / "output" / "checkpoint"
         self.logs = 0
 

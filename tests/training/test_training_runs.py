@@ -24,7 +24,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, launchers_environment
 
 from mindformers_glm32k.compat import pynative_is_upstreams
 from mindformers_glm32k.run_mindformer import main
@@ -84,15 +84,7 @@ class Runs:
         write_rows(folder / "train.jsonl", ROWS, seed=0)
         write_rows(folder / "eval.jsonl", 16, seed=1)
         self.pool = concurrent.futures.ThreadPoolExecutor(2)
-        self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("LOCAL_DEFAULT_PATH", "REGISTER_PATH", "LOG_MF_PATH")
-        }
-        # msrun starts `python`: the one that runs the tests, though its environment need not be activated
-        self.environment.update(
-            PYTHONPATH=str(ROOT), PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        )
+        self.environment = launchers_environment()
 
     def options(self, config, changes):
         """The launcher's options for a run on the data, shrunk to sequences of 48 tokens; changes by dotted key.

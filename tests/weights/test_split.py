@@ -15,7 +15,7 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.weights import merge, reshard, split
 from mindformers_glm32k.weights.strategy import read_stages
 from weights.parallel import CASES, TINY_DIMS, read_weights, whole_tensors, write_checkpoint, write_layout
-from weights.synthetic import chatglm_shapes, random_values, write_folder
+from weights.synthetic import TINY, chatglm_shapes, random_values, write_folder
 
 WEIGHT = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
 
@@ -106,15 +106,7 @@ def test_one_tensor_at_a_time_gives_the_same(strategy, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("in_process")
 def test_hugging_face_folder(strategy, tmp_path):
-    config = {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "kv_channels": 16,
-        "multi_query_group_num": 2,
-        "ffn_hidden_size": 160,
-        "padded_vocab_size": 1024,
-    }
+    config = {**TINY, "num_layers": 2}
     values = random_values(chatglm_shapes(config), "fp16")
     write_folder(tmp_path / "hf", config, values, "bin")
     split(tmp_path / "hf", tmp_path / "parts", strategy)

@@ -84,6 +84,10 @@ class Conversation:
         """Adds the answer."""
         self.exchanges[-1] += [dict(message) for message in response.messages]
 
+    def waits(self) -> bool:
+        """Whether the last question has no answer yet."""
+        return bool(self.exchanges) and len(self.exchanges[-1]) == 1
+
     def undo(self) -> str | None:
         """Takes the last exchange back, and gives its question; None where there is none."""
         return self.exchanges.pop()[0]["content"] if self.exchanges else None

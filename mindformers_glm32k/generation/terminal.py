@@ -29,6 +29,7 @@ HELP = """\
 /help          this
 /quit          leave; so does Ctrl-D. Ctrl-C stops an answer"""
 COMMANDS = tuple(line.split()[0] for line in HELP.splitlines())
+_TAKEN_BACK = "(stopped; the question is taken back)"
 _WARN_FROM = 0.85  # of the context
 
 
@@ -85,8 +86,9 @@ class Chat:
                     self._answer()
             except (InputError, OSError) as error:
                 self._say(f"error: {error}")
-            except KeyboardInterrupt:  # between an answer and the next prompt
-                self._say("(/quit or Ctrl-D leaves)")
+            except KeyboardInterrupt:  # before an answer begins, or between it and the next prompt
+                taken_back = self.conversation.undo() if self.conversation.waits() else None
+                self._say("(/quit or Ctrl-D leaves)" if taken_back is None else _TAKEN_BACK)
 
     def _say(self, text):
         print(text, file=self._out, flush=True)
@@ -225,7 +227,7 @@ class Chat:
         response = read_response(self._vocabulary, streamer.ids)
         if interrupted and not streamer.ids:
             self.conversation.undo()
-            self._say("(stopped; the question is taken back)")
+            self._say(_TAKEN_BACK)
             return None
         self.conversation.answered(response)
         self._say(self._figures(len(prompt), begun, moments, response.ended, bool(interrupted)))

@@ -113,6 +113,26 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(vocabulary):
         signal.sigtimedwait([], 1)
 
 
+def test_ctrl_c_before_the_answer_begins_takes_the_question_back(vocabulary):
+    out, lines = io.StringIO(), ["first", "second"]
+
+    def read(prompt):
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    def quiet():
+        if lines:  # between the first question and its answer
+            raise KeyboardInterrupt
+        return contextlib.nullcontext(out)
+
+    chat = Chat(Told(vocabulary, "\nfine"), vocabulary, Options(20), read, out, quiet)
+    chat.run()
+    assert "(stopped; the question is taken back)" in out.getvalue()
+    assert [exchange[0]["content"] for exchange in chat.conversation.exchanges] == ["second"]
+    assert not chat.conversation.waits()
+
+
 def test_the_context_is_warned_of_and_what_is_dropped_named(vocabulary):
     lines = [f"{number} " + "word " * 8 for number in range(6)]
     printed, chat, network = talk(vocabulary, lines, *["\nfine"] * 6, room=150)

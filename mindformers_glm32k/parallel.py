@@ -123,6 +123,12 @@ class ParallelLayout:
         return text + (f", {self.micro_batches} micro batches" if self.stages > 1 else "")
 
 
+def virtual_stages(config: Mapping) -> int:
+    """Those that each stage of a pipeline consists of; `pp_interleave_num` counts where the pipeline interleaves."""
+    pipeline = (config.get("parallel") or {}).get("pipeline_config") or {}
+    return _count(config["model"]["model_config"], "pp_interleave_num") if pipeline.get("pipeline_interleave") else 1
+
+
 def layers_per_stage(config: Mapping) -> list[list[int]]:
     """How upstream deals layers to stages: as many to each, plus `model_config.offset`.
 
@@ -217,7 +223,8 @@ class _Run:
         self.micro_batches = _count(self.parallel, "micro_batch_num")
         self.predicts = str(config.get("run_mode", "")).startswith("predict")
         self.layers = int(self.model["num_layers"])
-        self.interleave = _count(self.model, "pp_interleave_num") if self.pipeline_stage > 1 else 1
+        self.runner: Mapping[str, Any] = config.get("runner_config") or {}
+        self.interleave = virtual_stages(config) if self.pipeline_stage > 1 else 1
         self.length = int(self.model["seq_length"])
         self.heads = int(self.model["num_attention_heads"])
         self.groups = int(self.model["multi_query_group_num"])
@@ -256,10 +263,8 @@ def _heads(run: _Run) -> Iterator[str]:
         yield f"model_config.num_attention_heads={run.heads}: not a multiple of {words} = {parts}"
     small, large = sorted((run.groups, run.model_parallel))
     if large % small:
-        yield (
-            f"model_config.multi_query_group_num={run.groups}: neither a multiple nor a divisor of "
-            f"parallel_config.model_parallel={run.model_parallel}"
-        )
+        parts = f"parallel_config.model_parallel={run.model_parallel}"
+        yield f"model_config.multi_query_group_num={run.groups}: neither a multiple nor a divisor of {parts}"
     if run.context_parallel % run.ulysses:
         found = f"context_parallel={run.context_parallel}"
         yield f"parallel_config.ulysses_degree_in_cp={run.ulysses}: does not divide {found}"
@@ -286,10 +291,8 @@ def _sequence(run: _Run) -> Iterator[str]:
         yield f"model_config.seq_length={run.length}: not a multiple of {words} = {parts}"
     if run.model.get("use_flash_attention"):
         if run.length % FLASH_ATTENTION_STEP:
-            yield (
-                f"model_config.seq_length={run.length}: not a multiple of {FLASH_ATTENTION_STEP}, which "
-                "use_flash_attention needs"
-            )
+            need = f"{FLASH_ATTENTION_STEP}, which use_flash_attention needs"
+            yield f"model_config.seq_length={run.length}: not a multiple of {need}"
     elif run.context_parallel > 1:
         yield f"model_config.use_flash_attention: must be true for context_parallel={run.context_parallel}"
 
@@ -306,7 +309,7 @@ def _chunks(run: _Run) -> Iterator[str]:
         name, size = "optimizer_weight_shard_size", sharding.get("optimizer_weight_shard_size")
         if is_int(size, 1) and size < run.data_parallel * run.context_parallel:
             yield f"parallel.parallel_optimizer_config.{name}={size}: gradients are wrong with optimizer_level: level3"
-        if chunk and _count(run.config.get("runner_config") or {}, "gradient_accumulation_steps") > 1:
+        if chunk and _count(run.runner, "gradient_accumulation_steps") > 1:
             yield f"model_config.mlp_chunk_size={chunk!r}: null to accumulate gradients with optimizer_level: level3"
 
 
@@ -329,9 +332,8 @@ def _batch(run: _Run) -> Iterator[str]:
     if run.predicts:
         batch = _count(run.model, "batch_size")
         if batch % run.data_parallel:
-            yield (
-                f"model_config.batch_size={batch}: not a multiple of parallel_config.data_parallel={run.data_parallel}"
-            )
+            parts = f"parallel_config.data_parallel={run.data_parallel}"
+            yield f"model_config.batch_size={batch}: not a multiple of {parts}"
         return
     interleave = _count(run.config, "micro_batch_interleave_num")
     if interleave > 1 and run.context_parallel > 1:
@@ -340,8 +342,8 @@ def _batch(run: _Run) -> Iterator[str]:
     strategy = (run.config.get("parallel") or {}).get("dataset_strategy")
     if isinstance(strategy, (list, tuple)) and strategy and isinstance(strategy[0], (list, tuple)):
         parts = strategy[0][0]
-        batch = _count(run.config.get("runner_config") or {}, "batch_size") * run.data_parallel * interleave
-        batch *= run.micro_batches if run.pipeline_stage > 1 else 1
+        micro_batches = run.micro_batches if run.pipeline_stage > 1 else 1
+        batch = _count(run.runner, "batch_size") * run.data_parallel * interleave * micro_batches
         if is_int(parts) and parts != run.data_parallel:
             yield (
                 f"parallel.dataset_strategy={strategy}: splits the {batch} sequences of a step into {parts}, "
@@ -366,16 +368,14 @@ def _pipeline(run: _Run) -> Iterator[str]:
                 f"offsets must add up to {run.layers % (stages * run.interleave)}"
             )
         elif min(map(min, dealt)) < 1:
-            yield (
-                f"model_config.num_layers={run.layers}: a stage of {dealt} has no layer "
-                f"(parallel_config.pipeline_stage={stages}, model_config.offset)"
-            )
+            keys = f"parallel_config.pipeline_stage={stages}, model_config.offset"
+            yield f"model_config.num_layers={run.layers}: a stage of {dealt} has no layer ({keys})"
     if run.micro_batches < stages:
         yield (
             f"parallel_config.micro_batch_num={run.micro_batches}: fewer than pipeline_stage={stages}, "
             "stages would wait for ever"
         )
-    accumulate = _count(run.config.get("runner_config") or {}, "gradient_accumulation_steps")
+    accumulate = _count(run.runner, "gradient_accumulation_steps")
     if accumulate > 1:
         yield (
             f"runner_config.gradient_accumulation_steps={accumulate}: without effect in a pipeline; raise "

@@ -7,7 +7,7 @@ import yaml
 from dryrun.tiny import CONFIG, run_command
 
 from mindformers_glm32k.errors import InputError
-from mindformers_glm32k.parallel import check_layout, layers_per_stage, layout_problems
+from mindformers_glm32k.parallel import check_layout, layers_per_stage, layout_problems, virtual_stages
 
 SHIPPED = sorted(CONFIG.parent.glob("*.yaml"))
 PREDICT = {"run_mode": "predict", "parallel_config.pipeline_stage": 1, "parallel_config.micro_batch_num": 1}
@@ -126,11 +126,16 @@ def test_without_use_parallel_the_layout_is_not_looked_at():
 def test_layers_are_dealt_as_upstream_deals_them():
     assert layers_per_stage(changed()) == [[7, 7, 7, 7]]
     assert layers_per_stage(changed(**{"model.model_config.offset": [1, 0, 0, -1]})) == [[8, 7, 7, 6]]
-    assert layers_per_stage(
-        changed(
-            **{"model.model_config.pp_interleave_num": 2, "model.model_config.offset": [[0, 1, 1, 1], [1, 0, 0, 0]]}
-        )
-    ) == [[3, 4, 4, 4], [4, 3, 3, 3]]
+    interleaved = {
+        "model.model_config.pp_interleave_num": 2,
+        "parallel.pipeline_config": {"pipeline_interleave": True},
+        "model.model_config.offset": [[0, 1, 1, 1], [1, 0, 0, 0]],
+    }
+    assert layers_per_stage(changed(**interleaved)) == [[3, 4, 4, 4], [4, 3, 3, 3]]
+    assert virtual_stages(changed(**interleaved)) == 2
+    # upstream leaves pp_interleave_num aside where the pipeline does not interleave: 28 layers on 4 stages are even
+    alone = changed(**{"model.model_config.pp_interleave_num": 2})
+    assert virtual_stages(alone) == 1 and layers_per_stage(alone) == [[7, 7, 7, 7]] and layout_problems(alone) == []
     assert (
         layout_problems(changed(**{"parallel_config.pipeline_stage": 3, "model.model_config.offset": [1, 0, 0]})) == []
     )

@@ -13,7 +13,7 @@ from mindformers_glm32k.dryrun.compile.pool import Compiled, read_layout, run_wo
 from mindformers_glm32k.dryrun.report import write_report
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import copy_atomically
-from mindformers_glm32k.parallel import ParallelLayout
+from mindformers_glm32k.parallel import ParallelLayout, virtual_stages
 
 
 def dry_run(
@@ -48,7 +48,7 @@ def dry_run(
         programs = compile_and_analyze(ranks, layout, output, launcher_arguments, keep_programs)
     sizes = asdict(layout)
     sizes["rows"] = sizes.pop("global_batch_size")  # report.json's name
-    sizes["interleave"] = _interleave(config) if layout.stages > 1 else 1
+    sizes["interleave"] = virtual_stages(config) if layout.stages > 1 else 1
     report = {
         "world_size": layout.world,
         "layout": layout.describe(),
@@ -60,13 +60,6 @@ def dry_run(
     }
     write_report(report, config, output)
     return report
-
-
-def _interleave(config):
-    """Virtual stages of a stage: `pp_interleave_num` does nothing unless the pipeline is told to interleave."""
-    pipeline = (config.get("parallel") or {}).get("pipeline_config") or {}
-    asked = int(config["model"]["model_config"].get("pp_interleave_num") or 1)
-    return asked if pipeline.get("pipeline_interleave") else 1
 
 
 def ranks_asked_for(text: str, layout: ParallelLayout) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mindformers_glm32k import compat
+from mindformers_glm32k.checks import is_int
 from mindformers_glm32k.files import can_be_written
 from mindformers_glm32k.parallel import layout_problems, one_program
 from mindformers_glm32k.preflight.findings import ERROR, SET, WARNING, Finding, value_at
@@ -82,6 +83,20 @@ def rule_findings(config: Mapping[str, Any], run_mode: str, built: Iterable[str]
             "True on CPU: MindFormers' per-layer monitor uses operators without a CPU kernel",
             "write False; GLM32KMonitor and tensorboard work",
             (SET, False),
+        )
+    parts = value_at(config, "model.model_config.pp_interleave_num")
+    interleaves = value_at(config, "parallel.pipeline_config.pipeline_interleave")
+    if (
+        trains
+        and is_int(parts, 2)
+        and is_int(value_at(config, "parallel_config.pipeline_stage"), 2)
+        and not interleaves
+    ):
+        yield Finding(
+            WARNING,
+            "model.model_config.pp_interleave_num",
+            f"{parts} without parallel.pipeline_config.pipeline_interleave: the pipeline does not interleave",
+            "set parallel.pipeline_config: {pipeline_interleave: True, pipeline_scheduler: 1f1b}, or remove the key",
         )
     output = config.get("output_dir") or "./output"
     if isinstance(output, str) and not can_be_written(os.path.expanduser(output)):

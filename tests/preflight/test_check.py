@@ -217,6 +217,17 @@ def test_shipped_yamls_have_no_finding(name, capsys):
         assert check(capsys, FOLDER / name, "--run_mode", mode) == (0, [])
 
 
+def test_a_pipeline_that_is_not_told_to_interleave(capsys):
+    path, parts = FOLDER / "finetune_glm32k.yaml", ["--model.model_config.pp_interleave_num", "2"]
+    status, findings = check(capsys, path, *parts)
+    (one,) = findings
+    assert status == 0 and one["severity"] == "warning" and one["key"] == "model.model_config.pp_interleave_num"
+    assert "2 without parallel.pipeline_config.pipeline_interleave" in one["message"]
+    offset = ["--model.model_config.offset", "[[1,1,0,0],[0,0,1,1]]"]
+    told = ["--parallel.pipeline_config", "{pipeline_interleave: True, pipeline_scheduler: 1f1b}"]
+    assert check(capsys, path, *parts, *offset, *told) == (0, [])
+
+
 def test_pynative_mode_on_mindformers_2(written, capsys, monkeypatch):
     from mindformers_glm32k import compat
 

@@ -12,7 +12,7 @@ _MEASURED = frozenset(("compile_seconds", "peak_rss_bytes"))
 
 
 def layers_of_stages(config: dict) -> list[int]:
-    """Layers of each pipeline stage of the merged configuration.
+    """Layers of each pipeline stage of the merged configuration, all its virtual stages together.
 
     Raises:
         InputError: a setting differs from layer to layer, so that shallow programs say nothing about it, or the layers
@@ -27,9 +27,13 @@ def layers_of_stages(config: dict) -> list[int]:
                 f"--quick: recompute_config.{name} is {value!r}, another value for some layers; "
                 "compile at full depth (without --quick) or give one value for all layers"
             )
-    if int(model.get("pp_interleave_num") or 1) > 1:
-        raise InputError("--quick: model_config.pp_interleave_num is above 1; compile at full depth (without --quick)")
-    (layers,) = layers_per_stage(config)
+    dealt = layers_per_stage(config)
+    if LAYERS[0] % len(dealt):
+        raise InputError(
+            f"--quick: model_config.pp_interleave_num {len(dealt)} does not divide the {LAYERS[0]} layers of a shallow "
+            "stage; compile at full depth (without --quick)"
+        )
+    layers = [sum(parts) for parts in zip(*dealt)]
     if sum(layers) != int(model["num_layers"]):
         raise InputError(
             f"--quick: model_config.num_layers {model['num_layers']} is not the sum of {layers} layers on "

@@ -6,6 +6,7 @@ from mindformers_glm32k.dryrun.analysis.extrapolate import extrapolate, layers_o
 from mindformers_glm32k.errors import InputError
 
 SIZES = {"seq_length": 64, "num_attention_heads": 4, "multi_query_group_num": 2}
+INTERLEAVED = {"parallel": {"pipeline_config": {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}}}
 
 
 def config(**model):
@@ -78,6 +79,9 @@ def test_layers_of_stages():
     assert layers_of_stages(config()) == [7, 7, 7, 7]
     assert layers_of_stages(config(offset=[1, 1, 0, -2])) == [8, 8, 7, 5]
     assert layers_of_stages({**config(), "use_parallel": False}) == [28]
+    virtual = config(pp_interleave_num=2, offset=[[1, 1, 0, 0], [0, 0, 1, 1]])
+    assert layers_of_stages({**virtual, **INTERLEAVED}) == [7, 7, 7, 7]
+    assert layers_of_stages(config(pp_interleave_num=2)) == [7, 7, 7, 7]  # without effect
     named = {"recompute": False, "select_recompute": ["mlp.mul", "input_layernorm.norm"]}  # in every layer
     assert layers_of_stages({**config(), "recompute_config": named}) == [7, 7, 7, 7]
 
@@ -87,7 +91,7 @@ def test_layers_of_stages():
     [
         (config(num_layers=30), "num_layers 30"),
         (config(offset=[1, 0]), "model_config.offset"),
-        (config(pp_interleave_num=2), "pp_interleave_num"),
+        ({**config(pp_interleave_num=7), **INTERLEAVED}, "pp_interleave_num 7 does not divide the 2 layers"),
         ({**config(), "recompute_config": {"recompute": [7, 7, 7, 5]}}, "recompute_config.recompute"),
         ({**config(), "recompute_config": {"recompute": True, "select_recompute": {"mul": True}}}, "select_recompute"),
     ],

@@ -31,3 +31,23 @@ def test_the_compiler_makes_virtual_stages_of_the_keys(tmp_path):
             key = ("collective", "Receive", (0, 1), False, what)
             assert found[key] == guess[key]
         assert found["matmul", "float16"] == pytest.approx(guess["matmul", "float16"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_few_layers_tell_of_all_with_virtual_stages(tmp_path):
+    keys = {**SETTING.keys(), "model.model_config.num_layers": 12, "model.model_config.offset": 0}
+    path = tmp_path / "interleaved.yaml"
+    path.write_text(yaml.safe_dump(applied(card(), {**OVERRIDES, **keys})), encoding="utf-8")
+    reports = []
+    for options in ((), ("--quick",)):
+        result = run_dryrun(tmp_path / "out", *options, config=path, model__model_config__num_layers=12, **SHARDED)
+        assert result.returncode == 0, result.stderr
+        reports.append(json.loads((tmp_path / "out" / "report.json").read_text())["programs"])
+    for whole, guess in zip(*reports):
+        assert guess["extrapolated"] == {"from_layers": [2, 4], "to_layers": 6}
+        for key in ("total_bytes_by_order", "parameter_bytes", "optimizer_bytes", "work"):
+            assert guess[key] == whole[key], key
+        counts = [
+            [(item["kind"], item["count"], item["bytes"]) for item in one["collectives"]] for one in (whole, guess)
+        ]
+        assert counts[0] == counts[1]

@@ -1,4 +1,4 @@
-"""Checks of keys and values, once for all: numbers, True and False, choices, unknown keys, "did you mean", JSON."""
+"""Checks of keys and values, shared by all modules: numbers, booleans, choices, unknown keys, "did you mean", JSON."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mindformers_glm32k.errors import InputError
 
 
 def is_int(value: Any, least: int | None = None) -> bool:
-    """Whether a value is an integer (True and False are none), not below `least`."""
+    """Whether a value is an integer >= `least`; True and False do not count as integers."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def is_number(value: Any, least: float | None = None) -> bool:
-    """Whether a value is a real number (True and False are none), not below `least`; NaN is below everything."""
+    """Whether a value is a real number >= `least`; True and False do not count as numbers, NaN is below any `least`."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known word that `word` is most probably a slip of; None when nothing is near."""
+    """The known word that `word` is most probably a typo of; None when none is similar (difflib ratio < `cutoff`)."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
@@ -80,21 +80,21 @@ def choice(value: Any, name: str, allowed: Collection[Any]) -> Any:
 
 
 def workers(value: Any, name: str) -> int:
-    """Threads or processes to use: `value` (>= 1), but no more than there are cores, which MindSpore refuses."""
+    """Threads or processes to use: `value` (>= 1), at most the number of cores: MindSpore refuses more."""
     return min(whole_number(value, name, 1), multiprocessing.cpu_count())
 
 
 class UnusableJSON(InputError):
-    """JSON that is well-formed and still cannot be taken as it is."""
+    """Well-formed JSON that is ambiguous or nested too deeply."""
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, as json.loads has it.
+    """Parses a JSON text as json.loads does, but refuses ambiguous objects.
 
     Raises:
-        UnusableJSON: a key that an object gives twice with different values, of which json.loads keeps the last in
-            silence; or brackets nested too deeply. Neither message says where.
-        ValueError: no JSON.
+        UnusableJSON: an object has a key twice with different values, of which json.loads silently keeps the last; or
+            brackets are nested too deeply. The message names no file.
+        ValueError: the text is not JSON.
     """
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
@@ -103,7 +103,7 @@ def parse_json(text: str) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of the pairs, for json's `object_pairs_hook`; raises as `parse_json` does for a key given twice."""
+    """The dict of the pairs, for json's `object_pairs_hook`; raises UnusableJSON for a key with two values."""
     found = dict(pairs)
     if len(found) < len(pairs):
         for key, value in pairs:
@@ -113,7 +113,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """What `--shard K/N` says: K from 0 to N - 1, and N."""
+    """Parses the value of `--shard K/N`: (K, N), with K from 0 to N - 1; raises InputError for anything else."""
     number, slash, count = text.partition("/")
     if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
         raise InputError(f"--shard {text}: K/N is needed with K from 0 to N - 1, such as 0/4")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mindformers_glm32k.commands import parse_and_run
 
-# name -> (module, one line of help); what such a module has to hold: see commands/__init__.py
+# name -> (module, one line of help); the interface of these modules: see commands/__init__.py
 COMMANDS = {
     "make-data": (
         "mindformers_glm32k.commands.make_data",
@@ -65,7 +65,7 @@ def _build_parser(chosen):
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, help_line) in COMMANDS.items():
         command = commands.add_parser(name, help=help_line, description=help_line[0].upper() + help_line[1:] + ".")
-        if name == chosen:  # only the module of the chosen command is imported
+        if name == chosen:  # importing only its module keeps --help fast
             importlib.import_module(module).add_arguments(command)
     return parser
 

@@ -1,26 +1,26 @@
 """The one place that knows MindFormers and MindSpore versions and their differences.
 
 Ledger: what differs or stands in the way, where, why we act, and when the entry can go. Nothing of MindFormers is
-changed on disk; what is bound to another name is bound back.
+changed on disk; names that are rebound at run time are restored afterwards.
 
 | entry | what and why | versions | can go |
 |---|---|---|---|
 | set_output_path | moved from mindformers.tools to mindformers.utils.file_utils in 1.8 | 1.6 | with 1.6 |
 | checkpoint_path | 1.9 moves load_checkpoint to checkpoint.load_path | 1.9 | with 1.8 |
-| portable_argmax | the generator's mint.argmax has no CPU kernel; an attribute of our model | all | with a kernel |
-| barrier_on_cpu | Barrier has no CPU kernel; its name is that of an all-reduce during CPU runs | 1.6 to 2.0; 2.1
-  waits at mint.distributed.barrier, which has one | with 2.0 |
-| run_mode_restored | build_context leaves RUN_MODE in the environment, by which the next trainer misses its global
-  batch size | all | when it is an argument |
-| check_buildable | sequence pipelines are not built; MindSpore has no bfloat16 kernels on CPU | all | with kernels |
-| kernels/substitution.py | names bound while a model is constructed: S x S masks, NPU-only kernels, unsharded
-  operators of upstream's glm2 | all | with cells that take their parts as arguments |
-| kernels/ascend/flash_attention.py | upstream's glm2 offers FlashAttention's sparse modes 0 and 3 only, and a layout
-  of the mask with four axes | all | with sparse_mode 2 upstream |
-| kernels/cpu/blocks.py | scatter kernels write into tensors that are no Parameters, for which their Python classes
-  refuse them | all | with operators that write in place in graph mode |
-| training/cpu_step.py | AdamW of twenty operators a parameter, a forward pass for the loss and one for the gradient;
-  1.6 cannot be told otherwise of the latter | all | when loops are joined, and with a fused AdamW on CPU |
+| portable_argmax | the generator's mint.argmax has no CPU kernel; replaced in our model | all | with a kernel |
+| barrier_on_cpu | Barrier has no CPU kernel; replaced by an all-reduce during CPU runs | 1.6 to 2.0; 2.1 waits at
+  mint.distributed.barrier, which has a CPU kernel | with 2.0 |
+| run_mode_restored | build_context leaves RUN_MODE in the environment; a later trainer that finds "predict" there sets
+  no global batch size | all | when it is an argument |
+| check_buildable | sequence pipelines are not supported; no bfloat16 kernels on CPU | all | with kernels |
+| kernels/substitution.py | names rebound while a model is constructed, to replace S x S masks, NPU-only kernels and
+  unsharded operators of upstream's glm2 | all | with cells that take their parts as arguments |
+| kernels/ascend/flash_attention.py | upstream's glm2 has FlashAttention's sparse modes 0 and 3 only, and shards a mask
+  of four axes only | all | with sparse_mode 2 upstream |
+| kernels/cpu/blocks.py | scatter kernels can write in place into any tensor, but their Python classes accept
+  Parameters only | all | with operators that write in place in graph mode |
+| training/cpu_step.py | AdamW takes twenty operators a parameter, and the loss and the gradient a forward pass each,
+  with no option against it in 1.6 | all | when the compiler joins loops, and with a fused AdamW on CPU |
 | training/step.py | the overflow check reads NPU status registers (NPUGetFloatStatusV2) | all | with a check that
   runs everywhere |
 | finetune_glm32k_cp8.yaml | check_rules warns that glm2 repeats KV heads for ulysses_cp, then raises all the same;
@@ -56,12 +56,12 @@ def on_ascend() -> bool:
 
 
 def host_versions() -> list[str]:
-    """Of MindSpore and MindFormers, without importing them."""
+    """The versions of MindSpore and MindFormers, without importing them."""
     return [importlib.metadata.version(name) for name in ("mindspore", "mindformers")]
 
 
 def mindspore_version() -> str:
-    """For messages: what a version can and cannot is asked of its modules, not of its number."""
+    """MindSpore's version, for messages; features are detected from its modules, not from this number."""
     import mindspore
 
     return mindspore.__version__
@@ -121,7 +121,7 @@ def checkpoint_path(config: MindFormerConfig) -> str | None:
 
 
 def set_checkpoint_path(config: MindFormerConfig, path: str) -> None:
-    """Sets what checkpoint_path gives, in every place that the host may read it from."""
+    """Sets the path that `checkpoint_path` returns, under every key that MindFormers may read."""
     config.load_checkpoint = path
     if config.get("checkpoint"):
         config.checkpoint.load_path = path
@@ -129,8 +129,8 @@ def set_checkpoint_path(config: MindFormerConfig, path: str) -> None:
 
 @contextlib.contextmanager
 def run_mode_restored() -> Iterator[None]:
-    """To be opened before build_context, which sets RUN_MODE for predictions and evaluations and leaves it in the
-    environment: a trainer that finds it later, in this process or a child, takes its own run for a prediction."""
+    """Clears RUN_MODE on entry and restores it on exit: build_context sets it for predictions and evaluations, and a
+    later trainer that finds it, in this process or a child, takes its own run for a prediction."""
     before = os.environ.pop("RUN_MODE", None)
     try:
         yield
@@ -189,7 +189,7 @@ TRIED_TOGETHER = {
 
 
 def version_problems() -> list[tuple[str, str, str]]:
-    """(what, found, what to do) for versions of MindFormers, MindSpore and Python that do not go together."""
+    """(what, found, what to do) for versions of MindFormers, MindSpore, Python and CANN that do not go together."""
     import mindformers
 
     found = []
@@ -210,7 +210,7 @@ def version_problems() -> list[tuple[str, str, str]]:
 
 
 def cann_version() -> str | None:
-    """The release of the CANN toolkit on this machine, "8.2", None where none is found."""
+    """The release of the CANN toolkit on this machine, such as "8.2"; None where none is found."""
     home = os.environ.get("ASCEND_TOOLKIT_HOME") or "/usr/local/Ascend/ascend-toolkit/latest"
     for path in sorted(Path(home).glob("*/ascend_toolkit_install.info")):
         match = re.search(r"^version=(\d+\.\d+)", path.read_text(encoding="utf-8", errors="replace"), re.M)
@@ -227,8 +227,8 @@ def pynative_is_upstreams() -> bool:
 
 
 def host_config_classes() -> tuple[dict[str, type], ModuleType]:
-    """MindFormers' classes of the YAML's sections by their names, and its module of arguments of contexts; the latter
-    moved from mindformers.trainer to mindformers.core in 1.8."""
+    """MindFormers' config classes by YAML section, and its module `config_args` (arguments of MindSpore's contexts),
+    which moved from mindformers.trainer to mindformers.core in 1.8."""
     from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
 
     try:

@@ -22,7 +22,7 @@ from mindformers_glm32k.registry import MODEL_TYPE
 CELLS = ("auto", "ascend", "portable")
 DTYPES = ("float32", "float16", "bfloat16")
 
-# Keys that MindFormers itself puts into a model config, beside the fields of ChatGLM2Config.
+# Keys that MindFormers itself puts into a model config, besides the fields of ChatGLM2Config.
 _HOST_KEYS = frozenset(
     (
         "name_or_path",
@@ -93,10 +93,10 @@ class GLM32KConfig(ChatGLM2Config):
 
     Sizes (integers >= 1):
         num_layers: decoder layers. Default 28.
-        hidden_size, ffn_hidden_size: features of the residual stream and of the MLP's middle. Default 4096, 13696.
-        num_attention_heads, multi_query_group_num: query heads, and key-value heads, a divisor. Default 32, 2.
+        hidden_size, ffn_hidden_size: features of the residual stream, and inside the MLP. Default 4096, 13696.
+        num_attention_heads, multi_query_group_num: query heads, and key-value heads (a divisor). Default 32, 2.
         kv_channels: features of a head, a multiple of 4 (half of each head is rotated, in pairs). Default 128.
-        padded_vocab_size: ids that the output layer scores, the tokenizer's and padding. Default 65024.
+        padded_vocab_size: ids that the output layer scores: the tokenizer's, and padding. Default 65024.
         seq_length: tokens of the longest sequence. Default 32768.
         batch_size: sequences of a prediction's batch; training takes the data set's. Default 1.
 
@@ -105,40 +105,40 @@ class GLM32KConfig(ChatGLM2Config):
         rope_ratio: factor of the rotary base 10000, > 0. Default 50.
         hidden_dropout, attention_dropout: probability that a value is dropped, in [0, 1). Default 0.
         param_init_type, compute_dtype, layernorm_compute_type, residual_dtype, rotary_dtype: float32, float16 or
-            bfloat16, of weights, products, norms, residual stream and rotation. Default float16 for the first two,
-            float32 for the next two, compute_dtype (null) for the rotation.
+            bfloat16, of weights, matrix products, norms, residual stream and rotation. Default float16 for the first
+            two, float32 for the next two, compute_dtype (null) for the rotation.
 
     Architecture and layout (true or false):
         qkv_concat, mlp_concat: one weight for query, key and value, and for both halves of the MLP. Default true.
-        add_qkv_bias, add_bias_linear: biases of that projection, and of the other ones. Default true, false.
+        add_qkv_bias, add_bias_linear: biases of the QKV projection, and of all other ones. Default true, false.
         post_layer_norm, post_self_attn_layernorm, post_mlp_layernorm, apply_residual_connection_post_layernorm: norms
-            after the last layer, attention, the MLP; residual taken behind a norm. Default true, false, false, false.
+            after the last layer, attention, the MLP; residual taken after the norm. Default true, false, false, false.
         use_ring_attention, enable_high_performance: upstream's layouts on NPUs. Default false.
-        rmsnorm, multi_query_attention: true; use_rearrange_rope: false; pre_seq_len, mask_generate: null. What else
-            upstream offers there is not in the published model, and refused.
+        rmsnorm, multi_query_attention: true; use_rearrange_rope: false; pre_seq_len, mask_generate: null. Upstream's
+            other values do not occur in the published model and are refused.
 
     Memory:
-        use_flash_attention: attention without an S x S tensor: upstream's kernel on Ascend, tiles on CPU. Default true,
-            where upstream's is false.
+        use_flash_attention: attention without an S x S tensor: upstream's kernel on Ascend, tiles on CPU. Default true
+            (upstream: false).
         loss_chunk_size: tokens of a sequence whose logits exist at a time in training, >= 1. Default 2048.
         mlp_chunk_size: on Ascend, tokens of a sequence that the MLP takes at a time in training, >= 2; less memory with
             recompute on, for NPUs of 32 GB. Default null: all.
         documents_per_row: documents that a packed sequence holds at most on Ascend with flash attention, >= 1;
-            sequences of a device times one more must not exceed 1024. Default 127.
+            sequences of a device x (documents_per_row + 1) must not exceed 1024. Default 127.
         cells: "ascend" takes upstream's NPU kernels, "portable" cells that run on any device, "auto" decides by the
             device target. Default auto.
-        offset: layers that each pipeline stage has more than the mean, an integer or a list. Default 0.
-        pp_interleave_num, fine_grain_interleave: overlapping chunks of a stage, slices of a layer, >= 1. Default 1.
+        offset: layers of each pipeline stage beyond an equal share (rounded down), an integer or a list. Default 0.
+        pp_interleave_num, fine_grain_interleave: virtual stages, overlapping slices of a layer, >= 1. Default 1.
 
     Prediction:
-        use_past: with a key-value cache; is_dynamic: shapes are, true where use_past is. Default false.
+        use_past, is_dynamic: key-value cache; dynamic shapes, required by use_past. Default false.
         block_size, num_blocks: tokens of a cache block, and blocks of the cache, >= 1. Default 16, 128.
         eos_token_id: an id in [0, padded_vocab_size), or a list, at which generation stops. Default 2 (`</s>`).
         pad_token_id: an id in the same range. Default 0.
         repetition_penalty: divides the logits of ids seen before, > 0. Default 1.
 
-    Beside them: upstream's generation settings (top_k, max_decode_length, …), what MindFormers' trainer adds
-    (parallel_config, pet_config, …), and fields of upstream's that nothing reads. Any other key is an error.
+    Also accepted: upstream's generation settings (top_k, max_decode_length, …), what MindFormers' trainer adds
+    (parallel_config, pet_config, …), and upstream's fields that nothing reads. Any other key is an error.
 
     Raises:
         InputError: unknown keys or values out of range; one message names all of them.

@@ -16,7 +16,7 @@ from typing import TextIO
 from mindformers_glm32k.errors import InputError
 
 _WEIGHTS = (".ckpt", ".safetensors", ".bin")
-_SPARE_BYTES = 16 << 20  # of disk: reports, logs, file system
+_SPARE_BYTES = 16 << 20  # of disk, for reports, logs and the file system
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def copy_atomically(source: str | os.PathLike, target: str | os.PathLike) -> Non
 
 
 def require_file(path: str | os.PathLike | None, what: str, hint: str) -> Path:
-    """Returns `path` as a Path if it is a file with something in it.
+    """Returns `path` as a Path if it is a non-empty file.
 
     Args:
         path: the file as the user gave it.
@@ -83,7 +83,7 @@ def require_file(path: str | os.PathLike | None, what: str, hint: str) -> Path:
 
 
 def can_be_written(folder: str | os.PathLike) -> bool:
-    """Whether a folder, or the nearest one above it that is there, takes new files; nothing is made."""
+    """Whether files can be created in a folder, or in its nearest existing parent before it exists; creates none."""
     path = Path(folder).absolute()
     while not os.path.lexists(path):
         path = path.parent
@@ -95,7 +95,7 @@ class Busy(InputError):
 
 
 def lock_file(path: str | os.PathLike) -> TextIO:
-    """Creates and locks a file; whoever ends unlinks it and closes it. Raises Busy when another holds it."""
+    """Creates and locks a file; the caller unlinks and closes it. Raises Busy when another process holds it."""
     while True:
         handle = open(path, "w", encoding="utf-8")  # noqa: SIM115, it stays open while the lock is held
         try:
@@ -113,13 +113,13 @@ def lock_file(path: str | os.PathLike) -> TextIO:
 
 @contextlib.contextmanager
 def work_folder(output: Path, parent: Path | None = None) -> Iterator[Path]:
-    """A hidden folder for an output: everything is made there, and moved to its final name when it is verified.
+    """A hidden folder beside an output, which is written and verified there before it gets its final name.
 
-    It is empty at first: what a killed program left there is gone, and so is the folder afterwards.
+    The folder is empty on entry (leftovers of a killed program are removed) and is removed on exit.
 
     Args:
         output: the final name.
-        parent: where the folder lies, on the disk of the output; beside it by default.
+        parent: folder for the work folder, on the same disk as the output; by default the output's own parent.
 
     Raises:
         Busy: another process works on the same output.
@@ -144,12 +144,12 @@ def work_folder(output: Path, parent: Path | None = None) -> Iterator[Path]:
 
 
 def require_space(output: str | os.PathLike, nbytes: int, folder: Path | None = None) -> None:
-    """Raises InputError when there is less than `nbytes` and a little free on a disk.
+    """Raises InputError unless a disk has `nbytes` and a small reserve free.
 
     Args:
-        output: what is to be written, for the message.
-        nbytes: that are needed.
-        folder: on that disk, or to be made there; by default the one that `output` lies in.
+        output: what will be written, for the message.
+        nbytes: bytes needed.
+        folder: any folder on that disk, existing or not; by default the parent of `output`.
     """
     existing = folder or Path(output).absolute().parent
     while not existing.exists():
@@ -188,7 +188,7 @@ def weights_digest(path: Path) -> str:
 
 
 def flush_folder(path: str | os.PathLike) -> None:
-    """Writes a folder's list of names to the disk: a file that was renamed is there after a power cut only then."""
+    """Flushes a folder's entries to the disk, without which a rename may not survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,5 +1,5 @@
-"""What GLM32KForConditionalGeneration adds to MindFormers' generator: one line where prompts do not fit, a cache that
-is free again after an exception, and on CPU chunks of prompts and post-processing in NumPy.
+"""What GLM32KForConditionalGeneration adds to MindFormers' generator: one-line errors where prompts do not fit, a cache
+that is freed after an exception, and on CPU prefill in chunks and post-processing in NumPy.
 
 The generator itself is upstream's: its loop, its options, its streamers, its block tables.
 """
@@ -20,12 +20,12 @@ from mindformers_glm32k.kernels.cpu.cached_steps import CachedSteps
 
 
 class LeastAnswer:
-    """No stop id before `least` tokens of an answer, counted from the end of each prompt; upstream counts from the end
-    of the longest prompt of a batch.
+    """Forbids stop ids before `least` tokens of an answer, counted from the end of each prompt; upstream counts from
+    the end of the longest prompt of a batch.
 
     Args:
-        network: whose `prompt_lengths` and `lengths` (B,) are those of the batch that is generated.
-        stop_ids: what would end an answer.
+        network: holds `prompt_lengths` and `lengths` (B,) of the batch that is being answered.
+        stop_ids: ids that end an answer.
     """
 
     def __init__(self, network: PortableGenerator, least: int, stop_ids: Sequence[int]):
@@ -38,9 +38,9 @@ class LeastAnswer:
 
 
 class BatchProcessors(LogitsProcessorList):
-    """Upstream's processors in NumPy, behind what needs the whole batch.
+    """Upstream's processors in NumPy, applied after LeastAnswer, which needs the whole batch.
 
-    Upstream asks MindFormers' context (`postprocess_use_numpy`) and takes NPU operators where none was built.
+    Upstream reads `postprocess_use_numpy` of MindFormers' context, and takes NPU operators where no context was built.
     """
 
     def __init__(self, processors: LogitsProcessorList, least_answer: LeastAnswer | None = None):
@@ -63,7 +63,7 @@ class BatchProcessors(LogitsProcessorList):
 
 
 class PortableGenerator:
-    """Stands before upstream's GenerationMixin among a network's bases.
+    """A mixin that precedes upstream's GenerationMixin in a network's base classes.
 
     Attributes:
         steps: prefill and decode with a cache on CPU; None elsewhere.
@@ -137,7 +137,7 @@ class PortableGenerator:
         )
 
     def _set_block_mgr(self, batch_size, seq_length):
-        """Upstream's, where seq_length may be no multiple of block_size."""
+        """Upstream's, but seq_length need not be a multiple of block_size."""
         if not self.block_mgr:
             size = self.config.block_size
             self.block_mgr = BlockTables(self.config.num_blocks, size, -(-seq_length // size) * size)
@@ -149,7 +149,7 @@ class PortableGenerator:
         input_ids_seq_length: int,
         logits_processor: LogitsProcessorList | None,
     ) -> LogitsProcessorList:
-        """Upstream's; on CPU in NumPy, with `min_new_tokens` of every prompt by itself."""
+        """Upstream's; on CPU in NumPy, with `min_new_tokens` counted for each prompt by itself."""
         if not self.config.use_portable_cells:
             return super().get_logits_processor(generation_config, input_ids_seq_length, logits_processor)
         generation_config = copy.copy(generation_config)
@@ -172,7 +172,7 @@ class PortableGenerator:
         use_past: bool = False,
         **kwargs: Any,
     ) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
-        """One step of upstream's loop: logits of the next tokens, and where upstream would find them in longer ones."""
+        """One step of upstream's loop: logits (B, V) of the next tokens, and the index (B,) of each last token."""
         self.lengths = np.array(valid_length_each_example)
         if not use_past or self.steps is None:
             return super().forward(
@@ -194,7 +194,7 @@ class PortableGenerator:
 
 
 def padded(prompts: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, pad: int) -> np.ndarray:
-    """Prompts (B, S), filled up at their ends; a single prompt may come without its list.
+    """Prompts as an array (B, S), padded at their ends; a single prompt may be a flat list.
 
     Raises:
         InputError: no prompt, or one without tokens.

@@ -1,4 +1,4 @@
-"""Faces of folders: names that are imported when they are first asked for, so that a command's --help stays light."""
+"""Public names of packages, imported on first access, so that a command's --help stays fast."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 def face(folder: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
     """The `__getattr__` of a folder's `__init__` for its table of public names.
 
-    No name may be its own module's: importing a module puts it under that name in the folder.
+    No public name may equal a module's: importing that module would bind the name to the module.
 
     Args:
         folder: the `__name__` of the `__init__`.
-        modules: public name -> module that defines it, dotted below the folder.
+        modules: public name -> module that defines it, relative to the folder.
     """
 
     def __getattr__(name: str) -> Any:

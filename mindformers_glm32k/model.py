@@ -120,10 +120,10 @@ class GLM32KModel(GLM2PreTrainedModel):
         for layer in self.encoder.layers:
             # without a strategy the compiler splits tokens over mp and gathers them again, in every layer
             layer.add.shard(((data, tokens, 1), (data, tokens, 1)))
-            # where key-value heads are repeated; upstream's layout is written for one layout of eight ranks
+            # the repetition of key-value heads, which upstream shards for one layout of eight ranks only
             layer.self_attention.tile_kv.shard((repeated,), (repeated,))
             if self.use_flash_attention and not self.portable:
-                exchanged = parallel.get_ulysses_cp_num()  # which repeats key-value heads where they are too few
+                exchanged = parallel.get_ulysses_cp_num()  # Ulysses repeats key-value heads where ranks outnumber them
                 groups = self.config.multi_query_group_num
                 key_heads = min(groups, model) if exchanged == 1 else model * exchanged
                 layer.self_attention.flash_attention.shard_packed(data, model * exchanged, key_heads)
@@ -186,8 +186,8 @@ class GLM32KModel(GLM2PreTrainedModel):
         return cos, sin, sin
 
     def _causal_mask(self, input_ids, document_ids):
-        """What the attention of this configuration takes: document ids or nothing (portable flash attention), the
-        compressed mask and with documents their ends, or (B, 1, S, S) of 0 and 1."""
+        """The mask that this configuration's attention takes: document ids or None (portable flash attention), the
+        compressed mask and, with documents, their ends, or (B, 1, S, S) of 0 and 1 (hidden)."""
         if self.use_flash_attention:
             if self.portable:
                 return document_ids
@@ -242,17 +242,17 @@ class GLM32KForConditionalGeneration(PortableGenerator, ChatGLM2ForConditionalGe
     def __init__(self, config: GLM32KConfig, **kwargs):
         compat.check_buildable(config)
         with cells_for(config, GLM32KModel):
-            # by keyword: upstream's lazy_inline decorator looks for `config` there only
+            # upstream's lazy_inline decorator finds `config` among keyword arguments only
             super().__init__(config=config, **kwargs)
         if config.use_portable_cells:
             self.argmax = compat.portable_argmax
             self.steps = CachedSteps(self.transformer, config) if config.use_past else None
         self.loss = ChunkedLoss(config)
-        # asked when the program is compiled: adapters are put in place after construction
+        # evaluated at compile time: LoRA adapters are attached after construction
         self.loss_mode = ops.constexpr(lambda: self.loss.mode(self.transformer.output_layer), reuse_result=False)
         self.transformer.output_layer.recompute()  # see ChunkedLoss: keeps the chunks' weight gradients apart
         self.per_token = getattr(config, "calculate_per_token_loss", False)
-        self.weights_are_normalized = False  # set by a train-step cell that has divided them by the step's total
+        self.weights_are_normalized = False  # set by a train step that divides the loss weights by their total
         self.devices = data_parallel_devices()
         if self.devices > 1:
             self.sum_over_devices = P.AllReduce()
@@ -304,8 +304,8 @@ class GLM32KForConditionalGeneration(PortableGenerator, ChatGLM2ForConditionalGe
         if self.weights_are_normalized:
             return total
         if self.devices > 1:
-            # The gradients are averaged over devices afterwards: dividing by the mean count makes that the gradient
-            # of the mean over all tokens, however unevenly they lie.
+            # The gradients are averaged over devices afterwards: dividing by the mean count makes that average the
+            # gradient of the mean over all tokens, however unevenly devices hold them.
             count = self.sum_over_devices(ops.stop_gradient(count).reshape((1,)))[0] / self.devices
         return total / count
 
@@ -330,7 +330,7 @@ class GLM32KForConditionalGeneration(PortableGenerator, ChatGLM2ForConditionalGe
         self.set_inputs(*inputs.values())
 
     def prepare_inputs_for_generation(self, input_ids: np.ndarray, **kwargs) -> dict[str, Tensor]:
-        """Upstream's inputs; on portable cells without a cache, logits are computed where a prompt ends only."""
+        """Upstream's inputs; on portable cells without a cache also lengths: only last tokens need logits."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if not self.use_past and self.config.use_portable_cells:
             lengths = np.asarray(kwargs["valid_length_each_example"], np.int32)

@@ -56,7 +56,7 @@ def parse_value(text: str) -> Any:
         return text
     starts_as = {list: "[", dict: "{", str: "'\""}.get(type(value), "")
     if starts_as and not (text and text[0] in starts_as):
-        # YAML would take comments, anchors and block signs out of a path or a sentence
+        # a path or a sentence, of which YAML would drop comments, anchors and block indicators
         value = text
     if value is None and text not in _NULLS or not isinstance(value, (int, float, list, dict, str, type(None))):
         return text
@@ -67,7 +67,7 @@ def pairs(words: Iterable[str]) -> list[tuple[str, str]]:
     """[--a.b, 1, --c=2] -> [(a.b, 1), (c, 2)]: dotted keys and the texts of their values.
 
     Args:
-        words: what the parser did not know.
+        words: the arguments that argparse did not know.
 
     Raises:
         InputError: a word that is no option, an option without a value.
@@ -97,7 +97,7 @@ def reject_misspelt(leftovers: Iterable[tuple[str, str]], config: dict, options:
         options: names of the launcher's options.
 
     Raises:
-        InputError: the option that was meant.
+        InputError: names the option that was probably meant.
     """
     for key, _ in leftovers:
         near = nearest(key, options, cutoff=0.8)
@@ -109,7 +109,7 @@ def set_key(config: dict, dotted: str, value: Any, option: str) -> None:
     """Sets one key of a nested configuration.
 
     Args:
-        config: the configuration, changed.
+        config: the configuration, changed in place.
         dotted: e.g. "train_dataset.tokenizer.vocab_file", or "callbacks.2.prefix" for an item of a list.
         value: the new value; a dict becomes a section of the configuration's own type.
         option: the option that the user typed, for messages.
@@ -145,7 +145,7 @@ def set_key(config: dict, dotted: str, value: Any, option: str) -> None:
 
 
 def _nameless_keys(value):
-    """Keys at any depth that are no strings, each in a tuple."""
+    """Yields (key,) for every key at any depth that is not a string; None can be such a key."""
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if isinstance(value, dict):
         yield from ((key,) for key in value if not isinstance(key, str))

@@ -1,4 +1,4 @@
-"""How a run is split over NPUs: the layout that a configuration asks for, and what cannot work about it.
+"""How a run is split over NPUs: the layout that a configuration asks for, and checks of whether it can work.
 
 MindSpore finds most of such mistakes after a minute of compiling, in words of its own, and some not at all.
 """
@@ -13,10 +13,10 @@ from mindformers_glm32k.checks import is_int
 from mindformers_glm32k.errors import InputError
 
 FLASH_ATTENTION_STEP = 16  # the kernel works on blocks of 16 positions
-MOST_SEQUENCES = 1024  # that one call of its variable-length form takes (mindspore.ops.flash_attention_score, "TND")
-DOCUMENTS_PER_ROW = 127  # default of model_config.documents_per_row; with padding 128, eight sequences a device
+MOST_SEQUENCES = 1024  # in one call of the kernel with input_layout "TND" (mindspore.ops.flash_attention_score)
+DOCUMENTS_PER_ROW = 127  # default of model_config.documents_per_row; 128 with padding, so eight sequences a device fit
 AXES = ("data_parallel", "model_parallel", "context_parallel", "pipeline_stage")
-_ONE_PROGRAM = (1, 2, "semi_auto_parallel", "auto_parallel")  # of parallel.parallel_mode
+_ONE_PROGRAM = (1, 2, "semi_auto_parallel", "auto_parallel")  # values of parallel.parallel_mode
 _SHORTEST_RUN = 1024  # positions
 
 
@@ -51,12 +51,12 @@ def pipeline_stages() -> int:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Sizes along each axis; data_parallel x context_parallel x model_parallel x stages NPUs.
+    """Sizes of the parallel axes, whose product (data x context x model x stages) is the number of NPUs.
 
     Attributes:
-        micro_batches: per step, of a pipeline; 1 without one.
+        micro_batches: per step in a pipeline; 1 without a pipeline.
         global_batch_size: sequences of seq_length tokens that a step reads over all devices.
-        widths: sizes of the model's other axes: hidden, MLP, vocabulary, on a device too.
+        widths: sizes of the model's other axes (hidden, MLP, vocabulary, QKV), whole and on one device.
     """
 
     data_parallel: int
@@ -92,7 +92,7 @@ class ParallelLayout:
         return self.data_parallel * self.model_parallel * self.context_parallel * self.stages
 
     def stage_of(self, rank: int) -> int:
-        """Ranks are dealt to stages in blocks."""
+        """The stage of a rank; the ranks of a stage are consecutive."""
         return rank // (self.world // self.stages)
 
     def ranks_of(self, stage: int) -> range:
@@ -106,34 +106,34 @@ class ParallelLayout:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Sizes that an axis of positions has on a device; short runs of context parallel ranks are left out, for other
-        axes have such sizes too and no memory problem hides there."""
+        """Sizes of a sequence axis on a device: seq_length, and a context parallel rank's share unless it is short:
+        other axes have such sizes too, and short sequence axes cause no memory problem."""
         run = self.seq_length // self.context_parallel
         return (self.seq_length, run) if run >= _SHORTEST_RUN else (self.seq_length,)
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all devices."""
+        """Tokens that a step reads over all devices."""
         return self.global_batch_size * self.seq_length
 
     def describe(self) -> str:
-        """ "dp 2 x pp 4, 16 micro batches", …"""
+        """A text such as "dp 2 x pp 4, 16 micro batches"."""
         sizes = {"dp": self.data_parallel, "mp": self.model_parallel, "cp": self.context_parallel, "pp": self.stages}
         text = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
         return text + (f", {self.micro_batches} micro batches" if self.stages > 1 else "")
 
 
 def virtual_stages(config: Mapping) -> int:
-    """Those that each stage of a pipeline consists of; `pp_interleave_num` counts where the pipeline interleaves."""
+    """Virtual stages per pipeline stage: `pp_interleave_num` where the pipeline interleaves, otherwise 1."""
     pipeline = (config.get("parallel") or {}).get("pipeline_config") or {}
     return _count(config["model"]["model_config"], "pp_interleave_num") if pipeline.get("pipeline_interleave") else 1
 
 
 def layers_per_stage(config: Mapping) -> list[list[int]]:
-    """How upstream deals layers to stages: as many to each, plus `model_config.offset`.
+    """Layers of each pipeline stage as upstream assigns them: an equal share, plus `model_config.offset`.
 
     Returns:
-        for each part of an interleaved pipeline (usually one), the layers of each stage.
+        for each virtual stage (one without interleaving), the layers of each pipeline stage.
 
     Raises:
         InputError: the offset has another shape than the stages.
@@ -157,7 +157,7 @@ def layers_per_stage(config: Mapping) -> list[list[int]]:
 
 
 def check_layout(config: Mapping, devices: int | None = None) -> None:
-    """Checks sizes against the layout that they are split by, and that against the NPUs of the run, where known.
+    """Checks the model's sizes against the layout, and the layout against the run's number of NPUs where it is given.
 
     Raises:
         InputError: one message with all that does not fit, each with its key.
@@ -188,7 +188,7 @@ def layout_problems(config: Mapping, devices: int | None = None) -> list[str]:
 
 
 def packing_problems(config: Mapping) -> list[str]:
-    """What keeps an NPU's flash attention from packed sequences, one sentence each, the key first."""
+    """What keeps an NPU's flash attention from taking packed sequences, one sentence each, the key first."""
     model, found = config["model"]["model_config"], []
     if model.get("attention_dropout"):
         found.append(

@@ -1,6 +1,5 @@
-"""What a command asks of its process before MindSpore is there: Ctrl-C, which MindSpore's own handler turns into
-SIGTERM while it computes; and a terminal for answers alone, all that libraries print in a log file. And what it asks of
-the machine at any time: how much memory is left."""
+"""A command's process and machine: Ctrl-C, which MindSpore's own handler would turn into SIGTERM while it computes; a
+terminal that shows answers only, with all output of libraries in a log file; and the memory that is left."""
 
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ INTERRUPT = {signal.SIGINT}
 
 
 def pass_on_interrupts(unhandled: Callable[[], None] | None = None) -> bool:
-    """From here on SIGINT reaches Python's handler, whatever the process computes; whether that could be arranged.
+    """Makes SIGINT reach Python's handler whatever the process computes; returns whether that was possible.
 
     The signal is blocked in every thread, and one thread waits for it. To be called before NumPy and MindSpore are
-    imported: threads that are there already would still take it, so that with MindSpore there nothing is done.
+    imported, whose threads would still receive it; does nothing once MindSpore is imported.
 
     Args:
-        unhandled: called, in that thread, behind a signal for which Python has its default handler only.
+        unhandled: called in the waiting thread after a signal for which only Python's default handler is set.
     """
     if threading.current_thread() is not threading.main_thread() or "mindspore" in sys.modules:
         return False
@@ -45,13 +44,13 @@ def pass_on_interrupts(unhandled: Callable[[], None] | None = None) -> bool:
 
 @contextlib.contextmanager
 def logs_to(path: str | os.PathLike) -> Iterator[tuple[TextIO, TextIO]]:
-    """Sends all that any library of this process writes to stdout or stderr to the end of a file, for a while.
+    """While open, appends to a file all that the libraries of this process write to stdout or stderr.
 
     Yields:
-        the stdout and the stderr of before.
+        streams to the former stdout and stderr.
     """
     Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-    # where Python's own stream is something else than the descriptor (a test's), it is left as it is
+    # a Python stream that does not write to the descriptor (captured by a test) is yielded as it is
     kept = [_copy(stream, number) for number, stream in ((1, sys.stdout), (2, sys.stderr))]
     before = [os.dup(number) for number in (1, 2)]
     with open(path, "ab") as file:
@@ -80,7 +79,7 @@ def _copy(stream, number):
     return os.fdopen(os.dup(number), "w", encoding="utf-8", errors="replace", buffering=1)
 
 
-# folder below /sys/fs/cgroup -> files of the limit and of what is used, line of memory.stat with what can be given back
+# folder below /sys/fs/cgroup -> file of the limit, file of the usage, field of memory.stat for reclaimable cache
 _CGROUPS = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -88,13 +87,13 @@ _CGROUPS = {
 
 
 def free_memory(root: str | os.PathLike = "/") -> int | None:
-    """Bytes that processes can still take before the system ends one of them: what the kernel calls available and the
-    swap that is free, or what the limits of this process's control groups (a container's, a batch system's) leave.
+    """Bytes that processes can still take before the system ends one of them: the lesser of what the kernel reports
+    (MemAvailable and free swap) and what the limits of this process's control groups (container, batch job) leave.
 
     Source: Linux, Documentation/filesystems/proc.rst (meminfo), admin-guide/cgroup-v1/memory.rst, cgroup-v2.rst.
 
     Args:
-        root: below which `proc` and `sys` stand.
+        root: folder that holds `proc` and `sys`.
 
     Returns:
         None where the system does not tell.

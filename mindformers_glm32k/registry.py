@@ -69,7 +69,7 @@ def _register_auto_classes():
     MindFormerBook.get_trainer_support_task_list()[TASK][MODEL_TYPE] = str(config_folder() / "finetune_glm32k.yaml")
     # the YAMLs' auto_register looks here unless --register_path said otherwise
     os.environ.setdefault("REGISTER_PATH", str(config_folder()))
-    # save_pretrained of a tokenizer writes a YAML with a processor around it and looks its name up here.
+    # save_pretrained of a tokenizer writes a YAML with a processor around it, whose name it looks up here.
     MindFormerBook.get_tokenizer_name_to_processor()[tokenizer.__name__] = "GLM32KProcessor"
     upstream_trainer.SUPPORT_MODEL_NAMES.add(MODEL_TYPE)
 
@@ -89,13 +89,13 @@ def _module_name(path: Path, package: Path) -> str:
 
 
 def _register_unless_loading(loaded: ModuleType) -> None:
-    """Registers, except while other modules of the package are half loaded; the hook on those follows.
+    """Registers, except while other modules of the package are half loaded: their own hooks follow.
 
-    That is so when the program's first import is `mindformers_glm32k.tokenizer.glm32k_tokenizer`, say (a worker that
-    unpickles a tokenizer does just that): mindformers is then imported from within it.
+    A module is half loaded here when it is the program's first import and itself imports mindformers, as
+    `mindformers_glm32k.tokenizer.glm32k_tokenizer` in a worker that unpickles a tokenizer.
 
     Args:
-        loaded: the one that has just been loaded; Python still counts it among those being loaded.
+        loaded: the module that has just been loaded; Python still marks it as initializing.
     """
     half_loaded = [
         name

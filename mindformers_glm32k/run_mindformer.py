@@ -29,7 +29,7 @@ from mindformers_glm32k.process import pass_on_interrupts
 if TYPE_CHECKING:
     from mindformers.tools.register import MindFormerConfig
 
-_MOMENT = 3  # seconds, for what an interrupted program still writes
+_MOMENT = 3  # seconds that an interrupted program gets to finish writing
 _NEVER_NULL = ("runner_config", "runner_wrapper", "optimizer", "lr_schedule")
 RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model")
 
@@ -118,7 +118,7 @@ def _require_log_folder():
 
 
 def read_config(argv: Sequence[str] | None = None) -> MindFormerConfig:
-    """Reads the YAML and applies all overrides of a command line, by default of this process's.
+    """Reads the YAML and applies all overrides of a command line, by default this process's.
 
     Raises:
         InputError: a missing or broken YAML, a key whose section does not exist, a misspelt option, a leftover option
@@ -138,7 +138,7 @@ def read_config(argv: Sequence[str] | None = None) -> MindFormerConfig:
         reason = str(error.args[0]) if len(error.args) == 1 else str(error)
         raise InputError(f"{args.config}: {'; '.join([reason, *lines])}") from error
     normalize_values(config)
-    for section in _NEVER_NULL:  # MindFormers has put its defaults, such as another learning rate, in place of a null
+    for section in _NEVER_NULL:  # MindFormers replaces a null by its defaults, such as another learning rate
         if section in written and written[section] is None:
             config[section] = None
     reject_misspelt(leftovers, config, [name for name in vars(args) if name != "config"])
@@ -173,7 +173,7 @@ def read_prediction_config(
 
 
 def read_as_written(argv: Sequence[str] | None = None) -> tuple[dict, dict]:
-    """The YAML as it is written, without MindFormers' defaults and whatever is wrong with it, for `glm32k check`.
+    """The YAML as it is written, mistakes included and without MindFormers' defaults, for `glm32k check`.
 
     Returns:
         the YAML, and a copy with the overrides of the command line.
@@ -228,8 +228,8 @@ def _override(config, args):
 
 
 def _read_yaml(path):
-    """The YAML's content; InputError for what MindFormers passes over (a file by another name) or breaks off at (no
-    mapping in it)."""
+    """The YAML's content; raises InputError for files that MindFormers ignores (another suffix) or fails on (no mapping
+    in it)."""
     require_file(path, "--config", f"Give a YAML file (relative paths are seen from {os.getcwd()}).")
     if not path.endswith((".yaml", ".yml")):
         raise InputError(f"--config {path}: MindFormers reads files that end in .yaml or .yml; rename it")
@@ -297,7 +297,7 @@ def run(config: MindFormerConfig) -> list[dict] | None:
                 stack.enter_context(hold_output_folder(config.output_dir))
             choose_checkpoint(config)
         trainer = Trainer(config)
-        stack.enter_context(barrier_on_cpu())  # MindFormers' Trainer itself waits at one before it resumes
+        stack.enter_context(barrier_on_cpu())  # MindFormers' Trainer itself waits at a barrier before it resumes
         if trains:
             trainer.train()
         elif config.run_mode == "eval":
@@ -313,7 +313,7 @@ def run(config: MindFormerConfig) -> list[dict] | None:
 
 
 def _end_after_a_moment():
-    """Where nothing finishes a step first, an interrupted process ends though MindSpore computes on."""
+    """Ends an interrupted process in which nothing waits for the end of a step, although MindSpore still computes."""
     time.sleep(_MOMENT)
     os._exit(128 + signal.SIGINT)
 
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         if argv is None:
-            os._exit(128 + signal.SIGINT)  # half loaded, MindSpore aborts when Python ends
+            os._exit(128 + signal.SIGINT)  # a half-loaded MindSpore aborts when Python ends
         raise
     return 0
 

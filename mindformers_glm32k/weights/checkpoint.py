@@ -1,5 +1,5 @@
-"""A checkpoint of any format: its files are found, listed, checked against their index and held against the model; and
-which values of it go where in another layout, decided before anything is written."""
+"""A checkpoint of any format: its files found, listed, and checked against their index and the model; and the plan of
+which values go where in another layout, made before anything is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mindformers_glm32k.weights.names import (
 from mindformers_glm32k.weights.tensors import ITEM_SIZE, StoredTensor, TensorSpec, count_not_finite, same_bits
 from mindformers_glm32k.weights.torch_bin import read_torch
 
-# suffix -> what lists a file's tensors
+# suffix -> reader that lists a file's tensors
 _READERS = {".safetensors": read_safetensors, **dict.fromkeys((".bin", ".pt", ".pth"), read_torch), ".ckpt": read_ckpt}
 _FAMILY = {part: family for family in (QKV, QKV_BIAS, MLP) for part in family}
 _MOST_NAMED = 12  # problems spelled out in one message
@@ -84,13 +84,13 @@ def read_file(path: str | os.PathLike) -> list[StoredTensor]:
 
 
 def read_index(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The (shape, dtype) of what is in a weight file, by name, in file order; see `read_file`."""
+    """The (shape, dtype) of a weight file's tensors, by name, in file order; see `read_file`."""
     return {tensor.name: (tensor.shape, tensor.dtype) for tensor in read_file(path)}
 
 
 def first_bad_tensor(path: str | os.PathLike) -> str | None:
-    """The first weight with NaN or infinity in a file, None without one. States of the optimizer are not looked at: a
-    step whose gradients are finite leaves them finite.
+    """The first weight with NaN or infinity in a file, None without one. Optimizer states are not checked: a step
+    whose gradients are finite leaves them finite.
 
     Raises:
         InputError: the file is broken.
@@ -152,10 +152,10 @@ def _compare_with_index(index, tensors, folder):
 
 
 def weights_of(source: Source) -> tuple[dict[TensorKey, StoredTensor], list[str], list[str]]:
-    """The weights of a source, the names in it that are none, and notes on what was taken off or taken once.
+    """The weights of a source, the names of its other tensors, and notes on prefixes removed and on duplicates.
 
     Raises:
-        InputError: adapters, unknown names, weights of other dtypes, or a part that is there twice with other values.
+        InputError: adapters, unknown names, weights of other dtypes, or a part that occurs twice with different values.
     """
     _refuse_adapters(source)
     weights, skipped, problems, wrappers, twice = {}, [], [], Counter(), []
@@ -213,7 +213,7 @@ def _refuse_adapters(source):
 
 
 def _take_fused(weights):
-    """Takes split tensors out of `weights` where their fused form is there too; yields them with it, to be compared."""
+    """Removes split tensors from `weights` where their fused form is there too; returns (split, fused) to compare."""
     found = []
     for key in [key for key in weights if len(key.parts) > 1]:
         split = [TensorKey((part,), key.layer) for part in key.parts]
@@ -224,14 +224,14 @@ def _take_fused(weights):
 
 
 def _equal_values(ones, other):
-    """Whether tensors, one on the other along axis 0, hold the bits of `other`."""
+    """Whether tensors, concatenated along axis 0, have the bits of `other`."""
     if {one.dtype for one in ones} != {other.dtype} or sum(one.nbytes for one in ones) != other.nbytes:
         return False
     return same_bits(np.concatenate([one.load().reshape(-1) for one in ones]), other.load().reshape(-1))
 
 
 def weights_in(tensors: Mapping[str, StoredTensor]) -> dict[TensorKey, StoredTensor]:
-    """The model's weights among the tensors of a training checkpoint, under any naming, whatever else lies there."""
+    """The model's weights among the tensors of a training checkpoint, under any naming; other tensors are skipped."""
     found = {}
     for name, tensor in tensors.items():
         try:
@@ -329,7 +329,7 @@ def make_targets(
 def make_groups(
     dims: ModelDims, weights: Mapping[TensorKey, StoredTensor], targets: Mapping[TensorKey, TensorSpec]
 ) -> list[TensorGroup]:
-    """Says which source values go where, in the order of the source files' bytes, so that disks are read forward."""
+    """Plans which source values go where, in the order of the source files' bytes, so that disks are read forward."""
     sources, locations = {}, {}
     for key, tensor in weights.items():
         sources.update(_locate_parts(dims, key, tensor))

@@ -1,5 +1,5 @@
-"""The one table of config.json's fields, as ChatGLM and transformers' `glm` call them; the file as transformers 4 and 5
-write it, reports and YAMLs that stand in for it; and what two of them must agree on although no shape shows it."""
+"""The one table of config.json's fields, as ChatGLM and transformers' `glm` call them; readers of the file as
+transformers 4 and 5 write it, and of reports and YAMLs in its place; and comparison of fields that no shape shows."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ _STOP_TOKENS = (2, 64795, 64797)  # </s>, <|user|>, <|observation|>
 _MODEL_CONFIG_LAYOUT = ("qkv_concat", "mlp_concat")
 # The published 8k model's config.json has no rope_ratio, and its code takes 1; the 32k model's has 50.
 _LONGEST_WITHOUT_ROPE_RATIO = 8192
-# What changes the logits and no shape tells (the shapes show products such as heads x kv_channels), and the
-# vocabulary, by which people know their model.
+# Fields that change the logits but no shape (shapes show products such as heads x kv_channels), and the vocabulary's
+# size, by which people tell models apart.
 _MUST_AGREE = (
     "rope_ratio",
     "layernorm_epsilon",
@@ -100,7 +100,7 @@ _MUST_AGREE = (
 
 
 def to_glm(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of transformers' native `glm` model, from that of ChatGLM, in the words of versions 4 and 5.
+    """The config of transformers' native `glm` model, from that of ChatGLM, with the keys of versions 4 and 5.
 
     ChatGLM multiplies the rotary base by rope_ratio and rotates half of each head (modeling_chatglm.py); that is
     rope_theta = 10000 x rope_ratio and partial_rotary_factor = 0.5.
@@ -160,8 +160,8 @@ class KnownConfig(NamedTuple):
 
     fields: as in ChatGLM's config.json, rope_ratio among them.
     layout: `qkv_concat` and `mlp_concat`, where a YAML names them.
-    origin: the file that says so.
-    notes: what the file leaves to its reader.
+    origin: the file that it was read from.
+    notes: sentences on defaults for what the file leaves out.
     """
 
     fields: dict[str, Any]
@@ -174,7 +174,7 @@ def read_config(path: str | Path) -> KnownConfig:
     """Reads a config.json (ChatGLM or `glm`), its folder, a conversion's report, or a MindFormers YAML.
 
     Raises:
-        InputError: missing, unreadable, of another model, or silent or of two minds about the rotary base.
+        InputError: missing, unreadable, of another model, or with no rotary base or two different ones.
     """
     path = Path(path)
     if path.is_dir():
@@ -193,7 +193,7 @@ def read_config(path: str | Path) -> KnownConfig:
 
 
 def _with_flat_rope(config, path):
-    """The fields as transformers 4 writes them: `rope_parameters` and `dtype` are those of version 5."""
+    """The fields as transformers 4 writes them; version 5 has `rope_parameters` and `dtype` instead."""
     config = dict(config)
     if config.get("dtype") is not None:
         config.setdefault("torch_dtype", config["dtype"])
@@ -213,7 +213,7 @@ def _with_flat_rope(config, path):
 
 
 def _with_rope_ratio(config, path):
-    """ChatGLM's fields with rope_ratio, whichever way the file says it; as the first fields of KnownConfig."""
+    """ChatGLM's fields with rope_ratio, from whichever key the file has; returns the fields of a KnownConfig."""
     theta, ratio, notes = config.pop("rope_theta", None), config.get("rope_ratio"), ()
     if config.pop("partial_rotary_factor", 0.5) != 0.5:
         raise InputError(f"{path}: partial_rotary_factor is not 0.5, which is ChatGLM3's")
@@ -286,7 +286,7 @@ def _from_yaml(path):
 
 
 def check_agreement(known: KnownConfig | None, wanted: Mapping[str, Any], where: object) -> None:
-    """Holds a checkpoint's config against another, such as a run's model_config, in what shapes do not show.
+    """Compares a checkpoint's config with another, such as a run's model_config, in fields that shapes do not show.
 
     Raises:
         InputError: they differ; names every field with both values.
@@ -301,16 +301,16 @@ def check_agreement(known: KnownConfig | None, wanted: Mapping[str, Any], where:
 
 
 def disagreements(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two models and may not show in shapes: key -> (value found, value wanted).
+    """Fields in which two models differ, perhaps without a difference in shapes: key -> (value found, value wanted).
 
-    A value that one of the two leaves out is the default of its reader: of the published model, or upstream's.
+    A field that is left out has its reader's default: the published model's, or upstream's for a ChatGLM2Config.
     """
     found, wanted = _effective(fields), _effective(wanted)
     return {key: (found[key], wanted[key]) for key in _MUST_AGREE if found[key] != wanted[key]}
 
 
 def _effective(fields):
-    """The fields that must agree, with the defaults of who leaves one out."""
+    """The fields that must agree, missing ones at their reader's default (see `disagreements`)."""
     defaults = dict(PUBLISHED, rope_ratio=1) if fields.get("type") == "ChatGLM2Config" else PUBLISHED
     result = {key: defaults[key] if fields.get(key) is None else fields[key] for key in _MUST_AGREE}
     if not fields.get("multi_query_attention", True):
@@ -383,7 +383,7 @@ def dims_from_config(config: Mapping[str, Any], path: Any) -> ModelDims:
 
 
 def dims_of_run(config: Mapping[str, Any], path: Any) -> ModelDims:
-    """The dimensions by the merged configuration of the run of the YAML `path`; raises as `dims_from_config` does."""
+    """The dimensions from a run's merged configuration, of the YAML `path`; raises as `dims_from_config` does."""
     model = config["model"]["model_config"]
     given = {key: model[key] for key, field in FIELDS.items() if field.shapes and model.get(key) is not None}
     return dims_from_config({**PUBLISHED, **given}, path)

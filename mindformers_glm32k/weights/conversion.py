@@ -1,7 +1,7 @@
 """Conversions of whole checkpoints: Hugging Face files to a MindSpore checkpoint, and back.
 
-A conversion runs about as fast as the disk copies, so one that was killed starts again: until every tensor has been
-read back and compared nothing stands under a final name.
+A conversion runs about as fast as the disk copies, so one that was killed starts again: no file gets its final name
+before every tensor has been read back and compared.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from mindformers_glm32k.weights.writer import (
 )
 
 DEFAULT_SHARD = "5GB"  # as transformers' save_pretrained
-_PARAM_NAME_MAP = "param_name_map.json"  # where load_distributed_checkpoint looks which file holds a parameter
+_PARAM_NAME_MAP = "param_name_map.json"  # where load_distributed_checkpoint looks up the file of a parameter
 _HF_INDEX = "model.safetensors.index.json"
 _COMPANIONS = ("*.py", "tokenizer*", "special_tokens_map.json", "generation_config.json", "*LICENSE*")
 
@@ -82,7 +82,7 @@ def convert(
         workers: threads.
         check_crc: whether to compare the checksums that .bin files carry.
         progress: whether to show progress bars.
-        reuse: whether to leave an output alone that an earlier conversion of the same files made.
+        reuse: whether to keep an output that an earlier conversion of the same files with the same options made.
         adapter: folder of a PEFT LoRA adapter, which is merged into the weights.
 
     Raises:
@@ -112,7 +112,7 @@ def convert(
         tensors = _write(work, output.parent, files, groups, workers, progress, remarks, check_crc)
         publish(work, output.parent, [file.name for file in files], dict.fromkeys(names, index) if index else {})
         report = _report(source, output, files, fingerprint, tensors, skipped, dims, fields, remarks)
-        write_report(report_path, report)  # last: it vouches for what lies there
+        write_report(report_path, report)  # last: a report means that its files are complete
     return report
 
 
@@ -138,7 +138,7 @@ def convert_reversed(
             `glm` model.
         max_shard_size: bytes of one file, or "5GB" and the like.
         config: the original config.json or the YAML that trained the model; not needed for the published dimensions,
-            nor beside a config.json or the report of the conversion that made the checkpoint.
+            nor where a config.json or the report of the conversion that made the checkpoint lies beside it.
         hf_files: the original folder; its config.json, tokenizer and model code are used.
 
     Raises:
@@ -262,7 +262,7 @@ def _refuse_other_weights(folder, files):
 
 
 def _fingerprint(files: Sequence[OutputFile], groups: Sequence[TensorGroup]) -> str:
-    """What must be equal for an earlier output to be the same: sources, options and layout."""
+    """SHA-256 of all that decides the bytes of the output: sources, options and layout."""
     plan: list[Any] = [[file.name, file.size, list(file.segments.items())] for file in files]
     for path in sorted({source.file for group in groups for source in group.sources}):
         status = os.stat(path)
@@ -312,7 +312,7 @@ def _write(work, destination, files, groups, workers, progress, remarks, check_c
 
 
 def _report(source, output, files, fingerprint, tensors, skipped, dims, fields, remarks):
-    """What was read, what was written, and a checksum of every tensor; the config.json is for the way back."""
+    """What was read and written, and a checksum of every tensor; convert_reversed reads the config.json from it."""
     return {
         "source": {"path": str(source.path), "files": {file.name: file.stat().st_size for file in source.files}},
         "output": {"path": str(output), "files": {file.name: file.size for file in files}},

@@ -3,5 +3,5 @@
 import os
 import sys
 
-if __name__ == "__main__":  # hands the process over: the command stands above this room and is not imported from it
+if __name__ == "__main__":  # not an import: in the import order commands stand above weights
     os.execv(sys.executable, [sys.executable, "-m", "mindformers_glm32k", "convert", *sys.argv[1:]])

@@ -34,7 +34,7 @@ _PATTERNS = (
     "pytorch_model*.bin",
     "*.ckpt",
 )
-# What download tools put beside, or in place of, a file that is not all there: aria2, wget and curl scripts,
+# What download tools put beside, or in place of, an incomplete file: aria2, wget and curl scripts,
 # huggingface_hub, browsers, Xunlei, netdisk clients.
 _UNFINISHED = tuple(
     ".aria2 .part .incomplete .crdownload .partial .download .downloading .aria2__temp .td .xltd .tmp .!qB".split()
@@ -62,9 +62,9 @@ def find_files(path: Path) -> Found:
     """Finds the files of a checkpoint: a folder (also one of a hub's cache), one weight file, or an index file.
 
     Raises:
-        InputError: nothing there, shards missing or not all there, an adapter alone, or a choice is the user's.
+        InputError: no files, shards missing or incomplete, an adapter alone, or several checkpoints to choose from.
     """
-    if os.path.isdir(path):  # unlike Path's, False for a name that is too long
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         folder, notes = _enter_hub_cache(path)
         found = _find_in_folder(folder)
         found.notes[:0] = notes
@@ -83,7 +83,7 @@ def find_files(path: Path) -> Found:
 
 
 def snapshot_of(folder: Path) -> Path:
-    """The folder of a model inside a hub's cache; other folders are their own; InputError for several."""
+    """The snapshot inside a hub's cache, any other folder as it is; raises InputError for several snapshots."""
     return _enter_hub_cache(folder)[0]
 
 
@@ -165,11 +165,11 @@ def _is_unread(path, files):
 
 
 class _Unusable(InputError):
-    """This set is not all there; another in the folder may be."""
+    """This set of files is incomplete; another one in the folder may be complete."""
 
 
 def _candidate(paths, pattern, folder, instead):
-    """The set of files behind one pattern; `instead`: of another that is not all there, so only a whole set will do."""
+    """The set of files behind one pattern; with `instead` it replaces an incomplete set and must itself be complete."""
     if not pattern.endswith(INDEX_SUFFIX):
         if instead and len(paths) > 1:
             paths = [path for path in paths if _SHARD.match(path.name)] or paths
@@ -257,8 +257,8 @@ def _require_whole_set(files):
 
 
 def config_of(checkpoint: str | Path) -> KnownConfig | None:
-    """What lies beside a checkpoint and tells its config: config.json in or beside it, or the report of the conversion,
-    split or merge that made it; None where nothing does.
+    """A checkpoint's config, from the config.json in or beside it or from the report of the conversion, split or merge
+    that made it; None without either.
 
     Raises:
         InputError: the config.json or report contradicts itself.
@@ -280,11 +280,11 @@ def config_of(checkpoint: str | Path) -> KnownConfig | None:
 
 
 def find_config(option: Any, checkpoint: Path, inferred: ModelDims) -> KnownConfig:
-    """The config of a checkpoint, from the first of: the option, what lies beside it (see `config_of`), the published
-    model when all dimensions are its.
+    """The config of a checkpoint, from the first of: the option, the files beside it (see `config_of`), the published
+    model if all dimensions are equal.
 
     Raises:
-        InputError: none of them is there, two contradict each other, or one the dimensions inferred from the tensors.
+        InputError: there is none, two contradict each other, or one contradicts the dimensions of the tensors.
     """
     beside = config_of(checkpoint)
     known = beside if option is None else read_config(option)

@@ -1,8 +1,8 @@
 """The two file formats that are written as well as read: MindSpore's .ckpt and safetensors.
 
-Each has a function that lists a file's tensors without their values, which StoredTensor reads, and one that gives the
-bytes around those to write, so that values are streamed to known offsets; `mindspore.save_checkpoint` holds all of them
-in memory, and the safetensors library's `safe_open` may map a whole file.
+Each has a function that lists a file's tensors (StoredTensor reads their values) and one that returns the bytes around
+the values to write, so that values are streamed to known offsets; `mindspore.save_checkpoint` holds all values in
+memory, and the safetensors library's `safe_open` may map a whole file.
 
 A .ckpt is a protobuf `Checkpoint` (schema: mindspore/ccsrc/utils/checkpoint.proto): field 1, repeated, a `Value` of
 tag (1) and tensor (2); the tensor of dims (1), tensor_type (2) and tensor_content (3). Large tensors are several
@@ -36,7 +36,7 @@ from mindformers_glm32k.weights.tensors import (
 
 # --- .ckpt ---
 
-SLICE_BYTES = 512 << 20  # content of one value; MindSpore cuts at the same size
+SLICE_BYTES = 512 << 20  # content of one value; MindSpore slices at the same size
 _CRC_TAIL = 17  # b"crc_num" and ten bytes
 _LENGTH_DELIMITED, _VARINT = 2, 0
 _NAMES_MAX = 1 << 16  # bytes of a tag or type; more means that the file is not a checkpoint
@@ -72,7 +72,7 @@ def _field(number, payload):
 
 
 def read_ckpt(path: Path) -> list[StoredTensor]:
-    """Lists the tensors of a .ckpt in file order, without their values; dtypes that are no weight's keep MindSpore's
+    """Lists the tensors of a .ckpt in file order, without their values; dtypes other than a weight's keep MindSpore's
     name ("Int32").
 
     Raises:
@@ -214,7 +214,7 @@ _OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16
 
 
 def read_safetensors(path: Path) -> list[StoredTensor]:
-    """Lists the tensors of a file in the order of their data; dtypes that are no weight's keep the format's own name
+    """Lists the tensors of a file in the order of their data; dtypes other than a weight's keep the format's own name
     ("I64").
 
     Raises:
@@ -294,7 +294,7 @@ def _check_layout(path, tensors, base, size):
 def safetensors_header(
     entries: Iterable[tuple[str, tuple[int, ...], str]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[int]]:
-    """The bytes before the values, padded to 8, and each tensor's offset in the file.
+    """The bytes before the values, padded to a multiple of 8, and each tensor's offset in the file.
 
     Args:
         entries: name, shape, dtype, in the order of their data.

@@ -2,7 +2,7 @@
 
 MindFormers itself can load Hugging Face safetensors (`load_ckpt_format: safetensors`), but its conversion knows one
 switch for two layouts: with `qkv_concat: True, mlp_concat: False`, or with `glm` names and the switches the other way
-round, it leaves the MLP at its random start without a word; it refuses a fused file for `qkv_concat: False` in
+round, it silently leaves the MLP at its random initialization; it refuses a fused file for `qkv_concat: False` in
 prediction, holds whole shards in memory and reads no .bin files. Here every layout, naming and file kind is converted
 by the same checked conversion as `glm32k convert`.
 """
@@ -37,8 +37,8 @@ _WAIT_SECONDS = 1.0
 
 
 def is_huggingface(path: str | os.PathLike) -> bool:
-    """Whether a folder is one of Hugging Face, or of another kind that a conversion understands or refuses in words: it
-    has weight files, and not under MindFormers' names. Not so files, and folders such as those with rank_N subfolders.
+    """Whether a folder holds weight files under other names than MindFormers', which a conversion then reads or refuses
+    with a message. False for single files, and for folders without weight files such as those with rank_N subfolders.
 
     Raises:
         InputError: weight files are there, but broken or incomplete; or a hub's cache with several snapshots.
@@ -76,7 +76,7 @@ def _is_mindspore(name):
 
 
 def _refuse_foreign_file(path):
-    """One file of a Hugging Face folder: MindFormers would name its format, its names or its end wrongly."""
+    """Refuses one file of a Hugging Face folder, at which MindFormers fails with a message that misleads."""
     what = None
     if path.suffix in (".bin", ".pt", ".pth") or path.name.endswith(INDEX_SUFFIX):
         what = "a file"
@@ -99,10 +99,10 @@ def checkpoint_to_load(
     model_config: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> str | None:
-    """What MindFormers shall load in place of `path`, which stays unless it is a Hugging Face folder.
+    """The path for MindFormers to load: `path` itself, or the conversion of a Hugging Face folder.
 
     Safe to call from all processes of a run: one converts, the others wait for it (on a shared disk; on disks of
-    their own, each machine converts once). A later run with the same files finds the work done.
+    their own, each machine converts once). A later run with the same files reuses the conversion.
 
     Args:
         path: load_checkpoint.
@@ -110,8 +110,8 @@ def checkpoint_to_load(
         format: load_ckpt_format, "ckpt" or "safetensors".
         qkv_concat, mlp_concat: the model's layout.
         shard_later: auto_trans_ckpt: MindFormers then wants a folder, not a file.
-        model_config: the run's; what lies beside the checkpoint must agree with it in what shapes do not show.
-        log: hears what was passed over or taken for granted.
+        model_config: the run's; the config beside the checkpoint must agree with it in fields that shapes do not show.
+        log: called with each remark of the conversion.
 
     Raises:
         InputError: the Hugging Face files are broken, incomplete or of another model; or one file of them is given.
@@ -128,7 +128,7 @@ def checkpoint_to_load(
         return path
     format = format if format in FORMATS else "ckpt"
     folder = Path(output_dir) / FOLDER
-    # MindFormers shards a whole .ckpt as that of a run with one rank, whole safetensors as the one file of a folder.
+    # For sharding, MindFormers wants a whole .ckpt in rank_0, as of a run with one rank; safetensors alone in a folder.
     file = folder / ("rank_0" if shard_later and format == "ckpt" else "") / f"model.{format}"
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Low-rank adapters of MindFormers: which belong to which weight, their scale, and their form as a PEFT folder.
+"""LoRA adapters of MindFormers: which belong to which weight, their scale, and their form as a PEFT folder.
 
 MindFormers computes W x + (alpha / rank) B (A x) with A (rank, in) and B (out, rank); merged, W + (alpha / rank) B A.
 """
@@ -22,7 +22,7 @@ from mindformers_glm32k.weights.writer import CheckpointWriter
 
 
 def pairs_of(shapes: Mapping[str, tuple[int, int]], path: object) -> dict[str, tuple[str, str]]:
-    """Sorts adapters, name -> whole shape, by the weight that they change: weight -> names of A and B.
+    """Pairs adapters (name -> whole shape) by the weight that they change: weight -> (name of A, name of B).
 
     Raises:
         InputError: one of a pair is missing in `path`, or the two have different ranks.
@@ -59,7 +59,7 @@ def scale_of_config(config: Mapping[str, Any], path: object) -> float:
 
 
 def scale_of_run(folder: Path) -> float | None:
-    """The same from the adapter_config.json that MindFormers leaves in the run's output folder; None without."""
+    """As `scale_of_config`, from the adapter_config.json that MindFormers leaves in the output folder; None without."""
     path = next(
         (
             parent / "adapter_config.json"
@@ -86,10 +86,10 @@ def write_adapter(
 ) -> CheckpointWriter:
     """Writes MindFormers' adapters as a PEFT folder; returns the writer, for a report.
 
-    For the published model ("chatglm") split projections become one adapter of the fused one: their A on each other,
-    their B on the diagonal, so that the rank is the sum of theirs, and lora_alpha = scale x rank keeps the product.
-    For transformers' `glm` a fused one becomes three, which share A. There all have the largest rank, filled with
-    zeros: engines allocate one rank, and not all of them read PEFT's patterns.
+    For the published model ("chatglm") adapters of split projections become one of the fused projection: A stacked, B
+    block-diagonal, so that the rank is the sum of theirs, and lora_alpha = scale x rank keeps the product. For
+    transformers' `glm` an adapter of the fused QKV becomes three that share A, and all adapters are padded with zeros
+    to the largest rank: engines allocate one rank, and not all of them read PEFT's rank_pattern.
 
     Raises:
         InputError: some of a fused projection's parts have no adapter, and no `dims` tell how large they are.
@@ -127,7 +127,7 @@ def write_adapter(
     expected = dims.num_layers if dims else layers[-1] + 1
     by_target = Counter(module.rsplit(".", 1)[-1] for module in ranks)
     if set(by_target.values()) != {expected}:
-        config["target_modules"] = sorted(ranks)  # only some layers have it: whole names
+        config["target_modules"] = sorted(ranks)  # not every layer has each target: full module names
     folder.mkdir()
     tensors = {
         f"base_model.model.{module}.lora_{side}.weight": values
@@ -144,7 +144,7 @@ def write_adapter(
 
 
 def _split(key, parts, dims):
-    """Yields (key, (A, B)) of the weights that `glm` has for one that is fused here: the three of attention."""
+    """Yields (key, (A, B)) of each weight that `glm` has for a fused one: three of QKV, otherwise one."""
     if key.parts != QKV:
         yield key, _fuse(key, parts, dims)
     elif QKV in parts:

@@ -1,4 +1,4 @@
-"""What a merge puts together: the files of all ranks held against the strategy and the model before values are read."""
+"""The plan of a merge: the files of all ranks, checked against the strategy and the model before values are read."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ FROZEN = (
 
 
 class MergedTensor(NamedTuple):
-    """A parameter to put together.
+    """A parameter to merge.
 
     Args:
         whole: its name, whole shape and dtype; no segments in a file.
         stage: of the pipeline.
-        spec: None where every rank of the stage should have the whole.
+        spec: its shards; None where every rank of the stage should have the whole.
     """
 
     whole: StoredTensor
@@ -46,7 +46,7 @@ class MergePlan:
     """The parameters of a set of rank files.
 
     Args:
-        files: whose tensors are listed.
+        files: with their tensors already listed.
         stages: the layouts by stage; [{}] without a strategy.
         devices: ranks of a stage.
         strategy: where the layouts come from, for messages; None without.
@@ -67,7 +67,7 @@ class MergePlan:
         return range(stage * self.devices, (stage + 1) * self.devices)
 
     def of_kind(self, kind: str) -> dict[str, MergedTensor]:
-        """Weights, adapters or states; sums of gradients are no states worth keeping."""
+        """The merged tensors of one kind (WEIGHT, ADAPTER, STATE), without sums of gradients, which no run needs."""
         return {
             name: merged
             for name, merged in self.merged.items()
@@ -83,7 +83,7 @@ class MergePlan:
             dims: None takes them from the weights themselves.
             weights: whole ones: the plan's, or those of a base.
             source: where the weights come from, for messages.
-            frozen: of the plan's weights, those that a base stands for: their shards are not merged.
+            frozen: names of the plan's weights that come from a base: their shards are not merged.
 
         Raises:
             InputError: missing, left over, or misshapen parameters.
@@ -166,7 +166,7 @@ class MergePlan:
                 )
 
     def _differs(self, name, tensor, ranks):
-        """What is different about a parameter in the other ranks of the stage."""
+        """A sentence on the first rank of the stage whose copy is missing or has another shape or dtype, or None."""
         for rank in ranks:
             other = self.files.tensors[rank].get(name)
             if other is None:

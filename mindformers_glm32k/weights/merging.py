@@ -1,4 +1,4 @@
-"""The checkpoints of all ranks merged into one file, LoRA adapters too; nothing may be lost or differ."""
+"""The checkpoints of all ranks merged into one file, LoRA adapters too, and compared with every rank's shards."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def merge(
     adapters_format: str = "mindformers",
     model_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Merges the checkpoints of a parallel run; returns the report, as written to OUT.report.json, and as "remarks"
-    what the user should know.
+    """Merges the checkpoints of a parallel run; returns the report, as written to OUT.report.json, with "remarks" for
+    the user.
 
     Args:
         src_ckpt_dir: folder with rank_0, rank_1, …
         dst: `.ckpt` or `.safetensors` to write; None where only adapters are wanted.
         strategy: strategy files' folder, or one file. None: every rank has the whole model (one process, data
             parallel), which is checked.
-        step: "EPOCH_STEP" as in the file names, or step_num inside; None takes the newest complete.
+        step: "EPOCH_STEP" as in the file names, or step_num inside; None takes the newest complete one.
         optimizer_states: whether adam_m.*, adam_v.* and counters are kept.
         lora: whether adapters are added to the weights.
         lora_scaling: alpha / rank; needed with `lora`.
@@ -71,7 +71,7 @@ def merge(
             published model, with "peft_glm" one for transformers' `glm` and vLLM.
         dims: of the model; None takes them from the weights.
         progress: whether to show progress bars.
-        model_config: the run's; what lies beside `base` must agree with it in what shapes do not show.
+        model_config: the run's; the config beside `base` must agree with it in fields that shapes do not show.
 
     Raises:
         InputError: files, strategy and model do not fit together; nothing is left behind.
@@ -194,7 +194,7 @@ class _Job:
             self.remarks.append(f"{len(self.adapters)} LoRA matrices are kept beside the weights (--lora merges them)")
 
     def write(self, dst: Path | None, adapters_only: Path | None, report: dict[str, Any], progress: bool) -> None:
-        """Makes the outputs in a hidden folder, verifies them, and moves them to their names."""
+        """Writes the outputs to a hidden folder, verifies them, and moves them to their final names."""
         first = dst or adapters_only
         with work_folder(first) as work:
             order = in_model_order(self.adapters)
@@ -237,7 +237,7 @@ class _Job:
                     shutil.copytree(writer.folder, path)
                 elif path == first:
                     file.replace(path)
-                else:  # which may be on another disk
+                else:  # this path may be on another disk
                     copy_atomically(file, path)
                 report.setdefault("outputs", []).append(str(path))
                 beside = (
@@ -360,7 +360,7 @@ def _equal_copies(plan, name, ranks):
 
 
 def _check_frozen(plan, base, name):
-    """Checks that the ranks trained on this base: their copy of a weight is a shard of its."""
+    """Checks that the ranks were trained on this base: their values of a weight are a block of the base's."""
     merged, whole = plan.merged[name], base[name].load()
     for rank in plan.ranks(merged.stage):
         tensor = plan.files.tensors[rank][name]
@@ -374,7 +374,7 @@ def _check_frozen(plan, base, name):
 
 
 def _blocks(whole, shard):
-    """Yields the index expressions of all aligned blocks of a shape; none where it cannot be divided so."""
+    """Yields the index expressions of the blocks of shape `shard` that tile `whole`; none where they do not tile it."""
     if len(whole) != len(shard) or any(size % block for size, block in zip(whole, shard)):
         return
     counts = [size // block for size, block in zip(whole, shard)]

@@ -64,7 +64,7 @@ SCRATCH_PREFIX = "accu_grads."
 WEIGHT, ADAPTER, STATE, COUNTER = "weight", "adapter", "state", "counter"
 # Buffers: rotary tables that the model computes itself, and caches of generation.
 _BUFFER = re.compile(r"(.*\.)?((rotary_pos_emb|rotary_emb)\.inv_freq|(key_cache|value_cache)(_grad)?)$")
-# What trainers count beside the model.
+# What trainers store besides the model.
 _COUNTER = re.compile(
     r"(epoch_num|step_num|global_step|learning_rate|scale_sense|loss_scale|current_iterator_step|"
     r"last_overflow_iterator_step|beta[12]_power|weight_decay|cur_epoch_num|cur_step_num|batch_num|"
@@ -126,8 +126,8 @@ def key_of(name: str) -> TensorKey | None:
 
 
 def unwrapped(name: str) -> tuple[str, str]:
-    """The name of a weight without what wrappers put around it, and what was taken off; a name that is none even so
-    stays as it is. ChatGLM's inner model, saved alone, lacks "transformer.", which is added."""
+    """A weight's name without the prefixes of wrappers, and the prefix removed; a name that is no weight's even so is
+    returned as it is. ChatGLM's inner model, saved alone, lacks "transformer.", which is added."""
     inner = _INNER_WRAPPER.sub("", name)
     while True:
         for candidate in (inner, "transformer." + inner):
@@ -143,7 +143,7 @@ def unwrapped(name: str) -> tuple[str, str]:
 
 
 def foreign_kind(names: Iterable[str]) -> str | None:
-    """What tensors are that no whole model has: "peft" or "ptuning", by the first such name; None without one."""
+    """The kind of tensors that no whole model has, "peft" or "ptuning", by the first such name; None without one."""
     for name in names:
         if _PEFT.search(name):
             return "peft"
@@ -186,7 +186,7 @@ def kind_of(name: str) -> str | None:
 
 
 def plain_name(name: str) -> str:
-    """The parameter that a state belongs to; other names are their own."""
+    """The name of the parameter that an optimizer state belongs to; any other name as it is."""
     prefix = next((prefix for prefix in STATE_PREFIXES if name.startswith(prefix)), "")
     return name[len(prefix) :]
 
@@ -257,8 +257,8 @@ class ModelDims:
         return (rows, {"attention_out": self.q_rows, "mlp_out": self.ffn}.get(first, self.hidden))
 
     def shape_of(self, name: str) -> tuple[int | None, ...] | None:
-        """The whole shape of a weight, adapter or state by its name: None stands for the rank of an adapter, which the
-        dimensions do not tell; None in all for parameters that are not this model's."""
+        """The whole shape of a weight, adapter or state by its name, with None in place of an adapter's rank, which the
+        dimensions do not tell; None instead of a shape for parameters that are not this model's."""
         name = plain_name(name)
         weight, side = adapter_of(name) or (name, None)
         try:

@@ -25,7 +25,7 @@ from mindformers_glm32k.weights.names import ModelDims, TensorKey, key_of, unwra
 from mindformers_glm32k.weights.tensors import CARRIER, ITEM_SIZE, StoredTensor, cast, count_not_finite
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Fields that change no value of a merge: who made it, dropout, where adapters were put (their names tell), the start.
+# Fields that are read below, or that no merge needs: origin, dropout, initialization, placement (tensor names tell it).
 _WITHOUT_EFFECT = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout "
     "target_modules exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size modules_to_save "
@@ -48,13 +48,13 @@ class _Product(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedWeight(StoredTensor):
-    """A weight of a base with adapters added, in float32 and rounded once, when its values are asked for."""
+    """A base's weight, to which adapters are added when its values are read: in float32, rounded once."""
 
     base: StoredTensor | None = None
     products: tuple[_Product, ...] = ()
 
     def chunks(self, chunk_bytes: int = 0, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Yields the values in the range at once; see StoredTensor."""
+        """Yields all values of the range as one array; see StoredTensor."""
         values = self.base.load()
         if self.base.crc32 is not None and zlib.crc32(np.ascontiguousarray(values)) != self.base.crc32:
             raise InputError(f"{self.file}: key {self.name!r} is corrupt (CRC-32); download it again")
@@ -72,10 +72,10 @@ class MergedWeight(StoredTensor):
 def merge_adapter(
     folder: str | Path, weights: Mapping[TensorKey, StoredTensor], dims: ModelDims, check_crc: bool = True
 ) -> tuple[dict[TensorKey, StoredTensor], str]:
-    """The weights of a base with the adapter in a PEFT folder, and a sentence on what was merged.
+    """Merges the adapter in a PEFT folder into a base's weights; returns these and a sentence on what was merged.
 
     Raises:
-        InputError: no adapter, one of another model, or of a kind whose merge is not known here.
+        InputError: no adapter, one of another model, or of a kind that cannot be merged here.
     """
     folder = Path(folder)
     config, path = _read_config(folder), folder / ADAPTER_CONFIG
@@ -216,13 +216,13 @@ def _overlaps(dims, key, weights):
 
 
 def rows_of(dims: ModelDims, key: TensorKey, part: str) -> tuple[int, int]:
-    """Where a part of names.py lies in a tensor that holds it: its rows, from and to."""
+    """The rows (first, last + 1) that a part of names.py takes in a tensor that holds it."""
     start = sum(dims.rows(other) for other in key.parts[: key.parts.index(part)])
     return start, start + dims.rows(part)
 
 
 def _check_targets(config, sides, dims, path):
-    """Every module that the config names has adapters: a file that was cut by hand or by a failed save has not."""
+    """Checks that every target module has adapters: a file that was edited, or whose save failed, lacks some."""
     targets = config.get("target_modules")
     for target in targets if isinstance(targets, list) else ():
         found = [module for module in sides if module == target or module.endswith("." + target)]
@@ -240,12 +240,12 @@ def _check_targets(config, sides, dims, path):
 
 
 def _whole(modules):
-    """Names as target_modules has them where it names each module, layer included."""
+    """Full names of modules, layer included, in both forms that target_modules may list."""
     return {name for module in modules for name in (module, module.removeprefix("base_model.model."))}
 
 
 def _check_saved(config, whole, path):
-    """Every module of modules_to_save is in the file."""
+    """Checks that every module of modules_to_save is in the file."""
     for name in config.get("modules_to_save") or ():
         if not any(f".{name}." in f".{tensor.name}" for tensor in whole):
             raise InputError(f"{path}: modules_to_save names {name!r}, but the adapter's file has none of it")

@@ -1,4 +1,4 @@
-"""The checkpoints that a parallel run left, one file a rank: which belong together, and which can be merged."""
+"""The checkpoints that a parallel run left, one file per rank: which belong together, and which can be merged."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _COUNTERS = ("epoch_num", "step_num", "global_step")
 
 @dataclass
 class RankFiles:
-    """Files of one name, apart from the rank.
+    """One checkpoint of a run: a file per rank, named alike apart from the rank.
 
     Args:
-        name: with * for the rank.
+        name: the files' name, with * for the rank.
         files: by rank.
-        tensors: by rank, what is in them, by name; filled in by `read`.
-        counters: epoch_num and step_num inside, where the files have them.
+        tensors: by rank, then by name; filled in by `read`.
+        counters: values of epoch_num, step_num and global_step, where the files have them.
     """
 
     name: str
@@ -41,17 +41,17 @@ class RankFiles:
 
     @property
     def label(self) -> str | None:
-        """Epoch and step as the file names have them, "2_20"."""
+        """Epoch and step in the file names, such as "2_20"; None where they have none."""
         match = _STEP.search(self.name)
         return f"{match[1]}_{match[2]}" if match else None
 
     def age(self) -> tuple[int, tuple[int, ...], float]:
-        """A key that grows with training: steps counted inside, else in the name, then the time of writing."""
+        """A sort key that grows with training: step_num inside, then epoch and step in the name, then file time."""
         label = tuple(map(int, self.label.split("_"))) if self.label else ()
         return (self.counters.get("step_num", -1), label, max(path.stat().st_mtime for path in self.files.values()))
 
     def read(self, ranks: range) -> None:
-        """Lists what is in the files of `ranks`.
+        """Lists the tensors in the files of `ranks`.
 
         Raises:
             InputError: a rank has no file, a file is broken, or files are of different steps.
@@ -89,7 +89,7 @@ def count_of(tensor: StoredTensor | None) -> int | None:
 
 
 def find_rank_files(folder: str | os.PathLike) -> list[RankFiles]:
-    """Finds the checkpoints below a folder with subfolders rank_N, as output/checkpoint, sorted by name.
+    """Finds the checkpoints below a folder with subfolders rank_N, such as output/checkpoint, sorted by name.
 
     Raises:
         InputError: no such folders or files, or a file that lies in another rank's folder.
@@ -143,9 +143,9 @@ def choose(
 
     Args:
         folder: as for `find_rank_files`.
-        ranks: that the layout has; None: those that have a folder.
+        ranks: those of the layout; None: 0 to the highest that has a folder.
         step: "EPOCH_STEP" as in the file names, or step_num inside; None takes the newest complete one.
-        wanted: of which the choice is; None: of all.
+        wanted: filter of the checkpoints to choose from; None: all.
 
     Raises:
         InputError: none is complete, or there is none of that step.

@@ -1,7 +1,7 @@
 """MindSpore's own transform_checkpoints for few tensors at a time, so that memory and disk do not grow with the model.
 
-`python -m mindformers.tools.transform_ckpt` holds the shards of all ranks in memory, several times over. Here the same
-function is given a chunk of the tensors, by a process that stays and takes one order a line.
+`python -m mindformers.tools.transform_ckpt` holds the shards of all ranks in memory, several times over. Here a process
+that stays alive calls the same function on one chunk of the tensors after the other, one order per line of input.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mindformers_glm32k.weights.formats import ckpt_frame, read_ckpt
 from mindformers_glm32k.weights.tensors import StoredTensor
 
 CHUNK_BYTES = 512 << 20  # of all ranks' shards together; MindSpore needs about four times as much memory
-_READ_BYTES = 1 << 20  # divides the 512 MiB at which a .ckpt breaks a tensor
+_READ_BYTES = 1 << 20  # divides the 512 MiB slices of a tensor in a .ckpt
 _REPLY = "transformed: "
 
 
 class TransformFailed(CommandFailed):
-    """MindSpore could not split or merge. The message holds what it said."""
+    """MindSpore could not split or merge; the message quotes its error."""
 
 
 class Transformer:
@@ -90,8 +90,8 @@ class Transformer:
 
 
 def chunks_of(costs: Mapping[str, int]) -> list[list[str]]:
-    """Deals tensors, name -> bytes of all ranks' shards, into chunks, in order: of CHUNK_BYTES, unless a single tensor
-    has more."""
+    """Groups tensors (name -> bytes of all ranks' shards), in order, into chunks of at most CHUNK_BYTES, or of a single
+    larger tensor."""
     chunks, filled = [[]], 0
     for name, cost in costs.items():
         if chunks[-1] and filled + cost > CHUNK_BYTES:
@@ -148,7 +148,7 @@ def main() -> None:
         try:
             mindspore.transform_checkpoints(*json.loads(line))
             reply = "done"
-        except Exception as error:  # whatever it is goes to the command that gave the order
+        except Exception as error:  # any error is reported to the process that gave the order
             reply = f"{type(error).__name__}: {error}".replace("\n", " ")
         print(_REPLY + reply, flush=True)
 

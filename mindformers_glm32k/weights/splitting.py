@@ -1,4 +1,4 @@
-"""A whole checkpoint split for every rank of a layout: by MindSpore, then compared with our own shards of it."""
+"""A whole checkpoint split for every rank of a layout: by MindSpore, then compared with shards taken here."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def split(
     progress: bool = False,
     model_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Splits a whole checkpoint with MindSpore's transform_checkpoints and compares every shard with its own; returns
-    the report, as written to OUTPUT/split.report.json.
+    """Splits a whole checkpoint with MindSpore's transform_checkpoints and compares every shard with one taken here;
+    returns the report, as written to OUTPUT/split.report.json.
 
     Args:
         checkpoint: the whole checkpoint, under MindFormers' names or a Hugging Face folder; optimizer states are split
@@ -57,10 +57,10 @@ def split(
         strategy: folder of strategy files, or a merged one.
         dims: of the model; None takes them from the tensors.
         progress: whether to show progress bars.
-        model_config: the run's; what lies beside the checkpoint must agree with it in what shapes do not show.
+        model_config: the run's; the config beside the checkpoint must agree with it in fields that shapes do not show.
 
     Raises:
-        InputError: what the checkpoint or the strategy lacks; nothing is left behind.
+        InputError: the checkpoint or the strategy is incomplete, or they do not match; nothing is left behind.
         TransformFailed: MindSpore failed.
     """
     output, stages = Path(output), read_stages(strategy)
@@ -84,7 +84,7 @@ def split(
         result = work / "result"
         _split(plan, costs, strategy, work, result, progress)
         _check(plan, result, progress)
-        (result / "strategy").mkdir()  # it belongs to the shards: who merges them again finds it there
+        (result / "strategy").mkdir()  # kept beside the shards: merging them again needs it
         for rank in range(plan.world):
             write_stage(strategy, rank // plan.devices, result / "strategy" / f"ckpt_strategy_rank_{rank}.ckpt")
         report = {**_report(checkpoint, plan), "huggingface_config": known and known.fields}
@@ -101,11 +101,11 @@ def refuse_existing(output: Path) -> None:
 
 @dataclass
 class _Plan:
-    """What goes where.
+    """Which tensors are sharded for which stage.
 
     Args:
         tensors: the whole tensors, by name.
-        stages: per stage the layouts of what is sharded for it.
+        stages: by stage, the layouts of its tensors.
         devices: ranks of a stage.
         counters: entries that every rank gets as they are.
         left_out: names in the checkpoint that no rank needs or the strategy does not know.
@@ -128,9 +128,9 @@ class _Plan:
 
 
 def _make_plan(source: Source, stages: list[dict[str, ShardSpec]], dims: ModelDims | None) -> _Plan:
-    """Holds every tensor of a whole checkpoint against the strategy before anything is written.
+    """Checks every tensor of a whole checkpoint against the strategy before anything is written.
 
-    Adapters are left out where the checkpoint has none: a LoRA run starts from its base.
+    Adapters are not required of a checkpoint that has none: a LoRA run starts from its base.
 
     Raises:
         InputError: one message names all that is missing, left over, of another shape, or cannot be sharded.
@@ -199,7 +199,7 @@ def _split(plan, costs, strategy, work, result, progress):
                 tensors = [plan.tensors[name] for name in names]
                 shards = reshard.split_chunk(transformer, work / "chunk", tensors, work / "stage.ckpt")
                 for rank in range(plan.devices):
-                    # a .ckpt is a list of parameters: one file behind the other is a .ckpt again
+                    # a .ckpt is a list of parameters: concatenated files are a .ckpt again
                     with open(_shard_file(result, stage * plan.devices + rank), "ab") as file:
                         file.write(shards[rank].read_bytes())
                     shards[rank].unlink()
@@ -213,7 +213,7 @@ def _split(plan, costs, strategy, work, result, progress):
 
 
 def _check(plan, result, progress):
-    """Compares every shard of the finished files with the one that the layout describes, taken here."""
+    """Compares every shard of the finished files with the slice of the whole tensor that the layout describes."""
     found = [{tensor.name: tensor for tensor in read_ckpt(_shard_file(result, rank))} for rank in range(plan.world)]
     counters = {counter.name for counter in plan.counters}
     with tqdm(total=sum(map(len, plan.stages)), desc="verify", disable=not progress) as bar:

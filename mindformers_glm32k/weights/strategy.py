@@ -47,7 +47,7 @@ class ShardSpec:
 
     @property
     def devices(self) -> int:
-        """Devices that the layout speaks of; ranks beyond them repeat the same shards."""
+        """Devices in `dev_matrix`; ranks beyond them repeat the same shards."""
         return prod(self.dev_matrix)
 
     @property
@@ -193,13 +193,13 @@ def read_file(path: str | Path) -> dict[int, dict[str, ShardSpec]]:
 
 
 def write_stage(source: str | Path, stage: int, target: Path) -> None:
-    """Writes one stage's part of a strategy as a file of its own, the layouts as they stand there.
+    """Writes the layouts of one stage, unchanged, as a strategy file of its own.
 
     MindSpore takes such a file for a run without a pipeline, whose ranks count from 0.
 
     Args:
-        source: as for `read_stages`, which has read it.
-        stage: which.
+        source: as for `read_stages`, which has accepted it.
+        stage: its index.
         target: the file to write.
     """
     path = next(path for path in _files(Path(source)) if path.stat().st_size and stage in read_file(path))
@@ -267,7 +267,7 @@ def _spec(layout):
         raise ValueError("a layout with a field size is not understood")
     matrix = tuple(layout.dev_matrix[0].dim)
     maps = [tuple(axes.dim) for axes in layout.tensor_map]
-    # One map for all axes, or one for each, where several device axes shard one
+    # One map for all axes; or one map per axis, in layouts where several device axes shard the same axis
     by_axis = [(axis,) for axis in maps[0]] if len(maps) == 1 else [axes for axes in maps if axes]
     tensor_map = tuple(tuple(axis for axis in axes if axis != -1) for axes in by_axis)
     copies = prod(matrix) // prod(matrix[len(matrix) - 1 - axis] for axes in tensor_map for axis in axes)

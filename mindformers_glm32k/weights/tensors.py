@@ -1,4 +1,4 @@
-"""Tensors of checkpoint files: their dtypes, casts between them, and where their values lie, read without the rest.
+"""Tensors of checkpoint files: their dtypes, casts between these, and values read without the rest of the file.
 
 bfloat16 has no NumPy dtype: its values travel as uint16 bit patterns (the upper half of a float32).
 """
@@ -33,7 +33,7 @@ CARRIER = {name: row[5] for name, row in _TABLE.items()}
 FROM_SAFETENSORS = {row[1]: name for name, row in _TABLE.items()}
 FROM_MINDSPORE = {row[2]: name for name, row in _TABLE.items()}
 FROM_TORCH_STORAGE = {row[3]: name for name, row in _TABLE.items()}
-# What a training checkpoint counts in (steps, epochs, overflow); MindSpore's word: (bytes, safetensors).
+# dtypes of a training checkpoint's counters (steps, epochs, overflow): MindSpore's name -> (bytes, safetensors code).
 _COUNTERS = {
     "Float64": (8, "F64"),
     "Int64": (8, "I64"),
@@ -48,14 +48,14 @@ _COUNTERS = {
 }
 _FROM_SAFETENSORS_COUNTER = {code: name for name, (_, code) in _COUNTERS.items()}
 _EXPONENT = {"fp32": np.uint32(0x7F800000), "fp16": np.uint16(0x7C00), "bf16": np.uint16(0x7F80)}
-CHUNK_BYTES = 2 << 20  # of values read at a time; with what is made of them, they fit a core's cache
+CHUNK_BYTES = 2 << 20  # of values read at a time; with the results of a cast they fit a core's cache
 
 
 def mindspore_name(dtype: str) -> str:
-    """MindSpore's word for any dtype that a checkpoint file may hold: of "fp16", "Int64" or "I64", one each.
+    """MindSpore's name of any dtype that a checkpoint file may hold, given as in "fp16", "Int64" or "I64".
 
     Raises:
-        KeyError: another dtype, as of strings.
+        KeyError: any other dtype, such as a string's.
     """
     name = _FROM_SAFETENSORS_COUNTER.get(dtype, dtype)
     return TO_MINDSPORE.get(name) or (_COUNTERS[name] and name)
@@ -137,7 +137,7 @@ def _is_infinite(values, dtype):
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays have equal shapes, dtypes and bits: NaNs too, and no copy of a slice is made."""
+    """Whether two arrays have equal shapes, dtypes and bits, also those of NaNs; slices are not copied."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     bits = np.dtype(f"u{one.dtype.itemsize}")
@@ -163,7 +163,7 @@ class StoredTensor:
     Args:
         dtype: one of DTYPES, or the file format's own name of a dtype that is not a weight's.
         segments: (offset, bytes) in the file; together, in order, the little-endian values.
-        strides: elements per step of each axis for tensors that are not stored row after row (torch views);
+        strides: elements per step of each axis for tensors that are not stored in row-major order (torch views);
             `segments` is then the one range from the first to the last value.
         crc32: the file's own checksum of exactly these bytes, None where it has none.
     """
@@ -243,11 +243,11 @@ class StoredTensor:
         return flat.reshape(self.shape)
 
     def raw_bytes(self) -> bytes:
-        """The bytes of a small entry of any dtype, as a counter."""
+        """The bytes of a small entry of any dtype, such as a counter."""
         return b"".join(chunk.tobytes() for chunk in self._raw_chunks(CHUNK_BYTES, 0, self._held_bytes()))
 
     def checksum(self, on_read: Callable[[int], None] = lambda nbytes: None) -> int:
-        """CRC-32 of the bytes as they lie in the file, of any dtype; `on_read` hears how many were read."""
+        """CRC-32 of the bytes as they lie in the file, of any dtype; `on_read` gets the size of each read."""
         found = 0
         for chunk in self._raw_chunks(CHUNK_BYTES, 0, self._held_bytes()):
             found = zlib.crc32(chunk, found)

@@ -54,7 +54,7 @@ class _StorageKind(NamedTuple):
 
 
 class _Dictionary(dict):
-    """A dictionary of the pickle: its keys cost nothing to hash, and no tensor replaces another."""
+    """A dictionary of the pickle: its keys are str or int, cheap to hash, and no tensor overwrites an entry."""
 
     def __setitem__(self, key, value):
         if type(key) not in (str, int):
@@ -173,8 +173,8 @@ def _unpickle(data, path):
 
 
 def read_torch(path: Path) -> list[StoredTensor]:
-    """Lists the tensors of a `.bin`/`.pt` file in the order of its dictionary; storages of dtypes that are no weight's
-    keep torch's name ("LongStorage").
+    """Lists the tensors of a `.bin`/`.pt` file in the order of its dictionary; dtypes other than a weight's keep the
+    name of torch's storage ("LongStorage").
 
     Raises:
         InputError: another format, truncated, corrupt, or a pickle that wants anything but tensors.

@@ -131,10 +131,10 @@ def index_text(files: Sequence[OutputFile]) -> str | None:
 
 
 class CheckpointWriter:
-    """Takes the values of tensors, each one's in order, into files in a folder; different tensors from any thread.
+    """Writes the values of tensors to files in a folder: those of one tensor in order, different tensors in any thread.
 
     Args:
-        folder: which exists; files of the same names are overwritten.
+        folder: an existing one; files of the same names are overwritten.
         files: as laid out.
     """
 
@@ -190,8 +190,8 @@ class CheckpointWriter:
         self._open[name][3:] = [zlib.crc32(data, crc) if running_crc is None else running_crc, end]
 
     def flush_until(self, written: threading.Event) -> None:
-        """Hands what is written to the disk again and again, beside the caller's work: left to itself, the system waits
-        for the last flush."""
+        """Flushes the files every _FLUSH_SECONDS, in a thread of its own, until `written` is set: the system would
+        leave most of the data to the last flush."""
 
         def run():
             while not written.wait(_FLUSH_SECONDS):
@@ -204,10 +204,10 @@ class CheckpointWriter:
             flush(self.folder / file.name)
 
     def finish(self, workers: int = 1, progress: bool = False) -> None:
-        """Reads every file back with the readers that anyone would use, and compares.
+        """Reads every file back with the readers of any checkpoint and compares shapes, dtypes and checksums.
 
         Raises:
-            InputError: something reads back differently from what was written.
+            InputError: a tensor reads back differently from what was written.
         """
         for name, (output, _, digest, crc, position) in self._open.items():
             if position != stored_bytes(output.shape, output.dtype):
@@ -305,9 +305,9 @@ def _write_group(writer, group, on_written, check_crc):
 
 
 def _zero_bytes(tensor, values):
-    """Bytes in `values` that are whole pages of zeros, as a hole of a file is; of small tensors all or none.
+    """Bytes of whole pages of zeros in `values`, as a hole in a half-downloaded file has; of small tensors all or none.
 
-    Biases may be zero, and so may rows of the vocabulary that no token uses.
+    Not counted: biases, and zeros of a vocabulary unless all of `values` are: rows of unused tokens may be zero.
     """
     if tensor.name.endswith("bias"):
         return 0

@@ -1,10 +1,10 @@
 """Cells that stand in for parts of upstream's glm2: tiles of tokens on CPU, chunks and compressed masks on Ascend.
 
-`cells_for(config, backbone)` puts them in place while a model is constructed; it is loaded when it is first asked for.
+`cells_for(config, backbone)` puts them in place while a model is constructed; it is imported on first use.
 
-`construct` and `bprop` have no type hints: their inputs and outputs are tensors, whose shapes the class says, and the
-graph parser of the oldest MindSpore is not to meet what it need not parse. Shapes are in letters, which each module's
-legend explains.
+`construct` and `bprop` have no type hints: inputs and outputs are tensors, with shapes in the class docstring, and
+hints would be one more thing that the graph parser of the oldest MindSpore must parse. The legend of each module
+explains its shape letters.
 """
 
 from mindformers_glm32k.lazy import face

@@ -1,16 +1,16 @@
-"""Output layer and cross-entropy, a part of the tokens at a time, so that what the loss keeps in float32 is a part's.
+"""Output layer and cross-entropy over chunks of tokens, so that float32 logits exist for one chunk at a time.
 
-At 32768 tokens and 65024 ids a card's logits take 4.3 GB in float16, and upstream's loss keeps four float32 copies
-of them (34 GB). There are three forms. On Ascend a plain output layer whose vocabulary is whole is a TokenLoss where
-there is no pipeline, one chunk after the other in the backward pass, too. Over chunks (any other output layer) the
-copies are recomputed chunk by chunk in the backward pass; the half-precision logits stay. Where the output layer itself
-is not marked for recompute, or a cell around both is, the compiler joins the chunks' weight gradients into one product
-over a copy of all their logit gradients: twice the memory (found by the dry run).
+At 32768 tokens and 65024 ids a device's logits take 4.3 GB in float16, and upstream's loss keeps four float32 copies
+of them (34 GB). There are three forms. TokenLoss (Ascend, a plain output layer, neither tensor parallelism nor a
+pipeline) computes one chunk after the other in the backward pass, too. For any other output layer the float32 copies
+are recomputed chunk by chunk; the half-precision logits stay. The output layer itself must be marked for recompute, and
+no cell around both: otherwise the compiler joins the chunks' weight gradients into one product over a copy of all their
+logit gradients, which takes twice the memory (found by the dry run).
 
-Over tiles (CPU, a plain output layer) a loop computes the gradients on its way: the logits of a block exist once, and
-the backward pass only scales. With p the softmax of a token's logits, l its label and w its loss weight, the gradient
-of the logits is w (p - onehot(l)); the one-hot part is added at the end, as rows of the weight taken from the hidden
-states' gradient and rows of hidden states taken from the weight's.
+TiledLoss (CPU, a plain output layer) computes the gradients in the loop of the forward pass: a block's logits exist
+once, and the backward pass only scales. With p the softmax of a token's logits, l its label and w its loss weight, the
+gradient of the logits is w (p - onehot(l)). The one-hot part is subtracted at the end: rows of the weight, gathered by
+label, from the hidden states' gradient; hidden states, scattered by label, from the weight's gradient.
 
 Legend: B batch, S tokens of a sequence, T tokens, N blocks, C tokens of a block, H hidden size, V vocabulary.
 """
@@ -29,13 +29,13 @@ from mindformers_glm32k.config import GLM32KConfig
 from mindformers_glm32k.kernels.cpu import blocks
 from mindformers_glm32k.kernels.cpu.blocks import Buffer, arange
 
-BLOCK_LOGITS = 2**25  # that exist at a time; 512 tokens of the published vocabulary
+BLOCK_LOGITS = 2**25  # logits that exist at a time: 512 tokens with the published vocabulary
 
 
 class TiledLoss(nn.Cell):
     """Weighted sum of the token losses of a linear output layer without bias.
 
-    A layer that is `frozen` is not trained, its gradient zeros; a block has at most `largest` tokens.
+    With `frozen` the layer is not trained and its gradient is zeros; a block has at most `largest` tokens.
 
     Inputs:
         hidden (Tensor): (T, H), weight (Tensor): (V, H), any float type; the computation is in float32.
@@ -43,7 +43,7 @@ class TiledLoss(nn.Cell):
         loss_weights (Tensor): (T,) float32.
 
     Outputs:
-        tuple[Tensor]: the sum (), then its gradients of hidden and weight in float32, for the backward pass only.
+        tuple[Tensor]: the sum (); for bprop only, the gradients of hidden (T, H) and weight (V, H) in float32.
     """
 
     def __init__(self, frozen: bool, largest: int):
@@ -76,7 +76,7 @@ class TiledLoss(nn.Cell):
         i = self.zero
         while i < count:
             hidden_i = ops.cast(self.gather(hidden_blocks, i, 0), mstype.float32)
-            weights_i = self.gather(weight_blocks, i, 0).reshape((size, 1))
+            weights_i = self.gather(weight_blocks, i, 0).reshape((size, 1))  # (C, 1)
             logarithms = self.log_softmax(self.logits(hidden_i, matrix))  # (C, V)
             picked = self.pick(logarithms, 1, self.gather(label_blocks, i, 0).reshape((size, 1)))
             total = total - (picked * weights_i).sum()
@@ -85,7 +85,7 @@ class TiledLoss(nn.Cell):
             if not self.frozen:
                 d_weight = d_weight + self.to_weight(probabilities, hidden_i * weights_i)
             i = i + self.one
-        column = loss_weights.reshape((tokens, 1))
+        column = loss_weights.reshape((tokens, 1))  # (T, 1)
         d_hidden = d_hidden.reshape((count * size, width))[:tokens] - self.gather(matrix, labels, 0) * column  # (T, H)
         if not self.frozen:
             d_weight = self.add_rows(d_weight, labels.reshape((tokens, 1)), -ops.cast(hidden, mstype.float32) * column)
@@ -99,7 +99,7 @@ class TiledLoss(nn.Cell):
 
 @ops.constexpr
 def chunk_bounds(length: int, size: int) -> tuple[tuple[int, int], ...]:
-    """First and last token (exclusive) of each chunk of `length` tokens; the last chunk may be shorter."""
+    """(start, stop) of each chunk of `size` tokens of a sequence of `length`; the last chunk may be shorter."""
     return tuple((start, min(start + size, length)) for start in range(0, length, size))
 
 
@@ -110,22 +110,22 @@ def minus_ones(count: int) -> Tensor:
 
 
 class TokenLoss(nn.Cell):
-    """Cross-entropy of each token, of a linear output layer without bias, over chunks of tokens, for programs without
+    """Cross-entropy of each token with a linear output layer without bias, over chunks of tokens, for programs without
     tensor and pipeline parallelism.
 
-    The backward pass is written out, and each of its chunks waits for the one before: a chunk's logits, in every
-    precision, are gone before the next one's are computed again, and one gradient of the weight grows by a chunk at a
-    time. Left to the compiler, the chunks' backward passes wait for nothing but the loss's own gradient, and the weight
-    gradients of all chunks for each other: in MindSpore's orders of execution the 16 chunks of 32768 tokens then live
-    at once, 24 GiB of logits and 8 GiB of gradients.
+    The backward pass is hand-written, and each chunk in it depends on the one before: a chunk's logits, in every
+    precision, are freed before the next chunk's are recomputed, and the weight gradient is accumulated chunk by chunk.
+    In a backward pass by the compiler the chunks depend on the loss's gradient only, and their weight gradients are
+    added at the end: in MindSpore's execution order the 16 chunks of 32768 tokens are then in memory at once, 24 GiB of
+    logits and 8 GiB of gradients.
 
-    A layer that is `frozen` is not trained, its gradient zeros.
+    With `frozen` the layer is not trained and its gradient is zeros.
 
     Inputs:
-        hidden (Tensor): (R, S, H), R runs of tokens (sequences, or a context parallel rank's parts of them) over
-            dp x cp; S tokens of a run, T tokens of a chunk in all runs.
-        weight (Tensor): (V, H) in compute_dtype, no Parameter: what the compiler inserts between a parameter and its
-            first operator, such as the sum over data parallel ranks, a hand-written backward pass would leave out.
+        hidden (Tensor): (R, S, H), R runs of tokens (sequences, or a context parallel rank's slices of them), sharded
+            over dp x cp; S tokens of a run, T tokens of a chunk in all runs.
+        weight (Tensor): (V, H) in compute_dtype, no Parameter: a hand-written backward pass would lack the operators
+            that the compiler inserts behind a parameter, such as the gradients' sum over data parallel ranks.
         labels (Tensor): (R, S) int32 in [0, V).
 
     Outputs:
@@ -145,7 +145,7 @@ class TokenLoss(nn.Cell):
         self.pick = P.GatherD().shard((tokens, tokens))
         self.negate = P.Neg().shard((tokens,))
         self.join_losses = P.Concat(1)
-        # of the backward pass, where every tensor is a rank's part
+        # for the backward pass, where every tensor is a rank's shard
         self.logits = P.MatMul(transpose_b=True)
         self.softmax = P.Softmax(-1)
         self.add_at = P.TensorScatterAdd()
@@ -170,11 +170,11 @@ class TokenLoss(nn.Cell):
         runs, length, width = hidden.shape
         d_hidden, d_weight, before = (), 0.0, (out, dout)
         for start, stop in chunk_bounds(length, self.chunk_size):
-            # the dependency also keeps the compiler from taking the logits of the forward pass
+            # the dependency also keeps the compiler from reusing the logits of the forward pass
             tokens = ops.depend(hidden, before)[:, start:stop].reshape((-1, width))  # (T, H)
             tokens = ops.cast(tokens, self.dtype)
             probabilities = self.softmax(ops.cast(self.logits(tokens, weight), mstype.float32))  # (T, V)
-            label = labels[:, start:stop].reshape((-1,))
+            label = labels[:, start:stop].reshape((-1,))  # (T,)
             count = label.shape[0]
             difference = self.add_at(probabilities, ops.stack((arange(count), label), 1), minus_ones(count))
             d_logits = ops.cast(difference * dout[:, start:stop].reshape((-1, 1)), self.dtype)
@@ -192,14 +192,15 @@ class TokenLoss(nn.Cell):
 
 
 class ChunkedLoss(nn.Cell):
-    """Weighted sum of the token losses, and the sum of the weights; tokens over dp x cp, vocabulary over mp.
+    """Weighted sum of the token losses, and the sum of the weights; tokens are sharded over dp x cp, the
+    vocabulary over mp.
 
     Inputs:
         output_layer (Cell): hidden states -> logits; an input because a LoRA adapter may take its place, and because
             a cell that holds it would rename its parameter.
         hidden (Tensor): (B, S, H), loss_weights (Tensor): (B, S) float32.
         labels (Tensor): (B, S) int32; anything where the loss weight is 0.
-        mode (str): what `mode` says of the output layer.
+        mode (str): the result of `mode(output_layer)`.
 
     Outputs:
         tuple[Tensor]: sum (), sum of the loss weights ().
@@ -224,7 +225,7 @@ class ChunkedLoss(nn.Cell):
         else:
             self.token_loss, self.token_loss_frozen = (TokenLoss(config, frozen) for frozen in (False, True))
             self.dtype = config.compute_dtype
-            # what the compiler inserts belongs before TokenLoss, not inside: these operators hold it
+            # the compiler's communication must precede TokenLoss, not enter it: it is inserted at these operators
             self.whole = P.Add().shard(((1, 1), ())).add_prim_attr("keep_alive", True)
             self.at_least = P.Maximum().shard(((parallel.data_parallel, 1), ()))
             self.at_most = P.Minimum().shard(((parallel.data_parallel, 1), ()))
@@ -238,16 +239,16 @@ class ChunkedLoss(nn.Cell):
             hidden = hidden.reshape((-1, width))  # (B*S, H)
             total = tiled(hidden, output_layer.weight, labels.reshape((-1,)), loss_weights.reshape((-1,)))[0]
             return total, loss_weights.sum()
-        # a context parallel rank holds a run of tokens; chunks lie inside the runs, so that nothing moves
+        # a context parallel rank holds a run of tokens; chunks lie inside the runs, so that no token changes its rank
         runs, run_length = batch * self.context, length // self.context
-        hidden = hidden.reshape((runs, run_length, width))
-        labels = labels.reshape((runs, run_length))
-        loss_weights = loss_weights.reshape((runs, run_length))
+        hidden = hidden.reshape((runs, run_length, width))  # (R, S, H)
+        labels = labels.reshape((runs, run_length))  # (R, S)
+        loss_weights = loss_weights.reshape((runs, run_length))  # (R, S)
         if mode != "chunked":
             weight = self.whole(ops.cast(output_layer.weight, self.dtype), 0)
             labels = self.at_most(self.at_least(labels, 0), weight.shape[0] - 1)
             loss = self.token_loss_frozen if mode == "frozen" else self.token_loss
-            token_losses = loss(hidden, weight, labels).reshape((-1,))
+            token_losses = loss(hidden, weight, labels).reshape((-1,))  # (R*S,)
             loss_weights = loss_weights.reshape((-1,))
             return self.sum(self.weigh(token_losses, loss_weights)), self.sum(loss_weights)
         total, count = 0.0, 0.0
@@ -262,7 +263,7 @@ class ChunkedLoss(nn.Cell):
         return total, count
 
     def mode(self, output_layer: nn.Cell) -> str:
-        """ "chunked" for the form that takes any output layer; "tiled" or "frozen" (the layer is not trained) for
+        """ "chunked", which takes any output layer; "tiled" or "frozen" (the layer is not trained) for
         TiledLoss or TokenLoss."""
         plain = self.portable or self.whole_output
         if not plain or not blocks.in_graph_mode() or not blocks.is_plain(output_layer):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import mindspore.common.dtype as mstype
 from mindspore import Tensor, ops
 
-MASKED = -1.0e30  # added to a float32 score: its weight underflows to exactly 0
+MASKED = -1.0e30  # added to a float32 score, whose softmax weight then underflows to exactly 0
 
 
 def hides(query_position: Tensor, key_position: Tensor) -> Tensor:
@@ -26,5 +26,5 @@ def differs(query_document: Tensor, key_document: Tensor) -> Tensor:
 
 
 def causal_bias(query_position: Tensor, key_position: Tensor) -> Tensor:
-    """The causal mask as a float32 summand of the scores (Q, K): 0 where visible, MASKED where hidden."""
+    """The causal mask as an additive float32 bias (Q, K) of the scores: 0 where visible, MASKED where hidden."""
     return ops.cast(hides(query_position, key_position), mstype.float32) * MASKED

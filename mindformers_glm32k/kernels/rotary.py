@@ -1,8 +1,8 @@
-"""The rotary embedding (https://arxiv.org/abs/2104.09864), as the published model has it: pairs (x[2i], x[2i+1]) are
-rotated by the angle of their token's position, in the first half of a head's features.
+"""The rotary embedding (https://arxiv.org/abs/2104.09864), as the published model has it: in the first half of a
+head's features, pairs (x[2i], x[2i+1]) are rotated by the angle of their token's position.
 
 Upstream's RotaryPosEmb leaves its operators without strategies: with tensor or context parallelism the compiler then
-gathers the whole sequence of every layer's queries and keys. Here they are sharded, so heads and tokens stay in place.
+gathers the whole sequence of every layer's queries and keys. Here they have them, so heads and tokens stay in place.
 
 Legend: B batch, S tokens, N heads, D features of a head.
 """
@@ -31,12 +31,12 @@ class Rotation(nn.Cell):
 
     Args:
         head_dim: D, even.
-        dtype: of the products.
-        strategy: how many parts each axis of x has in a layout, four of them; None for cells that are not sharded.
+        dtype: in which the products are computed.
+        strategy: shards of each of the four axes (B, N, S, D) of x; None for cells that are not sharded.
         portable: for CPU, where BatchMatMul does not broadcast.
 
     Inputs:
-        x (Tensor): (..., D), also what comes out.
+        x (Tensor): (..., D), as the output.
         cos, sin (Tensor): a shape that broadcasts to x; 1 and 0 where a feature is not rotated.
     """
 
@@ -50,7 +50,7 @@ class Rotation(nn.Cell):
         self.pairs = Tensor(swap_matrix(head_dim), dtype)
         self.cast = P.Cast()
         self.swap = P.MatMul() if portable else P.BatchMatMul()
-        # factors (S, D) of all sequences, and factors (B, 1, S, D) where every sequence has positions of its own
+        # cos and sin (S, D) that all sequences share, or (B, 1, S, D) where each sequence has positions of its own
         self.scale, self.turn, self.scale_own, self.turn_own = (P.Mul() for _ in range(4))
         self.add = P.Add()
         if strategy is not None:
@@ -67,7 +67,7 @@ class Rotation(nn.Cell):
         dtype = x.dtype
         x = self.cast(x, self.dtype)
         if self.portable:
-            swapped = self.swap(x.reshape((-1, self.head_dim)), self.pairs).reshape(x.shape)
+            swapped = self.swap(x.reshape((-1, self.head_dim)), self.pairs).reshape(x.shape)  # (..., D)
         else:
             swapped = self.swap(x, self.pairs)
         if cos.ndim == 2:
@@ -76,10 +76,10 @@ class Rotation(nn.Cell):
 
 
 class RotaryEmbedding(nn.Cell):
-    """Stands where upstream's glm2 has RotaryPosEmb: called for queries and for keys, heads over mp, tokens over cp.
+    """Takes the place of glm2's RotaryPosEmb, for queries and for keys; heads are sharded over mp, tokens over cp.
 
     Inputs:
-        x (Tensor): (B, N, S, D), also what comes out.
+        x (Tensor): (B, N, S, D), as the output.
         rotary_pos_emb (tuple[Tensor]): cos and sin, (S, D) or (B, 1, S, D); the third entry is unused.
     """
 

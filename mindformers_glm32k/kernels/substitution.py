@@ -1,8 +1,8 @@
-"""Which cell upstream's glm2 gets for which of its names while a GLM32K model is constructed.
+"""The cells that take the place of glm2's own while a GLM32K model is constructed.
 
-Upstream's cells name the classes of their parts directly. Replacing a part after construction would lose parameter
-name prefixes, sharding and communication fusion set by the constructors; so the name is bound to our class in the
-module that uses it, for the time of the construction only, and restored afterwards. Nothing stays changed.
+Upstream's cells refer to the classes of their sub-cells by name. Replacing a sub-cell after construction would lose the
+parameter name prefixes, sharding and communication fusion that the constructors set. So the class name is rebound in
+the module that uses it, during construction only, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _ASCEND = (
 
 @contextlib.contextmanager
 def cells_for(config: GLM32KConfig, backbone: type[nn.Cell]) -> Iterator[None]:
-    """While open, upstream's glm2 constructors build the cells that `config.cells` asks for, and `backbone` in the
-    place of upstream's ChatGLM2Model."""
+    """Within this context, upstream's glm2 constructors build the cells that `config.cells` asks for, and `backbone`
+    in place of ChatGLM2Model."""
     bindings = (_PORTABLE if config.use_portable_cells else _ASCEND) + (
         (glm2, "ChatGLM2Model", backbone),
         (glm2_transformer, "RotaryPosEmb", lambda: RotaryEmbedding(config)),
@@ -53,7 +53,7 @@ def cells_for(config: GLM32KConfig, backbone: type[nn.Cell]) -> Iterator[None]:
 def split_last_axis(x: Tensor, sizes: tuple[int, ...], axis: int) -> tuple[Tensor, ...]:
     """x (..., sum(sizes)) -> one (..., size) per size, by slices, where upstream uses the NPU kernel SplitWithSize.
 
-    `axis` is the last one, as upstream counts it."""
+    `axis` is unused: upstream always passes the last one."""
     parts = ()
     start = 0
     for size in sizes:
@@ -63,7 +63,7 @@ def split_last_axis(x: Tensor, sizes: tuple[int, ...], axis: int) -> tuple[Tenso
 
 
 def replace_splits(encoder: nn.Cell) -> None:
-    """Gives every layer of upstream's ChatGLM2Transformer the portable split (a primitive without parameters)."""
+    """Replaces the split in every layer of ChatGLM2Transformer, once it is built: a split has no parameter names."""
     for layer in encoder.layers:
         for cell, name in ((layer.self_attention, "split_qkv"), (layer.mlp, "split")):
             if hasattr(cell, name):

@@ -1,5 +1,5 @@
 """Training, evaluation and prediction in MindFormers: the trainer, its train steps and its monitor, each under the name
-that the YAMLs give it; they are loaded when they are first asked for."""
+that the YAMLs give it, imported on first use."""
 
 from mindformers_glm32k.lazy import face
 

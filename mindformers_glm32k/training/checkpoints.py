@@ -1,8 +1,8 @@
-"""GLM32KCheckpointMonitor: MindFormers' CheckpointMonitor, whose checkpoints survive what happens to a run.
+"""GLM32KCheckpointMonitor: MindFormers' CheckpointMonitor, but safe against kills, full disks and divergence.
 
-What upstream's does otherwise: it removes the oldest file before it writes the new one, and an existing target too;
-writes without flushing; counts from 1 again after a resume, so that names repeat or run backwards; keeps N files of
-each resume; and overwrites finite weights with others.
+Upstream's monitor, in contrast, removes the oldest file and an existing target before it writes the new one; writes
+without flushing; counts steps from 1 again after a resume, so that names repeat or run backwards; keeps N files of each
+resume; and overwrites finite weights with weights that are not.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mindformers_glm32k.training.saved import prefix_for, saved_files, write_met
 from mindformers_glm32k.training.stop import STOP_SIGNALS, SkippedSteps, any_process
 from mindformers_glm32k.weights.checkpoint import first_bad_tensor
 
-_SAVING = ".saving"  # subfolder of a rank's folder; no listing of checkpoints sees what is in it
+_SAVING = ".saving"  # subfolder of a rank's folder that no listing of checkpoints includes
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _NothingToRemove:
-    """In the place of upstream's manager, which removes files before the new one is there."""
+    """Takes the place of upstream's manager, which removes old files before the new one is written."""
 
     ckpoint_num = 0
 
@@ -44,21 +44,21 @@ class _NothingToRemove:
 class GLM32KCheckpointMonitor(CheckpointMonitor):
     """Saves checkpoints under the names and in the folders of upstream's CheckpointMonitor.
 
-    A file is written under another name, read back, flushed and renamed; when every process has its own, `meta.json`
-    follows and files above `keep_checkpoint_max` go. Epoch and step in names and `meta.json` are those of the whole
-    training, resumed or not. SIGTERM and SIGINT end the run after a step and a save.
+    A file is written under a temporary name, read back, flushed and renamed; once every process has written its own,
+    `meta.json` follows and files beyond `keep_checkpoint_max` are removed. Epoch and step in names and `meta.json` are
+    those of the whole training, resumed or not. SIGTERM and SIGINT end the run after a step and a save.
 
     Args:
         prefix: of the files' names; "_rank_N" is added.
         directory: in place of MindFormers' output folder.
         keep_checkpoint_max: files kept in all, over all resumes; >= 1.
-        async_save: accepted, and not done: a file that is still being written is no checkpoint.
-        max_skipped_steps: steps in a row whose gradients are not finite, after which the run stops; >= 1.
-        max_bad_losses: the same of steps whose loss is not finite, which no loss scale mends.
-        **kwargs: further ones of CheckpointMonitor.
+        async_save: accepted with a warning; a step waits for its checkpoint, as half a file is none.
+        max_skipped_steps: consecutive steps with non-finite gradients, after which the run stops; >= 1.
+        max_bad_losses: the same for a non-finite loss, which no loss scale repairs; >= 1.
+        **kwargs: further arguments of CheckpointMonitor.
 
     Raises:
-        InputError: a value out of its range, or a feature of upstream's that this class has not.
+        InputError: a value out of its range, or an argument of CheckpointMonitor that is not supported here.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class GLM32KCheckpointMonitor(CheckpointMonitor):
             logger.warning("GLM32KCheckpointMonitor.async_save: checkpoints are written before the next step")
         try:
             super().__init__(prefix=prefix, directory=directory, keep_checkpoint_max=self.keep, **kwargs)
-        except (OSError, TypeError) as error:  # MindSpore's TypeError of a folder that it cannot make
+        except (OSError, TypeError) as error:  # MindSpore raises TypeError for a folder that it cannot create
             if isinstance(error, TypeError) and "permission" not in str(error).lower():
                 raise
             raise InputError(f"output_dir: no checkpoints can be written there ({error}); choose another") from error
         self._graph_saved = True
         self._manager = self._network_manager = self._trainable_manager = _NothingToRemove()
-        # what upstream adds to the steps of this run; here steps are of the whole training already
+        # upstream adds _append_step_num to the steps of this run; here steps count the whole training already
         self.steps_before, self._append_step_num = int(self._append_step_num), 0
         self._last_triggered_step = self.steps_before
         self.name = f"{prefix}_rank_{self.rank_id}"
@@ -129,7 +129,7 @@ class GLM32KCheckpointMonitor(CheckpointMonitor):
 
     def _of_whole_training(self, arguments: Any) -> Any:
         """A copy of a callback's arguments with the step and the epoch of the whole training."""
-        # MindSpore's dict looks special methods up as keys, at which copy.copy fails before Python 3.11
+        # not by copy.copy, which fails before Python 3.11: MindSpore's dict looks up special methods as keys
         arguments = type(arguments)(arguments)
         arguments.cur_step_num += self.steps_before
         arguments.cur_epoch_num = max(arguments.cur_step_num - 1, 0) // arguments.batch_num + 1
@@ -176,13 +176,13 @@ class GLM32KCheckpointMonitor(CheckpointMonitor):
     def remove_redundancy(
         self, network: nn.Cell | list, cur_file: str, append_dict: dict, train_network: nn.Cell | None
     ) -> None:
-        """Upstream's one function that writes a file, of all three kinds; here under another name first."""
+        """Upstream's one function that writes files, of all three kinds; here under a temporary name first."""
         target = Path(cur_file)
         temporary = target.parent / _SAVING / target.name
         temporary.parent.mkdir(parents=True, exist_ok=True)
         super().remove_redundancy(network, str(temporary), append_dict, train_network)
         os.chmod(temporary, 0o600)
-        bad = first_bad_tensor(temporary)  # reads the file's list of tensors, too
+        bad = first_bad_tensor(temporary)  # fails on a file whose list of tensors cannot be read, too
         if bad:
             raise CommandFailed(f"not saved: {bad} is the first parameter with NaN or infinity; {self._kept()}")
         flush(temporary)
@@ -203,7 +203,7 @@ class GLM32KCheckpointMonitor(CheckpointMonitor):
         )
         for folder, prefix in kinds:
             files = saved_files(folder, prefix, self._config.format) if os.path.isdir(folder) else []
-            # what lies beyond this step is of a run that went on from the same checkpoint before: it goes first
+            # files beyond this step are of an earlier run resumed from the same checkpoint: they are removed first
             beyond = [path for path, step in files if step > self._last_triggered_step]
             others = [path for path, step in files if step <= self._last_triggered_step]
             for path in [*beyond[::-1], *others][: max(len(files) - self.keep, 0)]:

@@ -1,9 +1,9 @@
-"""What a train step does otherwise on portable cells: one forward pass instead of two, norms axis by axis, and an
-update in place.
+"""What a train step does differently on portable cells: one forward pass instead of two, gradient norms summed axis by
+axis, and an optimizer update in place.
 
-Upstream's train step runs the network for the loss and again inside the gradient; on NPUs the compiler joins the two,
-loops it does not join. Upstream's AdamW is written in some twenty operators for each parameter; on CPU each of them
-makes a tensor of the parameter's size, 2.6 GB for the two vocabulary matrices of 65024 x 512.
+Upstream's train step runs the network for the loss and again inside the gradient; on NPUs the compiler merges the two,
+but it does not merge loops. Upstream's AdamW takes some twenty operators per parameter; on CPU each of them makes a
+tensor of the parameter's size, in all 2.6 GB for the two vocabulary matrices of 65024 x 512.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class _ScaledLoss(nn.Cell):
 class LossAndGradients(nn.Cell):
     """The loss of a network and the gradients of (loss * scale), by one forward pass.
 
-    With `micro_batches` > 1 the batch is split along its first axis, and losses and gradients of the parts are added
-    up. A part starts when the gradients of the one before are there, so that its activations alone are in memory.
+    With `micro_batches` > 1 the batch is split along its first axis, and losses and gradients of the micro batches
+    are added up. Each starts after the gradients of the one before, so that only its activations are in memory.
 
     Inputs:
         scale (Tensor): the loss scale ().
-        *inputs (Tensor): the network's, which returns the loss ().
+        *inputs (Tensor): inputs of the network, which returns the loss ().
 
     Outputs:
-        tuple: loss, tuple of gradients of the weights.
+        tuple: loss (), tuple of the weights' gradients, not divided by the scale.
     """
 
     def __init__(self, network: nn.Cell, weights: ParameterTuple, micro_batches: int = 1):
@@ -127,7 +127,7 @@ class InPlaceAdamW(AdamW):
 
 
 def update_in_place(optimizer: nn.Optimizer) -> None:
-    """Makes upstream's AdamW update its parameters in place, where the kernel can: all float32, no sharding.
+    """Makes upstream's AdamW update its parameters in place, where the kernel supports them: all float32, no sharding.
 
     Parameters, states, their names and settings stay; another optimizer is left as it is.
     """

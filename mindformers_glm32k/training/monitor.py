@@ -60,10 +60,10 @@ class GLM32KMonitor(Callback):
     def on_train_step_end(self, run_context: RunContext) -> None:
         seconds = time.perf_counter() - self.started
         arguments = run_context.original_args()
-        steps = max(1, arguments.cur_step_num - self.step_before)  # a sink holds several
+        steps = max(1, arguments.cur_step_num - self.step_before)  # a data sink runs several steps per call
         self.step_before = arguments.cur_step_num
         loss, overflow, scale, rate, norm = (_number(value) for value in _five(arguments.net_outputs))
-        overflow = overflow > 0  # NaN: a train step without the check
+        overflow = overflow > 0  # False for the NaN of a train step without the check
         throughput = self.tokens_per_step * steps / seconds
         step = self.rows[-1]["step"] + steps if self.rows else self._global_step(arguments) or steps
         self.rows.append(dict(zip(COLUMNS, (step, loss / self.micro_batches, rate, norm, scale, overflow, throughput))))
@@ -93,7 +93,7 @@ class GLM32KMonitor(Callback):
         return int(step.asnumpy().reshape(-1)[0]) if step is not None else 0
 
     def _rows_before(self, step):
-        """The rows that a resumed run continues: those of its `step` updates. Skipped steps are none."""
+        """The rows of the earlier run up to its `step` updates, among which skipped steps do not count."""
         path = os.path.join(self.output_dir, "loss_curve.csv")
         if step == 0 or not os.path.isfile(path):
             return []
@@ -104,12 +104,12 @@ class GLM32KMonitor(Callback):
         return [row for row, before in zip(rows, skipped) if row["step"] - before <= step]
 
     def save_curve(self) -> None:
-        """Writes the table to the disk, as a checkpoint that goes with it is."""
+        """Writes the table anew and in full, together with a checkpoint."""
         if self.writes and self.rows:
             self._save_table()
 
     def _append_row(self):
-        """A row in the file after each step, whatever becomes of the run; the file is begun anew with the first."""
+        """Appends the last row after each step, so that a kill loses none; the first call writes the file anew."""
         if not self.written:
             self._save_table()
         else:
@@ -166,7 +166,7 @@ def first_outputs(outputs: Any) -> tuple[float, bool]:
 
 
 def _five(outputs):
-    """(loss, overflow, loss scale, learning rate, global norm) of any train-step cell; NaN where it has none."""
+    """(loss, overflow, loss scale, learning rate, global norm) of any train-step cell; None where it has none."""
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     return (outputs + [None] * 5)[:5]
 

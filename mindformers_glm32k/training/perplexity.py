@@ -1,6 +1,6 @@
-"""Perplexity as it is defined: the sum of the losses of all tokens by their number, whatever the batches and ranks.
+"""Perplexity as it is defined, exp(mean loss of all tokens), whatever the batches and ranks.
 
-Upstream's PerplexityMetric averages the means of batches, in which a token of a batch with few labels counts for more.
+Upstream's PerplexityMetric averages the means of batches: a token of a batch with few labels counts for more.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from mindformers_glm32k.parallel import data_parallel_devices, one_program
 class TokenPerplexity(PerplexityMetric):
     """Upstream's metric with means weighted by the loss weights of their tokens, over all ranks of data parallel runs.
 
-    GLM32KTrainer puts it in the place of PerplexityMetric. In a pipeline it is upstream's: the last stage alone has
-    logits.
+    GLM32KTrainer replaces PerplexityMetric by it. In a pipeline, where the last stage alone has logits, it computes as
+    upstream's.
     """
 
     def update(self, *inputs: Tensor) -> None:
-        """Adds a batch: logits (B, S + 1, V), labels and loss weights (B, S + 1), the first of them left out."""
+        """Adds a batch: logits (B, S + 1, V), labels and loss weights (B, S + 1), whose first column is left out."""
         if self.pipeline_parallel:
             super().update(*inputs)
             return
@@ -47,6 +47,6 @@ def weigh_by_tokens(metrics: dict) -> dict:
 
 
 def evaluate_all_records(config: MindFormerConfig) -> None:
-    """Lets the last batch of an evaluation be smaller, where the program is not cut for batches of one size."""
+    """Lets the last batch of an evaluation be smaller, unless the program is sharded for batches of one size."""
     if config.eval_dataset and not (config.use_parallel and one_program(config)):
         config.eval_dataset.drop_remainder = False

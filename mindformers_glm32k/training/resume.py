@@ -1,7 +1,7 @@
-"""Which checkpoint a run goes on from, whether it can, and what has changed since.
+"""Which checkpoint a run resumes from, whether it can, and what has changed since.
 
-MindFormers takes the file that was written last by the clock, from exactly the folder that has rank_0, and finds out
-after minutes, in words of C++, what cannot go on.
+MindFormers takes the file with the latest modification time, needs exactly the folder that contains rank_0, and reports
+only after minutes, by an error from C++, that a run cannot resume.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _SUFFIXES = (".ckpt", ".safetensors")
 
 
 def choose_checkpoint(config: MindFormerConfig) -> None:
-    """Names in a configuration the checkpoint to load: of a folder that training left, the newest complete one by its
-    steps, or the one that `resume_training` names.
+    """Sets a configuration's checkpoint to load: in the output folder of a training run the complete one of the latest
+    step, or the one that `resume_training` names.
 
-    `output`, `output/checkpoint` and `output/checkpoint/rank_0` are the same to it. Files, and folders of other kinds,
-    are left as they are, but for a file to resume from, which MindFormers wants by its folder.
+    `output`, `output/checkpoint` and `output/checkpoint/rank_0` are equivalent. Files, and folders of other kinds, are
+    left as they are, except a file to resume from, for which MindFormers needs the folder.
 
     Raises:
         InputError: an empty folder, no complete checkpoint, or none of that name.
@@ -73,7 +73,7 @@ def choose_checkpoint(config: MindFormerConfig) -> None:
 
 
 def _folder_with_ranks(path):
-    """The folder with rank_N that is meant; None where the folder is of another kind, as Hugging Face's."""
+    """The folder with rank_N: `path`, its `checkpoint` or its parent; None for other kinds, such as Hugging Face's."""
     for folder in (path, path / "checkpoint", path.absolute().parent):
         if rank_folders(folder) and (folder != path.absolute().parent or path.absolute().name.startswith("rank_")):
             return folder
@@ -88,7 +88,7 @@ def _folder_with_ranks(path):
 
 
 def _newest(root):
-    """The newest complete checkpoint of the run that saved last, by meta.json; of all where that run has none."""
+    """The newest complete checkpoint of the run that saved last, by meta.json; of all runs where that one has none."""
     name = read_meta(rank_folders(root)[0]).get("last_ckpt_file")
     run = re.match(r"(.+)-\d+_\d+\.\w+$", str(name))
     if run:
@@ -101,7 +101,7 @@ def _newest(root):
 
 
 def _named(root, name):
-    """The checkpoint whose file of some rank has a name, with or without its suffix."""
+    """The checkpoint with a file of this name, with or without suffix, in any rank's folder."""
     if not any(name in (path.name, path.stem) for folder in rank_folders(root) for path in folder.iterdir()):
         there = sorted(path.name for path in rank_folders(root)[0].iterdir() if path.suffix in _SUFFIXES)
         raise InputError(f"resume_training: {root} has no {name}; there are {', '.join(there) or 'none'}")
@@ -109,7 +109,7 @@ def _named(root, name):
 
 
 def _check_newest_by_time(root: Path, chosen: RankFiles) -> None:
-    """MindFormers loads the shards of one program from a folder by their time alone."""
+    """Refuses a newer file of another checkpoint: of one program's shards MindFormers loads the newest files."""
     for path in chosen.files.values():
         others = [other for other in path.parent.iterdir() if other.suffix == path.suffix]
         newest = max(others, key=os.path.getmtime)
@@ -121,7 +121,7 @@ def _check_newest_by_time(root: Path, chosen: RankFiles) -> None:
 
 
 def resumed_file(config: Mapping[str, Any]) -> Path | None:
-    """This process's file of the checkpoint that a run is resumed from, once it is chosen."""
+    """This process's file of the checkpoint that a run is resumed from, once it is chosen; None without one."""
     path, name = compat.checkpoint_path(config), config.get("resume_training")
     if not path or not name:
         return None
@@ -133,7 +133,7 @@ def resumed_file(config: Mapping[str, Any]) -> Path | None:
 
 
 def check_continuation(config: MindFormerConfig, steps_per_epoch: int, global_batch_size: int) -> None:
-    """Holds a resumed run against the one that left the checkpoint, and says what has changed.
+    """Compares a resumed run with the one that saved the checkpoint, and logs what has changed.
 
     Args:
         config: the run's, with the checkpoint chosen.
@@ -141,7 +141,7 @@ def check_continuation(config: MindFormerConfig, steps_per_epoch: int, global_ba
         global_batch_size: sequences of one step.
 
     Raises:
-        InputError: fewer records than before, or a run that is complete.
+        InputError: a file without a step, fewer records than before, or a run that is complete.
     """
     file = resumed_file(config)
     if file is None:
@@ -192,7 +192,7 @@ _FRESH = "set resume_training: False to start from its weights"
 
 
 def _run_before(file, step, epoch):
-    """Steps of an epoch and epochs of the run that wrote a file: from meta.json, else from the name."""
+    """Steps per epoch and epochs of the run that wrote a file: from meta.json, else from the file's name."""
     meta = read_meta(file.parent)
     if isinstance(meta.get("steps_per_epoch"), int) and str(meta.get("last_ckpt_file"))[:-1]:
         return {**meta, "exact": True}
@@ -206,7 +206,7 @@ def _run_before(file, step, epoch):
 
 
 def complete_callbacks(config: MindFormerConfig, global_batch_size: int) -> None:
-    """Gives this plugin's checkpoint callback what MindFormers gives its own by name, and restores the loss scale."""
+    """Gives this plugin's checkpoint callback the arguments that MindFormers gives its own; restores the loss scale."""
     callbacks = [one for one in config.get("callbacks") or () if isinstance(one, dict) and one.get("type") == CALLBACK]
     file = resumed_file(config)
     for callback in callbacks:
@@ -226,8 +226,8 @@ def complete_callbacks(config: MindFormerConfig, global_batch_size: int) -> None
 
 
 def restore_scale_window(config: MindFormerConfig, step: nn.Cell) -> None:
-    """Gives a dynamic loss scale the counters of its window that the checkpoint has, which MindFormers leaves at their
-    start: the scale of a resumed run would grow later than it would have."""
+    """Restores the window counters of a dynamic loss scale from the checkpoint. MindFormers starts them anew, so that
+    the scale of a resumed run would grow later than without the interruption."""
     file, manager = resumed_file(config), getattr(step, "loss_scaling_manager", None)
     if file is None or manager is None:
         return

@@ -1,4 +1,4 @@
-"""The files that training saves: which there are, and of which step."""
+"""The checkpoints that training saves: their names, their steps and meta.json."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LABEL = re.compile(r"-(\d+)_(\d+)\.\w+$")
 
 
 def step_of(path: Path) -> float:
-    """The step that a checkpoint was saved after: the one counted inside, else that of its name in epochs of the same
-    length; -1 where the file is cut off."""
+    """The step after which a checkpoint was saved: its step_num; without one a number in the order of the name's
+    EPOCH_STEP; -1 for a truncated file."""
     try:
         tensors = {tensor.name: tensor for tensor in read_file(path)}
     except InputError:
@@ -32,21 +32,21 @@ def step_of(path: Path) -> float:
 
 
 def saved_files(folder: str | os.PathLike, prefix: str, suffix: str) -> list[tuple[Path, float]]:
-    """The checkpoints of a name in a folder with their steps, the earliest first."""
+    """The checkpoints PREFIX-EPOCH_STEP.SUFFIX in a folder with their steps, the earliest first."""
     name = re.compile(re.escape(prefix) + r"-\d+_\d+\." + re.escape(suffix))
     files = [(path, step_of(path)) for path in Path(folder).iterdir() if name.fullmatch(path.name)]
     return sorted(files, key=lambda file: (file[1], file[0]))
 
 
 def prefix_for(folder: Path, name: str, resumed: bool) -> str:
-    """What the names of a run's checkpoints begin with: `name`, and a number where other runs have left files.
+    """The prefix of a run's checkpoint names: `name`, and a number where other runs have left files.
 
-    A run that is resumed goes on with the name that `meta.json` has. All ranks find the same number.
+    A resumed run keeps the prefix that `meta.json` has. All ranks find the same number.
 
     Args:
         folder: with subfolders rank_N.
         name: "PREFIX_rank_N".
-        resumed: whether the run goes on from a checkpoint.
+        resumed: whether the run resumes from a checkpoint.
     """
     head, rank = name.rsplit("_", 1)
     pattern = re.compile(re.escape(head) + r"_(\d+)(?:_(\d+))?-\d+_\d+\.\w+")
@@ -59,7 +59,7 @@ def prefix_for(folder: Path, name: str, resumed: bool) -> str:
 
 
 def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
-    """What `meta.json` of a rank's folder says; empty where there is none that can be read."""
+    """The contents of `meta.json` in a rank's folder; empty where it is missing or damaged."""
     try:
         found = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -34,13 +34,13 @@ def _tensor_is_non_finite(gradient):
 class TokenWeightNormalizer(nn.Cell):
     """Divides the loss weights of a batch by their sum, for a network that splits the batch into micro batches.
 
-    The network (with its loss, wrapped or not, told not to divide itself) then returns sums of (weight x token loss),
-    which add up to the mean over the whole batch. `divisor` is what upstream's train step divides the gradients by; the
-    weights become so many times larger.
+    The network, wrapped or not, is told not to divide by itself: it returns sums of (weight x token loss), which add up
+    to the mean over the whole batch. `divisor` is what upstream's train step divides the gradients by; the weights are
+    multiplied by it in advance.
 
     Inputs:
         - input_ids, labels (Tensor): (B, S) int32; labels are -100 where there is no loss.
-        - further inputs; a loss weight for each token where the data set gives one.
+        - further inputs, among them loss weights (B, S) where the data set has them.
 
     Outputs:
         tuple: the inputs, with the normalized loss weights (B, S) float32.
@@ -80,9 +80,9 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
     lowered. On devices without upstream's status registers (NPUGetFloatStatusV2) the gradients themselves are
     checked, over all devices that share the batch.
 
-    The network, plain or wrapped, returns its loss. Gradient accumulation (one device or data parallel) is that of
-    its GradAccumulationCell: the step equals that of the whole batch. Other arguments are upstream's: use_clip_grad,
-    max_grad_norm, scale_sense (a number, a Tensor or a loss scale cell), …
+    The network, plain or wrapped, returns its loss. Gradient accumulation (one device or data parallel) follows
+    its GradAccumulationCell: the result equals that of a step on the whole batch. Other arguments are upstream's:
+    use_clip_grad, max_grad_norm, scale_sense (a number, a Tensor or a loss scale cell), …
 
     Outputs:
         tuple: loss () (data parallel: the mean over the devices' tokens; x micro_batch_interleave_num x
@@ -122,7 +122,7 @@ class GLM32KTrainOneStepCell(MFTrainOneStepCell):
         return outputs
 
     def grads_for_legacy(self, scaling_sens: Tensor, *inputs: Tensor) -> tuple:
-        """Loss, gradients of loss x scale, and what they are divided by beside the scale (1.8 and later ask here)."""
+        """Loss, gradients of loss x scale, and their divisor beside the scale (called by MindFormers 1.8 and later)."""
         if not self.portable or self.calculate_per_token_loss:
             return super().grads_for_legacy(scaling_sens, *inputs)
         loss, gradients = self.loss_and_gradients(scaling_sens, *inputs)

@@ -1,4 +1,4 @@
-"""Ending a run: signals that ask for it, and steps in a row from which no run recovers."""
+"""Ending a run: signals that ask for it, and consecutive bad steps from which no run recovers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 class StopSignals:
     """Remembers SIGTERM and SIGINT instead of ending the process, so that a step can finish and be saved; the second
-    one of a kind does what it did before."""
+    signal of a kind has its earlier effect."""
 
     def __init__(self):
         self.received: int | None = None
         self._before = {}
 
     def install(self) -> None:
-        """To be called before each step: MindSpore's data engine takes SIGINT for itself when it starts an epoch, and
-        sends SIGTERM instead. Does nothing outside the main thread, where Python takes no handlers."""
+        """To be called before each step: at the start of an epoch MindSpore's data engine installs its own handler of
+        SIGINT, which sends SIGTERM. Does nothing outside the main thread, where Python allows no handlers."""
         if self.received is not None or threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
@@ -47,19 +47,19 @@ class StopSignals:
         signal.signal(number, self._before.pop(number) or signal.SIG_DFL)
 
     def exit_status(self) -> int | None:
-        """What a shell reports of a program that the signal ended: 143 or 130; None without one."""
+        """The status that a shell reports for a program ended by the signal: 143 or 130; None without a signal."""
         return 128 + self.received if self.received else None
 
 
 STOP_SIGNALS = StopSignals()  # of this process
-_HELD: set[str] = set()  # locks of this process
+_HELD: set[str] = set()  # paths of the locks that this process holds
 
 
 @contextlib.contextmanager
 def hold_output_folder(folder: str | None) -> Iterator[None]:
     """Keeps other runs out of an output folder: they would write the same checkpoints and remove each other's.
 
-    The lock is the process's (flock): that of one that was killed is free. Again in the same process it does nothing.
+    The lock (flock) ends with its process, however that ends. A nested call in the same process does nothing.
 
     Raises:
         InputError: another run trains there, or the folder cannot be written.
@@ -90,7 +90,7 @@ def hold_output_folder(folder: str | None) -> Iterator[None]:
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:
-    """Each flag, True where it is so in any process of the job: all processes get the same answer, and wait for it."""
+    """Each flag, True if it is True in any process of the job. A collective: every process must call it."""
     if not GlobalComm.INITED or get_group_size() == 1:
         return tuple(map(bool, flags))
     total = ms.ops.AllReduce()(ms.Tensor([float(flag) for flag in flags], ms.float32)).asnumpy()
@@ -98,14 +98,14 @@ def any_process(*flags: bool) -> tuple[bool, ...]:
 
 
 class SkippedSteps:
-    """Counts steps in a row that were skipped, and those whose loss itself is not finite.
+    """Counts consecutive steps that were skipped, and those whose loss itself is not finite.
 
-    A lower loss scale mends gradients that overflow: 65536 is halved to 1 in 16 steps. It mends no loss, which is not
-    scaled, and nothing mends weights that are not finite.
+    A lower loss scale repairs gradients that overflow: 65536 is halved to 1 in 16 steps. It does not repair a loss,
+    which is not scaled, and nothing repairs weights that are not finite.
 
     Args:
-        most_skipped: steps in a row, >= 1, after which `count` raises.
-        most_not_finite: the same of steps without a finite loss.
+        most_skipped: consecutive steps, >= 1, after which `count` raises.
+        most_not_finite: the same for steps without a finite loss.
     """
 
     def __init__(self, most_skipped: int, most_not_finite: int):
@@ -114,17 +114,17 @@ class SkippedSteps:
         self.all_skipped = True
 
     def count(self, step: int, loss: float, overflow: bool, parameters: Iterable[ms.Parameter], kept: str) -> None:
-        """Looks at a step.
+        """Counts a step.
 
         Args:
             step: its number.
             loss: nan where the train step gives none.
             overflow: whether it was skipped.
-            parameters: looked at when the loss turns NaN or infinite.
-            kept: what is said of the checkpoint that remains.
+            parameters: checked when the loss turns NaN or infinite.
+            kept: the message's words on the checkpoint that remains.
 
         Raises:
-            CommandFailed: the run is lost.
+            CommandFailed: too many bad steps in a row, or a parameter that is not finite.
         """
         bad_loss = not math.isfinite(loss)
         self.not_finite = self.not_finite + 1 if bad_loss else 0

@@ -37,7 +37,7 @@ from mindformers_glm32k.weights import checkpoint_to_load
 class GLM32KTrainer(CausalLanguageModelingTrainer):
     """Training, evaluation and prediction of GLM32K from a MindFormers configuration.
 
-    Before the run starts it reads numbers and null as written (1e-5, None), and refuses with an InputError values of
+    Before the run starts it converts YAML's strings such as 1e-5 and None, and refuses with an InputError values of
     a wrong type, a vocabulary that does not fit the model, sequences longer than seq_length, and a checkpoint with
     missing, extra or misshapen parameters. Prediction puts prompts into the chat format and returns answers only.
     """
@@ -77,7 +77,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
         batch_size: int | None = None,
         **kwargs,
     ) -> list[dict]:
-        """Answers prompts, or a file with one a line: input_data, by default config.input_data.
+        """Answers prompts, or a file with one per line: input_data, by default config.input_data.
 
         Network and tokenizer are built from the configuration by default. Returns upstream's
         {"text_generation_text": [answers]}, one per batch, or in 1.6 one per prompt.
@@ -112,7 +112,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
                 results[-1]["text_generation_text"].pop()
                 if not results[-1]["text_generation_text"]:  # 1.6 has one entry per prompt
                     results.pop()
-            # upstream has written the answers of the filled-up batch
+            # upstream's file has the answers to the padding prompts, too
             with atomic_path(config.save_file or f"{self.task}_result.txt") as temporary:
                 temporary.write_text(str(results), encoding="utf-8")
         answers = [answer for result in results for answer in result["text_generation_text"]]
@@ -181,7 +181,7 @@ class GLM32KTrainer(CausalLanguageModelingTrainer):
 
 
 def _prepare(config, run, built):
-    """The checks of every run, and a checkpoint in the model's layout; sections in `built` come from the caller."""
+    """The checks of every run, and a checkpoint in the model's layout; for sections in `built` objects are given."""
     normalize_values(config)
     check_config(config, run, built)
     check_run_layout(config)
@@ -212,10 +212,10 @@ def _built(arguments, dataset):
 
 
 def _name_columns(config, sections):
-    """Where any of these data sets is packed, the model gets its columns by name.
+    """Where any of these data sets is packed, the model's inputs are chosen from the columns by name.
 
-    The network is one for training and the evaluation in between, and upstream hands it the columns in the order of
-    the training data; unpacked sequences are those columns without the last three.
+    Training and the evaluations in between share one network, and upstream passes it the columns in the order of the
+    training data; unpacked sequences have those columns without the last three.
     """
     if not any(config[section] and config[section].get("packing") for section in sections):
         return

@@ -1,4 +1,4 @@
-"""What a trainer wraps round a model: micro batches, interleaving, LoRA, columns chosen by name."""
+"""The cells that a trainer wraps round a model: micro batches, interleaving, LoRA, columns chosen by name."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def micro_batches(network: nn.Cell) -> int:
 
 
 def interleave_num(network: nn.Cell) -> int:
-    """Parts into which `micro_batch_interleave_num` splits each (micro) batch of a wrapped network."""
+    """The number of parts into which `micro_batch_interleave_num` splits each (micro) batch of a wrapped network."""
     return next((cell.interleave_num for cell in _wrapped_cells(network) if hasattr(cell, "interleave_num")), 1)
 
 
 def accumulation(network: nn.Cell) -> tuple[nn.Cell, int]:
-    """What a GradAccumulationCell splits the batch for, and into how many parts; the network and 1 where it is none."""
+    """The network in a GradAccumulationCell and its number of micro batches; else the network itself and 1."""
     if isinstance(network, GradAccumulationCell):
         return network.network, network.micro_size
     return network, 1
 
 
 def index_of_input(network: nn.Cell, name: str, default: int) -> int:
-    """Which of a wrapped network's inputs goes to the argument `name` of the model's construct.
+    """The index of a wrapped network's input that becomes the argument `name` of the model's construct.
 
-    `default` is its index where inputs go to the arguments in their order. Where the data set chose the order
+    `default` is its index where inputs become arguments in their order. Where the data set chose the order
     (`construct_args_key`) and has no such column, the name is added at the end.
     """
     for cell in _wrapped_cells(network):

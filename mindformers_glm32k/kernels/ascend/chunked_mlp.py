@@ -1,10 +1,10 @@
-"""Upstream's feed-forward part over chunks of tokens, for NPUs with little memory.
+"""Upstream's MLP over chunks of tokens, for NPUs with little memory.
 
 In the backward pass of a recomputed layer, upstream's MLP holds six tensors of S x F: both halves of the projection,
-gate, product and two gradients (5 GiB at 32768 tokens and 13696 features in float16). Over chunks, only the halves are
-whole. Nothing is computed twice that was not before.
+gate, product and two gradients (5 GiB at 32768 tokens and 13696 features in float16). Over chunks, only the
+two halves exist for all tokens at once, and nothing more is recomputed than before.
 
-Each chunk adds its weight gradients to the accumulators by itself: where these are float16, more additions round.
+Weight gradients are accumulated chunk by chunk: with float16 accumulators that means more rounded additions.
 
 Legend: B batch, S tokens of a sequence, H hidden size, F feed-forward size.
 """
@@ -22,8 +22,8 @@ from mindformers_glm32k.config import GLM32KConfig
 def chunk_sizes(length: int, size: int) -> tuple[int, ...]:
     """Sizes of the chunks of a sequence of `length` tokens, of about `size` (>= 2) tokens each; their sum is `length`.
 
-    The first is a little longer than the last: weight gradients of equal chunks the compiler joins into one product
-    over a copy of all of them (MindSpore's pass AssignAddOpt), and the memory would be back.
+    The first is a little longer than the last: MindSpore's pass AssignAddOpt joins the weight gradients of equal chunks
+    into one product over a copy of all of them, which would undo the saving.
     """
     count = -(-length // size)
     if count == 1:
@@ -34,11 +34,11 @@ def chunk_sizes(length: int, size: int) -> tuple[int, ...]:
 
 
 def reads_the_forward(config: GLM32KConfig) -> bool:
-    """Whether a hand-written backward pass would keep the forward's tensors: with parts of a layer recomputed
-    (`select_recompute`), or without a pipeline, whose micro batches are cells that are called and not inlined.
+    """Whether a hand-written backward pass would keep the forward's tensors: with selective recompute
+    (`select_recompute`), or without a pipeline, which calls the cells of its micro batches instead of inlining them.
 
-    The compiler then takes the operators of that backward pass for recomputed ones, and lets them read the forward's
-    tensors: both halves of the projection stay (1.7 GiB a layer at 32768 tokens) and are computed again, too.
+    The compiler then mistakes the operators of that backward pass for recomputed ones, and lets them read the forward's
+    tensors: both halves of the projection stay (1.7 GiB a layer at 32768 tokens) although they are recomputed, too.
     """
     parallel = config.parallel_config
     recompute = parallel.recompute
@@ -59,9 +59,9 @@ class SwiGLU(ChatGLM2SwiGLU):
 
 
 class ChunkedMLP(ChatGLM2MLP):
-    """Stands where upstream's glm2 has ChatGLM2MLP; without `mlp_chunk_size`, and in prediction, it is upstream's.
+    """Takes the place of glm2's ChatGLM2MLP; without `mlp_chunk_size`, and in prediction, it computes as upstream's.
 
-    (B, S, H) -> (B, S, H), where the layout is neither tensor nor context parallel.
+    (B, S, H) -> (B, S, H), for layouts without tensor and context parallelism.
     """
 
     def __init__(self, config: GLM32KConfig):

@@ -3,12 +3,12 @@
 In this mode the kernel masks the upper triangle itself and takes one 2048 x 2048 uint8 matrix whatever S is
 (FlashAttentionScore, "leftUpCausal", https://www.mindspore.cn/docs/en/r2.7.0/api_python/ops/mindspore.ops.flash_attention_score.html).
 
-Packed sequences take the kernel's variable-length form (input_layout "TND"): all tokens of a device behind each other,
-and where each document ends; the kernel masks each document's own upper triangle, with the same matrix. It asks for
+Packed sequences take the kernel's variable-length form (input_layout "TND"): the concatenated tokens of a device, and
+the end of each document; the kernel masks each document's own upper triangle, with the same matrix. It requires
 sparse_mode 2 or 3, which are the same where a document has as many queries as keys.
 
     document_ids   0 0 0 0 1 1 1 2 2 2 2 3 3      three documents and padding, room for five
-    ends           4 7 11 13 13                   of the sequence; the next one's follow, counted on
+    ends           4 7 11 13 13                   of this sequence; the next one's follow, from 13 on
 
 The kernel takes cumulative lengths over all sequences of a device; room that no document fills has no tokens
 (https://www.hiascend.com/document/detail/zh/canncommercial/800/apiref/aolapi/context/aclnnFlashAttentionVarLenScore.md:
@@ -40,10 +40,10 @@ def compressed_causal_mask() -> Tensor:
 
 @ops.constexpr
 def _least_ends(batch, length, room, shards):
-    """What the ends are at least, and what is added to them, where `shards` devices share the batch.
+    """Lower bounds of the ends, and offsets to add to them, where `shards` devices share the batch.
 
-    Two constants: (1, K) float32, S for the last document, so that no token is left out; (B, 1) float32, the tokens of
-    the device's sequences before.
+    Two constants: bounds (1, K) float32, S for the last document, so that no token is left out; offsets (B, 1) float32,
+    the tokens of the device's earlier sequences.
     """
     least = np.zeros((1, room), np.float32)
     least[0, -1] = length
@@ -56,10 +56,10 @@ class DocumentEnds(nn.Cell):
 
     Args:
         room: K, documents of a sequence and one for padding.
-        data: the batch is split over so many devices.
+        data: devices over which the batch is split.
 
     Inputs:
-        document_ids (Tensor): (B, S) int32, rising along the sequence from 0, below K. Output: (B * K,) int64.
+        document_ids (Tensor): (B, S) int32, non-decreasing from 0 in a sequence, below K. Output: (B * K,) int64.
     """
 
     def __init__(self, room: int, data: int):
@@ -81,12 +81,12 @@ class DocumentEnds(nn.Cell):
         inside = self.not_after(self.expand(document_ids, 2), self.arange)  # (B, S, K)
         # float32 counts exactly up to 2**24, more than any sequence has
         ends = self.count(self.as_number(inside, mstype.float32), 1)  # (B, K)
-        ends = self.shift(self.at_least(ends, least), before)
+        ends = self.shift(self.at_least(ends, least), before)  # (B, K)
         return self.as_end(ends, mstype.int64).reshape((-1,))  # (B * K,)
 
 
 class FlashAttentionScore(_FlashAttentionScore):
-    """The kernel's primitive (which it is by the name of its class); its mask is whole on every rank.
+    """The kernel's primitive, found by the name of its class, with the whole mask on every rank.
 
     Upstream's glm2 lays out a (B, 1, S, S) mask where heads are repeated or exchanged (Ulysses); the compressed mask
     has two axes and is not sharded.
@@ -101,7 +101,7 @@ class FlashAttentionScore(_FlashAttentionScore):
 
 
 class CompressedCausalAttention(FlashAttention):
-    """FlashAttention whose mask input is `compressed_causal_mask()`, or with it the ends of documents.
+    """FlashAttention with `compressed_causal_mask()` as its mask; for packed sequences with the documents' ends, too.
 
     Inputs:
         query (Tensor): (B, S, N * D), key, value (Tensor): (B, S, G * D).
@@ -122,10 +122,10 @@ class CompressedCausalAttention(FlashAttention):
         self.packed_attention = _FlashAttentionScore(input_layout="TND", keep_prob=1.0, **common)  # dropout is refused
 
     def shard_packed(self, data: int, heads: int, key_heads: int) -> None:
-        """Tokens over the `data` devices that share the batch, heads over the others.
+        """Shards tokens over the `data` devices that share the batch, heads over the others.
 
         Args:
-            heads: shards of the query heads, those of Ulysses' exchange too.
+            heads: shards of the query heads, including Ulysses' exchange.
             key_heads: shards of the key-value heads, a divisor of `heads`.
         """
         layout = Layout((data, key_heads, heads // key_heads), ("dp", "mp1", "mp2"))

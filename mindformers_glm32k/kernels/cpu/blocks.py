@@ -1,4 +1,4 @@
-"""Sequences split into blocks of tokens, what a loop over blocks can take, and buffers that it fills in place.
+"""Sequences split into blocks of tokens, checks of what a loop over blocks supports, and buffers it fills in place.
 
 Legend: B sequences, S tokens of a sequence, N blocks of the batch, C tokens of a block.
 """
@@ -41,13 +41,13 @@ def tiling_mode(*cells: nn.Cell) -> str:
 
 
 def block_count(length: int, largest: int = BLOCK) -> tuple[int, int]:
-    """Blocks of a sequence of `length` tokens, and C, at most `largest`, so that as little as possible is filled up."""
+    """(number of blocks in a sequence of `length` tokens, C): C at most `largest`, with the least padding."""
     count = -(-length // largest)
     return count, -(-length // count)
 
 
 def split_into_blocks(x: Tensor, largest: int = BLOCK) -> Tensor:
-    """(B, S, …) -> (N, C, …); a sequence that is no multiple of C is filled up with zeros at its end."""
+    """(B, S, …) -> (N, C, …); a sequence that is no multiple of C is padded with zeros at its end."""
     batch, length = x.shape[:2]
     rest = x.shape[2:]
     count, size = block_count(length, largest)
@@ -57,16 +57,16 @@ def split_into_blocks(x: Tensor, largest: int = BLOCK) -> Tensor:
 
 
 def join_blocks(blocks: Tensor, batch: int, length: int) -> Tensor:
-    """(N, C, …) -> (B, S, …) without what `split_into_blocks` filled up."""
+    """(N, C, …) -> (B, S, …) without the padding of `split_into_blocks`."""
     rest = blocks.shape[2:]
     count = blocks.shape[0] // batch
     return blocks.reshape((batch, count * blocks.shape[1]) + rest)[:, :length]
 
 
 def _in_place(name):
-    """The primitive without its demand for a Parameter: the kernel writes into the memory of its first input.
+    """The primitive without its check that the first input is a Parameter: the kernel writes into that input's memory.
 
-    What the primitive returns is not used: the buffer itself is passed on, tied to the write by `depend`.
+    Its return value is not used: the buffer itself is passed on, tied to the write by `depend`.
     """
     primitive = ops.Primitive(name)
     primitive.init_prim_io_names(inputs=["input_x", "indices", "updates"], outputs=["y"])
@@ -75,20 +75,20 @@ def _in_place(name):
 
 
 class Buffer(nn.Cell):
-    """A tensor of the blocks that a loop writes one by one, without a copy of the whole per step.
+    """A tensor of N blocks that a loop writes one by one, without copying the whole in every step.
 
-    It belongs to one call and is no Parameter: nothing of it is in checkpoints, and its shape is that of the call.
+    It lives for one call and is no Parameter: it is not in checkpoints, and each call chooses its shape.
     The kernels ScatterUpdate and ScatterAdd write in place on every host (MindSpore 2.7.0 to 2.9.0);
     TensorScatterUpdate would copy the buffer in every step.
 
-    The compiler joins equal expressions, and two buffers of one memory would overwrite each other: each has an id.
+    The compiler merges equal expressions, and buffers that share memory would overwrite each other: each has an id.
     """
 
     _ids = itertools.count()
 
     def __init__(self):
         super().__init__()
-        # Nothing is less than itself: zeros that are not folded into a constant, which would keep what is written.
+        # x < x is always false: zeros that are not folded into a constant, which would keep what earlier calls wrote.
         self.nothing = P.Less()
         self.nothing.add_prim_attr("buffer", next(Buffer._ids))
         self.update = _in_place("ScatterUpdate")

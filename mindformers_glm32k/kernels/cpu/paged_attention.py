@@ -1,11 +1,11 @@
 """Attention over a paged key-value cache in tiles, where upstream uses NPU kernels (PagedAttention, ReshapeAndCache).
 
 A call brings C tokens of each of B prompts: a chunk of one prompt's tokens (prefill), or the newest token of every
-prompt (decode). Their keys and values are written into the cache in place; then a `while` loop reads the cache tile by
-tile, as many tiles as hold tokens. One compiled program therefore serves every length, and a call costs what it reads.
+prompt (decode). Their keys and values are written into the cache in place; then a `while` loop reads the tiles of the
+cache that hold tokens. One compiled program therefore serves every length, and a call costs what its tiles cost.
 
 Legend: B prompts, C tokens of a prompt in the call, G key-value heads, R query heads per key-value head, M = R * C,
-D features of a head, J tiles of seq_length, K tokens of a tile, W wide tiles of seq_length, each some whole tiles.
+D features of a head, J tiles of seq_length, K tokens of a tile, W wide tiles (several successive tiles read as one).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from mindspore.ops import operations as P
 from mindformers_glm32k.kernels.mask import MASKED
 from mindformers_glm32k.kernels.rotary import Rotation
 
-LEAST_WEIGHT = 1e-37  # the smallest normal float32 is 1.2e-38
+LEAST_WEIGHT = 1e-37  # of a first key without `any_scores`, see `_tile`; the smallest normal float32 is 1.2e-38
 
 
 @constexpr
 def rows_of_heads(batch: int, heads: int, tokens: int) -> Tensor:
-    """Row b * C + c of token c of prompt b, for every head anew: (B * heads * C,) int32, a constant of the program."""
+    """Row b * C + c of token c of prompt b, repeated for every head: (B * heads * C,) int32, a program constant."""
     rows = np.arange(batch * tokens, dtype=np.int32).reshape(batch, 1, tokens)
     return Tensor(np.broadcast_to(rows, (batch, heads, tokens)).reshape(-1))
 
 
 class PagedCache(nn.Cell):
-    """Keys and values of every slot, head by head: row g * slots + slot is what head g keeps in a slot, so that a
-    head's part of a block is one piece. Writing costs the same whatever the cache's size (ScatterUpdate is in place).
+    """Keys and values of every slot, head by head: row g * slots + slot holds those of head g, so that a head's
+    rows of a block are contiguous. ScatterUpdate writes in place, at a cost that does not depend on the cache's size.
 
-    One more block than `num_blocks` takes what must not be kept: the tokens that fill up a chunk.
+    A spare block behind the `num_blocks` takes the tokens that pad a chunk.
     """
 
     def __init__(self, num_blocks: int, block_size: int, heads: int, head_dim: int, dtype: mstype.Type):
@@ -58,19 +58,19 @@ class PagedAttention(nn.Cell):
         scale_value: multiplies the scores.
         block_size, num_blocks: tokens of a cache block, blocks of the cache.
         compute_dtype: of the cache. Inside a tile everything is float32.
-        **_: what only the NPU kernels need.
+        **_: arguments for the NPU kernels only; ignored.
 
     Inputs:
         query (Tensor): (B, C, G*R*D); key, value (Tensor): (B, C, G*D).
-        batch_valid_length (tuple): which tiles are read, int32 Tensors. (J,) tiles, of which as many as the second, (),
-            says: first one whose first key every query sees (of one prompt the tile that its tokens lie in, all of
-            them, of several prompts the first). Then wide tiles, (W, B, G, their K) as block_tables, and which range of
-            them, two (): what they hold is read in a few large pieces. And a bool: whether scores may differ by any
-            amount, see `_tile`.
-        block_tables (Tensor): (J, B, G, K) int32, the cache's rows of each tile. (Blocks instead of rows would need the
+        batch_valid_length (tuple): the tiles to read, five int32 Tensors and a bool: order (J,) and count (), the first
+            `count` indices of `order` are read, and every query must see the first key of the first one (with one
+            prompt the tile that all tokens of the call lie in, with several prompts tile 0); wide tiles (W, B, G, K of
+            a wide tile), as block_tables, and wide_start (), wide_end (), the range of them to read; any_scores, see
+            `_tile`.
+        block_tables (Tensor): (J, B, G, K) int32, the cache rows of each tile. (Blocks instead of rows would need the
             cache in another shape, and a Reshape of what has been written in place copies it.)
-        slot_mapping (Tensor): (B * C * G,) int32, the cache's rows of the tokens.
-        freqs_cis (tuple): cos (B * C, 1, D), sin (B * C, 1, D), unused.
+        slot_mapping (Tensor): (B * C * G,) int32, the cache rows that the tokens are written to.
+        freqs_cis (tuple): cos and sin, (B * C, 1, D) each, and an unused third entry.
         attn_mask (Tensor): (B, C) int32, the position of each token: it sees the keys up to its own.
 
     Outputs:
@@ -116,29 +116,29 @@ class PagedAttention(nn.Cell):
             key.reshape((-1, self.head_dim)), value.reshape((-1, self.head_dim)), slot_mapping
         )
         query = ops.cast(query, mstype.float32) * self.scale
-        query = query.reshape((batch, tokens, self.groups, self.q_per_kv, self.head_dim))
+        query = query.reshape((batch, tokens, self.groups, self.q_per_kv, self.head_dim))  # (B, C, G, R, D)
         if tokens > 1:
             query = self.transpose(query, (0, 2, 3, 1, 4))  # (B, G, R, C, D)
         query = query.reshape((batch * self.groups, -1, self.head_dim))  # (B*G, M, D)
         context = self._attend(query, keys, values, block_tables, batch_valid_length, attn_mask)
-        context = context.reshape((batch, self.groups, self.q_per_kv, tokens, self.head_dim))
+        context = context.reshape((batch, self.groups, self.q_per_kv, tokens, self.head_dim))  # (B, G, R, C, D)
         if tokens > 1:
             context = self.transpose(context, (0, 3, 1, 2, 4))  # (B, C, G, R, D)
-        return ops.cast(context, value.dtype).reshape((batch, tokens, -1))
+        return ops.cast(context, value.dtype).reshape((batch, tokens, -1))  # (B, C, G*R*D)
 
     def _attend(self, query, keys, values, tables, bounds, positions):
         """Context (B*G, M, D) of query (B*G, M, D); keys and values are the cache."""
         order, count, wide, wide_start, wide_end, any_scores = bounds
         first = self.gather(order, self.zero, 0)
         context, log_sum = self._tile(query, keys, values, tables, first, positions, any_scores)
-        # the other tiles of one prompt come before its newest tokens; of several, each has tiles that others have not
+        # with one prompt the other tiles precede all queries: no mask; several prompts differ in length
         hidden = positions if positions.shape[0] > 1 else None
         i = self.one
         while i < count:
             tile = self._tile(query, keys, values, tables, self.gather(order, i, 0), hidden, any_scores)
             context, log_sum = self._merge(context, log_sum, tile)
             i = i + self.one
-        if wide.shape[0] > 1:  # where there is but one, it holds no more than a few tiles
+        if wide.shape[0] > 1:  # a single one is a placeholder
             j = wide_start
             while j < wide_end:
                 tile = self._tile(query, keys, values, wide, j, hidden, any_scores)
@@ -147,14 +147,14 @@ class PagedAttention(nn.Cell):
         return context
 
     def _tile(self, query, keys, values, tables, j, positions, any_scores):
-        """Context (B*G, M, D) over tile j and log of the softmax's sum (B*G, M, 1); no key is hidden without positions.
+        """Context (B*G, M, D) over tile j and log-sum-exp of its scores (B*G, M, 1); without positions, unmasked.
 
-        Keys are hidden from the end of a tile on: a query from which the first is hidden sees none of the tile, and
-        its sum, some -1e30, weighs nothing in a merge.
+        A mask hides the last keys of a tile: a query that does not see the first key sees none of the tile, and its
+        log-sum-exp, some -1e30, weighs nothing in a merge.
 
-        The sum follows from the first key's score and weight. With `any_scores` the weight is a logarithm and may be
-        as small as it likes; without, which takes a third of the time, it must not vanish beside others (a score 85
-        below the tile's largest), or the sum is NaN, and so is the query's context where there are several tiles.
+        The log-sum-exp follows from the first key's score and weight. With `any_scores` the weight is computed as a
+        logarithm, however small; without, in a third of the time, it must not underflow (a score 85 below the tile's
+        largest), or the log-sum-exp is NaN, and so is the query's context where there are several tiles.
         """
         rows = self.gather(tables, j, 0).reshape((query.shape[0], -1))  # (B*G, K)
         key = ops.cast(self.gather(keys, rows, 0), mstype.float32)  # (B*G, K, D)
@@ -169,10 +169,10 @@ class PagedAttention(nn.Cell):
         return self.context(weights, value), scores[:, :, :1] - self.log(weights[:, :, :1] - LEAST_WEIGHT)
 
     def _mask(self, positions, j, length):
-        """Summand of the scores (B*G, M, K) of tile j, which hides the keys behind each query's position (B, C).
+        """Additive mask (B*G, M, K) of tile j, which hides the keys behind each query's position (B, C).
 
-        It is made whole, once for all layers: a sum with a smaller tensor keeps four buffers of its own size in every
-        layer's kernel, and takes longer. Gather repeats its rows three times as fast as BroadcastTo.
+        It has the full shape of the scores, once for all layers: adding a smaller tensor is slower and keeps four
+        buffers of the sum's size in every layer's kernel. Gather repeats rows three times as fast as BroadcastTo.
         """
         batch, tokens = positions.shape
         position = ops.arange(length) + j * length
@@ -182,7 +182,7 @@ class PagedAttention(nn.Cell):
         return mask.reshape((batch * self.groups, self.q_per_kv * tokens, length))  # (B*G, M, K)
 
     def _merge(self, context, log_sum, tile):
-        """Context and log of the sum of what came before and of one more tile."""
+        """Context and log-sum-exp of the tiles so far and one more."""
         difference = tile[1] - log_sum
         share = self.sigmoid(difference)
         return context + (tile[0] - context) * share, log_sum + self.softplus(difference)

@@ -11,7 +11,7 @@ from mindspore.ops import operations as P
 class RMSNormalization(nn.Cell):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (https://arxiv.org/abs/1910.07467).
 
-    The weight (H,) is an input; x and what comes out are (..., H) of any one float type.
+    The weight (H,) is an input; x and the output are (..., H), of the same float type.
     """
 
     def __init__(self, eps: float, compute_type: mstype.Type = mstype.float32):
@@ -25,7 +25,7 @@ class RMSNormalization(nn.Cell):
         self.rsqrt = P.Rsqrt()
         self.normalize = P.Mul()
         self.scale = P.Mul()
-        self.flat = True  # two axes: the kernel of ReduceMean is five times faster on them
+        self.flat = True  # reshape to two axes, on which the kernel of ReduceMean is five times faster
 
     def construct(self, x, weight):
         dtype = x.dtype
@@ -40,7 +40,7 @@ class RMSNormalization(nn.Cell):
         return self.cast(y, dtype)
 
     def shard(self, strategy: tuple[tuple[int, ...]]) -> None:
-        """Sharding of x, e.g. ((dp, cp, 1),); the last axis stays whole."""
+        """Sets the sharding of x, e.g. ((dp, cp, 1),); the last axis stays whole."""
         tokens = strategy[0]
         self.flat = all(parts == 1 for parts in tokens)  # a reshape would move what is sharded
         for primitive in (self.square, self.mean, self.rsqrt):

@@ -1,9 +1,9 @@
-"""Causal grouped-query attention on CPU in tiles of blocks, where upstream uses the NPU kernel FlashAttentionScore:
-memory grows with the length, key-value heads are never repeated.
+"""Causal grouped-query attention on CPU in tiles of a query and a key block, where upstream uses the NPU kernel
+FlashAttentionScore: memory is linear in the length, key-value heads are never repeated.
 
-Forward, each tile's softmax is taken by LogSoftmax and merged with what came before by the logarithms of the tiles'
-sums (https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/1805.02867); nothing overflows, whatever the scores.
-Backward, the weights of a tile are computed again from those sums. The loops are `while` loops over tensors: the
+In the forward pass each tile's softmax, by LogSoftmax, is merged with the tiles before it by their log-sum-exps
+(https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/1805.02867); no score overflows. The backward pass recomputes
+a tile's attention weights from the log-sum-exps. The loops are `while` loops over tensors: the
 compiled program is the same at every length. Everything inside a tile is float32.
 
 Legend: B sequences, S tokens of a sequence, N blocks of the batch, C tokens of a block, G key-value heads, R query
@@ -25,10 +25,10 @@ PADDING_RANK = 2.0**22  # above every document's id
 
 
 class CausalAttention(nn.Cell):
-    """softmax(q k^T * scale + causal mask) v, of all queries at once; in PyNative mode of a block of queries.
+    """softmax(q k^T * scale + causal mask) v, for all queries at once; in PyNative mode a block of queries at a time.
 
-    Constructor and inputs are those of upstream's FlashAttention in the BSH layout, so that it can take its place;
-    arguments that only tell the NPU kernel how to mask are not needed here.
+    Constructor and inputs are those of upstream's FlashAttention in the BSH layout, whose place it takes; arguments
+    that only tell the NPU kernel how to mask are ignored.
 
     Args:
         head_num: G * R.
@@ -93,22 +93,22 @@ class CausalAttention(nn.Cell):
         weights = self.dropout(ops.cast(self.softmax(scores), value.dtype))
         weights = weights.reshape((batch, groups, -1, stop))  # (B, G, R*Q, K)
         context = self.context(weights, value[:, :, :stop])
-        return context.reshape((batch, groups, q_per_kv, stop - start, head_dim))
+        return context.reshape((batch, groups, q_per_kv, stop - start, head_dim))  # (B, G, R, Q, D)
 
     def shard(self, parallel_config: TransformerOpParallelConfig) -> None:
         """Nothing to shard: portable cells run whole on each device."""
 
 
 class VisibleBlocks(nn.Cell):
-    """From which block on the queries of a block see keys.
+    """The key blocks that the queries of each block see, and those of them that need no mask.
 
     Inputs:
         documents (Tensor): (N, C) int32 below 2**22, or None where every sequence is one document.
         batch (int), count (int): B, blocks of a sequence; N = B * count.
 
     Outputs:
-        tuple[Tensor]: (N,) int32 each: the first block with a key of a query's document, and the first block from
-        which on, up to the queries' own, all tokens are of one document, so that nothing is to be hidden.
+        tuple[Tensor]: (N,) int32 each: `first`, the first block with a key of a query's document; `plain`, the block
+        from which on, up to the queries' own, all tokens are of one document, so that no mask is needed.
     """
 
     def __init__(self):
@@ -121,7 +121,7 @@ class VisibleBlocks(nn.Cell):
         if documents is None:
             first = start.reshape((batch * count,))  # (N,)
             return first, first
-        # a range of ids per block; padding ids below 0 would lie outside the rising ids before them
+        # the range of ids in each block; ids below 0, of padding, are raised above the non-decreasing ids before them
         ids = ops.cast(documents.reshape((batch, count, -1)), mstype.float32)  # (B, count, C)
         ids = ids + ops.cast(ids < 0, mstype.float32) * PADDING_RANK
         low, high = self.least(ids, -1), self.most(ids, -1)  # (B, count)
@@ -132,7 +132,7 @@ class VisibleBlocks(nn.Cell):
         overlap = ops.cast(ops.logical_and(overlap, earlier), mstype.float32)
         uniform = ops.logical_and(low_key == high_query, high_key == low_query)
         mixed = ops.cast(ops.logical_and(ops.logical_not(uniform), earlier), mstype.float32)
-        # the index of a block in its sequence: where nothing overlaps, the queries' own is the first
+        # the index of a block in its sequence; where no earlier block overlaps, the first is the queries' own
         index = ops.cast(block, mstype.float32)
         first = self.least(index.reshape((1, 1, count)) * overlap + count * (1.0 - overlap), -1)  # (B, count)
         first = ops.minimum(first, index.reshape((1, count)))
@@ -166,7 +166,7 @@ class _TileLoops(nn.Cell):
         return ops.cast(self.gather(x, index, 0), mstype.float32)
 
     def hidden(self, documents, query, key, causal):
-        """Summand (C, C) of the scores of a tile of query and key block; `causal` is C on the diagonal, else 0."""
+        """Additive mask (C, C) of the tile of blocks `query` and `key`; `causal` is C on the diagonal, else 0."""
         bias = 0.0
         if documents is not None:
             key_ids, query_ids = self.gather(documents, key, 0), self.gather(documents, query, 0)  # (C,)
@@ -183,25 +183,25 @@ class _TileLoops(nn.Cell):
         return scores.reshape((groups, queries, keys))  # (G, M, C)
 
     def softmax(self, scores, value):
-        """Context (G, M, D) and log of the sum (G, M, 1) of a tile whose first key all queries see."""
+        """Context (G, M, D) and log-sum-exp of the scores (G, M, 1) of a tile whose first key all queries see."""
         logarithms = self.log_softmax(scores)
         return self.dot(self.exp(logarithms), value), scores[:, :, :1] - logarithms[:, :, :1]
 
     def masked_softmax(self, scores, value):
-        """The same where any key may be hidden; a query that sees none gets a sum that weighs nothing."""
+        """The same where any key may be masked; a query that sees none gets some -1e30, of no weight in `merge`."""
         logarithms = self.log_softmax(scores)
         weights = self.exp(logarithms)
-        # score - logarithm is the log of the sum at every key; hidden ones have lost it to rounding, and weigh 0
+        # score - logarithm is the log-sum-exp at every key; masked keys have lost it to rounding, and have weight 0
         ones = ops.ones((scores.shape[0], scores.shape[2], 1), mstype.float32)
         return self.dot(weights, value), self.dot(weights * (scores - logarithms), ones)
 
     def merge(self, context, log_sum, tile_context, tile_log_sum):
-        """Context and log of the sum of what came before and of one more tile."""
+        """Context and log-sum-exp of the tiles so far and one more."""
         share = self.sigmoid(tile_log_sum - log_sum)
         return context + (tile_context - context) * share, log_sum + self.softplus(tile_log_sum - log_sum)
 
     def forward(self, query, key, value, first, plain, documents):
-        """Context like query, log of the sums (N, G, M, 1) float32."""
+        """Context, shape and dtype of query, and log-sum-exps (N, G, M, 1) float32."""
         count, groups, queries, _ = query.shape  # (N, G, M, D)
         tokens = key.shape[2]
         context = self.context(query, query.shape, query.dtype)
@@ -233,8 +233,8 @@ class _TileLoops(nn.Cell):
         return context, log_sum
 
     def d_tile(self, query, gradient, key, value, bias):
-        """Weights (G, M, C) of a tile and the gradient of its scores; query (G, M, D+1) ends in -log_sum, gradient
-        (G, M, D+1) in -sum(gradient * context)."""
+        """Attention weights (G, M, C) of a tile and the gradient of its scores. The last column of query (G, M, D+1) is
+        -log_sum, of gradient (G, M, D+1) -sum(gradient * context); the columns of ones below add them."""
         ones = ops.ones(key.shape[:2] + (1,), mstype.float32)
         scores = self.dot_transposed(query, self.concat((key, ones)))
         if bias is not None:
@@ -285,7 +285,7 @@ class _TileLoops(nn.Cell):
 
 
 class CausalTiles(_TileLoops):
-    """Context of sequences that are one document each, and the logarithms of the softmax's sums (N, G, M, 1)."""
+    """Context (N, G, M, D) of sequences of one document each, and the log-sum-exps of their scores (N, G, M, 1)."""
 
     def construct(self, query, key, value, first):
         return self.forward(query, key, value, first, first, None)
@@ -296,7 +296,7 @@ class CausalTiles(_TileLoops):
 
 
 class DocumentTiles(_TileLoops):
-    """The same of sequences that hold several documents; a token sees earlier tokens of its own document."""
+    """The same for sequences of several documents; a token sees earlier tokens of its own document."""
 
     def construct(self, query, key, value, first, plain, documents):
         return self.forward(query, key, value, first, plain, documents)
@@ -307,7 +307,7 @@ class DocumentTiles(_TileLoops):
 
 
 class BlockAttention(nn.Cell):
-    """Attention on blocks.
+    """Causal attention over blocks of tokens.
 
     Inputs:
         query (Tensor): (N, G, M, D), scaled; head r of group g at [n, g, r * C:(r + 1) * C].
@@ -330,7 +330,7 @@ class BlockAttention(nn.Cell):
 
 
 class TiledAttention(CausalAttention):
-    """CausalAttention whose memory grows with S, not with its square; with dropout or in PyNative mode as its base."""
+    """CausalAttention with memory linear in S; its base class takes over with dropout and in PyNative mode."""
 
     def __init__(self, head_num: int, scale_value: float = 1.0, keep_prob: float = 1.0, **others):
         super().__init__(head_num, scale_value, keep_prob, **others)
@@ -349,13 +349,13 @@ class TiledAttention(CausalAttention):
         value = blocks.split_into_blocks(value)
         documents = None if attn_mask is None else blocks.split_into_blocks(attn_mask)
         count, tokens = query.shape[:2]
-        query = query.reshape((count, tokens, groups, q_per_kv, head_dim))
+        query = query.reshape((count, tokens, groups, q_per_kv, head_dim))  # (N, C, G, R, D)
         query = self.transpose(query, (0, 2, 3, 1, 4))  # (N, G, R, C, D)
         query = query.reshape((count, groups, q_per_kv * tokens, head_dim))  # (N, G, M, D)
         key = self.transpose(key.reshape((count, tokens, groups, head_dim)), (0, 2, 1, 3))  # (N, G, C, D)
         value = self.transpose(value.reshape((count, tokens, groups, head_dim)), (0, 2, 1, 3))  # (N, G, C, D)
         first, plain = self.visible(documents, batch, count // batch)
         context = self.attend(query, key, value, documents, first, plain)
-        context = context.reshape((count, groups, q_per_kv, tokens, head_dim))
+        context = context.reshape((count, groups, q_per_kv, tokens, head_dim))  # (N, G, R, C, D)
         context = self.transpose(context, (0, 3, 1, 2, 4)).reshape((count, tokens, width))  # (N, C, G*R*D)
         return blocks.join_blocks(context, batch, length)

@@ -1,5 +1,5 @@
-"""Upstream's glm2 layers computed block by block of tokens, so that what a layer keeps for its backward pass is its
-input, queries, keys, values and context; everything between is computed again, a block at a time.
+"""Upstream's glm2 layers computed a block of tokens at a time: a layer keeps only its input, queries, keys, values and
+context for the backward pass; everything in between is recomputed, again block by block.
 
 Upstream's cells stay where they are and keep their parameters; the loops take the weights as inputs. What a loop
 cannot take (LoRA adapters, dropout, split weights, biases) goes through upstream's cells, all tokens at once.
@@ -28,7 +28,7 @@ from mindformers_glm32k.kernels.rotary import Rotation
 
 
 class _LayerDims:
-    """What the loops need to know of the configuration."""
+    """Dimensions and dtypes of the configuration that the loops use."""
 
     def __init__(self, config):
         self.groups = config.multi_query_group_num
@@ -56,15 +56,15 @@ class _SplitHeads(nn.Cell):
         count, tokens, _ = mixed.shape
         query, key = mixed[..., : self.query], mixed[..., self.query : self.query + self.key]
         value = mixed[..., self.query + self.key :]
-        cos = cos.reshape((count, 1, 1, tokens, self.head_dim))
+        cos = cos.reshape((count, 1, 1, tokens, self.head_dim))  # (N, 1, 1, C, D)
         sin = sin.reshape((count, 1, 1, tokens, self.head_dim))
-        query = query.reshape((count, tokens, self.groups, self.q_per_kv, self.head_dim))
+        query = query.reshape((count, tokens, self.groups, self.q_per_kv, self.head_dim))  # (N, C, G, R, D)
         query = self.transpose(query, (0, 2, 3, 1, 4))  # (N, G, R, C, D)
         key = self.transpose(key.reshape((count, tokens, self.groups, 1, self.head_dim)), (0, 2, 3, 1, 4))
-        value = self.transpose(value.reshape((count, tokens, self.groups, self.head_dim)), (0, 2, 1, 3))
+        value = self.transpose(value.reshape((count, tokens, self.groups, self.head_dim)), (0, 2, 1, 3))  # (N, G, C, D)
         query = self.rotate(query, cos, sin) * self.scale
         return (
-            query.reshape((count, self.groups, self.q_per_kv * tokens, self.head_dim)),
+            query.reshape((count, self.groups, self.q_per_kv * tokens, self.head_dim)),  # (N, G, R*C, D)
             self.rotate(key, cos, sin).reshape(value.shape),  # (N, G, 1, C, D) -> (N, G, C, D)
             value,
         )
@@ -100,7 +100,7 @@ class _BlockAfterAttention(nn.Cell):
 
     def construct(self, context, x, dense, norm, h_to_4h, four_h_to_h):
         tokens = x.shape[0]
-        context = context.reshape((self.groups, self.q_per_kv, tokens, self.head_dim))
+        context = context.reshape((self.groups, self.q_per_kv, tokens, self.head_dim))  # (G, R, C, D)
         context = self.transpose(context, (2, 0, 1, 3)).reshape((tokens, -1))  # (C, G*R*D)
         x = ops.cast(x, self.residual) + ops.cast(self.matmul(context, dense), self.residual)
         wide = self.matmul(ops.cast(self.norm(x, norm), self.compute), h_to_4h)  # (C, 2*F)
@@ -110,7 +110,7 @@ class _BlockAfterAttention(nn.Cell):
 
 
 class _BlockLoop(nn.Cell):
-    """What both loops over blocks have; where `frozen`, the weights are not trained and their gradients are zeros."""
+    """The base of both loops over blocks; where `frozen`, the weights are not trained and their gradients are zeros."""
 
     def __init__(self, frozen):
         super().__init__()
@@ -125,7 +125,7 @@ class _BlockLoop(nn.Cell):
         return ops.zeros(weight.shape, mstype.float32)
 
     def accumulate(self, gradient, of_block):
-        """The sum so far, and one more block's; the compiler drops what a frozen weight does not take."""
+        """The sum so far and one more block's gradient, which the compiler does not compute for a frozen weight."""
         if self.frozen:
             return gradient
         return self.add(gradient, of_block)
@@ -172,7 +172,7 @@ class _BeforeAttention(_BlockLoop):
         return self.backward(x, positions, norm, weight, bias, dout)
 
     def backward(self, x, positions, norm, weight, bias, dout):
-        """Gradients of the inputs; apart from bprop, which cannot hold loops around gradients itself."""
+        """Gradients of the inputs; apart from bprop, which itself cannot contain a loop around GradOperation."""
         d_x = self.d_x(x, x.shape, x.dtype)
         d_norm, d_weight, d_bias = self.zeros(norm), self.zeros(weight), self.zeros(bias)
         i = self.zero
@@ -247,8 +247,8 @@ class _AfterAttention(_BlockLoop):
 
 
 def can_tile(config: GLM32KConfig) -> bool:
-    """Whether the layers of this configuration are computed by TiledTransformer: it can, and sequences may be longer
-    than a block. A loop of one block saves no memory, and is slower than upstream's cells by a third."""
+    """Whether TiledTransformer computes the layers of this configuration: it supports all options, and sequences may
+    be longer than a block. A loop of one block saves no memory, and is slower than upstream's cells by a third."""
     return (
         blocks.block_count(config.seq_length)[0] > 1
         and config.use_portable_cells
@@ -287,7 +287,7 @@ class TiledTransformer(ChatGLM2Transformer):
         self.gather = P.Gather()
         self.transpose = P.Transpose()
         self.residual = dims.residual
-        # asked when the program is compiled: adapters are put in place after construction
+        # evaluated when the program is compiled: adapters are put in place after construction
         self.modes = constexpr(self._modes_of, reuse_result=False)
         self.no_bias = ops.zeros((dims.query + 2 * dims.key,), dims.compute)
 
@@ -322,7 +322,7 @@ class TiledTransformer(ChatGLM2Transformer):
         batch, length, _ = hidden.shape
         x = blocks.split_into_blocks(hidden)  # (N, C, H)
         positions = blocks.split_into_blocks(positions)  # (N, C)
-        documents = None if documents is None else blocks.split_into_blocks(documents)
+        documents = None if documents is None else blocks.split_into_blocks(documents)  # (N, C)
         first, plain = self.visible(documents, batch, x.shape[0] // batch)
         for i in range(self.num_layers):
             layer = self.layers[i]
@@ -341,7 +341,7 @@ class TiledTransformer(ChatGLM2Transformer):
         return blocks.join_blocks(x, batch, length)
 
     def before_by_blocks(self, layer: nn.Cell, x: Tensor, positions: Tensor, frozen: bool) -> tuple[Tensor, ...]:
-        """Query, key and value of x (N, C, H), as the attention takes them."""
+        """Query, key and value of x (N, C, H), in the shapes of BlockAttention."""
         linear = layer.self_attention.query_key_value
         weight = self.cast(linear.weight, self.compute_dtype)
         bias = self.cast(linear.bias, self.compute_dtype) if linear.has_bias else self.no_bias
@@ -373,7 +373,7 @@ class TiledTransformer(ChatGLM2Transformer):
         """The same by the layer's own cells."""
         count, tokens, _ = x.shape
         groups, queries, head_dim = context.shape[1:]
-        context = context.reshape((count, groups, queries // tokens, tokens, head_dim))
+        context = context.reshape((count, groups, queries // tokens, tokens, head_dim))  # (N, G, R, C, D)
         context = self.transpose(context, (0, 3, 1, 2, 4)).reshape((count, tokens, -1))  # (N, C, G*R*D)
         projected = layer.dropout(layer.self_attention.dense(context))
         x = self.cast(x, self.residual) + self.cast(projected, self.residual)

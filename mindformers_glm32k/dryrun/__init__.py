@@ -1,4 +1,4 @@
-"""What every NPU of a layout would run, compiled, read and simulated on this machine; all imported at first use."""
+"""The programs of every NPU of a layout, compiled, analyzed and simulated on this machine; imported at first use."""
 
 from mindformers_glm32k.lazy import face
 

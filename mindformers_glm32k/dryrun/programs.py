@@ -1,4 +1,4 @@
-"""A dry run: the programs of a layout compiled, read, and written up as a report."""
+"""A dry run: compiles the programs of a layout, analyzes them and writes the report."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def dry_run(
     Args:
         config_file: YAML.
         overrides: run_mindformer's other options.
-        output: the report and what belongs to it go there.
-        rank: whose programs, see `ranks_asked_for`.
+        output: folder of the report, strategy files, logs and programs.
+        rank: the ranks to compile, see `ranks_asked_for`.
         keep_programs: whether the MindIR files are kept.
         extrapolated: compile few layers a stage, extrapolate to all.
         devices: NPUs of the run; a layout of another size is refused.
@@ -63,10 +63,10 @@ def dry_run(
 
 
 def ranks_asked_for(text: str, layout: ParallelLayout) -> list[int]:
-    """The ranks that `--rank` means: "stages" (the first of each stage), "all" or a number.
+    """The ranks that `--rank` selects: "stages" (the first rank of each stage), "all" or one rank.
 
     Raises:
-        InputError: none of these, or no such rank.
+        InputError: another text, or a rank outside of the layout.
     """
     if text == "all":
         return list(range(layout.world))
@@ -83,8 +83,8 @@ def ranks_asked_for(text: str, layout: ParallelLayout) -> list[int]:
 def compile_shallow(
     config: dict, ranks: list[int], layout: ParallelLayout, output: Path, launcher_arguments: list[str]
 ) -> list[dict]:
-    """Like `compile_and_analyze`, extrapolated from programs of few layers; stages that have no more are compiled as
-    they are.
+    """`compile_and_analyze`, extrapolated from programs of LAYERS layers a stage; a layout with no more layers than
+    that is compiled in full.
 
     Raises:
         InputError: the configuration does not allow it, see `layers_of_stages`.
@@ -105,11 +105,11 @@ def compile_shallow(
 def compile_and_analyze(
     ranks: list[int], layout: ParallelLayout, output: Path, launcher_arguments: list[str], keep_programs: bool = False
 ) -> list[dict]:
-    """Compiles programs, saves their strategy files (below the output: `strategy/`), logs (`log/`) and, where asked
-    for, the programs themselves (`programs/`), and reads them.
+    """Compiles and analyzes the programs of `ranks`; saves strategy files, logs and (`keep_programs`) MindIR files in
+    `strategy/`, `log/` and `programs/` below the output.
 
     Returns:
-        One per rank, of prediction with a cache two (prefill, increment); see `analysis.analyze`.
+        One entry per rank, two (prefill, increment) for prediction with a cache; see `analysis.analyze`.
     """
     programs = []
     output.mkdir(parents=True, exist_ok=True)

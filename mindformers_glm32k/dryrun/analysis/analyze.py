@@ -40,9 +40,9 @@ def analyze(
     Args:
         path: MindIR file.
         text_folder: where the frontend wrote the program as text.
-        rank, stage: whose program it is.
-        lengths: sizes that an axis of positions has; tensors with two such axes are looked for.
-        widths: sizes of the model's other axes, which are not to be taken for the length.
+        rank, stage: of the program.
+        lengths: sizes of an axis of positions; tensors with two such axes are listed as square.
+        widths: sizes of the model's other axes, which must not be taken for a length.
 
     Returns:
         A program of report.json; all sizes in bytes of one device, all counts of one step.
@@ -93,7 +93,7 @@ def is_square(shape: tuple[int, ...], lengths: Container[int], widths: Container
 
     Args:
         shape: of the tensor.
-        lengths: sizes that an axis of positions has.
+        lengths: sizes of an axis of positions.
         widths: other sizes of the model; when a length is one of them, only tensors of four axes count.
     """
     if len(shape) < 2 or shape == _COMPRESSED_MASK or not all(size in lengths for size in shape[-2:]):
@@ -125,7 +125,7 @@ def _largest(buffers, sources):
 
 
 def _at_peak(trace, events, shapes):
-    """The peaks of an order, "passes" up to the last product and "update" behind it; what is alive at the first one."""
+    """Peak bytes of an order, "passes" up to the last product or attention, "update" after it; `_terms` at "passes"."""
     curve = live_bytes(trace, events)
     products = [index for index, event in enumerate(events) if event.node.op in (*MATRIX_PRODUCTS, *ATTENTION)]
     end = products[-1] + 1 if products else len(events)
@@ -135,8 +135,8 @@ def _at_peak(trace, events, shapes):
 
 
 def _terms(alive, shapes):
-    """Bytes alive at a peak by what they are: "gathered" weights, "fresh" gradients of weights (and what clipping makes
-    of them), "logits" (what the output layer and the loss make); the rest is activations."""
+    """Bytes alive at a peak by kind: "gathered" weights, "fresh" gradients of weights (and their clipped copies),
+    "logits" (results of output layer and loss); the rest is activations."""
     found = dict.fromkeys(TERMS, 0)
     for buffer in alive:
         node = buffer.event.node if buffer.event else None
@@ -166,7 +166,7 @@ class SourceLines:
     """Which line of source made an operation: from the validated program as text, joined to the program by scope.
 
     Args:
-        folder: holds the text that the frontend wrote, in any sub-folder; none is fine too.
+        folder: holds the text that the frontend wrote, in any sub-folder; may hold none.
         program: the program whose nodes are looked up.
     """
 
@@ -182,7 +182,7 @@ class SourceLines:
             self._renumber(program)
 
     def _renumber(self, program):
-        """Operations of a kind in a cell are numbered on from text to program: the n-th there is the n-th here."""
+        """Text and program number the operators differently, in the same order: a cell's n-th of a kind is the same."""
 
         def by_kind(scopes):
             kinds = {}

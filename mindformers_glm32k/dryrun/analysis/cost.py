@@ -11,21 +11,21 @@ from mindformers_glm32k.dryrun.analysis.trace import Buffer, Event, Literal, Tra
 from mindformers_glm32k.weights.names import SCRATCH_PREFIX, STATE_PREFIXES
 
 MATRIX_PRODUCTS = ("MatMul", "BatchMatMul", "MatMulExt", "BatchMatMulExt", "Dense")
-# FlashAttentionScoreGrad recomputes the scores and makes four products of the forward's size: 5 where that has 2.
+# FLOPs per (query, key) pair and feature; the gradient recomputes the scores and has 5 products, the forward 2.
 ATTENTION = {"FlashAttentionScore": 4, "FlashAttentionScoreGrad": 10, "PagedAttention": 4}
 _REDUCING = frozenset(("AllReduce", "Reduce", "ReduceScatter", "ReduceScatterV"))
 _COPYING = frozenset(("AllGather", "AllGatherV", "Broadcast", "CollectiveGather", "CollectiveScatter"))
 _EXCHANGING = frozenset(("AlltoAll", "AllToAll", "AlltoAllV", "AlltoAllVC", "NeighborExchange", "NeighborExchangeV2"))
 COLLECTIVES = _REDUCING | _COPYING | _EXCHANGING | {"Send", "Receive"}
-# Operators that touch of their first operand only what they write.
+# Operators that read only the elements of their first operand that they write.
 _SELECTING = frozenset(("StridedSlice", "Slice", "Gather", "GatherD", "GatherNd", "EmbeddingLookup"))
 # Attention's sparse modes in which a kernel skips the tiles above the diagonal (CANN, aclnnFlashAttentionScore).
 _CAUSAL_MODES = (2, 3)
-_TND = 4  # MindSpore's index of that input_layout
+_TND = 4  # MindSpore's enum value of that input_layout
 
 
 def count_flops(trace: Trace) -> dict[tuple[str, str], int]:
-    """FLOPs of a step by what ("matmul", "attention") and part ("forward", "backward", "recompute").
+    """FLOPs of a step by kind ("matmul", "attention") and part ("forward", "backward", "recompute").
 
     A multiply-add counts as two; elementwise work is left out. Attention is counted over all pairs of positions, as is
     usual; a kernel that skips what a causal mask hides does about half of that.
@@ -44,9 +44,8 @@ def measure_work(trace: Trace) -> dict:
     3, or mode 0 with next_tokens 0), the pairs above the diagonal are left out.
 
     Returns:
-        "matmul_flops" and "attention_flops" by dtype of the operands, "vector_bytes" (read and written by all operators
-        that are neither of these nor communication, each by itself: what a fusion saves is not known here) and
-        "vector_operations".
+        "matmul_flops" and "attention_flops" by dtype of the operands, "vector_bytes" (read and written by all other
+        operators except communication, without fusion, whose savings are not known here) and "vector_operations".
     """
     matmul, attention = defaultdict(int), defaultdict(int)
     moved = operations = 0
@@ -84,10 +83,10 @@ def _transposes_left(event):
 
 def _flops_of_attention(event: Event) -> int:
     """Sum over the sequences of a batch of query positions x key positions x query width (heads x head size), times
-    the operations of a pair.
+    the FLOPs of a pair.
 
-    Prompts or documents that lie behind each other in one TH or TND operand are taken for one: their lengths are known
-    only at run time. Paged attention is counted over all slots of its block tables.
+    Prompts or documents flattened into one TH or TND operand count as one sequence: their lengths are known only at run
+    time. Paged attention is counted over all slots of its block tables.
     """
     query, key = event.reads[0].spec, event.reads[1].spec
     elements = query.bytes // query.itemsize
@@ -110,7 +109,7 @@ def _position_axis(event):
 
 
 def _share_of_pairs(event):
-    """The part of all (query, key) pairs that an attention kernel works on.
+    """The share of all (query, key) pairs that an attention kernel computes.
 
     The kernel's last arguments are scale, pre_tokens, next_tokens, inner_precise, input_layout, sparse_mode (MindSpore
     2.7 to 2.9).
@@ -126,7 +125,7 @@ def _share_of_pairs(event):
 
 
 def _bytes_moved(event):
-    """Read and written, results that are updates in place included."""
+    """Bytes read and written, in-place updates included."""
     written = _size(event.node.output)
     read = sum(buffer.spec.bytes for buffer in event.reads)
     return written + (min(read, written) if event.node.op in _SELECTING else read)
@@ -142,10 +141,10 @@ def list_collectives(trace: Trace, rank: int) -> list[dict]:
     """All communication of a step of the program of `rank`, largest first.
 
     Returns:
-        One per kind ("AllReduce", …; Send and Receive are point to point), "group_ranks" (who takes part; for Send and
-        Receive this rank and the other one), "dtype", "purpose" (the primitive's instance name, such as
-        "parallel_optimizer_allgather") and "part" ("forward", "backward", "recompute"), with "bytes" over all calls of
-        a step, of the larger of what a call reads and writes, and "count" of these calls.
+        One entry per "kind" ("AllReduce", …; Send and Receive are point to point), "group_ranks" (for Send and Receive
+        this rank and its peer), "dtype", "purpose" (the primitive's instance name, such as
+        "parallel_optimizer_allgather") and "part" ("forward", "backward", "recompute"), with "count" (calls of a step)
+        and "bytes" (the larger of what a call reads and writes, summed over the calls).
     """
     sums = defaultdict(lambda: [0, 0])
     for event in trace.events:
@@ -182,11 +181,11 @@ class Memory:
     Args:
         parameters: by kind: "weights", "accumulators", "optimizer", "cache", "other".
         parameter_count: elements of the weights that this device holds.
-        constants: tensors that the program carries with it.
+        constants: constant tensors of the program.
         inputs: the step's data.
         activation_peak: largest sum of buffers alive at one time.
-        peak_event: when that is.
-        at_peak: the buffers alive then, largest first.
+        peak_event: the event at the peak.
+        at_peak: the buffers alive at the peak, largest first.
         curve: live bytes after each event.
     """
 
@@ -201,7 +200,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """What the device needs at the peak."""
+        """Bytes that the device needs at the peak."""
         return sum(self.parameters.values()) + self.constants + self.inputs + self.activation_peak
 
 
@@ -221,7 +220,7 @@ def parameter_kind(name: str) -> str:
 def measure(trace: Trace) -> Memory:
     """Adds up a trace's memory.
 
-    The peak comes from the life of every buffer in program order: from the operation that writes it to the last one
+    The peak follows from every buffer's lifetime in program order: from the operation that writes it to the last one
     that reads it or a view of it. Micro batches in flight are buffers like all others. A kernel's workspace is not
     counted.
     """

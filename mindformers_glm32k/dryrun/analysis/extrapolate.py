@@ -1,4 +1,4 @@
-"""Figures of a deep program from two shallow ones: everything that a layer adds is added again for each layer more."""
+"""Figures of a deep program, extrapolated from two shallow ones: each further layer adds the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def layers_of_stages(config: dict) -> list[int]:
     for name in ("recompute", "select_recompute", "select_comm_recompute"):
         value = (config.get("recompute_config") or {}).get(name)
         patterns = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-        if isinstance(value, (list, tuple, dict)) and not patterns:  # names of operators hold for all layers
+        if isinstance(value, (list, tuple, dict)) and not patterns:  # patterns of operators hold for all layers
             raise InputError(
                 f"--quick: recompute_config.{name} is {value!r}, another value for some layers; "
                 "compile at full depth (without --quick) or give one value for all layers"
@@ -48,15 +48,15 @@ def overrides_for(layers_of_a_stage: int, stages: int) -> list[str]:
 
 
 def extrapolate(shallow: dict, deeper: dict, layers: int) -> dict:
-    """The program of a stage with more layers.
+    """The report's entry of a stage with more layers.
 
     Args:
-        shallow, deeper: of the report, with LAYERS[0] and LAYERS[1] layers.
-        layers: of the stage that is asked for.
+        shallow, deeper: the report's entries of the stage with LAYERS[0] and LAYERS[1] layers.
+        layers: of the stage at full depth.
 
     Returns:
-        Like them: every count and size extrapolated, lists of tensors those of the deeper program, what the compile
-        took the sum or the larger of both, and "extrapolated": {"from_layers", "to_layers"}.
+        Counts and sizes extrapolated, lists of tensors of the deeper program, compile_seconds the sum and
+        peak_rss_bytes the maximum of both, and "extrapolated": {"from_layers", "to_layers"}.
     """
     steps = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
 

@@ -36,10 +36,10 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tensor is.
+    """Shape and dtype of a tensor.
 
     Args:
-        shape: -1 where it is known only at run time.
+        shape: -1 for a size known only at run time.
         dtype: "float16", …
         itemsize: bytes of an element.
         parameter: the parameter whose memory this is (the result of an update in place).
@@ -68,8 +68,8 @@ class Node:
         op: "MatMul", …; "Constant"; or "call" where `callee` says what is called.
         inputs: names.
         output: Spec, a (nested) tuple of them, or None.
-        attributes: the primitive's: groups, strategies, axes, ….
-        marks: the node's: micro, is_bp, duplicated (a recomputed node), ….
+        attributes: of the primitive: groups, strategies, axes, ….
+        marks: attributes of the node: micro, is_bp, duplicated (a recomputed node), ….
         scope: path of cells that made it, "Gradients/…" for the backward.
         instance: the primitive's instance name.
         value: a constant's value: Python object, or Spec for a tensor; a graph's name for a function.
@@ -105,9 +105,9 @@ class Program:
     """A compiled program.
 
     Args:
-        main: where it starts.
+        main: the entry graph.
         graphs: all others by name.
-        parameters: node name -> (parameter name, what this device holds of it).
+        parameters: node name -> (parameter name, Spec of this device's shard).
         inputs: the data of a step, by node name.
     """
 
@@ -121,13 +121,13 @@ def read_program(path: str | os.PathLike) -> Program:
     """Reads a MindIR file.
 
     Raises:
-        InputError: it is none.
+        InputError: not a MindIR file.
     """
     data = Path(path).read_bytes()
     model = message_class("mind_ir_pb2", "ModelProto")()
     try:
         model.ParseFromString(data)
-    except Exception as error:  # protobuf's DecodeError is a class of the implementation in use
+    except Exception as error:  # each implementation of protobuf has its own DecodeError
         raise InputError(f"{path}: not a MindIR file ({error})") from error
     return _Reader(model).program()
 

@@ -1,16 +1,16 @@
 """The order in which a device executes a program, and the memory that each order takes.
 
-MindSpore's backends (jit_level O0 and O1) sort the kernels of a graph anew, by `context.exec_order`: "bfs" (default)
+MindSpore's backends (jit_level O0 and O1) reorder the kernels of a graph by `context.exec_order`: "bfs" (default)
 or "dfs". Both are reproduced here from public sources (ExecOrderBuilder in mindspore/ccsrc/backend/common), over the
 operations of a traced program with all calls inlined:
 
 1.  Edges run from an operation to its users; users stand in the order in which a breadth-first walk from the program's
     result meets them. Tuples, Depend, Load and the like are virtual: they order kernels and do not run.
-2.  A second walk from the result finds the operations that wait for nothing, such as a gather of weights. Each one
-    waits for the next operation that the walk reaches behind it, so that it does not run at the program's start.
-3.  dfs follows each operation's users at once, as deep as they are ready. bfs queues them; a communication's users come
-    after whatever else is ready, those of a fused communication after the next one of its group, and go to a queue of
-    their own, which is served first.
+2.  A second walk from the result finds the operations without operands, such as a gather of weights. Each is made to
+    wait for the operation that the walk reaches next, so that it does not run at the program's start.
+3.  dfs follows each operation's users at once, as deep as they are ready. bfs queues them; the users of a communication
+    wait until nothing else is ready, those of a fused communication until the next one of its group. Both kinds of
+    users then go to a queue of their own, which is served first.
 
 What is not reproduced: rewritten kernels (a backend's fusions), several streams, Depends marked `eager_depend`.
 """
@@ -34,7 +34,7 @@ def execution_order(steps: list[Step], result: int, how: str = "bfs") -> list[in
 
     Args:
         steps: nodes; each one's `sources` are indices of the list, None where it waits for nothing.
-        result: index of the step that the program returns. What it does not need is not executed.
+        result: index of the step that the program returns; steps that it does not need are not executed.
         how: one of ORDERS.
 
     Returns:
@@ -45,11 +45,11 @@ def execution_order(steps: list[Step], result: int, how: str = "bfs") -> list[in
 
 
 class _Links:
-    """Who waits for whom.
+    """Dependencies between steps.
 
     Attributes:
         users: step -> the steps that read it, one entry for each operand.
-        waits: step -> how many of its operands are not there yet.
+        waits: step -> number of operands that are not computed yet.
         roots: steps that wait for nothing, last one first.
     """
 
@@ -61,7 +61,7 @@ class _Links:
         self.roots = self._roots()
 
     def _without_trivial(self):
-        """Sources of each step that a kernel stands behind; steps come after their sources."""
+        """Sources of each step that depend on a kernel; one pass suffices, for steps come after their sources."""
         trivial, kept = [], []
         for step in self.steps:
             sources = [source for source in step.sources if source is not None and not trivial[source]]
@@ -220,9 +220,9 @@ def by_order(trace: Trace) -> dict[str, list[Event]]:
 
 def peaks(trace: Trace, ordered: Mapping[str, list[Event]] | None = None) -> dict[str, int]:
     """Peak of the activations in bytes by order: "file" (the program's own), "bfs", "dfs", and "best", the least of
-    these and of `frugal_order`: the least that is known to be possible, for no order is the best for certain.
+    these and of `frugal_order`: an upper bound of the optimum, which is not known.
 
-    `ordered` is `by_order` of the trace where that is known.
+    `ordered` is `by_order` of the trace where already computed.
     """
     found = {"file": max(live_bytes(trace, trace.events), default=0)}
     for how, events in (ordered or by_order(trace)).items():
@@ -237,7 +237,7 @@ def frugal_order(trace: Trace, patient: bool = False) -> list[Event]:
 
     Args:
         trace: the program.
-        patient: of those that free nothing, the first of the program and not the one that takes least.
+        patient: only tell whether an event makes memory grow, not by how much; then follow the file's order.
     """
     steps, needed = trace.steps, _needed(trace)
     users, waits = defaultdict(list), {}

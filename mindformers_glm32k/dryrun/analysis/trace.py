@@ -1,7 +1,7 @@
 """Walks a program as an NPU would run it and lists what happens: operations with the buffers they read and write.
 
-Nothing is computed; values are only their memory. Calls, closures (the backward of a micro batch is a closure that its
-forward returns) and tuples are followed, so that a buffer's life is known over the whole step.
+Nothing is computed; a value is only the memory it takes. Calls, closures (the backward of a micro batch is a closure
+that its forward returns) and tuples are followed, so that a buffer's lifetime is known over the whole step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TUPLES = frozenset(("MakeTuple", "MakeList", "make_tuple"))
 
 
 class Buffer:
-    """A piece of device memory.
+    """A region of device memory.
 
     Args:
         spec: the tensor in it, as the reader sees it.
@@ -42,7 +42,7 @@ class Buffer:
 
 @dataclass
 class Closure:
-    """A function with its first arguments bound; `sources`: the steps that make these."""
+    """A function with its first arguments bound; `sources`: the steps that compute these arguments."""
 
     graph: Graph
     bound: tuple = ()
@@ -51,7 +51,7 @@ class Closure:
 
 @dataclass
 class Literal:
-    """A constant that is no tensor."""
+    """A constant other than a tensor."""
 
     value: object
 
@@ -65,7 +65,7 @@ class Event:
         node: the operation.
         reads, writes: operands and results, views included among the operands.
         arguments: the operands as values: Buffer, Literal, tuple, Closure or None.
-        again: a copy of an earlier node, as selective recompute makes them (without a mark, unlike recompute).
+        again: a copy of an earlier node by selective recompute, which sets no mark (full recompute does).
     """
 
     index: int
@@ -85,12 +85,12 @@ class Event:
 
 @dataclass
 class Step:
-    """A node as it is reached, calls inlined, virtual ones and views included.
+    """A node of the walk, with calls inlined; virtual nodes and views are steps, too.
 
     Args:
         node: the operation.
-        sources: the steps that make its operands; None: a parameter, an input or a constant.
-        event: what it does; None where that is nothing.
+        sources: the steps that compute its operands; None: a parameter, an input or a constant.
+        event: None for virtual nodes and views.
     """
 
     node: Node
@@ -103,7 +103,7 @@ class Trace:
     """What happens in one step on one device.
 
     Args:
-        events: in the order of the program's file; `order` has the others.
+        events: in the order of the program's file; the module `order` computes the others.
         parameters: weights, optimizer states, ….
         inputs: the step's data.
         constants: each distinct constant tensor once.
@@ -155,7 +155,7 @@ class _Walker:
         self.globals = {}
         self.by_parameter = {}
         self.active = []
-        self.originals = {}  # name of the node that first had an id and a micro batch
+        self.originals = {}  # (unique id, micro batch) -> name of the first node that has them
         for name, (parameter, spec) in program.parameters.items():
             self.globals[name] = self.by_parameter[parameter] = Buffer(spec, "parameter", parameter)
             self.trace.parameters.append(self.globals[name])
@@ -258,7 +258,7 @@ class _Walker:
         return whole if isinstance(whole, Buffer) else None
 
     def _branch(self, node, arguments):
-        """The longer branch: of an update that an overflow would skip, the update."""
+        """The longer branch: the optimizer's update, not its skip after an overflow."""
         self._event(node, arguments[:1], [])
         return max(arguments[1:3], key=lambda value: len(value.graph.nodes) if isinstance(value, Closure) else -1)
 
@@ -286,7 +286,7 @@ class _Walker:
         return value
 
     def _is_copy(self, node):
-        """Whether selective recompute made a node of another that was run before."""
+        """Whether a node is selective recompute's copy of an earlier node."""
         if "need_cse_after_recompute" not in node.marks or node.scope.startswith("Gradients"):
             return False
         key = (node.marks.get("unique_id"), node.marks.get("micro"))

@@ -1,5 +1,5 @@
-"""Programs that NPUs would run, compiled on this machine: one process a rank drives upstream's own trainer and stops
-once MindSpore's frontend is done. `frontend` alone reaches into MindSpore."""
+"""Programs that NPUs would run, compiled on this machine: one process per rank drives upstream's own trainer and stops
+once MindSpore's frontend is done. Only `frontend` touches MindSpore's private parts."""
 
 from mindformers_glm32k.lazy import face
 

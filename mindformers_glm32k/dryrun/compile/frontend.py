@@ -1,25 +1,25 @@
-"""Lets a MindSpore without an NPU plugin compile what an Ascend NPU would run. The one file that reaches into
-MindSpore.
+"""Lets a MindSpore without an NPU plugin compile what an Ascend NPU would run. The only file that touches MindSpore's
+private parts.
 
 It acts only in the process that calls `install`, a worker of the dry run.
 
-Ledger. What is reached into, why, in which versions it was seen working, when it goes. Frontend here means: parsing,
-type inference, sharding, pipeline split, optimizer sharding, recomputation, insertion and fusion of communication. It
-is part of every wheel and needs no device; what follows only passes the checks that stand before it.
+Ledger of the private parts: what, why, versions known to work, when it goes. Frontend here means: parsing, type
+inference, sharding, pipeline split, optimizer sharding, recomputation, insertion and fusion of communication. It is
+part of every wheel and needs no device; the entries below only bypass the checks in front of it.
 
 MsContext::seter_       The std::function that refuses a device target whose plugin is not loaded, exported by
-                        libmindspore_core.so. It is set to empty (32 zero bytes), which means: take the name as it is.
+                        libmindspore_core.so. Set to empty (32 zero bytes), which accepts any target name.
                         MindSpore 2.7.0, 2.7.2, 2.9.0 (x86-64). Not touched where the Ascend plugin is loaded.
                         Goes when MindSpore compiles for Ascend without CANN (MS_SIMULATION_LEVEL asks for it today).
 hccl_test hook          _comm_helper._HCCL_TEST_AVAILABLE and .hccl: MindSpore's own replacement of the communication
                         library in its tests; it answers rank, size and groups. set_hccl_test_avaible lets device_num
                         exceed the devices present. Same versions; goes with the above.
-communication.init      does nothing: there is nobody to talk to. set_device and set_memory likewise: tensors and
-                        cells are built on the CPU, and only `compile` sees Ascend.
+communication.init      does nothing: there are no peers. set_device and set_memory likewise: tensors and cells are
+                        built on the CPU, and only `compile` sees Ascend.
 _CellGraphExecutor      `compile` is wrapped to switch the target around it and to hand the compiled program to the
                         worker. `get_func_graph_proto(phase, "mind_ir")` gives the program. All versions.
 close_shapes            _dynamic_shape_inputs, _set_network_phase and _exec_add_flags of a generating cell: upstream's
-                        generator opens shapes and chooses phases by itself. All versions; goes with a way to ask it.
+                        generator sets dynamic shapes and its own phases. All versions; goes with an option for both.
 MS_DEV_PRECOMPILE_ONLY  stops after the frontend; without it the backend is asked for a device.
 MS_DEV_DUMP_IR_PASSES   "validate" writes the validated program as text, the only form that has source lines.
 """
@@ -50,11 +50,11 @@ class FrontendUnavailable(RuntimeError):
 
 
 def environment(rank: int, world_size: int, dump_folder: Path | None = None) -> dict[str, str]:
-    """What a worker's environment must hold before MindSpore is imported.
+    """Environment variables that a worker needs before MindSpore is imported.
 
     Args:
-        rank, world_size: which NPU of how many.
-        dump_folder: the validated program is written below it as text; None: it is not.
+        rank, world_size: the NPU's rank and the number of NPUs.
+        dump_folder: folder for the validated program as text; None: no text.
     """
     dump = {"MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_SAVE_GRAPHS": "2", "MS_DEV_SAVE_GRAPHS_PATH": str(dump_folder)}
     return {
@@ -74,7 +74,7 @@ def install(rank: int, world_size: int, on_compiled: Callable[[object, str, Call
         on_compiled: gets (cell, phase, program, seconds) after every compile; program() is MindIR.
 
     Raises:
-        FrontendUnavailable: the symbol that this rests on is not in this build.
+        FrontendUnavailable: this build lacks the symbol MsContext::seter_.
     """
     if os.environ.get("MS_DEV_PRECOMPILE_ONLY") != "1":
         raise RuntimeError("the environment of `environment` must be set before MindSpore is imported")
@@ -95,8 +95,8 @@ def install(rank: int, world_size: int, on_compiled: Callable[[object, str, Call
 
 
 def input_shapes(dataset: object) -> list[list[int]]:
-    """Shapes of one step's inputs, of a MindSpore data set that yields batches, as the compiler must see them: of the
-    whole batch, as in a run with data sinking."""
+    """Shapes of one step's inputs from a MindSpore data set, as the compiler must see them: of the global batch, as in
+    a run with data sinking."""
     from mindspore.parallel import _utils
 
     shapes = dataset.output_shapes()
@@ -184,7 +184,8 @@ def _target_ascend() -> Iterator[None]:
 
 
 def close_shapes(model: Any, phase: str) -> None:
-    """Lets the next compile of a generating model see the shapes that it is called with, under phases of their own."""
+    """Makes the next compile of a generating model use the static shapes of its call; a phase of its own keeps upstream
+    from reusing the program with dynamic shapes."""
     model._dynamic_shape_inputs = None
     model.set_dynamic_inputs = lambda **_: None
     model._set_network_phase(phase)
@@ -198,8 +199,8 @@ def _wrap_compile(executor_class, graph_executor, rank, on_compiled):
         from mindspore import context
         from mindspore._c_expression import AutoParallelContext
 
-        # build_context leaves the rank at 0, and every process would get the program of stage 0; setting it resets
-        # the permission for device_num
+        # build_context leaves global_rank at 0, which gives every process the program of stage 0; setting it resets
+        # the flag that lets device_num exceed the devices present
         if context.get_auto_parallel_context("parallel_mode") != "stand_alone":
             context.set_auto_parallel_context(global_rank=rank)
             AutoParallelContext.get_instance().set_hccl_test_avaible(True)

@@ -1,7 +1,7 @@
-"""Files that take the place of data and vocabularies that are not there, so that a layout can be tried on any machine.
+"""Placeholders for missing data and vocabulary files, so that a layout can be tried on any machine.
 
-The program does not depend on them: sequences have the length that the YAML asks for, the vocabulary has the model's
-size by the YAML's padded_vocab_size. Upstream's and the plugin's data classes read them as they read the real ones.
+The program does not depend on their content: seq_length and padded_vocab_size come from the YAML. Upstream's and the
+plugin's data classes read placeholders like real files.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-BATCHES = 2  # any data set has at least one batch, upstream's epoch arithmetic wants no more
+BATCHES = 2  # enough for every data set class to yield one batch; upstream's epoch arithmetic needs no more
 TEXT = "Samples of a dry run hold no text of yours, only their length matters."
 _PIECES = 300
-PROMPT = "a"  # the worker sets the prompts' lengths; the trainer refuses those that leave no room for the answer
+PROMPT = "a"  # short: the trainer refuses prompts that leave no room for the answer; the worker sets the real lengths
 
 
 def fill(config: dict, folder: Path, batch_size: int, use_files: bool = True) -> list[str]:
-    """Points the keys of missing files to placeholders; those of files that are there become absolute.
+    """Points the keys of missing files to placeholders; paths of existing files become absolute.
 
     Args:
         config: the merged configuration (MindFormerConfig), changed in place.
         folder: where the placeholders are written.
         batch_size: sequences of one step over all devices.
-        use_files: False: placeholders for all.
+        use_files: False: placeholders even for existing files.
 
     Returns:
-        One sentence for the report, or nothing.
+        One sentence for the report, or an empty list.
     """
     missing = []
     if config.run_mode.startswith("predict") and not config.input_data:

@@ -1,4 +1,4 @@
-"""Starts one process per rank, follows what it says, and gathers what it leaves: programs, and strategy files."""
+"""Starts one process per rank, shows its progress notes, and gathers its program and strategy file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mindformers_glm32k.weights.strategy import add_frozen
 
 _ERROR = "error: "
 _WORKER = (sys.executable, "-m", "mindformers_glm32k.dryrun.compile.worker")
-# Seconds that a first estimate is made of, on the two-core machines this was measured on; later ones use what was seen.
+# For the first estimate of the time left, measured on two cores; later estimates use the ranks compiled so far.
 _START_SECONDS = 12
 _SECONDS_PER_LAYER_CALL = 0.6
 FILE_NAME = "ckpt_strategy_rank_{}.ckpt"  # the run's own name, which transform_ckpt looks for
@@ -38,8 +38,8 @@ _WITHOUT_ADAPTERS = ["--model.model_config.pet_config", ""]
 
 @dataclass
 class Compiled:
-    """What a worker left: whose program it is, the folder with the program, its text and the strategy file, and the
-    worker's record."""
+    """A worker's results: its rank, the folder with the program, its text and the strategy file, and the worker's
+    record."""
 
     rank: int
     folder: Path
@@ -51,15 +51,15 @@ class WorkerFailed(CommandFailed):
 
 
 def read_batches(launcher_arguments: list[str], steps: int, folder: Path) -> dict[str, np.ndarray] | None:
-    """The batches of the first steps, made by the configuration's own data set class, in a process of its own.
+    """The batches of the first steps, made by the configuration's own data set class in a separate process.
 
     Args:
-        launcher_arguments: run_mindformer's; the batch they ask for is that of a step.
-        steps: how many.
-        folder: for the log and other files that are not wanted afterwards.
+        launcher_arguments: run_mindformer's options; their batch size is that of a step.
+        steps: number of steps.
+        folder: for the log and temporary files.
 
     Returns:
-        By column, (steps, batch, ...); None when data or vocabulary are not there.
+        Arrays (steps, batch, ...) by column; None when data or vocabulary are missing.
 
     Raises:
         InputError: data that the data set class refuses.
@@ -110,17 +110,17 @@ def run_workers(
     """Compiles the programs of some ranks.
 
     Args:
-        ranks: whose.
+        ranks: the ranks to compile.
         layout: of the configuration.
-        folder: each rank gets a folder below it; its log goes to `log_rank_R.txt` in it.
-        launcher_arguments: run_mindformer's.
+        folder: rank R writes to `rank_R/` and its log to `log_rank_R.txt`, both in `folder`.
+        launcher_arguments: run_mindformer's options.
         strategy_only: no program is kept.
         on_done: gets a Compiled after each rank, one at a time.
-        jobs: how many are compiled at the same time; large programs keep the machine busy one by one.
+        jobs: ranks compiled at the same time; one large program keeps the machine busy.
         for_simulation: initial values are kept, too; the program's text is not written, data files are not read.
 
     Raises:
-        InputError: the configuration is refused by the trainer; its own message.
+        InputError: the trainer refuses the configuration; its own message.
         WorkerFailed: anything else.
     """
     progress = _Progress(ranks, layout, jobs)
@@ -173,8 +173,8 @@ def _run_worker(name, what_failed, options, launcher_arguments, folder):
 
 
 def _inherited():
-    """This process's environment without RUN_MODE: MindFormers leaves it there after a prediction, and a trainer that
-    finds it takes its own run for one."""
+    """This process's environment without RUN_MODE, which MindFormers leaves there after a prediction: a trainer that
+    finds it would predict."""
     return {name: value for name, value in os.environ.items() if name != "RUN_MODE"}
 
 
@@ -204,14 +204,13 @@ def _follow(what_failed, command, environment, log, on_note=None):
 
 
 class _MemoryGuard(threading.Thread):
-    """Ends a worker before the machine's memory is at its end: the system would pick a process by itself, perhaps one
-    that is not the compiler's.
+    """Kills a worker before the machine runs out of memory: the kernel's OOM killer might pick another process.
 
     Attributes:
-        ended: why the worker was ended; empty where it was not.
+        ended: why the worker was killed; empty where it was not.
     """
 
-    _one_at_a_time = threading.Lock()  # what one worker gives back may be enough for the others
+    _one_at_a_time = threading.Lock()  # the memory of one killed worker may be enough for the others
 
     def __init__(self, process: subprocess.Popen):
         super().__init__(daemon=True)
@@ -219,7 +218,7 @@ class _MemoryGuard(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Looks until the worker is at its end."""
+        """Watches free memory until the worker ends."""
         while self.process.poll() is None:
             with self._one_at_a_time:
                 free = free_memory()
@@ -254,8 +253,8 @@ class _Progress:
         calls = layout.layers / layout.stages * (layout.micro_batches if layout.stages > 1 else 8)
         self.expected = _START_SECONDS + _SECONDS_PER_LAYER_CALL * calls
         self.seen = []
-        self.started = {}  # rank -> when, of those that are being compiled
-        self.last = None  # (rank, what it does)
+        self.started = {}  # rank -> start time, of ranks being compiled
+        self.last = None  # (rank, what it does, start time)
         self.closed = threading.Event()
         self.on_terminal = sys.stderr.isatty()
         if self.on_terminal:
@@ -313,12 +312,12 @@ def write_strategies(
 
     A strategy file says how each parameter of a stage is sharded, not which shard this rank holds: ranks of a stage
     have equal files, byte for byte. MindSpore leaves frozen weights out, though it shards them too; transform_ckpt
-    would then take rank 0's shard for the whole. Theirs are added from a second compile, without adapters.
+    would then take rank 0's shard for the whole. Their layouts are added from a second compile, without adapters.
 
     Args:
         layout: of the configuration.
         output: folder of the files.
-        launcher_arguments: run_mindformer's.
+        launcher_arguments: run_mindformer's options.
         adapters: whether the run trains adapters only.
 
     Raises:

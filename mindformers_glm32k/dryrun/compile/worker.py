@@ -17,14 +17,14 @@ import numpy as np
 from mindformers_glm32k.dryrun.compile import frontend, placeholders
 from mindformers_glm32k.errors import InputError
 
-PROGRAM_FILE = "program.mindir"  # behind the name of its phase
+PROGRAM_FILE = "program.mindir"  # after the phase's name: train_program.mindir
 RECORD_FILE = "record.json"
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.npz"  # initial values of parameters, by name
 BATCHES_FILE = "batches.npz"  # columns of the data set: (steps, batch, …)
 _COUNTER_SIZE = 8  # elements, at most, of a step counter or loss scale
-NOTE = "dryrun: "  # a line of standard output that starts so is for the command that started this process
-SIZED = "sized"  # ends the phases of the programs whose shapes are closed
+NOTE = "dryrun: "  # prefix of the lines on standard output that the parent process reads
+SIZED = "sized"  # suffix of the phases of programs with static shapes
 
 
 class Finished(BaseException):
@@ -32,7 +32,7 @@ class Finished(BaseException):
 
 
 class Recorder:
-    """Keeps what a compile gives: the program's file, seconds, memory.
+    """Records each compile: the program's file, seconds, memory.
 
     Args:
         folder: where files are written.
@@ -64,8 +64,8 @@ class Recorder:
         self.record["programs"].append(entry)
 
     def save_state(self, network: object) -> None:
-        """Writes the initial values of a network: all of one device's, of a layout's ranks the counters (weights and
-        optimizer states are sharded from one device's)."""
+        """Writes the initial values of a network: all of them on one device, only the counters on a layout's ranks
+        (whose weights and optimizer states are sharded from one device's)."""
         if not self.keep_state:
             return
         weights = {parameter.name for parameter in network.trainable_params()}
@@ -98,16 +98,16 @@ def note(text: str) -> None:
 
 
 class Generation:
-    """Takes the place of `generate` and of what it would do with results; no token is computed.
+    """Replaces upstream's `generate` and its post-processing: graphs are compiled, no token is computed.
 
     The generator compiles "prefill" (prompts in one flattened sequence) and "increment" (one token of each prompt) with
-    shapes that stay open. A program without shapes has no memory to measure: after the two that an NPU gets, the same
-    two are compiled once more with the longest prompts that fit, and these are the ones that the report reads.
+    dynamic shapes, whose memory is unknown. After these two, which an NPU gets, the same two are compiled once more
+    with static shapes, for the longest prompts that fit; the report is about these.
 
     Args:
         finish: called when all graphs are compiled.
-        begin: gets the network before the first one is.
-        sized_only: whether the programs with open shapes are left out.
+        begin: gets the network before the first compile.
+        sized_only: whether the programs with dynamic shapes are left out.
     """
 
     def __init__(self, finish: Callable[[], None], begin: Callable | None = None, sized_only: bool = False):
@@ -139,19 +139,19 @@ class Generation:
         GenerationMixin.postprocess = self.next_tokens
 
     def next_tokens(self, *_, input_ids: list, is_finished: list, **__) -> tuple:
-        """What upstream's postprocess returns, for any token that ends nothing, until all graphs were called."""
+        """Replaces upstream's postprocess: token 1 for every prompt, finished once every graph has been called."""
         self.calls_left -= 1
         return [1] * len(input_ids), None, None, [self.calls_left == 0] * len(is_finished)
 
 
 def longest_prompt(config: object) -> int:
-    """Tokens of a prompt that leave room for the answer, of a GLM32KConfig."""
+    """Tokens of the longest prompt that leaves room for the answer; `config` is a GLM32KConfig."""
     return max(config.seq_length - (config.max_new_tokens or 1), 1)
 
 
 def phase_name(phase: str, use_past: bool) -> str | None:
-    """The report's name of one of MindSpore's phases, or None where the program has open shapes and another of the
-    same graph follows; with `use_past`, prefill and increment are separate graphs."""
+    """The report's name of one of MindSpore's phases; None for a program with dynamic shapes, whose static one follows.
+    With `use_past`, prefill and increment are separate graphs."""
     if not use_past:
         return "predict"
     return phase.rsplit("_", 1)[0] if phase.endswith("_" + SIZED) else None
@@ -196,7 +196,7 @@ def _adapt(config):
     section = config.train_dataset
     if section and section.get("num_parallel_workers"):  # MindSpore refuses more than this machine has cores
         section["num_parallel_workers"] = min(section["num_parallel_workers"], os.cpu_count())
-    for name in ("save_graphs", "save_graphs_path"):  # upstream would switch off what the frontend is asked to write
+    for name in ("save_graphs", "save_graphs_path"):  # upstream would switch off the dump of the program's text
         config.context.pop(name, None)
     model = config.model.model_config
     model.checkpoint_name_or_path = ""
@@ -214,7 +214,8 @@ def _batch_size(config):
 
 
 def _read(folder, launcher_arguments, use_files=True):
-    """The configuration as the launcher merges it, adapted, with paths that stay right when this process moves."""
+    """The launcher's merged configuration, adapted, with absolute paths (this process changes its directory); and the
+    report's sentence on placeholders, see `placeholders.fill`."""
     from mindformers_glm32k import run_mindformer
 
     config = _adapt(run_mindformer.read_config([*launcher_arguments, "--load_checkpoint", ""]))

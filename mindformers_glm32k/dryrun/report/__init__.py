@@ -14,7 +14,7 @@ __all__ = ["write_report"]
 
 
 def write_report(report: dict, config: dict, folder: Path) -> None:
-    """Adds what follows from the figures, and writes report.json, report.md and report.png.
+    """Adds estimate and warnings to the report, and writes report.json, report.md and report.png.
 
     Args:
         report: layout and programs; changed in place: "max_device_memory_bytes" (None where the YAML sets none),

@@ -1,4 +1,4 @@
-"""What a report's figures say should be changed, each with what to do about it."""
+"""Warnings that follow from a report's figures, each with a fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WIDTH = {"float32": 4, "float64": 8, "int64": 8, "float16": 2, "bfloat16": 2}
 
 
 def warnings_of(report: dict, config: dict) -> list[dict]:
-    """Looks through a report with its programs; `config` is the merged configuration.
+    """Warnings about the programs of a report; `config` is the merged configuration.
 
     Returns:
         {"kind", "what", "fix"} of each; the most expensive kinds first.
@@ -42,7 +42,7 @@ def warnings_of(report: dict, config: dict) -> list[dict]:
 
 
 def device_memory(config: dict) -> int | None:
-    """Bytes that `context.max_device_memory` ("59GB") allows; None where nothing is set or it is not understood."""
+    """Bytes that `context.max_device_memory` ("59GB") allows; None where it is unset or cannot be parsed."""
     match = re.fullmatch(r"\s*([\d.]+)\s*(GB|MB)\s*", str((config.get("context") or {}).get("max_device_memory") or ""))
     return int(float(match.group(1)) * _UNITS[match.group(2)]) if match else None
 
@@ -60,8 +60,8 @@ def _where(programs):
 
 
 def device_bytes(program: dict) -> int:
-    """Bytes that a program takes: in the order of its file, which a pipeline's dependencies fix, or in that in which
-    MindSpore executes it by default (`context.exec_order` bfs), whichever takes less."""
+    """Bytes that a program takes in the order of its file (which a pipeline's dependencies enforce) or in MindSpore's
+    default order (`context.exec_order` bfs), whichever takes less."""
     return min(program["total_bytes"], program.get("total_bytes_by_order", {}).get("bfs", program["total_bytes"]))
 
 
@@ -111,7 +111,7 @@ def _distinct(programs, key):
 
 
 def purpose(item: dict) -> str:
-    """What a collective is for, in brackets, without the frontend's running numbers; "" where its name says no more."""
+    """What a collective is for, in brackets, without the frontend's running numbers; "" where that is only its kind."""
     name = re.sub(r"_\d{6,}$", "", item["purpose"])
     return "" if name == item["kind"] else f" ({name})"
 

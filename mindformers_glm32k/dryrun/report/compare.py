@@ -25,7 +25,7 @@ def compare(sources: list[str], folder: Path, make_report: Callable[[str, Path],
         make_report: (YAML, output folder) -> report.
 
     Raises:
-        InputError: what is given is neither, or cannot be compared.
+        InputError: a source is neither, or cannot be compared.
     """
     for source in sources:  # before anything is compiled
         if Path(source).is_dir():
@@ -43,7 +43,7 @@ def read_report(folder: Path) -> dict:
     """A finished report, of an OUTPUT_DIR of `glm32k dryrun`.
 
     Raises:
-        InputError: no report in it, or one that does not hold what is compared.
+        InputError: no report in it, or one of another version.
     """
     path = require_file(folder / REPORT, "report of a dry run", "Run `glm32k dryrun` with this --output_dir first.")
     try:
@@ -57,12 +57,12 @@ def read_report(folder: Path) -> dict:
 
 
 def summarize(name: str, report: dict) -> dict:
-    """What is compared of one layout, under `name`, from a report with programs of every stage.
+    """The figures of one layout, called `name`, for the comparison; the report must have programs of every stage.
 
     Returns:
         Sizes in bytes, of the fullest card of each stage; "traffic" (bytes of a step by kind) and "flops" are means
-        over the layout's cards, of prediction those of the prefill; "estimate" is None for prediction, which nothing is
-        calibrated for.
+        over the layout's cards, for prediction of the prefill only; "estimate" is None for prediction, for which no
+        calibration exists.
 
     Raises:
         InputError: a stage has no program in the report.
@@ -110,7 +110,7 @@ def _traffic(stages):
 
 
 def _figures(summaries):
-    """A line per figure: what it is, and how a summary's is written."""
+    """(label, function from a summary to the text of its cell) for each line of the table."""
     kinds = sorted({kind for summary in summaries for kind in summary["traffic"]})
 
     def speed(text):

@@ -22,11 +22,11 @@ Published speeds (published.json) for this model at 32768 tokens on 8 cards of a
     2501               Megatron on the same NPUs, cp 8 (Ulysses) without recompute. The public script for it (ModelLink,
                        now MindSpeed-LLM: examples/mcore/chatglm3/pretrain_chatglm3_6B_32K.sh) accumulates 32 sequences
                        a step.
-Beside them stand the figures of the compiled programs, as a report holds them, of one rank of each stage, extrapolated
-from 2 and 4 layers a stage. CARD is the program of upstream's card: fp32 residual, vocabulary split over dp, whole
-logits, `recompute_slice_activation`. ULYSSES is that of `finetune_glm32k_cp8.yaml` with 32 sequences a step: what the
-second sequence of `--runner_config.gradient_accumulation_steps 2` adds to the first, 31 times more. The YAML itself
-takes one sequence a step and pays for the optimizer's communication with each.
+published.json also holds the reports of the compiled programs, one rank of each stage, extrapolated from 2 and 4 layers
+a stage. CARD is upstream's model card: fp32 residual, vocabulary split over dp, whole logits,
+`recompute_slice_activation`. ULYSSES is `finetune_glm32k_cp8.yaml` with 32 sequences a step: the first sequence, plus
+31 times what the second one of `--runner_config.gradient_accumulation_steps 2` adds. The YAML itself takes one sequence
+a step and pays for the optimizer's communication with each.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ from mindformers_glm32k.errors import InputError
 FRACTION = 0.676  # of the peak, from calibrate()
 PARTS = ("matmul", "attention", "vector", "communication", "bubble")
 WORK = PARTS[:-1]
-# Of `fitted`: how many times the seconds at the device's peaks each kind of work takes (of communication, the part that
-# is not hidden behind other work), the spread of the logarithm of estimate by figure, and the number of figures; from
-# search.calibrate.
+# Of `fitted`, from search.calibrate: seconds over those at the device's peaks by kind of work (of communication, the
+# share not hidden behind other work), root mean square of log(estimate / figure), number of figures.
 FITTED = {"matmul": 1.244, "attention": 1.7, "vector": 1.036, "communication": 0.564}
 SPREAD = 0.163
 FIGURES = 16
@@ -99,8 +98,8 @@ def estimate(report: dict, device: Device = ATLAS_800T_A2, fraction: float = FRA
     """Estimates a training step.
 
     With m micro batches and t_i seconds of a micro batch on stage i, a step of 1F1B takes (m - 1) x max t + sum t: with
-    stages alike that is (m + stages - 1) / m of a stage's own work. With `interleave` virtual stages a stage, all but
-    the slowest stage's own work is divided by their number.
+    equal stages that is (m + stages - 1) / m times a stage's own work. With `interleave` virtual stages a stage, the
+    bubble is divided by their number.
 
     Args:
         report: with programs of every stage, `layout_sizes` and `tokens_per_step`.
@@ -135,7 +134,7 @@ def estimate(report: dict, device: Device = ATLAS_800T_A2, fraction: float = FRA
 
 
 def at_peak(report: dict, device: Device = ATLAS_800T_A2) -> dict[str, float]:
-    """Seconds of a step by kind of work at the device's peaks, nothing hidden, the bubble shared out among them."""
+    """Seconds of a step by kind of work at the device's peaks, without overlap, the bubble distributed over them."""
     parts = estimate(report, device, fraction=1.0)["parts"]
     own = sum(parts[kind] for kind in WORK)
     return {kind: parts[kind] * (1 + parts["bubble"] / own) for kind in WORK}
@@ -145,8 +144,8 @@ def fitted(report: dict, device: Device = ATLAS_800T_A2) -> dict:
     """A second estimate: the same work, with an efficiency for each kind, fitted to FIGURES published ones.
 
     Returns:
-        "step_seconds", "tokens_per_second_per_device", and "interval" of the latter, which nine figures in ten lie
-        in when they are left out of the fit.
+        "step_seconds", "tokens_per_second_per_device", and "interval" of the latter, which holds nine in ten of the
+        figures that are left out of the fit.
     """
     step = sum(FITTED[kind] * seconds for kind, seconds in at_peak(report, device).items())
     speed = report["tokens_per_step"] / report["world_size"] / step
@@ -181,8 +180,8 @@ def seconds_of_program(program: dict, device: Device, fraction: float) -> dict[s
 def seconds_of_collective(device: Device, kind: str, ranks: Sequence[int], total_bytes: float, count: int) -> float:
     """Time that collectives of one kind over one group take, none of it hidden behind other work.
 
-    Inside a machine every pair of NPUs has its own link, so a group of n moves n - 1 parts of 1/n at once. Between
-    machines the parts that a machine's members share out go through one port each.
+    Inside a machine every pair of NPUs has its own link, so a group of n moves n - 1 chunks of 1/n at once. Between
+    machines, the members of a machine split the traffic over their ports.
 
     Args:
         device: the NPU.

@@ -10,7 +10,7 @@ from mindformers_glm32k.dryrun.report.estimate import FIGURES
 from mindformers_glm32k.files import atomic_path
 
 PLOT = "report.png"
-# key of a program in report.json -> what it is called; together they are "total_bytes"
+# key of a program in report.json -> label; together they are "total_bytes"
 MEMORY = (
     ("parameter_bytes", "parameters"),
     ("accumulator_bytes", "gradient accumulators"),
@@ -20,7 +20,7 @@ MEMORY = (
     ("activation_peak_bytes", "activations at the peak"),
     ("rest_bytes", "inputs and counters"),
 )
-# key of total_bytes_by_order -> what the order is called
+# key of total_bytes_by_order -> label
 ORDER_NAMES = {"file": "file's order", "bfs": "bfs", "dfs": "dfs", "best": "best known order"}
 _LARGEST_SHOWN = 5
 _COLLECTIVES_SHOWN = 12
@@ -35,7 +35,7 @@ def memory_parts(program: dict) -> dict[str, int]:
 
 
 def traffic_by_kind(program: dict) -> dict[str, int]:
-    """Bytes of a program's collectives by kind; groups of one rank apart, for nothing leaves the card."""
+    """Bytes of a program's collectives by kind; groups of one rank are kinds of their own: nothing leaves the card."""
     sums = {}
     for item in program["collectives"]:
         kind = "Send and Receive" if item["kind"] in ("Send", "Receive") else item["kind"]
@@ -45,7 +45,7 @@ def traffic_by_kind(program: dict) -> dict[str, int]:
 
 
 def title(program: dict) -> str:
-    """What a program is called: "stage 3, rank 6", with the phase of a prediction."""
+    """The title of a program: "stage 3, rank 6", with the phase of a prediction."""
     phase = program.get("phase", "train")
     return f"stage {program['stage']}, rank {program['rank']}" + (f", {phase}" if phase != "train" else "")
 
@@ -56,7 +56,7 @@ def three_digits(value: float) -> str:
 
 
 def table(head: list[str], lines: Iterable[Iterable], texts: int = 1) -> str:
-    """A table in Markdown; the first `texts` columns to the left, the others, figures, to the right."""
+    """A table in Markdown; the first `texts` columns aligned left, the others (figures) right."""
     lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *lines]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

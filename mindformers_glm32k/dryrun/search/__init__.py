@@ -29,21 +29,21 @@ def search_layouts(
     """Searches and writes search.json, the candidates' YAMLs, search.md and search.png.
 
     Args:
-        config_file: YAML, whose model, sequence length and training are kept.
+        config_file: YAML; its model, sequence length and training settings are kept.
         overrides: run_mindformer's other options.
         output: where the files go.
         devices: NPUs.
-        memory_gib: that a card may take.
-        rows: sequences of a step at most, over all NPUs.
+        memory_gib: limit of a card's memory, GiB.
+        rows: most sequences of a step, over all NPUs.
         quick: nothing is compiled at full depth.
-        minutes: in which a compile of training may begin.
+        minutes: after which no compile of training starts.
 
     Returns:
         The candidates that fit, best first, and the table.
 
     Raises:
-        InputError: sizes that are none, or a configuration that run_mindformer would refuse.
-        CommandFailed: nothing fits; the files are there.
+        InputError: a size that is not positive, or a configuration that run_mindformer would refuse.
+        CommandFailed: nothing fits; the files are written all the same.
     """
     for name, value in (("devices", devices), ("rows", rows)):
         if not is_int(value, 1):

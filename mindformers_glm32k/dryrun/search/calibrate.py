@@ -1,8 +1,8 @@
 """The coefficients of `report.estimate.fitted`, by least squares over published speeds of the same NPUs.
 
-published.json holds the figures with their sources: sizes of the model, layout, tokens/s and card, of MindFormers' and
-MindSpeed's documents. The work of a figure follows from the closed form of the search, of ChatGLM3-6B-32K from the
-compiled programs. Software of other years differs by a fifth on the same layout; that is in the error.
+published.json holds the figures with their sources: model sizes, layout and tokens/s per card from MindFormers' and
+MindSpeed's documents. The work behind a figure is computed by the closed form of the search, for ChatGLM3-6B-32K by the
+compiled programs. Software versions differ by a fifth on the same layout, which the error includes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mindformers_glm32k.dryrun.search.space import Setting
 # Where figures say little about a coefficient, it stays near this: products and attention at two thirds of the peak,
 # memory at its bandwidth, two thirds of the communication not hidden.
 _PRIOR = np.array([1.45, 1.6, 1.0, 0.7])
-_WEIGHT = 0.05  # of the prior, in figures
-_WHOLE_LOGITS = 10**9  # tokens of a chunk of the loss; the others compute it at once
+_WEIGHT = 0.05  # of the prior; a published figure weighs 1
+_WHOLE_LOGITS = 10**9  # tokens of a loss chunk: the published runs do not chunk the loss
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Figure:
 
     Args:
         what: model, length, layout.
-        speed: tokens/s and card.
+        speed: tokens/s per card.
         source: document.
-        report: what `report.estimate` reads, of its programs.
+        report: of its programs, as `report.estimate` reads it.
     """
 
     what: str
@@ -91,8 +91,8 @@ def _shares(found: tuple[Figure, ...]) -> np.ndarray:
 
 
 def fit(found: tuple[Figure, ...]) -> dict[str, float]:
-    """Kind of work -> how many times the seconds at the device's peaks it takes: the least squares of relative errors
-    of the step's time, with a weak prior."""
+    """Kind of work -> factor on its seconds at the device's peaks: least squares of the step time's relative errors,
+    with a weak prior."""
     return dict(zip(WORK, map(float, _fit(_shares(found)))))
 
 
@@ -103,7 +103,7 @@ def _fit(shares):
 
 
 def leave_one_out() -> list[tuple[Figure, float]]:
-    """Each figure with the relative error of the speed that the others' fit gives it."""
+    """Each figure with the relative error of the speed that a fit to all others predicts."""
     found = figures()
     shares = _shares(found)
     return [
@@ -113,5 +113,5 @@ def leave_one_out() -> list[tuple[Figure, float]]:
 
 
 def spread() -> float:
-    """Root mean square of the logarithms of estimate by figure, each figure left out of its own fit."""
+    """Root mean square of log(estimate / figure), each figure left out of its own fit."""
     return float(np.sqrt(np.mean([np.log1p(error) ** 2 for _, error in leave_one_out()])))

@@ -11,13 +11,13 @@ from mindformers_glm32k.dryrun.analysis.order import ORDERS
 # ("bytes", order), ("states",), ("matmul", dtype), ("collective", kind, ranks, what, …), …
 Figures = dict[tuple, float]
 
-_STATES = ("weights", "gradients", "optimizer")  # what a step keeps: accumulated gradients, AdamW's moments
-PHASES = ("passes", "update")  # forward and backward; clipping and the optimizer behind them
+_STATES = ("weights", "gradients", "optimizer")  # persistent memory; gradients are the accumulated ones
+PHASES = ("passes", "update")  # forward and backward; clipping and optimizer
 _OF_MEMORY = frozenset(("bytes", "states", *_STATES, *PHASES, *TERMS))
 
 
 def figures_of(program: dict) -> Figures:
-    """Those of a program of report.json that an estimate and a search read."""
+    """The figures of a program of report.json that estimate and search read."""
     found: Figures = {("states",): program["total_bytes"] - program["activation_peak_bytes"]}
     peaks = program["at_peak_by_order"]
     found.update({(name, order): found["states",] + peaks[order][name] for name in PHASES for order in ORDERS})
@@ -37,7 +37,7 @@ def figures_of(program: dict) -> Figures:
 
 
 def settled(figures: Figures) -> Figures:
-    """With the bytes of each order: the larger of its phases, each of which is linear in the layers by itself."""
+    """Adds the bytes of each order: the maximum of its phases, which alone are linear in the layers."""
     return {**figures, **{("bytes", order): max(figures[phase, order] for phase in PHASES) for order in ORDERS}}
 
 
@@ -62,7 +62,7 @@ _CUBE = ("matmul", "attention")
 
 
 def combine(*terms: tuple[float, Figures]) -> Figures:
-    """The weighted sum."""
+    """The sum of (factor, figures) pairs."""
     total = defaultdict(float)
     for factor, figures in terms:
         for key, value in figures.items():
@@ -71,14 +71,14 @@ def combine(*terms: tuple[float, Figures]) -> Figures:
 
 
 def at_depth(shallow: Figures, deeper: Figures, layers: float) -> Figures:
-    """Extrapolated from programs of LAYERS layers."""
+    """Figures at `layers` layers, extrapolated linearly from programs of LAYERS layers."""
     steps = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
     return settled({key: max(value, 0) for key, value in combine((1 - steps, shallow), (steps, deeper)).items()})
 
 
 def with_sequences(figures: Figures, compiled: int, wanted: int) -> Figures:
-    """The work of another number of sequences a step; memory stays, for one sequence comes after the other, and what
-    moves weights and their gradients, which happens once."""
+    """Figures for another number of sequences a step: work scales with it; memory does not (sequences run one after the
+    other), nor do the collectives of weights and their gradients (once a step)."""
     factor = wanted / compiled
     return {
         key: value if key[0] in _OF_MEMORY or key[0] == "collective" and key[3] else value * factor

@@ -1,4 +1,4 @@
-"""Programs of a search, compiled once: what was read from them is kept by the content that they follow from."""
+"""Compiles each program of a search once: its figures are cached under a digest of all that determines them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _version() -> str:
-    """A digest of everything but the configuration that a program and its figures follow from."""
+    """Digest of the versions and sources that determine a program and its figures."""
     digest = hashlib.sha256(" ".join(host_versions()).encode())
     for path in sorted(_PACKAGE.rglob("*.py")):
         relative = path.relative_to(_PACKAGE).as_posix()
@@ -47,16 +47,16 @@ def _version() -> str:
 
 
 class Programs:
-    """Compiles, or finds in the cache.
+    """Compiles programs, or reads their figures from the cache.
 
     Args:
-        folder: for what a compile leaves; a hidden folder below it.
-        written: the YAML with the search's options, that settings are applied to.
+        folder: files of a compile go to a hidden folder below it.
+        written: the YAML's content with the search's overrides.
     """
 
     def __init__(self, folder: Path, written: Mapping[str, Any]):
         self.folder, self.written = folder, written
-        self.compiled = 0  # programs, without those of the cache
+        self.compiled = 0  # number of programs, those from the cache left out
 
     def shallow(self, config: dict[str, Any]) -> list[list[dict]]:
         """Programs of every stage of a configuration with LAYERS[0] and LAYERS[1] layers a stage."""
@@ -64,7 +64,7 @@ class Programs:
         return [self.full(config, overrides_for(count, stages)) for count in LAYERS]
 
     def full(self, config: dict[str, Any], overrides: list[str] = ()) -> list[dict]:
-        """Programs of every stage of a configuration as it is; what follows from them in `report.json`."""
+        """Entries of report.json, without lists of tensors, for every stage of `config` with `overrides`."""
         path = cache_folder() / f"{_digest(config, overrides)}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text(encoding="utf-8"))
@@ -75,17 +75,17 @@ class Programs:
             arguments = ["--config", str(work / "config.yaml"), *overrides]
             layout = ParallelLayout.from_config(config)
             ranks = [layout.ranks_of(stage)[0] for stage in range(layout.stages)]
-            with contextlib.redirect_stderr(io.StringIO()):  # the search has a line of its own
+            with contextlib.redirect_stderr(io.StringIO()):  # the search prints progress of its own
                 programs = compile_and_analyze(ranks, layout, work / "out", arguments)
         self.compiled += len(programs)
         programs = [_without_tensors(program) for program in programs]
-        with contextlib.suppress(OSError), atomic_path(path) as temporary:  # a cache that cannot be written is none
+        with contextlib.suppress(OSError), atomic_path(path) as temporary:  # the cache may be read-only
             temporary.write_text(json.dumps(programs), encoding="utf-8")
         return programs
 
 
 def _digest(config, overrides):
-    """Of the configuration's sections that a program follows from, of options and versions."""
+    """Digest of the configuration's sections that determine a program, of options and versions."""
     content = {name: config.get(name) for name in _SECTIONS}
     section = config.get("train_dataset") or {}
     content["train_dataset"] = {
@@ -96,6 +96,6 @@ def _digest(config, overrides):
 
 
 def _without_tensors(program):
-    """Without the lists that reports alone show."""
+    """The program without its lists of tensors, which only reports show."""
     lists = ("largest_tensors", "at_peak", "square_tensors", "large_constants", "stand_ins", "inputs")
     return {key: value for key, value in program.items() if key not in lists}

@@ -1,8 +1,8 @@
-"""What a setting would take, before its programs are compiled: a closed form, corrected by all that were compiled.
+"""Figures of a setting before its programs are compiled: a closed form, corrected by the programs compiled so far.
 
-Work (products, attention, collectives) follows from the sizes. Of memory, the part that stays in a layer from its
-forward to its backward pass depends on what is computed again; it is given in features of the residual stream and of
-the MLP that each token keeps, and corrected by the ratio found in the shallow programs of the nearest setting.
+Work (products, attention, collectives) follows from the sizes. The activations that a layer keeps from its forward to
+its backward pass depend on recomputation; they are counted in multiples of the hidden and the MLP size per token, and
+corrected by the ratio found in the shallow programs of the most similar setting.
 
 Legend: T tokens of a sequence that a device has, H hidden size, F MLP size, Q query features, V vocabulary.
 """
@@ -30,23 +30,24 @@ from mindformers_glm32k.dryrun.search.figures import (
 )
 from mindformers_glm32k.dryrun.search.space import HARDER, Setting
 
-# Elements that a token keeps in a layer, in features of (residual stream, MLP): found in compiled programs.
+# Activations kept per token and layer, in multiples of (hidden size, MLP size); from compiled programs.
 _KEPT = {"whole": (1.0, 0.0), "mlp": (4.4, 0.0), "cheap": (4.4, 2.0), "none": (9.5, 4.0)}
-# Bytes that operators without products read and write, in features of (residual stream, MLP) a token and layer.
+# Bytes that vector operators read and write per token and layer in 16 bits, in multiples of (hidden size, MLP size).
 _MOVED = {"whole": (250, 85), "mlp": (210, 70), "cheap": (200, 65), "none": (190, 62)}
-_MOVED_BY_EXCHANGE = 1.8  # times that, with context parallel: copies before and after
+_MOVED_BY_EXCHANGE = 1.8  # factor on _MOVED with context parallel: copies before and after each AlltoAll
 _TRANSIENT = 6  # tensors of a layer's MLP that its backward pass holds at once
 _LOGITS = 4  # float32 copies of a chunk's logits that the loss holds at once
-_OF_THE_LOSS = 2**28  # bytes of the loss at a peak, below which its chunks do not matter
-_UPDATE = 8.5  # bytes of a parameter that clipping and AdamW hold beside its moments
+_OF_THE_LOSS = 2**28  # bytes of logits at a peak, below which the loss's chunk size does not matter
+_UPDATE = 8.5  # bytes per parameter that clipping and AdamW hold beside its moments
 _ADAM = 8  # bytes of a parameter's moments
-_EXCHANGES = 15  # of a rank's query features, by context parallel, forward and backward of a layer
-_SHARES = 20  # of a sequence's residual stream, by tensor parallel
+_EXCHANGES = 15  # AlltoAll traffic of context parallel per layer, forward and backward, in tensors of T x Q
+_SHARES = 20  # traffic of tensor parallel per layer, forward and backward, in tensors of T x H
 
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of the model that a configuration asks for; `bytes` of an element in products, `adapters` for LoRA."""
+    """Model sizes of a configuration; `query` and `keys` (with values): features; `bytes`: of an element in products;
+    `adapters`: LoRA."""
 
     layers: int
     length: int
@@ -61,7 +62,7 @@ class Dims:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Dims:
-        """Of a merged configuration."""
+        """Sizes of a merged configuration."""
         model = config["model"]["model_config"]
         channels = int(model["kv_channels"])
         return cls(
@@ -105,14 +106,14 @@ class Model:
         return not self.missing(setting)
 
     def missing(self, setting: Setting) -> list[Setting]:
-        """Families whose programs a setting's figures would have to be extrapolated from, but are guessed."""
+        """Families whose shallow programs are not compiled yet: without them a setting's figures are guessed."""
         needed = [setting.family]
         if any(setting.recomputed):
             needed.append(replace(setting, recompute=HARDER[setting.recompute]).family)
         return [family for family in needed if family not in self.known]
 
     def is_near(self, setting: Setting) -> bool:
-        """Whether a guess about a setting follows from programs of the same axes that compute the same again."""
+        """Whether a guess about a setting follows from programs with the same axes and the same recomputation."""
         return any(one.axes == setting.axes and one.recompute == setting.recompute for one in self.known)
 
     def stages(self, setting: Setting) -> list[Figures]:
@@ -121,7 +122,7 @@ class Model:
         for stage, layers in enumerate(setting.layers):
             whole = setting.recomputed[stage] if setting.recomputed else 0  # layers
             figures = self._stage(setting, stage, layers - whole)
-            if whole:  # what so many layers more take where each computes more again
+            if whole:  # plus `whole` layers with the next stronger recomputation
                 again = replace(setting, recompute=HARDER[setting.recompute], recomputed=())
                 more = [self._stage(again, stage, count) for count in (whole, 0)]
                 figures = settled(combine((1, figures), (1, more[0]), (-1, more[1])))
@@ -140,8 +141,8 @@ class Model:
         return with_sequences(figures, family.sequences, setting.sequences)
 
     def _resized(self, family, stage, layers):
-        """From the programs with chunks of the usual sizes. Smaller chunks of the loss save only what the loss makes up
-        at the peak of these."""
+        """Figures from the programs with the default chunk sizes. Smaller loss chunks save at most the loss's share of
+        the peak of those programs."""
         usual = family.usual
         figures = at_depth(*(pair[stage] for pair in self.known[usual]), layers)
         forms = [self.closed_form(one, stage, layers) for one in (family, replace(family, loss_chunk=None), usual)]
@@ -156,13 +157,13 @@ class Model:
         return settled(figures)
 
     def limited_by_loss(self, setting: Setting) -> bool:
-        """Whether the loss has a part in the peak of the fullest stage, by the programs of a setting that is known."""
+        """Whether logits take part in the peak of the fullest stage; for a setting that `is_known`."""
         stages = self.stages(setting)
         order = best_order(stages)
         return max(stages, key=lambda figures: figures["bytes", order])["logits", order] > _OF_THE_LOSS
 
     def _guess(self, family, stage, layers):
-        """The closed form, each figure by the median ratio of the most similar families that were compiled."""
+        """The closed form, each figure times its median ratio in the most similar families that were compiled."""
         figures = self.closed_form(family, stage, layers)
         if family not in self._corrections:
             self._corrections[family] = self._ratios(family)
@@ -173,7 +174,7 @@ class Model:
         return settled(figures)
 
     def _ratios(self, family):
-        """figure -> (ratio of what a layer adds, ratio of what there is without layers)."""
+        """Figure -> compiled / closed form, of (what a layer adds, the part that does not depend on the layers)."""
 
         def exchanges(one):
             return one.context_parallel > 1, one.model_parallel > 1
@@ -204,11 +205,11 @@ class Model:
         return {key: tuple(median(side) for side in zip(*values)) for key, values in found.items()}
 
     def closed_form(self, setting: Setting, stage: int, layers: float) -> Figures:
-        """Figures of a stage with so many layers, from the sizes alone."""
+        """Figures of a stage with `layers` layers, from the sizes alone."""
         return {**self._work(setting, stage, layers), **self._memory(setting, stage, layers)}
 
     def _ends(self, setting, stage):
-        """How many of embedding and output layer a stage holds, and whether the loss."""
+        """(how many of embedding and output layer a stage holds, whether it computes the loss)."""
         last = stage == setting.pipeline_stage - 1
         return (stage == 0) + last, last
 
@@ -241,7 +242,7 @@ class Model:
         return {**found, **{(name,): size for name, size in kept_always.items()}}
 
     def _logits(self, setting, tokens):
-        """Bytes that the loss holds of so many tokens' logits."""
+        """Bytes that the loss holds for the logits of a chunk of `tokens`."""
         return _LOGITS * tokens * self.dims.vocabulary * 4 / setting.model_parallel
 
     def _work(self, setting, stage, layers):
@@ -263,7 +264,7 @@ class Model:
         vector += last * 60 * tokens * dims.vocabulary / mp + 60 * self._parameters(setting, stage, layers) / (
             setting.replicas * count
         )
-        # each chunk of the loss behind the first reads the weight's gradient and what it adds, and writes the sum
+        # each loss chunk after the first reads the weight's gradient and its own contribution, and writes the sum
         more_chunks = math.ceil(tokens / (setting.loss_chunk or dims.loss_chunk)) - 1
         vector += last * (not dims.adapters) * more_chunks * 3 * dims.vocabulary * dims.hidden * dims.bytes / mp
         dtype = {2: "float16", 4: "float32"}[dims.bytes]
@@ -299,7 +300,7 @@ class Model:
         boundary = tokens * dims.hidden * dims.bytes / mp
         stages = setting.pipeline_stage
         for other, ends in ((stage - 1, stage == 0), (stage + 1, stage == stages - 1)):
-            calls = setting.sequences * (setting.interleave - ends)  # virtual stages begin behind the last stage
+            calls = setting.sequences * (setting.interleave - ends)  # the last stage feeds the first one, too
             if stages > 1 and calls:
                 key = "collective", "Receive", tuple(sorted((first, other % stages * per_stage))), False
                 for what, more in (("bytes", boundary * calls), ("count", calls)):
@@ -308,8 +309,8 @@ class Model:
 
 
 def _in_flight(setting, stage):
-    """Micro batches whose activations a stage holds at once in all its layers (1F1B; with virtual stages as Megatron's
-    interleaved schedule has it, whose warm-up takes a round more of every virtual stage)."""
+    """Micro batches whose activations a stage holds at once in all its layers: of 1F1B, or with virtual stages of
+    Megatron's interleaved 1F1B, whose warm-up takes one more round over the virtual stages."""
     stages, parts = setting.pipeline_stage, setting.interleave
     if stages == 1:
         return 1

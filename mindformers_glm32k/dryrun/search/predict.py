@@ -1,5 +1,5 @@
-"""The search for prediction: how many prompts a card's memory takes at once. There is one layout, tensor parallel over
-all NPUs, for all prompts of a batch are one sequence; memory is linear in the prompts, so two batches tell of all."""
+"""The search for prediction: how many prompts fit a card's memory at once. The only layout is tensor parallel over all
+NPUs, for a batch is one flattened sequence; memory is linear in the prompts, so two batch sizes are compiled."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Prompts:
             "model.model_config.batch_size": self.rows,
             "model.model_config.num_blocks": -(-self.length // self.block_size) * self.rows,
         }
-        if parallel:  # split weights are sharded without moving activations
+        if parallel:  # weights that are not concatenated are sharded without moving activations
             keys["model.model_config.qkv_concat"] = keys["model.model_config.mlp_concat"] = False
         return {**keys, **({"context.exec_order": order} if order else {})}
 

@@ -18,7 +18,7 @@ from mindformers_glm32k.dryrun.search.space import applied
 from mindformers_glm32k.files import atomic_path
 
 JSON, TABLE, PICTURE = "search.json", "search.md", "search.png"
-# Terms of memory: what they are called, what makes them less.
+# Term of memory -> (label, how to reduce it).
 _TERMS = {
     "weights": ("weights", "they take less with more NPUs (--devices)"),
     "gradients": ("accumulated gradients", "they take less with more NPUs (--devices) or fewer sequences (--rows)"),
@@ -42,21 +42,21 @@ _OF_PREDICTION = (
     "published is fitted for prediction, and the interval is a guess. Beside it that at the device's peaks, of which "
     "matmul to bubble are the seconds of a token of each prompt."
 )
-_MISSES = 3  # candidates that do not fit, named when none does
+_MISSES = 3  # candidates written when none fits
 
 
 @dataclass
 class Candidate:
-    """A setting, of training or prediction, with what it takes.
+    """A setting of training or prediction with its predicted speed and memory.
 
     Attributes:
         setting: has a `name`, and `keys` of a YAML.
-        speed: tokens/s and card, `fitted`; `interval` bounds it.
+        speed: tokens/s per card by `estimate.fitted`; `interval` bounds it.
         roofline: the same by `estimate`, with its `parts` (seconds).
         bytes: of the fullest card, in `order`.
-        terms: of these by what takes them, the largest first.
+        terms: `bytes` by what takes them, the largest first.
         known: extrapolated from shallow programs of its own; False: a guess.
-        compiled: from the whole program.
+        compiled: figures of the program at full depth.
     """
 
     setting: Any
@@ -109,7 +109,7 @@ def write(candidates: list[Candidate], written: Mapping[str, Any], limit: float,
 
 
 def misfit(candidates: list[Candidate], limit: float, folder: Path) -> str:
-    """One line on what none of the candidates fits for, and what would help."""
+    """One line: why no candidate fits, and what would help."""
     if not candidates:
         return "no layout compiles; the lines above say why, the layouts' YAML may not be of this model"
     least = min(candidates, key=lambda item: item.bytes)
@@ -181,7 +181,7 @@ def render(candidates: list[Candidate], limit: float, config_file: str, predicts
 
 
 def _seconds(count):
-    """Two digits of what is less than a tenth of a second."""
+    """Two significant digits below a tenth of a second, else one decimal."""
     return f"{count:.2g}" if 0 < count < 0.1 else f"{count:.1f}"
 
 
@@ -192,7 +192,7 @@ def _origin(item):
 
 
 def frontier(candidates: list[Candidate]) -> list[Candidate]:
-    """Those that no other beats in both speed and memory, by memory."""
+    """The Pareto frontier of speed and memory, by memory."""
     found: list[Candidate] = []
     for item in sorted(candidates, key=lambda one: (one.bytes, -one.speed)):
         if not found or item.speed > found[-1].speed:

@@ -20,18 +20,18 @@ from mindformers_glm32k.errors import CommandFailed, InputError
 
 SHOWN = 10  # candidates
 COMPILED = 2  # of them, compiled at full depth
-_COMPILED_AT_MOST = 4  # where one turns out to be worse than those behind it
+_COMPILED_AT_MOST = 4  # where compiled ones turn out worse than the next candidates
 _PROMISING = 4  # settings whose own shallow programs are compiled before the search ends
-MINUTES = 20.0  # in which a compile may begin
+MINUTES = 20.0  # after which no compile starts
 _FAMILIES = 10  # pairs of shallow programs at most
-_FAMILIES_IN_VAIN = 4  # and where nothing fits
-_EXPECTED = 40.0  # seconds of a pair of shallow programs, before the first was seen
+_FAMILIES_IN_VAIN = 4  # the same while nothing fits
+_EXPECTED = 40.0  # seconds of a pair of shallow programs, before the first is measured
 _NEAR = 1.15  # a guess of memory that is this much too high may still be right
-_FAILURES = 2  # of settings of the same axes, after which they are given up
-_SURE = 0.2  # power of that where programs of the same axes are known
+_FAILURES = 2  # failed families of the same axes, after which these axes are given up
+_SURE = 0.2  # exponent on _NEAR for guesses from programs of the same axes, which err less
 _PER_LAYOUT = 3  # candidates of the same axes
 _RESIZED = 2  # pairs of shallow programs with chunks of other sizes, at most
-_WORTH = 1.001  # times the speed that other chunks must bring
+_WORTH = 1.001  # speedup that other chunk sizes must bring
 
 
 class Search:
@@ -42,9 +42,9 @@ class Search:
         merged: the same with MindFormers' defaults.
         devices: NPUs.
         limit: bytes that a card may take.
-        rows: sequences that a step may take.
-        folder: for what compiles leave.
-        minutes: in which a compile may begin.
+        rows: most sequences of a step.
+        folder: for files of the compiles.
+        minutes: after which no compile starts.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Search:
             )
 
     def run(self, quick: bool = False) -> list[Candidate]:
-        """Candidates, best first; those that do not fit are behind those that do."""
+        """Candidates, best first; those that do not fit come last."""
         for family in self._unknown():
             self._compile_shallow(family)
         return self.shown() if quick else self._confirmed()
@@ -81,7 +81,7 @@ class Search:
         return applied(self.written, setting.keys(order))
 
     def _unknown(self):
-        """The next family to be compiled, until the best settings are known."""
+        """Yields the next family to compile until the best settings are known or a limit is reached."""
         while self.progress.seconds < self.seconds:
             best = self._all(near=_NEAR)[:_PROMISING]
             unknown = [item.setting for item in best if not item.known]
@@ -94,7 +94,7 @@ class Search:
             yield missing[0]
 
     def _hopeless(self, found):
-        """Whether weights, moments and what their update takes are too much for all of them already."""
+        """Whether weights, moments and their update alone exceed the limit for every candidate in `found`."""
         return all(max(stage["update", item.order] for stage in item.stages) > self.limit for item in found)
 
     def _compile_shallow(self, family):
@@ -119,7 +119,7 @@ class Search:
         found = []
         for variants in self.variants:
             tried = []
-            for setting in variants:  # each takes less memory than the one before, for a little time
+            for setting in variants:  # each takes less memory and slightly more time than the one before
                 if self._may_compile(setting):
                     tried.append(self.candidate(setting))
                     if fits(tried[-1]):
@@ -135,8 +135,8 @@ class Search:
         return _ranked(found, fits)
 
     def _resized(self, plain, best):
-        """A known candidate with chunks of other sizes, where that makes it fit or faster than `best`: smaller ones of
-        the loss only where the loss is what limits it."""
+        """Variants of a known candidate with other chunk sizes that make it fit or faster than `best`; smaller loss
+        chunks only where logits limit it."""
         if not plain.known or plain.setting.usual != plain.setting:
             return []
         by_loss, found = self.model.limited_by_loss(plain.setting), []
@@ -154,12 +154,12 @@ class Search:
         return found
 
     def _may_compile(self, setting):
-        """Not after it failed, nor after two other settings of its axes did."""
+        """False after the family failed to compile, or after _FAILURES families of the same axes did."""
         alike = sum(family.axes == setting.axes for family in self.failed)
         return setting.family not in self.failed and alike < _FAILURES
 
     def _mixed(self, setting):
-        """The setting with as many layers that compute more again as it takes to fit; None where that is no way."""
+        """The setting with as few layers of stronger recomputation as make it fit; None where that is impossible."""
         if setting.recompute not in HARDER or setting.interleave > 1:
             return None
         whole = replace(setting, recompute=HARDER[setting.recompute])
@@ -179,7 +179,7 @@ class Search:
         return self.candidate(best)
 
     def candidate(self, setting: Setting, stages: list[dict] | None = None) -> Candidate:
-        """By the model, or from the figures of whole programs."""
+        """The candidate of a setting, by the model or from `stages`, the figures of programs at full depth."""
         figures = stages or self.model.stages(setting)
         report = self._report(setting, figures)
         before, found = estimate(report), fitted(report)
@@ -213,7 +213,7 @@ class Search:
         }
 
     def _confirmed(self):
-        """The best candidates, those that were compiled as a whole with their own figures."""
+        """The best candidates, the first COMPILED of them compiled at full depth."""
         found, tried = self.shown(), 0
         while tried < _COMPILED_AT_MOST and self.progress.seconds < self.seconds:
             open_ones = [item for item in found[:COMPILED] if item.bytes <= self.limit and not item.compiled]
@@ -225,7 +225,7 @@ class Search:
         return found
 
     def _compiled(self, candidate):
-        """The candidate with the figures of its whole program; nothing where that does not compile."""
+        """The candidate with the figures of its programs at full depth; empty where these do not compile."""
         self.progress.say(f"all layers of {candidate.setting.name}")
         try:
             programs = self.programs.full(self._config(candidate.setting, candidate.order))
@@ -256,7 +256,7 @@ def _ranked(found, fits):
 
 
 def _variants(found):
-    """Settings that differ only in what saves memory at little cost, the plainest first."""
+    """Groups of settings that differ only in MLP chunks and optimizer level (cheap in time), the plainest first."""
     groups = {}
     for setting in found:
         groups.setdefault(replace(setting, mlp_chunk=None, level=1), []).append(setting)
@@ -274,7 +274,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the search began."""
+        """Seconds since the search began."""
         return self.clock() - self.began
 
     def say(self, what: str) -> None:
@@ -286,5 +286,5 @@ class Progress:
         print(f"search: {what}, {self.seconds:.0f} s; about {text} left", file=sys.stderr, flush=True)
 
     def done(self) -> None:
-        """What was said last is done."""
+        """Records the time of the step announced last."""
         self.spent.append(self.clock() - self.started)

@@ -1,4 +1,4 @@
-"""The layouts that a search looks at: how a model can be split over NPUs, and what it computes again to save memory."""
+"""The settings that a search considers: how a model is sharded over NPUs, and what it recomputes to save memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from mindformers_glm32k.parallel import layout_problems
 from mindformers_glm32k.preflight.findings import set_value
 
-_CHEAP = [  # next to no time, half of the memory: norms and SwiGLU, and what the projections behind them keep of them
+_CHEAP = [  # half of the activations for next to no time: norms, SwiGLU, and the inputs that projections keep of them
     r"mlp\.activation_func\.mul",
     r"mlp\.activation_func\.silu\.silu",
     r"input_layernorm\.(cast|norm)",
@@ -21,11 +21,11 @@ _CHEAP = [  # next to no time, half of the memory: norms and SwiGLU, and what th
     r"mlp\.dense_4h_to_h\.reshape",
 ]
 _OF_CHUNKS = r"mlp\.split_tokens"
-# What every layer computes again, from most to least: patterns of recompute_config.select_recompute.
+# What every layer recomputes, from most to least: patterns of recompute_config.select_recompute.
 RECOMPUTE = {"whole": [], "mlp": ["mlp", *_CHEAP], "cheap": _CHEAP, "none": []}
-HARDER = {"mlp": "whole", "cheap": "mlp", "none": "cheap"}  # what saves more
+HARDER = {"mlp": "whole", "cheap": "mlp", "none": "cheap"}  # the next that saves more memory
 MLP_CHUNK = 4096  # tokens
-# Other sizes, of the MLP's chunks and of the loss's: of settings whose programs show that chunks are what limits them.
+# Other chunk sizes of MLP and loss, tried once the programs with the default sizes are known.
 _MLP_CHUNKS, _LOSS_CHUNKS = (2048, 8192), (1024, 4096)
 INTERLEAVE = 2  # virtual stages: shallow programs have one layer or two in each
 _LEVEL = "parallel.parallel_optimizer_config.optimizer_level"
@@ -37,16 +37,16 @@ class Setting:
 
     Args:
         data_parallel, model_parallel, context_parallel, pipeline_stage: sizes along each axis.
-        sequences: that each data parallel rank takes in a step, one after the other: micro batches of a pipeline,
-            accumulated gradients otherwise.
+        sequences: of each data parallel rank in a step, one after the other: micro batches of a pipeline, accumulated
+            gradients otherwise.
         layers: of each stage.
-        recompute: of RECOMPUTE.
-        recomputed: layers of each stage that compute again what HARDER says, the others less; empty for none.
+        recompute: a key of RECOMPUTE.
+        recomputed: layers of each stage that recompute HARDER[recompute] instead; empty for none.
         mlp_chunk: model_config.mlp_chunk_size.
-        level: what is sharded over data parallel ranks: 1 weights and optimizer states, 2 accumulated gradients, too,
-            3 and weights are gathered again in the backward pass.
+        level: optimizer_level. 1 shards weights and optimizer states over data parallel ranks, 2 accumulated gradients,
+            too, 3 also gathers weights again in the backward pass.
         loss_chunk: model_config.loss_chunk_size; None: as in the YAML.
-        interleave: virtual stages that each stage of a pipeline consists of.
+        interleave: virtual stages of each pipeline stage.
     """
 
     data_parallel: int = 1
@@ -69,7 +69,7 @@ class Setting:
 
     @property
     def replicas(self) -> int:
-        """NPUs that hold the same weights and share out their optimizer states."""
+        """NPUs that compute with the same weights, over which optimizer states are sharded."""
         return self.data_parallel * self.context_parallel
 
     @property
@@ -95,19 +95,18 @@ class Setting:
 
     @property
     def family(self) -> Setting:
-        """The setting whose shallow programs tell all about this one: the same in every layer, with as few sequences
-        as show what each one more adds."""
+        """The setting whose shallow programs this one is extrapolated from: all layers alike, and just enough sequences
+        to show what one more adds."""
         few = 2 * self.pipeline_stage if self.pipeline_stage > 1 else 2
         return replace(self, layers=(), recomputed=(), sequences=min(self.sequences, few))
 
     @property
     def usual(self) -> Setting:
-        """The setting with chunks of the usual sizes."""
+        """The setting with the default chunk sizes: the YAML's for the loss, MLP_CHUNK for the MLP."""
         return replace(self, loss_chunk=None, mlp_chunk=MLP_CHUNK if self.mlp_chunk else None)
 
     def resized(self, length: int, loss_chunk: int) -> Iterator[Setting]:
-        """Settings that differ in the size of one kind of chunks; those of the YAML's loss have `loss_chunk` tokens of
-        the sequence's `length`."""
+        """Settings that differ in one chunk size; `length` (of a sequence) and the YAML's `loss_chunk` in tokens."""
         tokens = length // self.context_parallel
         for size in _LOSS_CHUNKS:
             if min(size, tokens) != min(loss_chunk, tokens):
@@ -122,7 +121,7 @@ class Setting:
         return self.data_parallel, self.model_parallel, self.context_parallel, self.pipeline_stage
 
     def keys(self, order: str | None = None) -> dict[str, Any]:
-        """The YAML's keys, dotted, that make a run this setting; `order` is context.exec_order."""
+        """The YAML keys of this setting, dotted, with their values; `order` is context.exec_order."""
         dp, mp, cp, pp = self.axes
         pipeline = pp > 1
         keys = {
@@ -143,10 +142,10 @@ class Setting:
             "model.model_config.pp_interleave_num": self.interleave,
             **self._recompute_keys(),
         }
-        if cp > 1:  # under the name ulysses_cp MindFormers refuses fewer KV heads than ranks
+        if cp > 1:  # with ulysses_cp MindFormers refuses fewer KV heads than ranks
             keys["parallel_config.context_parallel_algo"] = "hybrid_cp"
             keys["parallel_config.ulysses_degree_in_cp"] = cp
-        if mp > 1:  # split weights are sharded without moving activations
+        if mp > 1:  # weights that are not concatenated are sharded without moving activations
             keys["model.model_config.qkv_concat"] = keys["model.model_config.mlp_concat"] = False
         if self.level > 1:
             keys[_LEVEL] = f"level{self.level}"
@@ -185,7 +184,7 @@ class Setting:
 
 
 def applied(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a configuration with dotted keys set; sections that it lacks are made."""
+    """A copy of a configuration with dotted keys set; missing sections are created."""
     config = copy.deepcopy(dict(config))
     for dotted, value in keys.items():
         set_value(config, dotted, copy.deepcopy(value))
@@ -193,10 +192,10 @@ def applied(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any
 
 
 def settings(config: Mapping[str, Any], devices: int, most_rows: int) -> Iterator[Setting]:
-    """All settings that the trainer's own checks let pass, every layer recomputed alike.
+    """All settings that the trainer's own checks accept, every layer recomputed alike.
 
     Args:
-        config: the merged configuration, whose own layout is left out of account.
+        config: the merged configuration; its own layout is ignored.
         devices: NPUs, all of them used.
         most_rows: sequences that a step may take.
     """
@@ -215,7 +214,7 @@ def settings(config: Mapping[str, Any], devices: int, most_rows: int) -> Iterato
                     continue
                 for kind, chunk, level in itertools.product(RECOMPUTE, (None, MLP_CHUNK), (1, 2, 3)):
                     if chunk and (mp * cp > 1 or chunk >= length or kind == "none"):
-                        continue  # kept tensors are not less by chunks
+                        continue  # chunks do not reduce the activations that are kept
                     if level > 1 and (setting.replicas == 1 or adapters):
                         continue
                     if level == 2 and sequences == 1 or level == 3 and pp > 1:
@@ -226,7 +225,7 @@ def settings(config: Mapping[str, Any], devices: int, most_rows: int) -> Iterato
 
 
 def _layouts(devices):
-    """(dp, mp, cp, pp) with that product; of no use here: more than 8 ranks that exchange activations."""
+    """(dp, mp, cp, pp) with the product `devices`, at most 8 ranks that exchange activations and 16 stages."""
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     for mp, cp, pp in itertools.product(sizes, repeat=3):
         if devices % (mp * cp * pp) == 0 and mp * cp <= 8 and pp <= 16:
@@ -234,15 +233,15 @@ def _layouts(devices):
 
 
 def _sequences(most, stages):
-    """Numbers of sequences of a rank that are tried."""
+    """Numbers of sequences per rank to try."""
     if stages > 1:
         return [most] if most >= stages else []
     return sorted({1, most})
 
 
 def _deals(layers, stages):
-    """Layers of each stage: evenly, and with one fewer on the first stage, which keeps most micro batches, or on the
-    last, which has the loss."""
+    """Layers of each stage: even, and with one fewer on the first stage, which holds the activations of most micro
+    batches, or on the last, which has the loss."""
     each, more = divmod(layers, stages)
     even = [each] * stages
     for index in range(more):  # the middle stages have neither embedding nor loss

@@ -17,15 +17,15 @@ from mindformers_glm32k.parallel import ParallelLayout
 from mindformers_glm32k.weights.names import plain_name
 from mindformers_glm32k.weights.strategy import ShardSpec
 
-# An element whose gradient in some step is this small beside the parameter's largest has rounding noise for a gradient
-# (the bias of the keys, which softmax does not see; a few of any weight). AdamW makes steps of full size out of noise:
-# such elements of weights are left out, their moments are compared.
+# Gradients below NOISE times the parameter's largest one are rounding noise (the bias of the keys, to which softmax is
+# invariant; a few elements of any weight). AdamW turns noise into updates of full size: elements of weights with such a
+# gradient in some step are not compared, their moments are.
 NOISE = 1e-4
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Relative differences that are allowed: of a loss or norm itself, of a parameter's largest element."""
+    """Allowed differences, relative to the loss or norm itself, for weights and moments to the largest element."""
 
     loss: float
     norm: float
@@ -33,7 +33,7 @@ class Tolerance:
     moments: float
 
 
-# float32: the order of additions. 16 bits: every operator rounds, and the two programs split their sums elsewhere.
+# float32 differs by the order of additions; in 16 bits every operator rounds, and the programs split sums differently.
 TOLERANCES = {
     "float32": Tolerance(1e-5, 1e-5, 1e-5, 1e-5),
     "float16": Tolerance(2e-3, 2e-2, 2e-3, 0.1),
@@ -44,7 +44,7 @@ LOGIT_TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}  # of th
 
 @dataclass
 class TrainingRun:
-    """What the run of a training layout gave."""
+    """Results of a training layout's run."""
 
     interpreters: list[RankInterpreter]  # by rank
     outputs: list[list]  # per step and rank
@@ -55,7 +55,7 @@ class TrainingRun:
 
 @dataclass
 class GenerationRun:
-    """What greedy decoding by all ranks of a layout gave."""
+    """Results of greedy decoding by all ranks of a layout."""
 
     interpreters: list[dict[str, RankInterpreter]]  # by rank and phase
     tokens: list[np.ndarray]  # by rank, (B, N)
@@ -70,13 +70,13 @@ class ParameterDifference:
 
     name: str
     largest: float  # absolute difference, noise left out
-    relative: float  # that, beside the parameter's largest element
+    relative: float  # `largest` over the parameter's largest element
     noise: int  # elements left out
 
 
 class NoiseWatch:
     """Finds the elements of weights whose gradient is rounding noise in some step, from the first moments of AdamW:
-    m = beta * m + (1 - beta) * gradient. `masks` says which, by weight."""
+    m = beta * m + (1 - beta) * gradient. `masks` has a bool array per weight."""
 
     def __init__(self, beta: float):
         self.beta = beta
@@ -84,7 +84,7 @@ class NoiseWatch:
         self.masks = {}
 
     def after_step(self, parameters: Mapping[str, Parameter]) -> None:
-        """To be called after every step with the parameters of one device."""
+        """Updates the masks; to be called after every step with the parameters of one device."""
         for name, parameter in parameters.items():
             if name.startswith("adam_m."):
                 moment = parameter.value.astype(np.float64)
@@ -102,7 +102,7 @@ def compare_training(
     layout: ParallelLayout,
     config: dict,
 ) -> dict:
-    """The part of execution.json that holds results: a layout's run beside one device's (`reference`).
+    """The results in execution.json: a layout's run compared with one device's (`reference`).
 
     `layouts` are those of the parameters, by stage; `config` is the merged configuration.
     """
@@ -138,7 +138,7 @@ def compare_training(
 
 
 def _first_of_steps(interpreters):
-    """Of each step the operator that was the first on any rank to make something not finite."""
+    """For each step, the first operator on any rank with a result that is not finite."""
     first = {}
     for item in sorted((item for one in interpreters for item in one.non_finite), key=lambda item: item.when):
         first.setdefault(item.step, item)
@@ -149,7 +149,7 @@ def _first_of_steps(interpreters):
 
 
 def _collectives(interpreters):
-    """Of pairs of a phase (of prediction) and an interpreter the collectives that ran, for execution.json."""
+    """Calls of each collective, for execution.json, from pairs of a phase (of prediction) and an interpreter."""
     counted = [
         (kind, one.rank, phase, count)
         for phase, one in interpreters
@@ -192,11 +192,11 @@ def _scalar(value):
 def compare_parameters(
     whole: Mapping[str, np.ndarray], one_device: Mapping[str, np.ndarray], noise: Mapping[str, np.ndarray] | None = None
 ) -> list[ParameterDifference]:
-    """Gathered parameters of a layout beside one device's: weights, moments and counters, the largest relative
+    """Gathered parameters of a layout compared with one device's: weights, moments and counters, the largest relative
     difference first; `noise` masks the elements to leave out, by weight, see `NoiseWatch`.
 
-    A bias's moments are measured by the larger of their own and its weight's: the gradient of the keys' bias is a sum
-    that all but cancels, since softmax does not see what all keys share, and keeps the rounding of what it adds up.
+    Moments of a bias are scaled by the larger of their own and its weight's largest element: softmax is invariant to
+    the bias of the keys, so that the terms of its gradient cancel and only their rounding is left.
     """
 
     def size(name):
@@ -207,7 +207,7 @@ def compare_parameters(
         reference = np.asarray(one_device[name], np.float64)
         difference = np.abs(reference - value)
         difference = np.where(np.isfinite(difference), difference, np.inf)
-        # where both are equal nothing is left out
+        # equal elements do not count as left out
         left_out = (difference > 0) & (noise or {}).get(name, False)
         largest = float(difference[~left_out].max(initial=0.0))
         scale = size(name)
@@ -226,9 +226,9 @@ def disagreements(
     unread: list[str],
     tolerance: Tolerance,
 ) -> list[str]:
-    """What does not agree, in words.
+    """One message for each disagreement.
 
-    `steps` are those of execution.json, `unequal` and `unread` copies that differ and messages that nobody received.
+    `steps` are those of execution.json, `unequal` the copies that differ, `unread` the messages that nobody received.
     """
     found = []
     for index, step in enumerate(steps, 1):
@@ -267,10 +267,10 @@ def close(value: float, reference: float, allowed: float) -> bool:
 
 
 def compare_generation(result: GenerationRun, reference: GenerationRun, allowed: float) -> dict:
-    """The part of execution.json that holds results: the tokens and logits of a layout beside one device's.
+    """The results in execution.json: the tokens and logits of a layout compared with one device's.
 
-    A prompt's logits are compared up to its first token that differs: behind it the two read different texts. `allowed`
-    is a difference of logits, beside the largest logit.
+    A prompt's logits are compared up to its first token that differs: after it the two read different texts. `allowed`
+    is a difference of logits relative to the largest logit.
     """
     ours, theirs = result.tokens[0], reference.tokens[0]  # (B, N)
     ours_logits, their_logits = result.logits[0], reference.logits[0]  # (N, B, V)
@@ -320,7 +320,7 @@ def compare_generation(result: GenerationRun, reference: GenerationRun, allowed:
 
 
 def unequal_ranks(result: GenerationRun) -> list[str]:
-    """Ranks that choose other tokens than rank 0, or whose copies of the logits are not equal to its."""
+    """One message for each rank whose tokens or logits differ from rank 0's."""
     found = []
     for rank, (tokens, logits) in enumerate(zip(result.tokens, result.logits)):
         if not np.array_equal(tokens, result.tokens[0]):

@@ -1,8 +1,8 @@
 """Prediction simulated: greedy decoding by the compiled programs of all ranks, beside those of one device.
 
-"prefill" reads all prompts, "increment" one more token of each; or, without a cache, "predict" reads all prompts and
-what they have got so far. Around the programs this does what upstream's generator does: it deals blocks of the cache
-to prompts, says where each token's keys and values go, and takes the token with the largest logit.
+"prefill" reads all prompts, "increment" one more token of each; without a cache, "predict" reads all prompts and the
+tokens generated so far. Around the programs this module does what upstream's generator does: it allocates blocks of the
+cache to prompts, maps each token's keys and values to a slot, and takes the token with the largest logit.
 
 Letters: B prompts, N tokens to generate, S tokens of a sequence, V vocabulary.
 """
@@ -32,9 +32,9 @@ from mindformers_glm32k.overrides import set_key
 from mindformers_glm32k.parallel import ParallelLayout, check_layout
 
 PREFILL, INCREMENT, PREDICT = "prefill", "increment", "predict"
-_PAD = 0  # behind the text of a sequence; no token sees what stands behind it
+_PAD = 0  # after the text of a sequence; hidden by the causal mask
 _CACHES = ("key_cache", "value_cache")
-_KERNELS = "float16"  # what the kernels of prediction are compiled for where everything is computed in float32
+_KERNELS = "float16"  # compiled dtype of prediction's kernels where everything is simulated in float32
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Decoding:
     whole: dict[str, np.ndarray]  # whole weights, the caches left out
     prompts: list[np.ndarray]  # int32
     count: int  # tokens to generate
-    dtype: str  # of what is computed
+    dtype: str  # in which everything is computed
 
     def run(self, traces: Sequence[str] = ()) -> dict:
         """Decodes with the programs of all ranks and with one device's: results and seconds, for execution.json."""
@@ -62,7 +62,7 @@ class Decoding:
 
 
 def simulate(request: Request, config: dict) -> dict:
-    """`simulator.simulate` of prediction whose merged configuration is `config`; at most max_new_tokens."""
+    """`simulator.simulate` of prediction with the merged configuration `config`; at most max_new_tokens tokens."""
     decoding, header = prepare(request, config)
     report = {**header, **decoding.run(request.traces)}
     write_reports(report, request.output)
@@ -75,7 +75,7 @@ def prepare(request: Request, config: dict, prompts: Sequence[Sequence[int]] | N
     `prompts` see `scale_down.check_prompts`; random ones by default. Errors are those of `simulator.simulate`.
 
     Returns:
-        What can be run; and what execution.json says of it.
+        The decoding, ready to run; and its header in execution.json.
     """
     started = time.monotonic()
     count, load_checkpoint, precision = request.steps, request.load_checkpoint, request.precision
@@ -158,7 +158,7 @@ def generate(
 
 
 class Blocks:
-    """Which of `blocks` of `size` tokens belong to which of B prompts, at most `width` to each: the next free one,
+    """Allocates the cache's `blocks` blocks of `size` tokens to B prompts, at most `width` to each: the next free one
     whenever a prompt's last block is full."""
 
     def __init__(self, prompts: int, width: int, size: int, blocks: int):
@@ -168,8 +168,8 @@ class Blocks:
         self.lengths = [0] * prompts
 
     def extend(self, counts: Sequence[int]) -> np.ndarray:
-        """Makes room for so many new tokens of each prompt: (sum of counts) int32, the slot of each, counted over all
-        blocks. SimulationError when the cache, or a prompt's table, is full."""
+        """Slots for `counts` new tokens of the prompts: (sum of counts) int32, numbered over all blocks.
+        SimulationError when the cache, or a prompt's table, is full."""
         slots = []
         for prompt, count in enumerate(counts):
             table, start = self.tables[prompt], self.lengths[prompt]
@@ -216,7 +216,7 @@ class CachedGenerator:
     def run(self, task: tuple[list[np.ndarray], int]) -> tuple[np.ndarray, np.ndarray]:
         """Decodes greedily: tokens (B, N) int32 and logits (N, B, V).
 
-        `task`: prompts, B arrays of int32, as long together as the program was compiled for; N.
+        `task`: (prompts: B arrays of int32, in all as long as the compiled program's input; N).
         """
         prompts, count = task
         interpreter = self.interpreters[PREFILL]
@@ -225,7 +225,7 @@ class CachedGenerator:
         ids, tokens, logits = np.concatenate(prompts)[None], [], []
         counts = [len(prompt) for prompt in prompts]
         for index in range(count):
-            interpreter.step = index  # tokens are counted, whichever program makes them
+            interpreter.step = index  # a step is a token, whichever program computes it
             slots = blocks.extend(counts)
             logits.append(
                 _logits(
@@ -263,7 +263,7 @@ class UncachedGenerator:
             result = _logits(interpreter, sequences.size, input_ids=sequences)
             logits.append(result.reshape(*sequences.shape, -1)[each, ends - 1])  # (B * S, V) -> (B, V)
             tokens.append(logits[-1].argmax(-1).astype(np.int32))
-            inside = ends < sequences.shape[1]  # the last token needs no room
+            inside = ends < sequences.shape[1]  # the last generated token is not read
             sequences[each[inside], ends[inside]] = tokens[-1][inside]
             ends += 1
         return np.stack(tokens, 1), np.stack(logits)
@@ -287,7 +287,7 @@ def _is_cache(name):
 
 
 def _without_caches(program):
-    """The program, without the parameters that every rank begins with zeros in."""
+    """The program without the caches, which are zeros at the start on every rank."""
     parameters = {node: entry for node, entry in program.parameters.items() if not _is_cache(entry[0])}
     return Program(program.main, program.graphs, parameters, program.inputs)
 

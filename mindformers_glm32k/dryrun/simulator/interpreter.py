@@ -1,6 +1,6 @@
 """Walks a compiled program: nodes in the order of the file, which respects every data and side-effect edge.
 
-What a primitive computes stands in `operators`; here is what moves values: calls, closures, tuples, parameters.
+What a primitive computes is in `operators`; this module moves values: calls, closures, tuples, parameters.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Status:
 
 @dataclass
 class NonFinite:
-    """Where a value first was NaN or infinite in a step of a rank: the operator and its location (`place`, as in
-    execution.json), what it made, and when (in seconds, to tell which rank came first)."""
+    """The first NaN or infinity of a rank in a step: the operator and its location (`place`, as in execution.json), its
+    output, and when (seconds, to tell which rank came first)."""
 
     rank: int
     step: int
@@ -46,7 +46,7 @@ class NonFinite:
 
 @dataclass(frozen=True)
 class _Closure:
-    """A graph with some of its inputs, the first ones."""
+    """A graph with its first inputs bound."""
 
     graph: Graph
     arguments: tuple = ()
@@ -56,8 +56,8 @@ class RankInterpreter:
     """Runs the program of one rank.
 
     Args:
-        parameters: arrays by parameter name; each parameter of the program must be there. A Parameter in the place of
-            an array is shared: with another interpreter of this rank, whose program uses the same memory.
+        parameters: arrays by parameter name, for each parameter of the program. A Parameter instead of an array is
+            shared with another interpreter of this rank, whose program uses the same memory.
         watch: gets (rank, step, node, value) after every operator, for tracing.
 
     Raises:
@@ -173,7 +173,7 @@ class RankInterpreter:
         location = self._location(node)
         call = operators.Call(node.op, node.attributes, node.output, self.rank, self.network, location, self.status)
         try:
-            with np.errstate(all="ignore"):  # what is not finite is looked for below
+            with np.errstate(all="ignore"):  # `_look_for_non_finite` reports it
                 result = entry.function(call, *arguments)
         except PeerFailed:
             raise
@@ -263,7 +263,7 @@ def _widen_spec(value):
     return value
 
 
-# bring what another rank made
+# pass on values of other ranks, which report what is not finite themselves
 _CARRIERS = frozenset(("Receive", "AllGather", "AlltoAll", "AllToAll", "Broadcast"))
 _MOVERS = {
     "Depend": lambda inputs: inputs[0],
@@ -279,7 +279,7 @@ _MOVERS = {
 
 
 def _constant(node):
-    """An array for tensors, else what the file says."""
+    """An array for tensors, else the Python value in the file."""
     return from_bytes(node.data, node.value) if isinstance(node.value, Spec) else node.value
 
 

@@ -1,7 +1,6 @@
-"""All ranks of a layout at work, a thread each, and the network between them: collectives, sends and receives.
+"""Runs all ranks of a layout, a thread each, and the network between them: collectives, sends and receives.
 
-It finds what a real network leaves hanging: ranks of a group that do different things, and ranks that wait for each
-other.
+Raises what would hang on a cluster: collectives that do not match within a group, and deadlocks.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from mindformers_glm32k.dryrun.analysis.mindir import Spec
 
 
 class NetworkError(RuntimeError):
-    """Ranks do not fit together. The message names group, ranks, operators and where they stand."""
+    """Ranks disagree on a collective, or wait for each other. The message names group, ranks, operators, locations."""
 
 
 class PeerFailed(RuntimeError):
@@ -33,7 +32,7 @@ class Network:
     def __init__(self, world_size: int):
         self.world_size = world_size
         self.changed = threading.Condition()
-        self.collectives = {}  # (group, index of the collective) -> {rank: (what it brings, array)}
+        self.collectives = {}  # (group, index of the collective) -> {rank: (signature, array)}
         self.counts = defaultdict(int)  # (group, rank) -> collectives so far
         self.boxes = defaultdict(deque)  # (source, destination, tag) -> arrays
         self.waiting = {}  # rank -> (condition, what it waits for)
@@ -43,7 +42,7 @@ class Network:
     def collective(
         self, rank: int, kind: str, group: str, ranks: Sequence[int], array: np.ndarray, details: Any = ""
     ) -> list[np.ndarray]:
-        """Brings an array to a collective and waits for the other ranks of the group.
+        """Contributes an array to a collective and waits for the other ranks of the group.
 
         Args:
             kind: "AllReduce", ….
@@ -51,10 +50,10 @@ class Network:
             details: whatever must be equal on all ranks: dtype, reduction, axes.
 
         Returns:
-            What each member brought, in the order of `ranks`.
+            The members' arrays, in the order of `ranks`.
 
         Raises:
-            NetworkError: members bring different kinds, shapes, dtypes or details; not a member.
+            NetworkError: members differ in kind, shape, dtype or details; `rank` is not a member.
         """
         ranks = tuple(ranks)
         if rank not in ranks:
@@ -73,14 +72,14 @@ class Network:
                 lambda: len(members) == len(ranks),
                 lambda: f"{what}, for ranks {sorted(set(ranks) - set(members))}",
             )
-            self._check(group, index, members)  # the last to come may be the one who differs
+            self._check(group, index, members)  # the last member to arrive may be the one that differs
             result = [members[member][1] for member in ranks]
             if all(self.counts[group, member] > index for member in ranks):
                 self.collectives.pop((group, index), None)
             return result
 
     def send(self, rank: int, destination: int, tag: Any, array: np.ndarray) -> None:
-        """Leaves an array for another rank and does not wait; `tag` tells messages between the two apart."""
+        """Sends an array to another rank without waiting; `tag` tells messages between the two apart."""
         with self.changed:
             self.boxes[rank, destination, tag].append(array)
             self.changed.notify_all()
@@ -99,7 +98,7 @@ class Network:
         return array
 
     def end(self, rank: int, error: Exception | None = None) -> None:
-        """A rank's thread is over, by an error if its program has not ended."""
+        """Records the end of a rank's thread, with the error that ended it, if any."""
         with self.changed:
             self.ended.add(rank)
             if error is not None and self.failure is None:
@@ -128,7 +127,7 @@ class Network:
             del self.waiting[rank]
 
     def _find_deadlock(self):
-        """All that run are waiting, and nothing that they wait for has come."""
+        """Records a deadlock: every running rank waits, and no rank's condition holds."""
         if (
             self.failure is None
             and self.waiting
@@ -157,11 +156,11 @@ def run_ranks(
     batches: Sequence[Sequence[Any]],
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[list[Any]]:
-    """Runs steps on all ranks, a thread each: per step and rank the result. The first failure of any rank is raised.
+    """Runs all steps on all ranks, a thread each, and returns results by step and rank; raises the first failure.
 
     Args:
-        ranks: by rank what runs a step: its `run` takes the rank's inputs.
-        batches: per step and rank the inputs.
+        ranks: one object per rank; its `run` takes the inputs of a step.
+        batches: inputs by step and rank.
         on_step: gets (rank, step) after each step of each rank.
     """
     results = [[None] * len(ranks) for _ in batches]

@@ -88,7 +88,7 @@ def _tokens(report):
 
 
 def _introduction(report, what, precision, inputs):
-    """What every execution.md begins with: what was run beside what, a sentence on precision and inputs each."""
+    """The first section of execution.md; `what` and `inputs` are sentences, `precision` is a dtype or a phrase."""
     scaled = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in report["shrunk"].items())
     return [
         f"# Simulation of {report['config']}",

@@ -1,8 +1,8 @@
 """A small model in the same layout (fewer layers, heads, positions, a smaller vocabulary; all switches and shardings as
 they are), and prompts that fit it.
 
-A simulation runs programs in NumPy; what it is to show (that the layout computes what one device computes) does not
-depend on the sizes, as long as everything that the layout shards stays divisible.
+A simulation runs programs in NumPy to show that the layout computes what one device computes. This does not depend on
+the sizes, as long as everything that the layout shards stays divisible.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from mindformers_glm32k.dryrun.simulator.state import sizes_of
 from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.parallel import FLASH_ATTENTION_STEP, layers_per_stage
 
-LARGE = 100_000_000  # weights; models above are scaled down unless asked otherwise
-LARGEST_LENGTH = 2048  # tokens of a sequence; attention is computed with all its scores
+LARGE = 100_000_000  # weights; larger models are scaled down by default
+LARGEST_LENGTH = 2048  # tokens of a sequence; attention holds the whole score matrix
 _HEAD, _VOCABULARY, _LENGTH = 16, 1024, 64
 _DROPOUTS = tuple(
     f"model.model_config.{key}" for key in ("hidden_dropout", "attention_dropout", "pet_config.lora_dropout")
 )
 _ANSWER, _BLOCK = 16, 16  # tokens that prediction generates, at most; tokens of a block of its cache
 _TOTAL_STEPS = 1000  # of the learning rate schedule, where it follows the data
-_LOWEST_TOKEN = 3  # of random prompts: behind padding and the end of a text
+_LOWEST_TOKEN = 3  # of random prompts: above the ids of padding and end of text
 
 
 def num_weights(model: dict[str, Any]) -> int:
@@ -45,7 +45,7 @@ def predicts(config: dict) -> bool:
 
 
 def prompts_of(config: dict) -> int:
-    """Prompts that are answered together, as the trainer has it: without a cache one by one, unless asked for."""
+    """Prompts of a batch by the trainer's rule: without a cache one, unless predict_batch_size says otherwise."""
     model = config["model"]["model_config"]
     return int(config.get("predict_batch_size") or (model.get("batch_size") if model.get("use_past") else None) or 1)
 
@@ -58,14 +58,14 @@ class Request:
     overrides: list[str]  # run_mindformer's other options
     output: Path  # folder of the results
     steps: int  # optimizer steps, or tokens to generate
-    load_checkpoint: str | None = None  # whole checkpoint to start from; by default random weights
-    scaled_down: bool | None = None  # whether the model is made small; by default where it is large
+    load_checkpoint: str | None = None  # whole checkpoint to start from; None: random weights
+    scaled_down: bool | None = None  # None: where the model is large
     precision: str = "float32"  # dtype of everything, or "config": as the YAML has it
     traces: Sequence[str] = ()  # operators or parameters whose values are printed, see `train.make_watch`
 
     @property
     def arguments(self) -> list[str]:
-        """run_mindformer's."""
+        """run_mindformer's options."""
         return ["--config", str(Path(self.config_file).resolve()), *self.overrides]
 
 
@@ -80,8 +80,8 @@ class Plan:
 def plan(config: dict, wanted: bool | None = None, checkpoint: str | PathLike | None = None) -> Plan:
     """Decides what is scaled down.
 
-    `wanted`: scale down, or do not; by default models above LARGE weights, sequences above LARGEST_LENGTH tokens.
-    `checkpoint`: whose sizes the model must have; InputError where they are large and it is not `wanted`.
+    `wanted`: None scales down models above LARGE weights and sequences above LARGEST_LENGTH tokens. The model takes the
+    sizes of `checkpoint`; InputError where that has more than LARGE weights and `wanted` is not True.
     """
     model = config["model"]["model_config"]
     values = {}
@@ -162,7 +162,7 @@ def _lengths(config):
 
 
 def _prediction_lengths(config):
-    """Short prompts with short answers, in a cache of several blocks a prompt and one more prompt than there are."""
+    """Short prompts with short answers, in a cache of several blocks a prompt and with room for one more prompt."""
     model = config["model"]["model_config"]
     block = gcd(int(model.get("block_size") or _BLOCK), _BLOCK)
     values = {
@@ -175,14 +175,14 @@ def _prediction_lengths(config):
 
 
 def _layers(config):
-    """As few layers as keep what the offset adds to each stage."""
+    """The fewest layers that keep the differences between the stages."""
     flat = [count for chunk in layers_per_stage(config) for count in chunk]
     fewer = min(flat) - 1
     return sum(flat) - fewer * len(flat) if len(flat) > 1 else min(2, flat[0])
 
 
 def schedule_overrides(config: dict) -> list[str]:
-    """Options that keep the learning rate from ending with the few sequences that are read."""
+    """Options for a schedule longer than the few simulated steps, in which the learning rate would decay to its end."""
     schedule = config.get("lr_schedule") or {}
     if int(schedule.get("total_steps") or -1) > 0:
         return []
@@ -214,8 +214,8 @@ def one_device_overrides(batch_size: int) -> list[str]:
 def precision_overrides(dtype: str, kernels: str | None = None) -> list[str]:
     """Options that compute everything in one dtype.
 
-    `kernels` is what the program is compiled for where kernels do not take that dtype; angles of the rotary embedding
-    then stay in it.
+    `kernels` is the compute dtype where kernels do not take `dtype`; angles of the rotary embedding then stay in
+    `dtype`.
     """
     values = {"param_init_type": dtype, "compute_dtype": kernels or dtype, "residual_dtype": dtype}
     if kernels:
@@ -224,8 +224,8 @@ def precision_overrides(dtype: str, kernels: str | None = None) -> list[str]:
 
 
 def make_prompts(config: dict, count: int, seed: int = 7) -> list[np.ndarray]:
-    """Prompts of random tokens (int32), to generate `count` tokens; with several, every other one is longer and its
-    neighbour shorter. InputError for more tokens than max_new_tokens."""
+    """Prompts of random tokens (int32), to generate `count` tokens each; several alternate between shorter and longer.
+    InputError where `count` is above max_new_tokens."""
     prompts, length, answer = _prompt_sizes(config, count)
     more = min(answer - count, length // 2)
     lengths = [length] * prompts
@@ -239,8 +239,8 @@ def make_prompts(config: dict, count: int, seed: int = 7) -> list[np.ndarray]:
 def check_prompts(prompts: Sequence[Sequence[int]], config: dict, count: int) -> list[np.ndarray]:
     """Prompts as int32 arrays, to generate `count` tokens each; InputError where they do not fit the programs.
 
-    They must be as many as are answered together, on average seq_length - max_new_tokens tokens long: the program holds
-    all of them in one sequence.
+    There must be `prompts_of(config)` of them, on average seq_length - max_new_tokens tokens long: the program is
+    compiled for one flattened sequence of all.
     """
     expected, length, answer = _prompt_sizes(config, count)
     vocab_size = int(config["model"]["model_config"]["padded_vocab_size"])

@@ -28,7 +28,7 @@ State = Mapping[str, Array]  # values by parameter name
 
 
 def random_weights(state: State, seed: int = 0) -> dict[str, Array]:
-    """One device's state with weights that show mistakes: large enough that the loss is not that of an even guess."""
+    """One device's state with random weights, large enough to show mistakes: the loss is not that of uniform logits."""
     rng = np.random.default_rng(seed)
     result = dict(state)
     for name, value in state.items():
@@ -43,7 +43,7 @@ def random_weights(state: State, seed: int = 0) -> dict[str, Array]:
 
 
 def sizes_of(path: str | PathLike, config: dict) -> dict[str, int]:
-    """The sizes of model_config by the tensors of a checkpoint, as `glm32k convert` reads it or whole of MindSpore.
+    """The sizes of model_config from the tensors of a checkpoint that `glm32k convert` reads, or of MindSpore's, whole.
 
     The number of key-value groups is taken from the configuration. InputError: no weights, or broken ones.
     """
@@ -116,12 +116,12 @@ def shard(
 
     Args:
         rank_in_stage: the rank minus the first rank of its stage.
-        layouts: of the stage; a parameter that is not in it is held whole.
+        layouts: of the stage; a parameter that is not in it is replicated.
         whole: values of one device.
-        counters: the rank's own values of what one device does not have.
+        counters: the rank's own values of parameters that one device does not have.
 
     Raises:
-        KeyError: a parameter of the program is nowhere.
+        KeyError: a parameter of the program is in neither.
     """
     values = {}
     for name, spec in program.parameters.values():
@@ -142,10 +142,10 @@ def gather(
     layouts_of_stages: Sequence[Mapping[str, ShardSpec]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[str, Array], dict[str, tuple[list[int], float]]]:
-    """Whole parameters of the given whole `shapes` from what all ranks (`interpreters` by rank) hold.
+    """Whole parameters of the given `shapes`, gathered from the shards of all ranks (`interpreters` by rank).
 
     Returns:
-        The parameters; and of those whose copies on several ranks differ the ranks and the largest difference.
+        The parameters; and for those whose copies differ between ranks, the ranks and the largest difference.
     """
     values, unequal = {}, {}
     for ranks, layouts in zip(ranks_of_stages, layouts_of_stages):

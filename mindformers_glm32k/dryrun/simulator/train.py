@@ -34,7 +34,7 @@ Sequences = Mapping[str, np.ndarray]  # by column (steps, sequences, tokens)
 class CompiledRank:
     """Programs of a rank that are ready to be run."""
 
-    state: dict[str, np.ndarray]  # initial values that its process left
+    state: dict[str, np.ndarray]  # initial values that its worker wrote
     layouts: dict[str, ShardSpec]  # of its stage; {} for one device
     inputs: list[list[int]]  # shapes that it was compiled for
     columns: list[str]  # names of these inputs
@@ -42,7 +42,7 @@ class CompiledRank:
 
     @property
     def program(self) -> Program:
-        """Of training, or the last one of prediction."""
+        """The program of training, or the last one of prediction."""
         return list(self.phases.values())[-1]
 
 
@@ -92,7 +92,7 @@ def compile_with_reference(
     arguments: list[str], one_arguments: list[str], layout: ParallelLayout, work: Path, output: Path
 ) -> tuple[list[CompiledRank], list[CompiledRank]]:
     """Compiles the programs of one device (`one_arguments`; a list of one) and of a layout (by rank), in the folder
-    `work`; logs go to `log/` below the output, whatever happens."""
+    `work`; logs go to `log/` below the output, also after a failure."""
     try:
         one = compile_ranks(one_arguments, layout.on_one_device(), work / "one")
         return one, compile_ranks(arguments, layout, work) if layout.world > 1 else one
@@ -102,7 +102,7 @@ def compile_with_reference(
 
 
 def compile_ranks(arguments: list[str], layout: ParallelLayout, work: Path) -> list[CompiledRank]:
-    """Compiles the programs of all ranks in the folder `work` and reads what their processes left, by rank."""
+    """Compiles the programs of all ranks in the folder `work` and reads the workers' files, by rank."""
     found = {}
     (work / "strategy").mkdir(parents=True, exist_ok=True)
 
@@ -155,7 +155,7 @@ def run(
 ) -> TrainingRun:
     """Runs the programs of a layout, by rank, from the whole parameters before the first step.
 
-    `traces` see `make_watch`; `announce` reports steps on standard error; `beta` is that of the first moment.
+    `traces` see `make_watch`; `announce` reports steps on standard error; `beta` is AdamW's, of the first moment.
     """
     network = Network(layout.world)
     interpreters = []
@@ -223,7 +223,7 @@ def make_watch(traces: Sequence[str]) -> Callable | None:
 def read_sequences(
     arguments: list[str], one: CompiledRank, steps: int, config: dict, work: Path
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Sequences of the configuration's data set, or random ones where its files are not there; and in words which.
+    """Sequences of the configuration's data set, or random ones where its files are missing; and a phrase that says so.
 
     `arguments` are run_mindformer's of one device, `one` its program; the log goes to the folder `work`.
     """

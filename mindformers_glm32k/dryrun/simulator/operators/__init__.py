@@ -15,7 +15,7 @@ other operators' results.
 An operator that updates parameters is registered with in_place=True; it gets `Parameter` objects where the
 program passes parameters, assigns their `.value`, and returns what the program sees.
 
-What an operator does not implement it refuses (NotImplementedError), and an attribute that is not there raises: no
+Inputs and attributes that are not implemented raise NotImplementedError, a missing attribute raises KeyError: no
 default is guessed. Overflow and NaN are values like any other; operators run under `numpy.errstate(all="ignore")`.
 """
 
@@ -121,7 +121,7 @@ def table() -> dict[str, Operator]:
 
 
 def collectives_of(executed: Mapping[str, int]) -> dict[str, int]:
-    """Of operators and how often each ran, those that talk to other ranks, sends and receives among them."""
+    """The collectives, sends and receives in `executed` (operator -> calls)."""
     return {
         name: count
         for name, count in executed.items()

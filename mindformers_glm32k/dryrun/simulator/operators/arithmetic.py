@@ -12,8 +12,8 @@ from mindformers_glm32k.dryrun.simulator.operators import Array, Call, as_output
 
 
 def _pair(x, y):
-    """Both operands as arrays of one dtype. A Python scalar (Muls, Divs, …) meets fp16 in float32, and an integer
-    tensor in float32 where it is no integer."""
+    """Both operands as arrays of one dtype. With a Python scalar (Muls, Divs, …), fp16 is widened to float32, and so is
+    an integer tensor where the scalar is a float."""
     if not isinstance(x, np.ndarray):
         return tuple(reversed(_pair(y, x)))
     x = np.asarray(x)
@@ -83,7 +83,7 @@ for _function, _name in _UNARY.items():
 
 @operator("Log")
 def log(call: Call, x: Array) -> Array:
-    """Natural logarithm. The attributes base, scale, shift of the primitive change nothing as (-1, 1, 0)."""
+    """Natural logarithm; only the defaults (-1, 1, 0) of the attributes base, scale and shift are implemented."""
     for name, known in (("base", -1.0), ("scale", 1.0), ("shift", 0.0)):
         call.require(known, **{name: call.attributes.get(name, known)})
     return as_output(np.log(wide(x)), call.output)
@@ -91,13 +91,13 @@ def log(call: Call, x: Array) -> Array:
 
 @operator("Select")
 def select(call: Call, condition: Array, x: Array, y: Array) -> Array:
-    """Of x where condition holds, else of y; broadcast. Source: mindspore.ops.select."""
+    """Elements of x where condition holds, else of y; broadcast. Source: mindspore.ops.select."""
     return as_output(np.where(condition, *_pair(x, y)), call.output)
 
 
 @operator("Cast")
 def cast(call: Call, x: Array, dtype: int | None = None) -> Array:
-    """x in another dtype; `dtype` is MindSpore's enum of it, the compiled result says the same by name."""
+    """x in another dtype; `dtype` is MindSpore's enum value, the compiled result has the name."""
     return as_output(x, call.output)
 
 

@@ -1,6 +1,6 @@
 """Flash attention, its gradient and its masks, for whole score matrices.
 
-Letters: B batch, S queries, T keys, N query heads, K key heads (N is a multiple), D head size, H = N * D; in the
+Letters: B batch, S queries, T keys, N query heads, K key heads (N is a multiple of K), D head size, H = N * D; in the
 layouts TND and TH (which prediction uses), T is the number of tokens of all sequences. Precision as the kernel's:
 scores and softmax in float32, probabilities and their gradients rounded to the inputs' dtype before a matrix product,
 sums in float32.
@@ -17,10 +17,10 @@ import numpy as np
 from mindformers_glm32k.dryrun.simulator.operators import Array, Call, as_output, operator, rounded, wide
 
 _LAYOUTS = ("BSH", "BNSD", "SBH", "BSND", "TND", "TH")  # by MindSpore's enum
-_FLAT = ("TND", "TH")  # all sequences behind each other
+_FLAT = ("TND", "TH")  # all sequences flattened into one axis
 _LANES = 8  # softmax_max and softmax_sum repeat each value
 _COMPRESSED = 2048  # side of the mask that stands for a mask of any size in modes 2 to 4
-_PREFILL = 128  # the same for the layout TH
+_PREFILL = 128  # side of that mask for the layout TH
 _CHECKED = {}  # id -> weak reference: constants known to be such a triangle; the check is slower than short attention
 
 
@@ -49,8 +49,8 @@ def flash_attention_score(
     """softmax(scale * query @ keyᵀ, masked) @ value.
 
     query, key, value in `input_layout`; attn_mask see `hidden`, for TH `causal_prefill`; actual_seq_*:
-    cumulative lengths for TND, each sequence's own for TH, where zeros are the answer to what lies behind the last;
-    a sequence may have no tokens at all.
+    cumulative lengths for TND, each sequence's own for TH, where tokens after the last sequence get zeros; a sequence
+    may be empty.
     -> softmax_max, softmax_sum (B, N, S, 8), (T, N, 8) or (T, N * 8) float32, softmax_out (a placeholder),
     attention_out as query.
     """
@@ -207,14 +207,14 @@ _AXES = {"BSH": (0, 2, 1, 3), "BSND": (0, 2, 1, 3), "SBH": (1, 2, 0, 3), "BNSD":
 
 
 def _split_heads(x, layout, size):
-    """A tensor in its layout -> (B, N, S, D), B 1 where all sequences are behind each other."""
+    """A tensor in its layout -> (B, N, S, D), B = 1 for the flat layouts."""
     if layout in ("BSH", "SBH", "TH"):
         x = x.reshape(*x.shape[:-1], -1, size)
     return x.transpose(1, 0, 2)[None] if layout in _FLAT else x.transpose(_AXES[layout])
 
 
 def _merge(parts, layout, tokens):
-    """Inverse of `_split_heads` and of the split into sequences, with zeros up to `tokens` where these do not reach."""
+    """Inverse of `_split_heads` and of the split into sequences; zeros after the last sequence, up to `tokens`."""
     x = np.concatenate(parts, 2)
     if layout in _FLAT:
         x = x[0].transpose(1, 0, 2)
@@ -253,8 +253,8 @@ def hidden(
         pre_tokens, next_tokens: the band of modes 0 and 4.
 
     Raises:
-        NotImplementedError: another sparse mode; a mask of mode 0 that shows what lies outside of its band.
-        ValueError: the mask has not the form that its mode takes; a query that sees no key.
+        NotImplementedError: another sparse mode; a mask of mode 0 that shows keys outside of its band.
+        ValueError: a mask of another form than its mode takes; a query that sees no key.
     """
     if sparse_mode in (0, 1):
         result = _given(mask, sparse_mode, queries, keys)
@@ -277,10 +277,10 @@ def hidden(
 def causal_prefill(mask: Array, queries: int, keys: int) -> Array:
     """The (S, T) mask of scores in the layout TH, whose kernel makes a causal mask of any size out of 128 x 128.
 
-    `mask` (128, 128) is not 0 (a summand: -10000, or 1 in bfloat16) where a key is hidden: the upper triangle.
+    `mask` (128, 128), the upper triangle, is nonzero where a key is hidden (-10000, in bfloat16 1).
 
     Raises:
-        ValueError: another mask; fewer keys or more keys than queries.
+        ValueError: another mask; different numbers of queries and keys.
     """
     _check_triangle(mask, _PREFILL, "the layout TH")
     if queries != keys:
@@ -305,7 +305,7 @@ def _given(mask, sparse_mode, queries, keys):
 
 
 def _check_triangle(mask, side, who):
-    """The kernels take their tiles out of such a mask: any other would give something else from tile to tile."""
+    """Refuses all but an upper triangle, from which the kernels slice the mask of each of their tiles."""
     if mask is None or mask.shape != (side, side):
         raise ValueError(f"{who} takes a mask of {side} x {side}, not {mask if mask is None else mask.shape}")
     known = _CHECKED.get(id(mask))

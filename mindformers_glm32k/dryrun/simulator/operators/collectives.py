@@ -1,4 +1,4 @@
-"""Collectives, sends and receives, by the network of ranks.
+"""Collectives, sends and receives, over the simulated network.
 
 The attributes `group` (its name) and `group_rank_ids` (its ranks) say who takes part. Sums of fp16 and bfloat16 are
 float32 sums in the order of the ranks, rounded once; HCCL's order depends on its algorithm.
@@ -16,7 +16,7 @@ _REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.m
 
 
 def _ranks(call):
-    """tuple[int]: global ranks of the group."""
+    """Global ranks of the group."""
     ranks = call.attribute("group_rank_ids")
     return ranks if isinstance(ranks, tuple) else (ranks,)
 

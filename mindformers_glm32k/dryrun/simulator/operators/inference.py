@@ -26,8 +26,8 @@ def apply_rotary_pos_emb(
 ) -> tuple[Array, ...]:
     """x * cos + turned(x) * sin for query (…, T, N * D) and key (…, T, K * D), float32 rounded once.
 
-    cos, sin (rows, D): in decode (one token a prompt, a row each) a row a token, in prefill a table that every prompt
-    of `lengths` (B) reads from its start; tokens behind the last prompt stay as they are. cos_format 2 turns halves:
+    cos, sin (rows, D): in decode (one token a prompt) a row per token, in prefill a table that every prompt of
+    `lengths` (B) reads from its start; tokens after the last prompt stay as they are. cos_format 2 turns halves:
     (-x2, x1), 3 turns pairs: (-x[2i+1], x[2i]) (mindformers' RotaryPosEmbMode: rotate_half, interleaved).
     """
     if cos_format not in (2, 3):
@@ -67,7 +67,7 @@ def _rotate(x, cos, sin, cos_format):
 def reshape_and_cache(
     call: Call, key: Array, value: Array, key_cache: Parameter, value_cache: Parameter, slots: Array, monad: None = None
 ) -> Array:
-    """Writes key and value (…, T, K * D) into key_cache and value_cache (blocks, block, K, D) at `slots` (T), counted
+    """Writes key and value (…, T, K * D) into key_cache and value_cache (blocks, block, K, D) at `slots` (T), numbered
     over all blocks; -1 writes nothing. -> key."""
     slots = plain(slots).reshape(-1)
     size = int(np.prod(key_cache.value.shape[:2]))
@@ -103,8 +103,8 @@ def paged_attention(
     """softmax(scale_value * query @ keysᵀ) @ values of one token a prompt.
 
     query (B, 1, N * D); caches (blocks, block, K, D); block_tables (B, n) the blocks of each prompt in order;
-    context_lens (B) its tokens, the present one included. Probabilities in float32, rounded to the query's dtype before
-    the product with values.
+    context_lens (B) each prompt's tokens, the current one included. Probabilities in float32, rounded to the query's
+    dtype before the product with values.
     Source: mindspore's docstring of PagedAttention.
     """
     call.require(None, antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset)

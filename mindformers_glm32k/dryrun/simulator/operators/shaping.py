@@ -107,7 +107,7 @@ def _index(begin, end, strides, masks):
     """NumPy's index of a strided slice.
 
     begin, end, strides have one entry an axis; bit i of the masks (begin, end, ellipsis, new axis, shrink) is of entry
-    i. A set bit of begin (end) starts at the first (ends behind the last) element, of shrink takes the one at begin.
+    i. A set bit of begin (end) starts at the first (ends after the last) element, one of shrink takes the one at begin.
     """
     begin_mask, end_mask, ellipsis_mask, new_axis_mask, shrink_mask = (int(mask) for mask in masks)
     if ellipsis_mask or new_axis_mask:

@@ -69,7 +69,7 @@ def get_float_status(call: Call, status: Array) -> Array:
 
 @operator("AllFinite")
 def all_finite(call: Call, *tensors: Array | tuple[Array, ...]) -> Array:
-    """bool: True where any of the tensors (a tuple of them, or each an input) holds NaN or infinity, against its name.
+    """bool: True where any of the tensors (a tuple of them, or each an input) holds NaN or infinity, despite its name.
 
     Source: mindspore.nn.TrainOneStepWithLossScaleCell, which takes the result for the overflow flag.
     """
@@ -80,7 +80,7 @@ def all_finite(call: Call, *tensors: Array | tuple[Array, ...]) -> Array:
 
 @operator("Dropout")
 def dropout(call: Call, x: Array, keep_prob: float, seed0: int = 0, seed1: int = 0) -> tuple[Array, ...]:
-    """-> x and its mask. Only keep_prob 1 is implemented: what is dropped is random, no two layouts agree on it."""
+    """-> x and its mask. Only keep_prob 1 is implemented: dropped elements are random and differ between layouts."""
     if keep_prob != 1:
         raise NotImplementedError(
             f"Dropout with keep_prob {keep_prob} draws random numbers, which differ from layout "

@@ -1,5 +1,5 @@
-"""The folder that engines serve: weights and config of transformers' `glm`, tokenizer, stop ids, card; verified before
-it appears."""
+"""The folder that engines serve: weights and config of transformers' `glm`, tokenizer, stop ids, model card; verified
+before it gets its final name."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def export(
     workers: int = 2,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes a folder that vLLM and transformers load without code of ours; returns the conversion's report with what
-    was compared as "verified".
+    """Writes a folder that vLLM and transformers load without code of ours; returns the conversion's report with the
+    comparisons that were made as "verified".
 
     Args:
         checkpoint: file, index or folder of one whole checkpoint in any naming, or folder with rank_N.
         output: folder to make.
         tokenizer: tokenizer.model.
-        config: the training YAML, or a config.json; needed as by convert_reversed.
+        config: the training YAML, or a config.json; needed where convert_reversed needs it.
         dtype: "fp32", "fp16" or "bf16"; None keeps what is stored.
         merging: options of `merge` for a folder with rank_N: strategy, lora, lora_scaling, base, dims, model_config, …
-        manifest: of the training data, for the card.
-        torch_python: a Python with torch and transformers for the comparison with GlmForCausalLM.
+        manifest: that of the training data, for the model card.
+        torch_python: a Python interpreter with torch and transformers, for the comparison with GlmForCausalLM.
         logits: whether logits are compared.
 
     Raises:
@@ -123,7 +123,7 @@ def card_text(config: Mapping[str, Any], provenance: Mapping[str, tuple[str, str
     """README.md of the folder.
 
     Args:
-        config: of its config.json.
+        config: the content of its config.json.
         provenance: what -> (name of the file, SHA-256).
         verified: a sentence on each comparison.
     """

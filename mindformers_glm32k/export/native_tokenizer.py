@@ -4,8 +4,8 @@ tokenizer.model.
 Two special tokens are written as GLM-4 writes them, <sop> and <eop>: as added tokens, `sop` and `eop` would be found
 inside words such as "philosophy". Ids are the published ones.
 
-Merges are generated as transformers' SentencePieceExtractor does (convert_slow_tokenizer.py), of normal pieces alone:
-sentencepiece never spells a byte or control piece from text.
+Merges are generated as transformers' SentencePieceExtractor does (convert_slow_tokenizer.py), from normal pieces only:
+sentencepiece never merges text into a byte or control piece.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def build_tokenizer(vocabulary: Vocabulary, path: str | Path) -> Tokenizer:
     """The native tokenizer of the tokenizer.model at `path`, which `vocabulary` holds.
 
     Raises:
-        InputError: a sentencepiece model of another kind than ChatGLM3's: BPE with bytes, which changes no text.
+        InputError: another kind of sentencepiece model than ChatGLM3's, BPE with byte fallback and no normalization.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
@@ -76,7 +76,7 @@ def build_tokenizer(vocabulary: Vocabulary, path: str | Path) -> Tokenizer:
 
 
 def _merges(model):
-    # scores instead of the model's own file format: its message classes fail to import with some protobufs
+    # from scores, not from the model file, whose message classes fail to import with some versions of protobuf
     others = (model.is_byte, model.is_control, model.is_unknown, model.is_unused)
     indices = [index for index in range(model.vocab_size()) if not any(is_one(index) for is_one in others)]
     normal = {model.id_to_piece(index): model.get_score(index) for index in indices}
@@ -139,7 +139,7 @@ def compare(vocabulary: Vocabulary, folder: Path) -> int:
 
 
 def odd_texts() -> Iterator[str]:
-    """Texts in which tokenizers differ where they do: each odd part alone, in long runs, and mixed by chance."""
+    """Texts on which tokenizers tend to differ: each odd part alone, repeated, and in random mixtures (fixed seed)."""
     rng = random.Random(0)
     for part in _ODD:
         yield part

@@ -19,9 +19,9 @@ from mindformers_glm32k.weights import convert
 from mindformers_glm32k.weights.config_json import config_text
 
 PROMPTS = ("今天天气怎么样", "Write a function that sorts a list.", "1 + 1 = ?")
-# Of the largest logit: two frameworks add in another order; 16-bit values of one checkpoint round once more on export.
+# Tolerances, as parts of the largest logit: frameworks sum in different orders; export to another dtype rounds once.
 _FRAMEWORKS, _ROUNDED = 2e-4, 5e-2
-_COPIES = 2.5  # of the weights in float32: the network, the checkpoint that is read into it, and the rest
+_COPIES = 2.5  # of float32 weights in memory: the network, the checkpoint that it loads, and half for the rest
 
 
 def verify_logits(
@@ -36,11 +36,11 @@ def verify_logits(
     """Compares logits on a few prompts; returns a sentence on each comparison, also on one that was not possible.
 
     Args:
-        checkpoint: what was exported, whole.
+        checkpoint: the whole checkpoint that was exported.
         work: for temporary files.
         parameters: of the model, to see whether it fits into memory.
         rounded: whether the export has another dtype than the checkpoint.
-        torch_python: a Python with torch and transformers; "" for this one, if it has them.
+        torch_python: a Python interpreter with torch and transformers; "" for this one, if it has them.
 
     Raises:
         InputError: logits differ by more than rounding does.
@@ -60,7 +60,7 @@ def verify_logits(
 
 def _compare(theirs, ours, tolerance, what):
     worst = max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-9)) for a, b in zip(theirs, ours))
-    if not worst <= tolerance:  # NaN, too
+    if not worst <= tolerance:  # also for NaN
         raise InputError(
             f"the folder's logits differ from those of {what} by {worst:.2g} of the largest, {tolerance:g} is allowed; "
             "nothing was written"

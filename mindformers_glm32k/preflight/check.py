@@ -1,4 +1,4 @@
-"""Everything that `glm32k check` looks at, in one list of findings; and the YAML with what is certain mended."""
+"""All findings of `glm32k check` in one list; and the YAML with those mended whose fix is certain."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROUNDS = 5  # an edit can bring the next finding to light
 def all_findings(config: Mapping[str, Any], run_mode: str) -> list[Finding]:
     """Findings of every kind about a configuration as the YAML and the command line have it, the errors first.
 
-    What needs sizes and types (records, checkpoint, steps, disk) is looked at where those are right.
+    Layout, records, checkpoint, steps and disk are checked only where keys and values have no errors.
     """
     found = config_findings(config, run_mode, (), DEFAULTED)
     readable = not any(finding.severity == ERROR for finding in found)
@@ -36,7 +36,7 @@ def all_findings(config: Mapping[str, Any], run_mode: str) -> list[Finding]:
 
 
 def findings_of_yaml(written: Mapping[str, Any], run_mode: str | None = None) -> list[Finding]:
-    """Findings about a YAML's content that MindFormers cannot read, by itself."""
+    """Findings about a YAML that MindFormers fails to read: its keys and values alone, no data and no checkpoint."""
     return config_findings(written, run_mode or str(written.get("run_mode")), (), DEFAULTED)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mindformers_glm32k.weights.names import ModelDims
 
 _SHOWN = 5
-_LOOKED_AT_BYTES = 64 << 20  # of values, in search of NaN
+_LOOKED_AT_BYTES = 64 << 20  # of values that are searched for NaN and infinity
 _PATH = "load_checkpoint"
 
 
@@ -47,8 +47,8 @@ def check_checkpoint(path: str, network: nn.Cell) -> None:
 def check_finite(path: str | os.PathLike) -> None:
     """Refuses a file in which a weight is NaN or infinite: every answer and loss would be.
 
-    All values are read, which loading them afterwards does again from the system's cache; once in a process, though the
-    choice of a checkpoint and the network both ask.
+    All values are read, but once per process, though both the choice of a checkpoint and the network ask; loading reads
+    them again from the page cache.
     """
     stat = os.stat(path)
     bad = _first_bad_tensor(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
@@ -107,8 +107,8 @@ def _parameters(network: nn.Cell) -> tuple[dict, dict]:
 
 
 def checkpoint_findings(path: str, config: Mapping[str, Any], dims: ModelDims) -> list[Finding]:
-    """A checkpoint against the model, by the lists of what its files hold: names, shapes, dtypes, rank files complete
-    and of one step, and NaN in a sample of the values. No network is built.
+    """Checks a checkpoint against the model without building a network: names, shapes, dtypes, rank files complete and
+    of one step, and NaN in a sample of the values.
 
     Args:
         path: a file, a Hugging Face folder, or a folder with rank_N subfolders.
@@ -129,7 +129,7 @@ def checkpoint_findings(path: str, config: Mapping[str, Any], dims: ModelDims) -
             found.append(Finding(NOTE, _PATH, f"{chosen.name} of {len(chosen.files)} ranks is the newest complete one"))
             found += [Finding(WARNING, _PATH, remark) for remark in remarks if remark.startswith("left out")]
             if len(chosen.files) > 1:
-                return found  # shards of a layout: their shapes are the strategy's
+                return found  # shards: their shapes depend on the strategy
             path, tensors = str(chosen.files[0]), chosen.tensors[0]
         elif os.path.isdir(path):
             source = open_source(path)
@@ -157,8 +157,8 @@ def checkpoint_findings(path: str, config: Mapping[str, Any], dims: ModelDims) -
 
 
 def _setting_findings(path, config):
-    """What shapes do not show: settings of the published model, by its config.json or a conversion's report, that the
-    run's model_config contradicts."""
+    """Settings that shapes do not show, in a config.json or a conversion's report, that the run's model_config
+    contradicts."""
     from mindformers_glm32k.weights.config_json import disagreements, read_config
 
     if not os.path.isfile(path):

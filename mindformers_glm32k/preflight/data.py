@@ -1,6 +1,6 @@
-"""A run's data against its model: vocabulary, lengths, and what an NPU's flash attention takes of packed data; how many
-records are truncated, what padding costs, what packing would save; the steps that they make, when it saves and
-evaluates meanwhile, and the disk space of that."""
+"""A run's data against its model: vocabulary, lengths, and packed data that an NPU's flash attention can take; records
+truncated, cost of padding, gain of packing; steps of the run, its first checkpoint and evaluation, and the disk space
+of its checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MOST_LOOKED_AT = 400  # records; evenly spread over the data where there are more
 _WORTH_PACKING = 1.5  # times fewer sequences
 SAVES = ("CheckpointMonitor", "GLM32KCheckpointMonitor")
-_STATE_BYTES = 8  # of a trained value: AdamW's two moments in float32
+_STATE_BYTES = 8  # per trained value: AdamW's two moments in float32
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -45,8 +45,8 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
 
 
 def check_packing(config: MindFormerConfig, sections: Iterable[str]) -> None:
-    """Refuses packed data that cannot work, and lets the data sets put no more documents into a sequence than the
-    program has places for.
+    """Refuses packed data that cannot work, and limits the documents of the data sets' sequences to those that the
+    compiled program has room for.
 
     Args:
         config: the merged configuration; `documents_per_row` of the data sets is set where it is not given.
@@ -189,7 +189,7 @@ def _lengths(values, section, samples, chosen, encoded, length) -> Iterator[Find
 def schedule_findings(config: Mapping[str, Any], records: int) -> Iterator[Finding]:
     """Steps of an epoch and of the run, the first checkpoint and the first evaluation, by the number of records."""
     if value_at(config, "train_dataset.packing"):
-        return  # the number of sequences is known when they are planned
+        return  # the number of sequences is known only when packing is planned
     runner = config.get("runner_config") or {}
     batch = runner.get("batch_size") or 1
     epochs = runner.get("epochs") or 1
@@ -233,11 +233,11 @@ def schedule_findings(config: Mapping[str, Any], records: int) -> Iterator[Findi
 
 
 def disk_findings(config: Mapping[str, Any], parameters: int) -> Iterator[Finding]:
-    """The disk space of what will be kept, one checkpoint more while it is written, against what is free.
+    """Disk space of the checkpoints that will be kept, and of one more while it is written, against the free space.
 
     Args:
         config: the configuration.
-        parameters: values of the whole model.
+        parameters: number of values of the whole model.
     """
     model = value_at(config, "model.model_config")
     item = _ITEM_BYTES.get(str(model.get("param_init_type", "float16")).lower(), 4)

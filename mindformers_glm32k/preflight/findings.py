@@ -59,7 +59,7 @@ def value_at(config: Any, dotted: str) -> Any:
 
 
 def apply_edits(config: dict, findings: Iterable[Finding]) -> tuple[dict, list[str]]:
-    """A copy of the configuration with every certain edit made, and a line for each: removals of list items last."""
+    """A copy of the configuration with all edits made, and a line for each. Items of lists go last: indices hold."""
     config, done, items = copy.deepcopy(config), [], []
     for finding in findings:
         if finding.edit is None:
@@ -87,7 +87,7 @@ def apply_edits(config: dict, findings: Iterable[Finding]) -> tuple[dict, list[s
 
 
 def set_value(config: Any, dotted: str, value: Any) -> None:
-    """Sets a dotted key; sections that are missing, or no sections, are made."""
+    """Sets a dotted key; creates sections that are missing, also in place of values that are no sections."""
     *sections, leaf = dotted.split(".")
     for section in sections:
         if isinstance(config, list):

@@ -27,12 +27,12 @@ def is_template(config: Mapping[str, Any], run_mode: str) -> bool:
 
 
 def rule_findings(config: Mapping[str, Any], run_mode: str, built: Iterable[str] = ()) -> Iterator[Finding]:
-    """What contradicts, or lacks what it needs.
+    """Findings about keys that contradict each other, or lack another that they need.
 
     Args:
-        config: the configuration; sections of a wrong kind are passed over.
+        config: the configuration; sections of a wrong type are passed over.
         run_mode: "train", "finetune", "eval" or "predict".
-        built: sections that the caller brings an object for.
+        built: sections for which the caller passes an object.
     """
     trains = run_mode in TRAINS
     path = checkpoint_of(config)
@@ -115,8 +115,8 @@ def checkpoint_of(config: Mapping[str, Any]) -> Any:
 
 
 def weights_findings(config: Mapping[str, Any], run_mode: str) -> Iterator[Finding]:
-    """A run that is of no use with random weights and names no checkpoint; `random_weights: True` says that it is
-    meant. Not for networks that the caller brings."""
+    """An error for a run without a checkpoint that is useless with random weights, unless `random_weights: True` says
+    that they are intended. Not for networks that the caller passes."""
     if checkpoint_of(config) or config.get("random_weights") is True or is_template(config, run_mode):
         return
     what = None
@@ -134,7 +134,7 @@ def weights_findings(config: Mapping[str, Any], run_mode: str) -> Iterator[Findi
 
 
 def adaptable_cells(model: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the leaf cells that LoRA can adapt, which MindFormers matches target_modules with."""
+    """Names of the leaf cells that LoRA can adapt, against which MindFormers matches target_modules."""
     attention = ("query_key_value",) if model.get("qkv_concat", True) else ("wq", "wk", "wv")
     mlp = ("dense_h_to_4h",) if model.get("mlp_concat", True) else ("dense_left", "dense_right")
     return (*attention, *mlp, *_ADAPTED)

@@ -68,12 +68,12 @@ _PATH = (_is_text, "the path of a file or folder")
 _NUMBER = (_is_number, "a number of at least 0")
 _COUNT = (_is_int(1), "a whole number of at least 1")
 _WHOLE = (_is_int(-1), "a whole number")
-_FLOAT = (_is_float, "a number of at least 0, written with a decimal point")  # MindSpore's optimizers insist on it
+_FLOAT = (_is_float, "a number of at least 0, written with a decimal point")  # MindSpore's optimizers insist on a float
 _BOOL = (_is_bool, "true or false")
 _RATIO = (lambda value: is_number(value, 0) and value <= 1, "a number from 0 to 1")
 _MODES = (0, 1, "GRAPH_MODE", "PYNATIVE_MODE")
 
-# dotted key -> (test, what is allowed). Keys that are missing or null are MindFormers' to fill in, but for _NEEDED.
+# dotted key -> (test, what is allowed). MindFormers fills in missing and null keys, except those of _NEEDED.
 VALUES = {
     "seed": (_is_int(0), "a whole number of at least 0"),
     **{
@@ -189,7 +189,7 @@ def check_config(config: MindFormerConfig, run_mode: str, built: Iterable[str] =
     Args:
         config: the configuration, its values normalized.
         run_mode: "train", "finetune", "eval" or "predict".
-        built: sections that are not read, because the caller brings an object for them.
+        built: sections that are not read, because the caller passes an object for them.
 
     MindFormers' Trainer adds keys of its own at the top level before it calls ours; those are passed over.
 
@@ -204,9 +204,9 @@ def check_config(config: MindFormerConfig, run_mode: str, built: Iterable[str] =
 def config_findings(
     config: Mapping[str, Any], run_mode: str, built: Iterable[str] = (), defaults: Iterable[str] = ()
 ) -> list[Finding]:
-    """What is wrong with a configuration: stale and unknown keys of every section; sections missing, values of a wrong
-    type or size, classes that are not registered, keys that a class does not have, and keys that contradict each other,
-    of the sections that the run reads.
+    """What is wrong with a configuration. In every section: stale and unknown keys. In sections that the run reads:
+    missing sections, values of a wrong type or size, classes that are not registered, keys that a class does not have,
+    and keys that contradict each other.
 
     Args:
         config, run_mode, built: as for `check_config`.
@@ -270,7 +270,7 @@ def _value_findings(config, sections):
 
 
 def _wrong(key, value, allowed, fits):
-    """A wrong value; certain to be mended where it is a text of the right one."""
+    """The finding of a wrong value, with an edit where the value is a text that stands for an allowed one."""
     other = None
     if isinstance(value, str) and value.isdecimal():
         other = int(value)
@@ -286,7 +286,7 @@ def _wrong(key, value, allowed, fits):
 
 
 def _dataset_findings(config, sections, named):
-    """What the data set itself refuses, in sections of which nothing is said yet."""
+    """What the data set's own checks refuse, in sections without other findings."""
     from mindformers.tools.register import MindFormerConfig
 
     from mindformers_glm32k.data.dataset import KNOWN_KEYS, checked
@@ -324,7 +324,7 @@ def _callback_findings(config, trains):
             continue
         for index, callback in enumerate(callbacks or ()):
             if not isinstance(callback, Mapping) and not isinstance(callback, str) and hasattr(callback, "step_end"):
-                continue  # an object
+                continue  # a callback object
             yield from _class_findings(callback, "callback", f"{name}.{index}")
             for key, (fits, allowed) in CALLBACK_VALUES.items():
                 value = callback.get(key) if isinstance(callback, Mapping) else None
@@ -344,8 +344,8 @@ def _model_findings(config) -> Iterator[Finding]:
 
 
 def check_run_layout(config: MindFormerConfig) -> None:
-    """Sizes against the layout and the number of processes, where one program is split over the devices; data parallel
-    processes hold all of it."""
+    """Checks sizes against the layout and the number of processes, where one program is split over the devices; in data
+    parallel each process holds the whole model."""
     if not config.use_parallel or not one_program(config):
         return
     from mindspore.communication import get_group_size

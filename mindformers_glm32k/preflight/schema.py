@@ -12,7 +12,7 @@ from mindformers_glm32k.checks import nearest
 from mindformers_glm32k.compat import host_config_classes
 from mindformers_glm32k.preflight.findings import EMPTY, ERROR, MOVE, Finding, value_at
 
-# Read by MindFormers' trainer, launcher or loader without standing in any of its lists of keys.
+# Read by MindFormers' trainer, launcher or loader, but in none of its lists of keys.
 _TOP_LEVEL = (
     "base_config checkpoint trust_remote_code generation_config grouped_lr_schedule tensorboard remove_redundancy "
     "resume_by_last_timestamp_ckpt data_skip_steps ignore_data_skip use_checkpoint_health_monitor "
@@ -39,7 +39,7 @@ _PARALLEL = (
     "sharding_propagation auto_parallel_new_interface full_batch enable_parallel_optimizer"
 ).split()
 _MAY_BE_ANYTHING = {"checkpoint", "generation_config", "tensorboard", "context.ascend_config"}
-# As people write them, to where they belong.
+# key in a wrong section, as people write it -> where it belongs
 _BELONGS = {
     "batch_size": "runner_config.batch_size",
     "epochs": "runner_config.epochs",
@@ -58,7 +58,7 @@ _BELONGS = {
     "save_checkpoint_steps": "callbacks",
     "keep_checkpoint_max": "callbacks",
 }
-NOBODYS = "remove it"  # the fix of a key that is near no other
+NOBODYS = "remove it"  # the fix of a key that is similar to no other
 _REGISTERED = ("type", "auto_register")
 _DATA = ("train_dataset", "eval_dataset")
 
@@ -85,7 +85,7 @@ def constructor_keys(cls: type) -> tuple[set[str], bool]:
 
 
 def required_keys(cls: type) -> list[str]:
-    """Names that a class cannot do without."""
+    """Names of the constructor's arguments that have no default."""
     parameters = list(inspect.signature(cls).parameters.values())
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [one.name for one in parameters if one.default is one.empty and one.kind in kinds]
@@ -132,7 +132,7 @@ def host_sections() -> dict[str, frozenset[str]]:
 
 
 def _typed_sections(config: Mapping[str, Any]) -> dict[str, set[str]]:
-    """Section -> keys, of those sections whose classes are this plugin's or take no others."""
+    """Section -> keys, of those sections whose class is this plugin's or takes no further keys."""
     from mindformers_glm32k.data.dataset import KNOWN_KEYS
     from mindformers_glm32k.tokenizer.glm32k_tokenizer import KNOWN_ARGUMENTS
 
@@ -176,7 +176,7 @@ def _typed_sections(config: Mapping[str, Any]) -> dict[str, set[str]]:
 
 
 def unknown_keys(config: Mapping[str, Any], skipped: Iterable[str] = ()) -> Iterator[Finding]:
-    """A finding for every key that nobody reads, with the nearest right one.
+    """A finding for every key that nobody reads, with the most similar known one.
 
     Args:
         config: the configuration.

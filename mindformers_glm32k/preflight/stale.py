@@ -1,6 +1,6 @@
-"""Keys and class names of MindFormers 1.2 to 1.9 that a newer one no longer has, ignores, or that this plugin replaces.
+"""Keys and class names of MindFormers 1.2 to 1.9 that newer versions lack or ignore, or that this plugin replaces.
 
-From the YAMLs that the branches r1.2.0 to r1.9.0 of MindFormers ship for glm2, glm3 and glm32k.
+Source: the YAMLs that the branches r1.2.0 to r1.9.0 of MindFormers ship for glm2, glm3 and glm32k.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ KEYS = {
 
 
 def is_for_this_plugin(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration names a class of this plugin, or one of those before it that MindFormers has no more."""
+    """Whether a configuration names a class of this plugin, or an old one that MindFormers no longer registers."""
     from mindformers.tools.register import MindFormerRegister
 
     present = {name for classes in MindFormerRegister.registry.values() for name in classes}

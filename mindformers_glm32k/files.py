@@ -113,7 +113,7 @@ def lock_file(path: str | os.PathLike) -> TextIO:
 
 @contextlib.contextmanager
 def work_folder(output: Path, parent: Path | None = None) -> Iterator[Path]:
-    """A hidden folder beside an output, which is written and verified there before it gets its final name.
+    """A hidden folder for an output, which is written and verified there before it gets its final name.
 
     The folder is empty on entry (leftovers of a killed program are removed) and is removed on exit.
 

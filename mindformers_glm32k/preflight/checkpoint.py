@@ -1,5 +1,5 @@
-"""Compares a checkpoint file with a network before anything is loaded: MindFormers loads what fits and trains the
-rest from random numbers without a word."""
+"""Compares a checkpoint file with a network before anything is loaded: MindFormers loads what fits and silently
+trains the rest from random values."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _foreign(tensors):
     for name in tensors:
         try:
             key = key_of(name)
-        except InputError:  # an adapter, or a parameter of a model that somebody extended
+        except InputError:  # an adapter, or a parameter of an extended model
             continue
         if key is not None and name_of(key, "mindspore") != name:
             return name

@@ -236,7 +236,7 @@ def weights_in(tensors: Mapping[str, StoredTensor]) -> dict[TensorKey, StoredTen
     for name, tensor in tensors.items():
         try:
             key = key_of(unwrapped(name)[0])
-        except InputError:  # adapters, and parameters of a model that somebody extended
+        except InputError:  # adapters, and parameters of an extended model
             continue
         if key is not None:
             found[key] = tensor

@@ -286,7 +286,7 @@ def _has_size(path, file):
 
 
 def _write(work, destination, files, groups, workers, progress, remarks, check_crc=True):
-    """Writes and verifies all files in the work folder; returns what a report says of their tensors."""
+    """Writes and verifies all files in the work folder; returns the report's entries on their tensors."""
     require_space(destination, sum(file.size for file in files), work)
     with CheckpointWriter(work, files) as writer:
         write_groups(writer, groups, workers, progress, check_crc)

@@ -159,7 +159,7 @@ def _find_in_folder(folder):
 
 
 def _is_unread(path, files):
-    """Whether a file of a folder holds weights of a whole model, and is none of those that are read."""
+    """Whether a file of a folder holds weights of a whole model, and is not among those that are read."""
     kind = path.suffix in (".safetensors", ".ckpt", ".pt", ".pth") or path.match("pytorch_model*.bin")
     return kind and path.is_file() and path not in files and not path.name.startswith("adapter_model")
 

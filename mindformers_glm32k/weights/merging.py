@@ -276,7 +276,7 @@ class _Job:
     def _dims_of_weights(self):
         try:
             return dims_from_tensors({key_of(name): whole for name, whole in self.weights.items()})
-        except InputError:  # adapters alone, or a model that somebody extended
+        except InputError:  # adapters alone, or an extended model
             return None
 
 

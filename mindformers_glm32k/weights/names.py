@@ -126,7 +126,7 @@ def key_of(name: str) -> TensorKey | None:
 
 
 def unwrapped(name: str) -> tuple[str, str]:
-    """A weight's name without the prefixes of wrappers, and the prefix removed; a name that is no weight's even so is
+    """A weight's name without the prefixes of wrappers, and the prefix removed; a name that is still no weight's is
     returned as it is. ChatGLM's inner model, saved alone, lacks "transformer.", which is added."""
     inner = _INNER_WRAPPER.sub("", name)
     while True:
@@ -171,14 +171,14 @@ def model_keys(num_layers: int, qkv_bias: bool, qkv_concat: bool, mlp_concat: bo
 
 def kind_of(name: str) -> str | None:
     """What an entry of a checkpoint or strategy file is: WEIGHT, ADAPTER, STATE or COUNTER (epoch, step, loss scale and
-    other numbers beside the model); None for buffers that no checkpoint needs."""
+    other numbers besides the model); None for buffers that no checkpoint needs."""
     if name.startswith(STATE_PREFIXES):
         return STATE
     if _ADAPTER.match(name):
         return ADAPTER
     try:
         is_weight = key_of(name) is not None
-    except InputError:  # of a model that somebody extended, sharded like any other; or a number that a trainer keeps
+    except InputError:  # a parameter of an extended model, sharded like any other; or a number that a trainer stores
         is_weight = "." in name
     if is_weight:
         return WEIGHT
@@ -271,7 +271,7 @@ class ModelDims:
         return {"a": (None, shape[-1]), "b": (shape[0], None)}.get(side, shape)
 
     def fits(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a shape is as `shape_of` says."""
+        """Whether a shape agrees with `shape_of`; any shape does for parameters that are not this model's."""
         expected = self.shape_of(name)
         return (
             expected is None

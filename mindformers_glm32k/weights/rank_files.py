@@ -82,7 +82,7 @@ def scalar_of(tensor: StoredTensor | None) -> float | None:
 
 
 def count_of(tensor: StoredTensor | None) -> int | None:
-    """The value of a counter, None where there is none or it is no whole number."""
+    """The value of a counter, None where there is none or it is no integer."""
     if tensor is None or tensor.dtype not in ("Int64", "I64", "Int32", "I32"):
         return None
     return struct.unpack("<q" if item_size(tensor.dtype) == 8 else "<i", tensor.raw_bytes())[0]
@@ -148,7 +148,7 @@ def choose(
         wanted: filter of the checkpoints to choose from; None: all.
 
     Raises:
-        InputError: none is complete, or there is none of that step.
+        InputError: no checkpoint is complete, or none is of that step.
     """
     sets = find_rank_files(folder)
     present = sorted({rank for each in sets for rank in each.files})

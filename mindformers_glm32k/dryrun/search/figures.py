@@ -37,7 +37,7 @@ def figures_of(program: dict) -> Figures:
 
 
 def settled(figures: Figures) -> Figures:
-    """Adds the bytes of each order: the maximum of its phases, which alone are linear in the layers."""
+    """Adds the bytes of each order: the maximum of its phases; only the phases are linear in the layers."""
     return {**figures, **{("bytes", order): max(figures[phase, order] for phase in PHASES) for order in ORDERS}}
 
 

@@ -300,7 +300,7 @@ class Model:
         boundary = tokens * dims.hidden * dims.bytes / mp
         stages = setting.pipeline_stage
         for other, ends in ((stage - 1, stage == 0), (stage + 1, stage == stages - 1)):
-            calls = setting.sequences * (setting.interleave - ends)  # the last stage feeds the first one, too
+            calls = setting.sequences * (setting.interleave - ends)  # virtual stages: the last stage feeds the first
             if stages > 1 and calls:
                 key = "collective", "Receive", tuple(sorted((first, other % stages * per_stage))), False
                 for what, more in (("bytes", boundary * calls), ("count", calls)):

@@ -25,7 +25,7 @@ NOISE = 1e-4
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Allowed differences, relative to the loss or norm itself, for weights and moments to the largest element."""
+    """Allowed relative differences: of loss and norm to their value, of weights and moments to the largest element."""
 
     loss: float
     norm: float

@@ -1,4 +1,4 @@
-"""A file of questions to a file of answers: in batches of like length, resumed, shared among processes."""
+"""A file of questions to a file of answers: in batches of similar length, resumed, shared among processes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mindformers_glm32k.tokenizer.response import Response, read_response
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 PROTOCOL = "glm32k generate, 1"
-_TOKEN_COST = 32  # of one generated, in tokens of a prompt; for the time left
+_TOKEN_COST = 32  # cost of a generated token in prompt tokens, for the estimate of the time left
 
 
 class Answers(Protocol):
-    """Who answers; see `Network`."""
+    """The interface of a model that answers; see `Network`."""
 
     room: int
     batch_size: int
@@ -57,7 +57,7 @@ def room_for_prompts(room: int, max_new_tokens: int) -> int:
 
 
 def stamp_of(network: Answers, tokenizer: Path, questions: QuestionFile, options: Options) -> dict:
-    """What determines the answers of a file."""
+    """What determines the answers of a file, kept beside it; a run with another stamp is refused."""
     return {
         "protocol": PROTOCOL,
         **network.identity,
@@ -71,14 +71,14 @@ def stamp_of(network: Answers, tokenizer: Path, questions: QuestionFile, options
 
 
 class AnswerFile(Journal):
-    """Answers, with what determines them in `NAME.options.json` beside.
+    """A file of answers, with its stamp in `NAME.options.json` beside it.
 
     Args:
-        path: the file; made when it is not there.
-        stamp: what determines the answers.
+        path: the file; created if missing.
+        stamp: see `stamp_of`.
 
     Raises:
-        InputError: a damaged line, or answers that were made otherwise.
+        InputError: a damaged line, or answers with another stamp.
     """
 
     def __init__(self, path: Path, stamp: dict):
@@ -111,25 +111,25 @@ def answer_file(
     shard: tuple[int, int] = (0, 1),
     stream: TextIO | None = None,
 ) -> tuple[int, list[str]]:
-    """Answers what is not answered yet, a line each as they come; when all are there, in the questions' order.
+    """Answers the questions without an answer and appends a line for each; once all are answered, sorts the lines.
 
-    Prompts of like length are one batch, the longest first. A batch is the same however often a run is interrupted.
+    Prompts of similar length form a batch, the longest first. Batches are the same however often a run is interrupted.
 
     Args:
         questions: all of them.
-        network: who answers.
+        network: the model that answers.
         vocabulary: of the model.
         options: see `Options`.
         output: the file.
         stamp: see `AnswerFile`.
-        shard: number and count of processes that share the work.
+        shard: index and count of the processes that share the work.
         stream: for the progress.
 
     Returns:
-        How many answers are there now, by all processes; and where the prompts that were truncated stand.
+        The number of answers in the file, by all processes; the locations of truncated prompts.
 
     Raises:
-        InputError: prompts that do not fit, or answers that were made otherwise; before anything is computed.
+        InputError: prompts that do not fit, or answers with another stamp; before anything is computed.
     """
     room = room_for_prompts(network.room, options.max_new_tokens)
     file = AnswerFile(output, stamp)
@@ -177,7 +177,7 @@ def _answered(batch, questions, network, vocabulary, options, lengths, room) -> 
 
 
 def answer_row(response: Response) -> dict:
-    """An answer as fields of a line: content, and where there are some metadata, the tool called, earlier messages."""
+    """An answer's fields in its line: content, finish_reason, and where there are any metadata, tool_call, messages."""
     row: dict[str, Any] = {"content": response.content}
     call = response.tool_call
     if call is not None:

@@ -1,4 +1,4 @@
-"""A conversation that grows: what the model is fed of it, and what no longer fits; documents for its context."""
+"""A growing conversation: the exchanges that fit into the prompt, and documents for its context."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mindformers_glm32k.tokenizer.response import Response
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 _TAKES = "/file takes one text file, such as .txt, .md, .py or .json"
-# first bytes -> what the file is, and what makes text of it; {0} is its name
+# first bytes -> what the file is, and how to convert it to text; {0} is its name
 _KNOWN = (
     (b"%PDF", "a PDF; make text of it: pdftotext {0} {0}.txt"),
     (b"PK\x03\x04", "an archive (.docx, .xlsx, .epub and .zip are); save it as text: pandoc -t plain {0} -o {0}.txt"),
@@ -40,7 +40,7 @@ class Conversation:
         vocabulary: of the model.
         room: tokens of prompt and answer together.
         max_new_tokens: kept free for the answer.
-        on_long_prompt: of a question that alone is too long: "error", or "truncate", its middle is left out.
+        on_long_prompt: for a question that alone is too long: "error", or "truncate" to leave out its middle.
     """
 
     def __init__(self, vocabulary: Vocabulary, room: int, max_new_tokens: int, on_long_prompt: str = "error"):
@@ -53,7 +53,7 @@ class Conversation:
         self.exchanges: list[list[dict]] = []
 
     def set_tools(self, text: str) -> int:
-        """Tools by the JSON text of a list, with a system prompt that tells the model to use them; returns how many.
+        """Sets tools from a JSON list; a system prompt tells the model to use them. Returns their number.
 
         Raises:
             InputError: no JSON list of tools with names.
@@ -70,7 +70,7 @@ class Conversation:
         return len(tools)
 
     def ask(self, text: str) -> None:
-        """Adds a question behind the documents that wait."""
+        """Adds a question, preceded by the waiting documents."""
         several = len(self.documents) > 1
         documents = [f"{name}:\n{content}" if several else content for name, content in self.documents]
         self.exchanges.append([{"role": "user", "content": "\n\n".join([*documents, text])}])
@@ -89,11 +89,11 @@ class Conversation:
         return bool(self.exchanges) and len(self.exchanges[-1]) == 1
 
     def undo(self) -> str | None:
-        """Takes the last exchange back, and gives its question; None where there is none."""
+        """Removes the last exchange and returns its question; None where there is none."""
         return self.exchanges.pop()[0]["content"] if self.exchanges else None
 
     def clear(self) -> None:
-        """Begins anew; system prompt and tools stay."""
+        """Starts a new conversation; system prompt and tools stay."""
         self.exchanges, self.documents = [], []
 
     def system_messages(self) -> list[dict]:
@@ -156,10 +156,10 @@ def title(exchange: Sequence[dict], length: int = 30) -> str:
 
 
 def read_document(path: str | os.PathLike) -> str:
-    """The text of a file, UTF-8 or by its byte order mark UTF-16 and UTF-32, line ends as line feeds.
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; line ends become line feeds.
 
     Raises:
-        InputError: a folder, a PDF and the like, no text, another encoding, nothing in it, or no such file.
+        InputError: a folder, a PDF or the like, a binary, empty, too large or missing file, or another encoding.
     """
     path = Path(path).expanduser()
     if path.is_dir():

@@ -1,5 +1,5 @@
-"""Long runs of many answers: the file that several processes append to, each line once, so that a kill at any moment
-costs one answer; how far a run is, and when it will be done."""
+"""Long runs of many answers: a file to which several processes append each line once, so that a kill at any moment
+costs one answer; progress with an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mindformers_glm32k.files import atomic_path
 class Journal:
     """One file of JSON lines that several processes may append to, each line once.
 
-    Every write happens under a lock of the file, so that half a line at its end is always that of a process that was
-    killed: it is cut off. Before a write the lines that others have added are read; what is there is not written
+    Every write holds a lock of the file, so that an incomplete line at its end is always of a killed process and is
+    removed. Before a write, the lines that other processes have added are read; a key that is there is not written
     again.
 
     Args:
-        path: the file; made, with its folder, when it is not there.
+        path: the file; created with its folder if missing.
         key_of: the key of a line's record; raises InputError for one that does not belong here.
 
     Raises:
@@ -36,8 +36,8 @@ class Journal:
     def __init__(self, path: Path, key_of: Callable[[dict], str]):
         self.path, self._key_of = path, key_of
         self._done: set[str] = set()
-        self._read = 0  # bytes that are known
-        self._file: os.stat_result | None = None  # of which they are
+        self._read = 0  # bytes read so far
+        self._file: os.stat_result | None = None  # the file that they were read from
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked() as file:
             self._catch_up(file)
@@ -50,9 +50,9 @@ class Journal:
         return len(self._done)
 
     def add(self, key: str, row: dict) -> bool:
-        """Appends a row, on disk when this returns; False where another process has written that key meanwhile."""
+        """Appends a record, on disk when this returns; False where another process has written that key meanwhile."""
         text = json.dumps(row, ensure_ascii=False)
-        line = text.encode("utf-8", "replace")  # half characters, which servers can send, become question marks
+        line = text.encode("utf-8", "replace")  # lone surrogates, which servers can send, become question marks
         with self._locked() as file:
             self._catch_up(file)
             if key in self._done:
@@ -66,7 +66,7 @@ class Journal:
         return True
 
     def put_in_order(self, keys: Sequence[str]) -> bool:
-        """Writes the lines anew in the order of `keys`, if all of them are there by now; else returns False."""
+        """Rewrites the lines in the order of `keys` if all of them are there by now; else returns False."""
         with self._locked() as file:
             self._catch_up(file)
             if not self._done.issuperset(keys):
@@ -89,7 +89,7 @@ class Journal:
                     stays = os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
                 except FileNotFoundError:
                     stays = False
-                if stays:  # and was not replaced by one in order, while this one waited for the lock
+                if stays:  # not replaced by another process's put_in_order while this one waited for the lock
                     yield file
                     return
 
@@ -125,13 +125,13 @@ def first_difference(found: object, wanted: dict) -> str:
 
 
 class Progress:
-    """Says on stderr how far a run is and when it will be done: on a terminal in one line, else every half minute.
+    """Prints a run's progress and time left: on a terminal in one line that is rewritten, else every half minute.
 
     Args:
-        done, total: answers that are there, and all.
-        noun: what they are answers to.
-        work: what is to be done, in any unit, where one answer costs more than another; by default one each.
-        stream: where to; stderr as it is at the time by default.
+        done, total: answers that are there already, and all.
+        noun: what is answered, in the plural.
+        work: what is left to do, in any unit, where answers differ in cost; by default 1 per answer.
+        stream: where to print; by default sys.stderr at the time of printing.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Progress:
 
 
 def spoken_time(seconds: float) -> str:
-    """Such as "3 min 20 s"."""
+    """A duration, such as "3 min 20 s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

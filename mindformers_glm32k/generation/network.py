@@ -1,4 +1,4 @@
-"""The model of a YAML with its weights, as what answers: prompts of ids to answers of ids."""
+"""The model of a YAML with its weights: from the ids of prompts to the ids of answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Network:
-    """The model, through MindFormers' generator. It is built and loaded when it is first asked.
+    """The model, through MindFormers' generator. It is built and loaded on first use.
 
     Args:
         config: for prediction, with checkpoint and tokenizer.
@@ -63,9 +63,9 @@ class Network:
             prompts: ids, of any lengths.
             max_new_tokens: the longest answer.
             stop_ids: what ends an answer.
-            min_new_tokens: the shortest, in which no stop id counts; from the longest prompt on.
+            min_new_tokens: no stop id before so many; on NPUs counted from the end of the batch's longest prompt.
             sampling: greedy by default.
-            seeds: of each prompt, for sampling: an answer depends on its own alone.
+            seeds: one per prompt, for sampling; an answer depends on its own seed only.
             streamer: put() gets the prompts, then the ids as they come.
         """
         import numpy as np
@@ -95,13 +95,13 @@ class Network:
             )
         except BaseException:
             blocks = getattr(self._network, "block_mgr", None)
-            if blocks:  # an answer that is broken off keeps its place in the cache otherwise
+            if blocks:  # otherwise an interrupted answer keeps its cache blocks
                 blocks.clear_cache()
             raise
         return [[int(index) for index in row[len(prompt) :]] for prompt, row in zip(prompts, outputs)]
 
     def load(self) -> None:
-        """Builds the network with its weights, which Trainer.predict loads and checks for a first short answer."""
+        """Builds the network, whose weights Trainer.predict checks and loads on the way to a first short answer."""
         if self._network is not None:
             return
         from mindformers import Trainer, build_context
@@ -120,7 +120,7 @@ class Network:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             build_context(config)
             trainer = Trainer(config)
-            set_seed(config.seed or 0)  # of random weights: Trainer passes over a seed of 0
+            set_seed(config.seed or 0)  # for random weights: Trainer ignores a seed of 0
             stack.enter_context(barrier_on_cpu())
             config.save_file = str(Path(folder) / "first.txt")
             trainer.predict(

@@ -1,4 +1,4 @@
-"""What is asked: the conversations of a file, each with its key, and their ids in the room there is."""
+"""Questions: the conversations of a file, each with its key, and their ids, truncated where they do not fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mindformers_glm32k.tokenizer import chat_format as chat
 from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
 ERROR, TRUNCATE = ON_LONG_PROMPT = ("error", "truncate")
-_ANSWER = "\0answer"  # a field that no record has: layouts want an answer beside the question
+_ANSWER = "\0answer"  # a field that no record has: layouts require an answer beside the question
 _QUESTIONS = tuple(
     QuestionLayout(field, field, _ANSWER, details)
     for field, details in (
@@ -33,13 +33,13 @@ _FIELDS = "messages (or conversations), " + ", ".join(layout.name for layout in 
 
 
 def messages_of(record: dict) -> list[dict]:
-    """The conversation that a record asks to go on with.
+    """The conversation of a record, which the answer is to continue.
 
     Chats as training data has them (OpenAI's and ShareGPT's forms, too), or one question with `system`, `history` and
     `tools` where they are given.
 
     Raises:
-        InputError: no known field, a wrong message, or one at the end that asks for nothing.
+        InputError: no known field, a wrong message, or a last message that needs no answer.
     """
     chats = ChatLayout()
     if chats.matches(record):
@@ -59,13 +59,13 @@ def messages_of(record: dict) -> list[dict]:
 
 
 class QuestionFile:
-    """The conversations of a file: JSON lines (and what else data files may be), or text with one prompt a line.
+    """The conversations of a file: JSON lines (or another format of data files), or text with one prompt a line.
 
     Attributes:
         digest: of the file's bytes.
 
     Raises:
-        InputError: no such file, damaged lines (of which several are named), an `_id` that stands twice.
+        InputError: no such file, damaged lines (of which several are named), or a repeated `_id`.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -98,7 +98,7 @@ class QuestionFile:
         return messages_of(self._lines[index])
 
     def names(self, index: int) -> dict:
-        """What an answer's line is known by: the record's `_id`, or the number of its line from 1."""
+        """The field that identifies an answer: the record's `_id`, or its line number from 1."""
         if self._lines is None:
             return {"line": index + 1}
         record = self._lines[index]
@@ -124,7 +124,7 @@ def key_of(row: dict) -> str:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file is no JSON and nothing that JSON lines are made of."""
+    """Whether a file is plain text, neither JSON nor another format of data files."""
     with open(path, "rb") as file:
         head = file.read(1 << 12)
     if path.suffix.lower() == ".txt" or not head.strip():
@@ -139,13 +139,13 @@ def prompt_ids(vocabulary: Vocabulary, messages: Sequence[dict]) -> list[int]:
 
 
 def fitted_ids(vocabulary: Vocabulary, messages: Sequence[dict], room: int) -> list[int]:
-    """As `prompt_ids`, at most `room` of them: of what users said and tools returned the middle is left out.
+    """As `prompt_ids`, at most `room` of them: the middle of user messages and tool results is left out.
 
-    The longest messages give way first. As in LongBench's pred.py, the first and the last half are decoded, joined and
+    The longest are truncated first. As in LongBench's pred.py, the first and the last half are decoded, joined and
     tokenized again.
 
     Raises:
-        InputError: what is never truncated is longer than the room alone.
+        InputError: what is never truncated is alone longer than the room.
     """
     ids = prompt_ids(vocabulary, messages)
     free = [index for index, message in enumerate(messages) if message["role"] in ("user", "observation")]
@@ -163,7 +163,7 @@ def fitted_ids(vocabulary: Vocabulary, messages: Sequence[dict], room: int) -> l
                 content = halves(texts[index], max(1, share // 2), vocabulary.decode)
                 shorter[index] = {**messages[index], "content": content}
         ids = prompt_ids(vocabulary, shorter)
-        spare -= max(1, len(ids) - room)  # tokenizing again may give some more
+        spare -= max(1, len(ids) - room)  # tokenizing again may give some more tokens
     raise InputError(f"cannot be truncated to {room} tokens; shorten it")
 
 
@@ -223,7 +223,7 @@ def read_prompts(input_data: str | list[str]) -> list[str]:
 
 
 def _names_a_file(prompt):
-    """Whether a prompt is meant as a path: one that is there, or a name of its own that looks like one."""
+    """Whether a prompt is probably a path: one that exists, or a single word that looks like one."""
     if "\n" in prompt or "\0" in prompt or len(prompt) > 1000:
         return False
     folder, name = os.path.split(prompt)

@@ -1,4 +1,4 @@
-"""Drawing of tokens whose results depend on a prompt's own seed alone, not on its batch, its place or the device."""
+"""Sampling of tokens that depends on a prompt's own seed alone, not on its batch, its index there or the device."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Sampling:
     """How tokens are chosen; greedy by default.
 
     Attributes:
-        temperature: divides the logits, >= 0; 0 is greedy. The order of what follows is transformers'.
+        temperature: divides the logits, >= 0; 0 is greedy. Applied before top_k and top_p, as in transformers.
         top_k: only the k most probable tokens; 0: all.
         top_p: only the most probable tokens that together reach p, 0 < p <= 1.
-        repetition_penalty: > 0, of tokens that are there, as in transformers; greedy answers have it, too.
-        seed: of all prompts; each draws from this and its own name.
+        repetition_penalty: > 0, for tokens already in the sequence, as in transformers; for greedy answers, too.
+        seed: of the run; that of a prompt is derived from it and the prompt's key.
     """
 
     temperature: float = 0.0
@@ -46,7 +46,7 @@ class Sampling:
         return self.temperature > 0 and self.top_k != 1
 
     def stamp(self) -> dict[str, Any]:
-        """What determines the answers."""
+        """The settings that determine the answers."""
         return asdict(self) if self.is_random else {"repetition_penalty": self.repetition_penalty}
 
     def seed_of(self, key: str) -> int:
@@ -54,7 +54,7 @@ class Sampling:
         return int.from_bytes(hashlib.sha256(f"{self.seed}\n{key}".encode()).digest()[:8], "little")
 
     def draw(self, logits: np.ndarray, random: np.random.Generator) -> int:
-        """One token by its logits (V,)."""
+        """The id of a token drawn from logits (V,)."""
         scores = logits.astype(np.float64) / self.temperature
         order = np.argsort(-scores, kind="stable")[: self.top_k or None]  # most probable first
         weights = np.exp(scores[order] - scores[order[0]])
@@ -79,12 +79,12 @@ class Sampling:
             return masked
 
         class Draw(LogitsProcessor):
-            """Upstream asks for one row at a time in threads, or in its other mode for the whole batch."""
+            """Upstream calls it for one sequence at a time, in threads, or in its other mode for the whole batch."""
 
             def process_np(self, logits: np.ndarray, sequence_ids: np.ndarray) -> np.ndarray:
                 if len(sequence_ids) == len(randoms):
                     return drawn(logits, range(len(randoms)))
-                # a row is a view of the batch's ids: its place there is the row's number
+                # sequence_ids is a view of the batch's ids: its offset there gives the sequence's index
                 batch = sequence_ids.base
                 offset = sequence_ids.__array_interface__["data"][0] - batch.__array_interface__["data"][0]
                 return drawn(logits, [offset // sequence_ids.strides[0]])
@@ -100,7 +100,7 @@ class Sampling:
 
 
 def sampling_of(model_config: Any, do_sample: bool | None = None, **given: Any) -> Sampling:
-    """What is given (None: nothing), else what a YAML's model_config says."""
+    """The settings given (None: not given), else those of a YAML's model_config."""
     given = {name: value for name, value in given.items() if value is not None}
     names = ("temperature", "top_k", "top_p")
     random = bool(model_config.do_sample) or any(name in given for name in names) if do_sample is None else do_sample

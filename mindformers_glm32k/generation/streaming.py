@@ -1,4 +1,4 @@
-"""Text while it is generated: whole characters only, the metadata line held back, nothing behind the answer."""
+"""Text while it is generated: whole characters only, the metadata line held back, nothing after the answer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _LONGEST_NAME = 64  # characters of a tool's name, as OpenAI has it
 
 
 class IncrementalDecoder:
-    """Ids to text, one at a time; joined it is what `Vocabulary.decode` gives of all of them, special tokens left out.
+    """Decodes ids one at a time; the joined text is what `Vocabulary.decode` gives for all, special tokens left out.
 
-    A character of which only the first bytes have come is held back. The space before the first piece goes, as in a
-    whole text, and those before later pieces stay.
+    A character is held back until its last byte has come. The space before the first piece is dropped, as from a whole
+    text; those before later pieces stay.
     """
 
     def __init__(self, vocabulary: Vocabulary):
         self._vocabulary = vocabulary
-        # a piece in front of what is decoded, so that its own first space stays
+        # decoded in front of later pieces, so that their first space stays
         self._anchor = vocabulary.encode("a")
         self._anchor_text = vocabulary.decode(self._anchor)
         self._silent = {vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id}
@@ -31,7 +31,7 @@ class IncrementalDecoder:
         self._held: list[int] = []
 
     def put(self, index: int) -> str:
-        """The text that is known by this id and was not before."""
+        """The text that this id completes."""
         if not 0 <= index < self._vocabulary.model.vocab_size() or index in self._silent:
             return ""
         self._held.append(index)
@@ -66,7 +66,7 @@ class AnswerStreamer:
     """A streamer for `generate` with a batch of one: calls `show` with each new piece of the answer's text.
 
     The pieces joined are the content as `read_response` has it. A first line that is not blank may be the name of a
-    tool: it is held back until its end, and a tool call is not shown at all; what is longer than a name is text.
+    tool: it is held back until its end, and a tool call is not shown at all; a line longer than a name is text.
 
     Args:
         vocabulary: of the model.
@@ -88,7 +88,7 @@ class AnswerStreamer:
         self._decoder = IncrementalDecoder(self._vocabulary)
         self._head: str | None = ""  # the first line so far; None once it is known what the message is
         self._is_call = False
-        self._spaces = ""  # held back: a text ends without them
+        self._spaces = ""  # white space held back: at the end of a text it is dropped
         self._begun = False
 
     def put(self, value: Any) -> None:

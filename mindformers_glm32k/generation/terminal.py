@@ -37,12 +37,12 @@ class Chat:
     """A conversation with a model at a terminal.
 
     Args:
-        network: who answers; see `Network`.
+        network: the model that answers; see `Network`.
         vocabulary: of the model.
         options: of the answers.
         read: called with a prompt, returns a line; EOFError at the end, KeyboardInterrupt at Ctrl-C.
         out: where text goes.
-        quiet: a context in which libraries print elsewhere, and which yields the stream to print to instead.
+        quiet: makes a context that keeps the libraries' output off the terminal and yields a stream to it.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class Chat:
         return None if interrupted else response.tool_call
 
     def _figures(self, prompt_tokens, begun, moments, ended, interrupted):
-        """What the answer took."""
+        """An answer's tokens, speed and context use, as one line."""
         first = moments[0] - begun
         speed = f"{(len(moments) - 1) / (moments[-1] - moments[0]):.1f} tokens/s, " if len(moments) > 1 else ""
         end = "stopped, " if interrupted else "" if ended else "cut off at --max_new_tokens, "
@@ -245,7 +245,7 @@ class Chat:
         )
 
     def _observed(self, call):
-        """Shows a call, and asks for what the tool returns; whether the user gave it."""
+        """Shows a tool call and asks the user for the tool's result; returns whether one was given."""
         if call.arguments is None:
             self._say(f"tool call: {call.name}\n{call.content}")
         else:
@@ -262,7 +262,7 @@ class Chat:
 
 @contextlib.contextmanager
 def _interruptible(out: TextIO) -> Iterator[list[bool]]:
-    """Ctrl-C fills the list, and leaves the generator in order; the second time it breaks off whatever runs."""
+    """The first Ctrl-C fills the list, so that generation stops after a token; the second raises KeyboardInterrupt."""
     interrupted: list[bool] = []
 
     def handle(_number: int, _frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""The plan of the house: what each module may import, show and know. Read from the sources by `ast`; nothing is run.
+"""The architecture: what each module may import, export and know. Read from the sources by `ast`; nothing is run.
 
 Where a rule stands in a room's way, change the rule here and say why, or the room.
 """

@@ -1,4 +1,4 @@
-"""Values as people write them; overrides by dotted keys are tested with the launcher, in test_run_mindformer."""
+"""Values that YAML reads as strings; overrides by dotted keys are tested with the launcher, in test_run_mindformer."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""What is left of the machine's memory, told from files as Linux writes them."""
+"""The machine's free memory, read from files as Linux writes them."""
 
 import os
 

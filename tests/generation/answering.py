@@ -1,4 +1,4 @@
-"""A network that answers at once, and a program that is made to be killed: answers of a file by it."""
+"""A network that answers at once, and a program, to be killed by tests, that answers a file with it."""
 
 import sys
 import time

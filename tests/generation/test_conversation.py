@@ -1,4 +1,4 @@
-"""The conversation of a chat: what is fed, what is dropped, documents, tools."""
+"""The conversation of a chat: the exchanges in the prompt, those dropped, documents, tools."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""How far a run is, and when it will be done."""
+"""Progress and time left of a run."""
 
 from mindformers_glm32k.generation import journal
 

@@ -1,4 +1,4 @@
-"""What a stamp says of the model."""
+"""Digests of the model in an answer file's stamp."""
 
 import pytest
 

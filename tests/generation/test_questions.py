@@ -1,4 +1,4 @@
-"""What is asked: the conversations of all kinds of files."""
+"""Questions: the conversations of all kinds of files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Drawing of tokens: the distribution, and that a seed is all it depends on."""
+"""Sampling of tokens: its distribution, and that it depends on the seed alone."""
 
 import numpy as np
 import pytest

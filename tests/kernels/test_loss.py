@@ -1,4 +1,4 @@
-"""The loss in a loop against cross-entropy in float64: value, gradients, per-token loss_weights, ignored labels."""
+"""The losses against cross-entropy in float64: value, gradients, loss weights, ignored labels."""
 
 import mindspore as ms
 import numpy as np

@@ -1,4 +1,4 @@
-"""A training step's memory grows with the length of its sequence, not with its square."""
+"""A training step's memory is linear in the sequence length, not quadratic."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, what is refused, and what is told; whole runs are in test_surviving_runs.py."""
+"""Which checkpoint a run resumes from, what is refused, what is logged; whole runs are in test_surviving_runs.py."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a trainer wraps round a model."""
+"""The cells that a trainer wraps round a model."""
 
 from mindspore import nn
 

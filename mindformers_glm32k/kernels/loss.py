@@ -192,8 +192,7 @@ class TokenLoss(nn.Cell):
 
 
 class ChunkedLoss(nn.Cell):
-    """Weighted sum of the token losses, and the sum of the weights; tokens are sharded over dp x cp, the
-    vocabulary over mp.
+    """Weighted sum of the token losses, and the sum of the weights; tokens sharded over dp x cp, vocabulary over mp.
 
     Inputs:
         output_layer (Cell): hidden states -> logits; an input because a LoRA adapter may take its place, and because

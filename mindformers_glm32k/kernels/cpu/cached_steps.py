@@ -194,8 +194,7 @@ class CachedSteps:
 
 
 def tiles_to_read(used: int, prompts: int, per_wide: int) -> tuple[list[int], tuple[int, int]]:
-    """Indices of tiles in the order of reading, and a range of wide tiles of `per_wide` tiles each: together all `used`
-    tiles, each once.
+    """Indices of tiles, in reading order, and a range of wide tiles of `per_wide` tiles each: in all `used` tiles once.
 
     Every query sees the first key of the first tile: of one prompt its last tile, of several prompts tile 0.
     """
@@ -210,7 +209,6 @@ def chunks_of(
     length: int, sizes: Sequence[int], tile: int, large: Sequence[int] = ()
 ) -> Iterator[tuple[int, int, int]]:
     """(start, size, tokens without padding) of the chunks of `length` tokens; no chunk lies across tiles.
-
     First sizes of `large`, tiles of their own, while less than the smallest of `sizes` is padding; then the largest of
     `sizes` while it is full; then the sizes with the least padding."""
     start = 0

@@ -65,8 +65,7 @@ class PagedAttention(nn.Cell):
         batch_valid_length (tuple): the tiles to read, five int32 Tensors and a bool: order (J,) and count (), the first
             `count` indices of `order` are read, and every query must see the first key of the first one (with one
             prompt the tile that all tokens of the call lie in, with several prompts tile 0); wide tiles (W, B, G, K of
-            a wide tile), as block_tables, and wide_start (), wide_end (), the range of them to read; any_scores, see
-            `_tile`.
+            a wide tile), as block_tables; wide_start () and wide_end (), the range to read; any_scores, see `_tile`.
         block_tables (Tensor): (J, B, G, K) int32, the cache rows of each tile. (Blocks instead of rows would need the
             cache in another shape, and a Reshape of what has been written in place copies it.)
         slot_mapping (Tensor): (B * C * G,) int32, the cache rows that the tokens are written to.

@@ -45,7 +45,7 @@ TITLES = {
 
 
 def write_data(path, size):
-    """Writes `size` bytes of lines; texts are pieces of one long text.
+    """Writes `size` bytes of lines; texts are slices of one long text.
 
     Its sentences are those of Python's own manual, in any order, one word in 50 replaced by one of a million made-up
     names: natural English with the many rare words of a big collection.
@@ -144,10 +144,10 @@ def run_program(args):
         ids = batch["input_ids"]
         if first is None:
             first = time.perf_counter() - start
-            continue  # the first one has been waited for
+            continue  # the first batch counts for `first` alone
         positions += ids.size
         sequences += len(ids)
-        tokens += int(np.count_nonzero(ids))  # padding has the id 0, which text does not give
+        tokens += int(np.count_nonzero(ids))  # padding has the id 0, which no text encodes to
         if time.perf_counter() - start - first > args.seconds:
             break
     seconds = time.perf_counter() - start - first

@@ -28,7 +28,7 @@ from small_model import GROUPS, LAYERS, OURS, PRODUCTS, SIZE, VOCAB_SIZE, torch_
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS, BATCHES = (128, 2048, 8192, 32000), (1, 4)
 SEQ_LENGTH, BLOCK = 32768, 16
-CACHE = 2 * LAYERS * GROUPS * SIZE  # numbers of a token
+CACHE = 2 * LAYERS * GROUPS * SIZE  # values of a token
 NUMBER = 4  # bytes of float32
 
 
@@ -140,7 +140,7 @@ def bandwidth():
 
 
 def run(program, python, length, batch, new, timeout):
-    """What a worker measured, or why there is nothing."""
+    """What a worker measured, or why it failed."""
     command = [python, __file__, "--worker", program, "--lengths", str(length), "--batches", str(batch)]
     try:
         done = subprocess.run(

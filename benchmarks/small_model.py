@@ -1,7 +1,7 @@
 """The model that train_step.py and decode.py measure, and the same of torch."""
 
 VOCAB_SIZE, HIDDEN, LAYERS, HEADS, GROUPS, SIZE, FFN = 65024, 512, 4, 8, 2, 64, 1368
-# numbers in its matrices: the multiply-adds of a token, attention aside; training does them three times
+# elements of its matrices: the multiply-adds of a token, attention aside; training does them three times
 PRODUCTS = VOCAB_SIZE * HIDDEN + LAYERS * HIDDEN * ((HEADS + 2 * GROUPS) * SIZE + HEADS * SIZE + 3 * FFN)
 OURS = {
     "num_layers": LAYERS,

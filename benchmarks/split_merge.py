@@ -2,7 +2,7 @@
 
     python benchmarks/split_merge.py [--work DIR] [--layers 2]
 
-Cuts a checkpoint of the published model's real tensors with fewer layers (2 layers: 1.9 GB in fp16) for two ranks
+Splits a checkpoint of the published model's real tensors with fewer layers (2 layers: 1.9 GB in fp16) for two ranks
 (mp 2) and merges it again. Ours compare every value with every rank's file, twice; upstream's compare nothing.
 """
 

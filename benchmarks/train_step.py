@@ -185,7 +185,7 @@ def run(program, python, length, steps, limit):
     """Runs one measurement.
 
     Returns:
-        dict | str: what the worker printed, or why there is nothing.
+        dict | str: what the worker printed, or why it failed.
     """
     command = [python, __file__, "--worker", program, "--lengths", str(length), "--steps", str(steps)]
     with subprocess.Popen(

@@ -2,7 +2,7 @@
 
     python tests/hosts.py                      all pairs (hours, 3 GB of disk for each environment)
     python tests/hosts.py --pair 1.8.0 --pair 1.9.0:3.12
-    python tests/hosts.py --pair 1.9.0:3.9 --again   files in which tests failed, after they were mended
+    python tests/hosts.py --pair 1.9.0:3.9 --again   files in which tests failed, after they were fixed
     python tests/hosts.py --newest --smoke     import, 20 steps and a prediction on the newest that can be installed
 
 Environments lie in --folder and are used again while the pair and setup.cfg stay the same; each pair leaves

@@ -120,7 +120,7 @@ def test_there_are_yamls_for_every_kind_of_run():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_and_null_are_what_they_look_like(name):
-    """YAML 1.1 reads 1e-5 and None as texts; upstream's own launcher does not mend that before it builds a context."""
+    """YAML 1.1 reads 1e-5 and None as texts; upstream's own launcher converts none before it builds a context."""
     values = raw(name)
     assert normalize_values(raw(name)) == values
     looks = re.compile(r"[-+.\d][\d.eE+-]*|none|null|true|false|yes|no", re.IGNORECASE)

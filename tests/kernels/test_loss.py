@@ -13,7 +13,7 @@ WIDTH, VOCAB_SIZE = 12, 50
 
 
 def reference(hidden, weight, labels, loss_weights):
-    """Sum, and its gradients of hidden and weight, in float64."""
+    """The sum and its gradients with respect to hidden and weight, in float64."""
     hidden, weight, loss_weights = (np.asarray(x, np.float64) for x in (hidden, weight, loss_weights))
     logits = hidden @ weight.T
     logits -= logits.max(-1, keepdims=True)

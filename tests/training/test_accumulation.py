@@ -16,7 +16,7 @@ TINY = ROOT / "research" / "glm32k" / "finetune_glm32k_tiny_cpu.yaml"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, train_vocabulary):
-    """(curve, weights) of three steps of 8 sequences with unequal numbers of labels, by accumulated parts."""
+    """(curve, weights) of three steps of 8 sequences with unequal numbers of labels, by micro batches accumulated."""
     folder = tmp_path_factory.mktemp("accumulation")
     draw = random.Random(0)
     lines = [{"content": "a b c", "summary": "word " * draw.choice((1, 9)) + "end"} for _ in range(24)]
@@ -31,7 +31,7 @@ def runs(tmp_path_factory, train_vocabulary):
         argv += f" --gradient_accumulation_steps {parts} --output_dir {output} --lr_schedule.warmup_steps 0"
         argv += f" --train_dataset.tokenizer.vocab_file {vocab_file} --model.model_config.seq_length 256"
         argv += f" --processor.tokenizer.vocab_file {vocab_file} --runner_wrapper.max_grad_norm 0.5"
-        argv += " --callbacks.2.save_checkpoint_steps 3 --optimizer.eps 1e-3"  # rounding makes no steps of AdamW's
+        argv += " --callbacks.2.save_checkpoint_steps 3 --optimizer.eps 1e-3"  # AdamW makes no steps of rounding errors
         assert main(argv.split()) == 0
         with open(output / "loss_curve.csv", newline="", encoding="utf-8") as file:
             curve = list(csv.DictReader(file))

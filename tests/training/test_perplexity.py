@@ -62,7 +62,7 @@ def test_tokens_weigh_equally_where_upstream_weighs_batches():
             metric.update(*(Tensor(array[i : i + 1]) for array in (logits, labels, weights)))
         values.append(metric.eval()["loss"])
     assert values[0] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert abs(values[1] - np.mean(losses)) > 1e-3  # the known-wrong way
+    assert abs(values[1] - np.mean(losses)) > 1e-3  # upstream's mean of means, as a control
 
 
 def test_a_set_without_labels_has_no_perplexity():

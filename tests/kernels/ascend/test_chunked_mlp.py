@@ -12,7 +12,7 @@ def test_chunks_hold_all_tokens_and_are_not_alike(length, size):
     sizes = chunk_sizes(length, size)
     assert sum(sizes) == length and min(sizes) > 0
     assert len(sizes) == -(-length // size)
-    assert len(set(sizes)) > 1  # the compiler joins what is alike
+    assert len(set(sizes)) > 1  # the compiler joins equal chunks
     assert max(sizes) <= size + max(1, size // 256)
 
 

@@ -8,7 +8,7 @@ from mindformers_glm32k.kernels.ascend.flash_attention import DocumentEnds, comp
 
 
 def sequence(*lengths, length=20):
-    """Document ids of a sequence, padding behind the last."""
+    """Document ids of a sequence, padding after the last document."""
     ids = np.repeat(np.arange(len(lengths)), lengths)
     return np.append(ids, np.full(length - len(ids), len(lengths))).astype(np.int32)
 

@@ -84,7 +84,7 @@ def test_chunks_and_tokens_see_what_came_before(any_scores, wide, dtype, toleran
     prompts = Prompts(2, dtype)
     lengths = (19, 11)
     for row, length in enumerate(lengths):
-        for start in range(0, length, 4):  # two chunks a tile, the last one filled up
+        for start in range(0, length, 4):  # two chunks a tile, the last one padded
             positions = np.arange(start, start + 5)[None]
             kept = (positions < length) & (positions < start + 4)
             got = prompts.call(cell, [row], positions, kept, any_scores)[0][kept[0]]
@@ -93,7 +93,7 @@ def test_chunks_and_tokens_see_what_came_before(any_scores, wide, dtype, toleran
                 prompts.query[row][positions], prompts.key[row][:length], prompts.value[row][:length], positions
             )
             np.testing.assert_allclose(got, expected, atol=tolerance)
-    for step in range(4):  # both prompts, one of them tiles behind the other
+    for step in range(4):  # both prompts, one several tiles shorter than the other
         positions = np.array(lengths)[:, None] + step
         got = prompts.call(cell, [0, 1], positions, np.ones((2, 1), bool), any_scores, wide)
         for row in range(2):
@@ -110,7 +110,7 @@ def test_scores_that_differ_too_much_for_weights_are_not_silent():
         exact = prompts.call(cell, [0], positions, np.ones((1, 8), bool))[0]
         got = prompts.call(cell, [0], positions, np.ones((1, 8), bool), any_scores=False)[0]
         spoilt = np.isnan(got)
-        assert spoilt.any() == (start > 0) and not spoilt.all()  # one tile is exact in either way
+        assert spoilt.any() == (start > 0) and not spoilt.all()  # one tile is exact in both modes
         np.testing.assert_allclose(got[~spoilt], exact[~spoilt], atol=1e-4)
 
 

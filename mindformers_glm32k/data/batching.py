@@ -1,5 +1,5 @@
 """From tokens to batches: sequences of fixed length, batches padded to their longest sequence, packed sequences; and
-counters of what is padded and what was truncated, in all worker threads and processes.
+counters of padding and truncation, shared by all worker threads and processes.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ _COUNTS = ("samples", "truncated", "dropped", "tokens", "lost")
 
 
 class PaddingCounter:
-    """Counts padding in all worker threads and processes; tells `log` its share after each `sequences_per_epoch`
-    sequences.
-    """
+    """Counts padding across worker threads and processes; logs its share every `sequences_per_epoch` sequences."""
 
     def __init__(self, sequences_per_epoch: int, log: Any):
         self._sequences_per_epoch, self._log = sequences_per_epoch, log
         self._counts = multiprocessing.Array("q", 3)  # sequences, tokens, positions; with its lock
 
     def add(self, sequences: int, tokens: int, positions: int) -> None:
-        """Counts sequences that have so many positions in all, and tokens in them."""
+        """Adds the counts of one or more sequences: `tokens` tokens in `positions` positions, padding included."""
         with self._counts.get_lock():
             for index, value in enumerate((sequences, tokens, positions)):
                 self._counts[index] += value
@@ -49,13 +47,13 @@ class PaddingCounter:
 
 
 class FixedSequences:
-    """Sample -> input_ids, labels: int32 (length,).
+    """Sample index -> input_ids, labels: int32 (length,).
 
     Args:
         tokens: samples without padding.
-        length: of the sequences.
-        pad_id: the token of padding.
-        truncations, padding: told of each sample; no padding where sequences are ragged.
+        length: tokens of a sequence, padding included.
+        pad_id: id of the padding token.
+        truncations, padding: the counters to add each sample to; padding is None where sequences stay ragged.
     """
 
     def __init__(
@@ -81,14 +79,14 @@ class FixedSequences:
 
 
 class RaggedSequences(FixedSequences):
-    """As FixedSequences, without padding: that comes with the batch."""
+    """As FixedSequences, but unpadded; BatchPadding pads them batch by batch."""
 
     def _columns(self, encoded):
         return encoded.input_ids, encoded.labels
 
 
 class BatchPadding:
-    """Pads the sequences of a batch to the longest one, rounded up to a `multiple` and at most `length`."""
+    """Pads the sequences of a batch to the longest one, rounded up to a multiple of `multiple`, at most `length`."""
 
     def __init__(self, multiple: int, length: int, pad_id: int, padding: PaddingCounter):
         self._multiple, self._length, self._pad_id, self._padding = multiple, length, pad_id, padding
@@ -111,7 +109,7 @@ def fixed_batches(loader: Dataset, sequences: FixedSequences, config: dict) -> D
 
 
 def ragged_batches(loader: Dataset, sequences: RaggedSequences, padding: BatchPadding, config: dict) -> Dataset:
-    """Batches of RaggedSequences, padded each to a length of its own."""
+    """Batches of RaggedSequences, each batch padded to its own length."""
     return _mapped(loader, sequences, config).batch(
         config.batch_size, drop_remainder=config.drop_remainder, per_batch_map=padding, input_columns=UNPACKED_COLUMNS
     )
@@ -129,7 +127,7 @@ def _mapped(loader, sequences, config):
 
 
 def packed_batches(sequences: PackedSequences, sampler: Sampler, config: dict) -> Dataset:
-    """Batches of the packed sequences that the sampler names. A stream has one reader."""
+    """Batches of the packed sequences at the sampler's indices; one worker for a stream, which is read in order."""
     workers = 1 if isinstance(sequences, StreamedSequences) else config.num_parallel_workers
     dataset = GeneratorDataset(
         sequences,
@@ -142,12 +140,12 @@ def packed_batches(sequences: PackedSequences, sampler: Sampler, config: dict) -
 
 
 class TruncationReport:
-    """What one pass over the data has lost. Plain numbers: it can be pickled, and reports of parts be merged.
+    """Tokens that one pass over the data loses to truncation. Plain ints: picklable, and mergeable across shards.
 
     Attributes:
-        samples, truncated, dropped: samples in all, truncated ones, and ones left out as a whole.
-        tokens, lost: tokens before any truncation, and those that were lost.
-        worst: of the samples that lost most, at most WORST: tokens before, tokens after (0 when left out), sample.
+        samples, truncated, dropped: number of samples in total, truncated, and dropped as a whole.
+        tokens, lost: tokens before truncation, and tokens lost to it.
+        worst: up to WORST samples that lost most: (tokens before, tokens after or 0 if dropped, sample index).
     """
 
     def __init__(self):
@@ -159,8 +157,8 @@ class TruncationReport:
 
         Args:
             sample: its index.
-            before: its tokens without a truncation, answers included.
-            after: those that are left of them; 0 for a sample that is left out.
+            before: its tokens before truncation, answers included.
+            after: its tokens after truncation; 0 for a dropped sample.
         """
         self.samples += 1
         self.tokens += before
@@ -168,7 +166,7 @@ class TruncationReport:
             return False
         self.truncated += after > 0
         self.dropped += after == 0
-        self.lost += max(before - after, 0)  # tokenizing a cut text again may give a token more
+        self.lost += max(before - after, 0)  # tokenizing a truncated text again may add a token
         self._keep_worst([(before, after, sample)])
         return True
 
@@ -179,7 +177,7 @@ class TruncationReport:
         self._keep_worst(other.worst)
 
     def _keep_worst(self, entries):
-        # once each: the samples of an epoch may come while those of the one before are still counted
+        # a set: samples of the next epoch may arrive before all of this one are counted
         by_loss = sorted({*self.worst, *entries}, key=lambda entry: (entry[1] - entry[0], entry[2]))
         self.worst = by_loss[:WORST]
 
@@ -198,7 +196,7 @@ class TruncationReport:
         )
 
     def _numbers(self):
-        """list[int] of a fixed length: all there is, for shared memory."""
+        """The whole report as list[int] of a fixed length, for shared memory."""
         worst = [number for entry in self.worst for number in entry]
         return [getattr(self, name) for name in _COUNTS] + worst + [-1] * (3 * WORST - len(worst))
 
@@ -213,13 +211,13 @@ class TruncationReport:
 
 
 class TruncationCounter:
-    """Counts truncations; warns at the first one and sums up after every `samples_per_epoch`.
+    """Counts truncations; warns at the first one and logs a summary after every `samples_per_epoch` samples.
 
-    The counts lie in shared memory: worker processes that are forked from this one count together.
+    The counts are in shared memory, so forked worker processes count together.
 
     Args:
-        location: file and line of a sample.
-        samples_per_epoch: samples after which to sum up and start again.
+        location: sample index -> its file and line.
+        samples_per_epoch: samples after which the counts are logged and reset.
         log: has warning(format, …).
         truncation: the mode, for the message.
     """

@@ -1,4 +1,4 @@
-"""Records of conversations: ChatGLM3's published form, OpenAI's fine-tuning form and ShareGPT's."""
+"""Conversation records: ChatGLM3's published format, OpenAI's fine-tuning format and ShareGPT's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEYS = ("role", "content", "metadata", "tools", "loss", "name", "parameters", "
 _OPENAI_KEYS = ("weight", "tool_calls", "function_call", "tool_call_id", "id")
 _HINT = 'a message looks like {"role": "user", "content": "…"}'
 _CALL = "function_call"  # ShareGPT's role of a message that calls a tool
-# Names that other forms have for a role, in lower case.
+# Role names of all formats, in lower case -> the role they are read as.
 _ROLE_NAMES = {
     **{role: role for role in ROLES},
     "developer": "system",
@@ -38,7 +38,7 @@ _PAIR_KEYS.update(output="assistant", assistant="assistant")
 
 
 class ChatLayout:
-    """Chats, as ChatGLM3's published fine-tuning data has them.
+    """Chats in the format of ChatGLM3's published fine-tuning data.
 
         {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
         {"conversations": […], "tools": […], "system": "…"}
@@ -46,8 +46,8 @@ class ChatLayout:
     A message has `role` (system, user, assistant, observation, or tool) and `content`; an assistant's may have
     `metadata` (the name of the tool it calls), a system message `tools`, any message `loss: false`, which keeps an
     answer out of the loss. Sources: README and preprocess_utils.py of ChatGLM3's finetune_chatmodel_demo for
-    `conversations`, `tools` and the role `tool`; its PROMPT.md for metadata and observations. What OpenAI's and
-    ShareGPT's forms have besides is read in all of them.
+    `conversations`, `tools` and the role `tool`; its PROMPT.md for metadata and observations. All chat layouts accept
+    the keys of OpenAI's and ShareGPT's formats as well.
     """
 
     name = "chat"
@@ -60,7 +60,7 @@ class ChatLayout:
         return any(field in record for field in self._LISTS)
 
     def sample(self, record: dict) -> Chat:
-        """InputError (without the location) when something is missing or wrong."""
+        """The record as a Chat; InputError, without file and line, where a field is missing or wrong."""
         turns = self.turns(record)
         if not any(turn.in_loss for turn in turns):
             field = self._list(record)
@@ -68,7 +68,7 @@ class ChatLayout:
         return Chat(tuple(turns))
 
     def turns(self, record: dict) -> list[Turn]:
-        """The messages of a record, whether or not there is an answer to learn; otherwise as `sample`."""
+        """The messages of a record, with or without an answer in the loss; raises as `sample`."""
         field = self._list(record)
         if field is None:
             raise InputError(f"has neither 'messages' nor 'conversations'; {_HINT}")
@@ -96,7 +96,7 @@ class ChatLayout:
         return turns
 
     def unused(self, record: dict) -> list[str]:
-        """Names of the fields that carry text which no sample has."""
+        """Names of the fields with text that the sample leaves out."""
         return unread(record, (self._list(record), *self._BESIDE))
 
     def _list(self, record):
@@ -110,7 +110,7 @@ class ChatLayout:
 class ShareGPTLayout(ChatLayout):
     """{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…", "tools": "…"}
 
-    Roles: human, gpt, system, observation, and function_call, whose value is {"name": …, "arguments": {…}}. Source:
+    Roles: human, gpt, system, observation, and function_call with the value {"name": …, "arguments": {…}}. Source:
     data/README.md of LLaMA-Factory.
     """
 
@@ -122,11 +122,11 @@ class ShareGPTLayout(ChatLayout):
 
 
 class OpenAILayout(ChatLayout):
-    """OpenAI's fine-tuning form: what tells it from ChatGLM3's are functions, a developer, `tool_calls`, content in
-    parts, and `weight`.
+    """OpenAI's fine-tuning format, recognised by `functions`, a developer message, `tool_calls`, content in parts or
+    `weight`.
 
-    Several calls in one message become one after the other, each with its result. What ChatGLM3's prompt format has no
-    words for is refused: speakers' names, pictures.
+    Parallel calls in one message become consecutive calls, each with its result. What ChatGLM3's prompt format cannot
+    express is refused: speakers' names, images.
     """
 
     name = "openai"
@@ -143,7 +143,7 @@ class OpenAILayout(ChatLayout):
 
 
 def _single(message):
-    """The messages that one entry stands for: two or three where it holds a question with its answer."""
+    """The messages of one entry; two or three where the entry is a question with its answer (XTuner, ms-swift)."""
     if not isinstance(message, dict):
         raise InputError(f"is {type(message).__name__}, not an object; {_HINT}")
     if "from" in message and "role" not in message:
@@ -156,9 +156,9 @@ def _single(message):
 
 
 def _turns(message, called):
-    """[Turn] of one message; two where it holds a call beside a text or beside what the tool returned.
+    """list[Turn] of one message; several where it has a call as well as text, or a call with its result.
 
-    `called` are the names of the tools that were called before; those of this message are added.
+    `called`: names of the tools called so far; those of this message are added.
     """
     message = {key: value for key, value in message.items() if value is not None or key == "content"}
     known = (*_KEYS, *_OPENAI_KEYS)
@@ -170,7 +170,7 @@ def _turns(message, called):
     if role is None:
         raise InputError(f"role is {named!r:.40}, not one of {', '.join(ROLES)}, tool")
     if role == "tool" and "content" in message and message.keys().isdisjoint(("parameters", "observation")):
-        role = "observation"  # OpenAI's; ChatGLM3's holds the call as well
+        role = "observation"  # a result as OpenAI writes it; ChatGLM3's message of this role has the call as well
     in_loss = _in_loss(message, role)
     if role == "tool":
         called.add(message.get("name"))
@@ -191,12 +191,12 @@ def _turns(message, called):
 
 
 def _in_loss(message, role):
-    """Whether a message is learnt: an assistant's, unless its `loss` or `weight` says no."""
+    """Whether a message is in the loss: an assistant's is, unless its `loss` or `weight` is false or 0."""
     answers = role in ("assistant", "tool", _CALL)
     for key in ("loss", "weight"):
         if key not in message:
             continue
-        if message[key] not in (0, 1):  # False and True are
+        if message[key] not in (0, 1):  # False == 0 and True == 1
             known = "neither true nor false" if key == "loss" else "neither 0 nor 1"
             raise InputError(f"{key!r} is {message[key]!r:.40}, {known}")
         if not message[key]:
@@ -207,7 +207,7 @@ def _in_loss(message, role):
 
 
 def _refuse_keys(message, role, called):
-    """Keys that would be lost in a message of this role."""
+    """Raises InputError for keys that a message of this role would lose."""
     for key in ("parameters", "observation"):
         if message.get(key) not in (None, "", {}):
             raise InputError(f"{key!r} belongs to a message of the role tool; found in one of the role {role}")
@@ -226,7 +226,7 @@ def _refuse_keys(message, role, called):
 
 
 def _content(message, may_be_null):
-    """The text of a message, the parts of which are joined by line breaks."""
+    """The text of a message; content in parts is joined by line breaks."""
     content = message.get("content")
     if may_be_null and content is None:
         return ""
@@ -252,10 +252,10 @@ def _calls(message):
 
 
 class _ParallelCalls:
-    """Several calls in one message, which ChatGLM3's format says one after the other, each with what it returned.
+    """Reorders parallel calls of one message into ChatGLM3's format: one call after the other, each with its result.
 
-    The turns of such a message are held back until the messages that answer it have come: by `tool_call_id`, by the
-    tool's name, or in the order of the calls.
+    The turns of such a message are held back until all results have come. A result is matched to its call by
+    `tool_call_id`, by the tool's name, or in the order of the calls.
     """
 
     def __init__(self):
@@ -266,7 +266,7 @@ class _ParallelCalls:
         self._results: dict[Any, Turn] = {}
 
     def place(self, message: dict, turns: list[Turn]) -> list[Turn]:
-        """The turns that may follow now; InputError for a result of no call, or a call without its result."""
+        """The turns that are complete now; InputError for a result without a call, or a call without its result."""
         calls = _calls(message)
         if self._waiting:
             if len(turns) != 1 or turns[0].role != "observation":
@@ -313,7 +313,7 @@ class _ParallelCalls:
 
 
 def _call(call, called, in_loss):
-    """The Turn of a call in OpenAI's or ShareGPT's form."""
+    """The Turn of a call in OpenAI's or ShareGPT's format."""
     if isinstance(call, list):
         if len(call) > 1:
             raise InputError(f"has {len(call)} calls; ChatGLM3's format has one call in a message: split it")
@@ -348,7 +348,7 @@ def _tool_turns(message, in_loss):
 
 
 def _with_system(turns, system):
-    """Puts a record's system prompt in front."""
+    """Puts a record's system prompt first; InputError where the first message is a different one."""
     if turns and turns[0].role == "system" and turns[0].content.strip():
         if turns[0].content.strip() == system.strip():
             return turns

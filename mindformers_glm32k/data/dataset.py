@@ -37,7 +37,7 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.vocabulary import WordEncoder
 
 SAMPLE, TOKEN = "sample", "token"
-# Read here, with the value that stands for a missing key (None: needed, or nothing).
+# Keys of the section, with their defaults (None: required, or no default).
 DEFAULTS = {
     "data_loader": None,
     "tokenizer": None,
@@ -66,12 +66,12 @@ DEFAULTS = {
     "prefetch_size": 1,
     "numa_enable": False,
 }
-# What MindFormers' trainer writes into the section or reads from it; nothing for this class to do.
+# Keys that MindFormers' trainer writes into the section or reads from it; ignored here.
 _HOST_KEYS = (
     "do_eval auto_tune filepath_prefix autotune_per_step profile micro_batch_num output_columns construct_args_key "
     "mixup_op"
 ).split()
-# Classes of MindFormers and of older versions that stand in people's YAMLs, with ours.
+# Classes of MindFormers and of older versions, as found in users' YAMLs -> the class to use instead.
 _OTHERS = {
     "data_loader": dict.fromkeys(
         ("ADGenDataLoader", "CommonDataLoader", "TrainingDataLoader", "MindDataset", "BaseDataLoader"),
@@ -86,13 +86,12 @@ KNOWN_KEYS = frozenset(DEFAULTS) | frozenset(_HOST_KEYS)
 
 
 class GLM32KDataset(BaseDataset):
-    """Batches for training and evaluation; `encode.py` shows what a sequence holds, `packing.py` what a packed one
-    does.
+    """Batches for training and evaluation; `encode.py` shows the layout of sequences, `packing.py` of packed ones.
 
     Calling it returns a MindSpore dataset, as MindFormers' own dataset classes do, with int32 columns input_ids and
     labels of shape (batch_size, sequence length); packed sequences have position_ids, document_ids and input_mask
-    (float32) besides. In data-parallel mode each rank has its share of the sequences; where MindFormers feeds the whole
-    global batch to each device (semi-auto parallel with full_batch), each has all.
+    (float32) as well. In data-parallel mode each rank has its share of the sequences; where MindFormers feeds the whole
+    global batch to each device (semi-auto parallel with full_batch), each rank has all sequences.
 
     Args:
         dataset_config: the `train_dataset` or `eval_dataset` section, with the keys
@@ -103,36 +102,36 @@ class GLM32KDataset(BaseDataset):
             - max_target_length: tokens of the answer without its end token, >= 1; a longer one is kept whole
               where the prompt can make room for it.
             - seq_length: sequence length, >= max_source_length + max_target_length + 1, which is the default.
-            - truncation: how too long prompts are truncated: "middle" (default), "left", "right", "longbench" or
-              "drop"; see truncation.py.
+            - truncation: how prompts that are too long are truncated: "middle" (default), "left", "right",
+              "longbench" or "drop"; see truncation.py.
             - on_long_answer: "raise" (default) or "drop", where answers alone do not fit a sequence.
             - packing: several samples in a sequence. Default False.
-            - packing_window: the samples of so many full sequences are packed together, >= 1. Default 64.
-            - documents_per_row: samples of a packed sequence, at most. Default as many as it has room for; for
-              an NPU with flash attention GLM32KTrainer takes model_config.documents_per_row.
-            - rows_per_epoch: packed sequences of an epoch, all ranks together: a multiple of their number
-              and batch_size. By default an epoch has each sample once, for which all samples are tokenized before
-              the first step. With a number, packing goes along with training, pass after pass over the samples
-              (each once a pass), and an epoch is so many sequences of that.
+            - packing_window: samples are packed in windows worth this many full sequences, >= 1. Default 64.
+            - documents_per_row: samples of a packed sequence at most. Default: no limit; for an NPU with flash
+              attention GLM32KTrainer sets model_config.documents_per_row.
+            - rows_per_epoch: packed sequences of an epoch over all ranks, a multiple of ranks * batch_size. By default
+              an epoch has each sample once; all samples are tokenized before the first step to plan it. With a value,
+              sequences are packed during training, in pass after pass over the samples, and an epoch is this many
+              sequences.
             - loss_weights: in packed sequences each "sample" (default) counts alike in the loss, or each "token".
-            - sort_by_length: samples of about the same length come into one batch. Default False.
+            - sort_by_length: samples of about the same length share a batch. Default False.
             - pad_to_multiple_of: a batch is padded to its longest sequence, rounded up to a multiple of this
-              and at most the sequence length, instead of to the sequence length: its shape varies, and each shape is
-              compiled.
-            - cache_tokens: the samples' numbers of tokens, which packing without rows_per_epoch needs
-              before the first step, are kept on disk for the next run; by default from 8 MB of data on.
-            - cache_dir: where they are, and the index of big files' lines. By default `.glm32k_cache`
-              beside the data, or in the output folder where that cannot be written.
+              and at most the sequence length, instead of to the sequence length: the batch shape varies, and each shape
+              is compiled once.
+            - cache_tokens: whether the samples' token counts, which packing without rows_per_epoch needs before the
+              first step, are kept on disk for the next run. Default: from 8 MB of data on.
+            - cache_dir: folder of these counts and of the line indexes of big files. Default: `.glm32k_cache` beside
+              the data, or in the output folder where that is not writable.
             - input_columns: ["input_ids", "labels"], or those of packed sequences.
             - batch_size, repeat, prefetch_size: >= 1.
-            - num_parallel_workers: >= 1; no more than the machine has cores are used.
+            - num_parallel_workers: >= 1, limited to the number of CPU cores.
             - drop_remainder, python_multiprocessing, numa_enable.
-            - seed: >= 0; the data_loader's own `seed` goes first.
-            - ignore_pad_token_for_loss: True; padding is never in the loss.
+            - seed: >= 0; the data_loader's own `seed` takes precedence.
+            - ignore_pad_token_for_loss: only True; padding is never in the loss.
         **kwargs: the same keys, when there is no dataset_config.
 
     Raises:
-        InputError: unknown keys, wrong values, files that are missing or unfit, fewer sequences than one batch.
+        InputError: unknown keys, wrong values, missing or unusable files, fewer sequences than one batch.
     """
 
     def __new__(cls, dataset_config: dict | None = None, **kwargs: Any) -> Dataset:
@@ -147,11 +146,11 @@ class GLM32KDataset(BaseDataset):
 
 
 def first_sequences(dataset_config: dict) -> tuple[Iterator[tuple], SampleSource, Any]:
-    """The sequences of the first epoch one by one, as one process sees them, and what is in them.
+    """The sequences of the first epoch one by one, as in a run with a single rank.
 
     Returns:
         an iterator of (samples, documents, columns): indices of the samples, their EncodedSamples, and the columns by
-        name, padded to the sequence length; the samples; the tokenizer.
+        name, padded to the sequence length; the SampleSource; the tokenizer.
     """
     config = checked(dataset_config)
     loader, tokens, pad_id = _parts(config, None, None)
@@ -173,7 +172,7 @@ def first_sequences(dataset_config: dict) -> tuple[Iterator[tuple], SampleSource
 
 
 def _parts(config, shard_id, num_shards):
-    """The loader of this rank's samples, their TokenizedSamples, and the id of padding."""
+    """The loader of this rank's samples, their TokenizedSamples, and the padding id."""
     loader = _loader(config, shard_id, num_shards)
     tokenizer = config.tokenizer
     if isinstance(tokenizer, dict):
@@ -196,7 +195,7 @@ def _tokens(config, samples, tokenizer):
 
 
 def _lengths(config, tokens, order):
-    """Tokens of each sample; those of data that has been seen before are on disk."""
+    """Tokens of each sample, int32 (samples,); read from disk where an earlier run has counted them."""
     names = ("max_source_length", "max_target_length", "truncation", "on_long_answer")
     settings = {**{name: config[name] for name in names}, "sequence_length": sequence_length(config)}
     section = dict(config.data_loader) if isinstance(config.data_loader, dict) else None
@@ -296,7 +295,7 @@ def check_vocabulary(tokenizer: Any, padded_vocab_size: int) -> None:
 
 
 def _loader(config, shard_id, num_shards):
-    """The dataset of the samples that this rank draws from."""
+    """The GeneratorDataset of this rank's samples."""
     loader = config.data_loader
     if isinstance(loader, dict):
         loader = MindFormerConfig(**copy.deepcopy(dict(loader)))

@@ -6,17 +6,17 @@ One question with its answer (P: prompt, A: answer; `·` is the label -100, whic
     input_ids  [gMASK] sop <|user|> \n P1 P2 <|assistant|> \n  A1  A2  </s> <pad>
     labels        ·     ·     ·     ·  ·  ·       \n       A1  A2  </s>  ·     ·
 
-A chat of several turns: every answer is in the loss, and with it the token that ends it. Only the last answer ends in
-</s>; the others end where the next message begins, so there the model learns to say the next role token:
+A chat of several turns: every answer is in the loss, and so is the token that ends it. Only the last answer ends
+in </s>; the others end where the next message begins, so there the model learns to produce the next role token:
 
     input_ids  … <|assistant|> \n  A1  A2  <|user|> \n  Q1 <|assistant|> \n  A3  </s>
     labels     …      \n       A1  A2 <|user|>  ·   ·   ·        \n      A3 </s>   ·
 
-A tool call is an answer that ends in <|observation|>; what the tool returned is not in the loss. Plain text is, all of
-it: `[gMASK] sop T1 T2 </s>` has the labels `· T1 T2 </s> ·`.
+A tool call is an answer that ends in <|observation|>; what the tool returned is not in the loss. Plain text is in the
+loss as a whole: `[gMASK] sop T1 T2 </s>` has the labels `· T1 T2 </s> ·`.
 
-A prompt that is too long loses tokens inside a message, in the context where that is known (`truncation.py` has the
-modes); head, tail, role tokens and answers stay:
+A prompt that is too long loses tokens inside a message, within the long document where its span is known
+(`truncation.py` has the modes); head, tail, role tokens and answers stay:
 
     whole      [gMASK] sop <|user|> \n I1 I2 C1 C2 C3 C4 C5 C6 Q1 Q2 <|assistant|> \n A1 </s>
     truncated  [gMASK] sop <|user|> \n I1 I2 C1 C2       C6 Q1 Q2 <|assistant|> \n A1 </s>
@@ -24,10 +24,10 @@ modes); head, tail, role tokens and answers stay:
 
 The model's loss compares the logits at a position with the label at the same position (it does not shift), so the
 labels are shifted here: labels[i] is input_ids[i + 1] where that is in the loss. The prompt's ids are those of
-`build_chat_input`, which generation feeds too; the model has to produce everything behind <|assistant|> itself, the
-line break that the published chat format puts there (or a tool's name before it) included. `\n` stands for the two ids
-that the tokenizer makes of a line break. Source of the loss mask: preprocess_utils.py of ChatGLM3's
-finetune_chatmodel_demo, whose labels stand one position further right, for its model shifts them itself.
+`build_chat_input`, as in generation; all that follows <|assistant|> is in the loss, including the line break that the
+published chat format puts there (and a tool's name before it). `\n` stands for two ids, the tokenizer's encoding of a
+line break. Source of the loss mask: preprocess_utils.py of ChatGLM3's finetune_chatmodel_demo; its labels are one
+position further right, because its model shifts them itself.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ IGNORED = -100
 RAISE, DROP = "raise", "drop"
 ON_LONG_ANSWER = (RAISE, DROP)
 _MAY_BE_TRUNCATED = ("user", "observation")
-_LINE = 8  # tokens, more than a message's role, line break and dummy prefixes are
-_STRADDLING = 4  # tokens; a vocabulary that changes the text when it encodes it never gives it back
+_LINE = 8  # tokens; an upper bound of a message's role token, line break and dummy prefixes
+_STRADDLING = 4  # tokens to try at a border; where encoding normalizes the text, decoding never matches it
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """Tokens of one sample. What had to be left out as a whole has none (or padding alone), and no labels.
+    """Tokens of one sample. A dropped sample has no tokens (only padding, once padded) and no labels.
 
     Attributes:
         input_ids: int32 (length,).
         labels: int32 (length,), IGNORED where a position is not in the loss.
-        tokens_before: tokens without any truncation, </s> included, padding not.
-        tokens_after: those that are left of them; 0 when the sample was left out.
+        tokens_before: tokens before truncation, </s> included, padding not.
+        tokens_after: tokens after truncation; 0 for a dropped sample.
         prompt_tokens: of tokens_before, those that are not in the loss.
-        cut_points: positions in input_ids before which tokens were cut out.
-        dropped: why the sample was left out.
+        cut_points: positions in input_ids before which tokens were removed.
+        dropped: why the sample was dropped; None if it was not.
     """
 
     input_ids: np.ndarray
@@ -74,7 +74,7 @@ class EncodedSample:
 
 
 def padded(values: np.ndarray, length: int, filler: int) -> np.ndarray:
-    """int32 (length,): the values with the filler behind them."""
+    """int32 (length,): the values, padded on the right with the filler."""
     sequence = np.full(length, filler, np.int32)
     sequence[: len(values)] = values
     return sequence
@@ -84,11 +84,11 @@ class SampleEncoder:
     """Encodes samples in the published chat format.
 
     Args:
-        tokenizer: a GLM32KTokenizer, or what has its `vocabulary`.
-        max_source_length: tokens of one question's prompt, role tokens included; longer ones are truncated. A longer
-            answer than there is room for beside it shortens the prompt further.
-        max_target_length: tokens of its answer for which there is room in any case, end token not counted.
-        sequence_length: >= max_source_length + max_target_length + 1; the one limit for chats and plain text.
+        tokenizer: a GLM32KTokenizer, or any object with its `vocabulary`.
+        max_source_length: tokens of one question's prompt, role tokens included; longer ones are truncated. An answer
+            that does not fit beside the prompt shortens the prompt further.
+        max_target_length: tokens of the answer that always fit, end token not counted.
+        sequence_length: >= max_source_length + max_target_length + 1; the only limit for chats and plain text.
         truncation: one of TRUNCATIONS.
         on_long_answer: what happens where answers, role tokens and system messages alone are longer than a sequence:
             "raise" an InputError, or "drop" the sample.
@@ -132,7 +132,7 @@ class SampleEncoder:
         )
 
     def encode(self, sample: Sample | Chat | Text) -> EncodedSample:
-        """The sample without padding; InputError where answers are too long and not to be dropped."""
+        """The sample without padding; InputError where answers are too long and on_long_answer is "raise"."""
         pieces = self._text_pieces(sample) if isinstance(sample, Text) else self._chat_pieces(sample)
         before = sum(len(piece.ids) for piece in pieces)
         prompt = before - sum(len(piece.ids) for piece in pieces if piece.in_loss)
@@ -147,7 +147,7 @@ class SampleEncoder:
         return _assembled(pieces, before, prompt)
 
     def surely_fits(self, sample: Sample | Chat | Text) -> bool:
-        """Whether no answer of a sample can be too long, told without tokenizing: a token has at least one byte."""
+        """Whether the answers surely fit a sequence, judged by their bytes: a token has at least one byte."""
         if isinstance(sample, Text) or self._mode.share is None or self._on_long_answer != RAISE:
             return True
         most = _LINE
@@ -162,7 +162,7 @@ class SampleEncoder:
         vocabulary, turns = self._vocabulary, sample.turns()
         last = max(index for index, turn in enumerate(turns) if turn.in_loss)
         pieces, ends_an_answer = [_Piece(chat.prefix_ids(vocabulary))], False
-        for turn in turns[: last + 1]:  # nothing behind the last answer is in the loss
+        for turn in turns[: last + 1]:  # nothing after the last answer is in the loss
             source = turn if turn.role in _MAY_BE_TRUNCATED else None
             pieces += [
                 _Piece([vocabulary.special[f"<|{turn.role}|>"]], ends_an_answer),
@@ -183,7 +183,7 @@ class SampleEncoder:
     # --- truncation ---
 
     def _truncate(self, pieces, limit):
-        """Truncates the pieces in place so that `limit` tokens hold them; returns why that cannot be (str), or None."""
+        """Truncates the pieces in place to `limit` tokens in total; returns why that is impossible (str), or None."""
         if self._mode.share is None:
             return f"{sum(len(piece.ids) for piece in pieces)} tokens, and there is room for {limit}"
         candidates = [piece for piece in pieces if piece.source is not None]
@@ -203,12 +203,12 @@ class SampleEncoder:
         return None
 
     def _shorten(self, piece, room, spare):
-        """Truncates one piece; returns the tokens (int) that it has above `room`, at most `spare`."""
+        """Truncates one piece to `room` tokens; returns its tokens (int) above that, at most `spare`."""
         whole = piece.ids
         if self._mode.tokenize_again:
             half = room // 2
             piece.ids = self._vocabulary.encode(halves(whole, half, self._vocabulary.decode))
-            while len(piece.ids) > room + spare:  # rare: letters broken in two have become several tokens
+            while len(piece.ids) > room + spare:  # rare: a character split at the cut takes several byte tokens
                 half -= max(1, (len(piece.ids) - room - spare) // 2)
                 piece.ids = self._vocabulary.encode(halves(whole, half, self._vocabulary.decode)) if half > 0 else []
             piece.cut_point = min(half, len(piece.ids))
@@ -218,14 +218,14 @@ class SampleEncoder:
         return max(0, len(piece.ids) - room)
 
     def _context(self, piece):
-        """Where the context stands, in tokens; a token that straddles its border is not part of it."""
+        """The span of the context, in tokens; a token that straddles its border is not part of it."""
         ids, span = piece.ids, getattr(piece.source, "context", None)
         if self._truncation != "middle" or span is None:
             return 0, len(ids)
         encode, decode = self._vocabulary.encode, self._vocabulary.decode
         head, tail = piece.source.content[: span[0]], piece.source.content[span[1] :]
         before, behind = min(len(encode(head)), len(ids)), min(len(encode(tail)), len(ids))
-        # Alone they may have a token less than as parts of the whole, where letters join across the border.
+        # Encoded alone, head and tail may have fewer tokens than in the whole text, where merges cross the border.
         for _ in range(_STRADDLING):
             before += before < len(ids) and not decode(ids[:before]).startswith(head)
             behind += behind < len(ids) and not decode(ids[len(ids) - behind :]).endswith(tail)
@@ -233,14 +233,14 @@ class SampleEncoder:
 
 
 class _Piece:
-    """A stretch of tokens of one kind: in the loss or not, to be truncated (then it knows its source) or not."""
+    """A span of tokens that is in the loss as a whole or not at all; may be truncated where it has a source."""
 
     def __init__(self, ids, in_loss=False, source=None):
         self.ids, self.in_loss, self.source, self.cut_point = list(ids), in_loss, source, None
 
 
 def _assembled(pieces, before, prompt):
-    """The pieces in a line, labels one position ahead. No model could predict the token that follows a cut point."""
+    """Joins the pieces, labels one position ahead. A token after a cut point is unpredictable and not in the loss."""
     ids = np.array([index for piece in pieces for index in piece.ids], np.int32)
     loss_mask = np.repeat([piece.in_loss for piece in pieces], [len(piece.ids) for piece in pieces])
     cut_points, start = [], 0

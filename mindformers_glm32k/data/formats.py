@@ -16,8 +16,8 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer.chat_format import listed_tools
 
 RENAME = "set origin_columns if the columns have other names"
-_NAMES_OF_RECORDS = frozenset(("id", "_id"))  # they tell records apart and carry nothing to learn
-_PREPROCESSED = frozenset(("dataset", "length", "answers", "language", "all_classes"))  # kept beside context_span
+_NAMES_OF_RECORDS = frozenset(("id", "_id"))  # identifiers, nothing to train on
+_PREPROCESSED = frozenset(("dataset", "length", "answers", "language", "all_classes"))  # kept by `glm32k preprocess`
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Turn:
         content: the text.
         metadata: the rest of the role's line; the tool's name where an assistant calls one.
         in_loss: whether the content and the token that ends it are in the loss.
-        context: where in `content`, in characters, the long document stands.
+        context: span [start, stop) of the long document in `content`, in characters; None: unknown.
     """
 
     role: str
@@ -45,8 +45,8 @@ class Sample:
 
     Attributes:
         prompt: what the user says, question included.
-        answer: what the model is to answer.
-        context: where in `prompt`, in characters, the long document stands. Truncation falls inside it.
+        answer: the text in the loss.
+        context: span [start, stop) of the long document in `prompt`, in characters. Truncation falls inside it.
     """
 
     prompt: str
@@ -76,10 +76,10 @@ class Text:
 
 
 class AdGenLayout:
-    """{"content": "…", "summary": "…"}, with `system`, `history` and `context_span` beside them where they are given.
+    """{"content": "…", "summary": "…"}, optionally with `system`, `history` and `context_span`.
 
-    `context_span`, where it is there, is [start, stop]: where in the first field, in characters, the long document
-    stands. `glm32k preprocess` writes it. `columns` are the names of the two fields.
+    `context_span` is [start, stop), the span of the long document in the first field, in characters; `glm32k
+    preprocess` writes it. `columns`: names of the two fields.
     """
 
     name = "adgen"
@@ -92,12 +92,12 @@ class AdGenLayout:
         return all(field in record for field in self.fields)
 
     def sample(self, record: dict) -> Sample | Chat:
-        """InputError (without the location) when a field is missing or no text."""
+        """The record as a sample; InputError, without file and line, where a field is missing or no text."""
         prompt, answer = (text_field(record, field, RENAME) for field in self.fields)
         return after_history(record, Sample(prompt, answer, _span(record.get("context_span"), len(prompt))))
 
     def unused(self, record: dict) -> list[str]:
-        """Names of the fields that carry text which no sample has."""
+        """Names of the fields with text that the sample leaves out."""
         used = (*self.fields, *BESIDE, "context_span")
         return unread(record, {*used, *_PREPROCESSED} if "context_span" in record else used)
 
@@ -115,9 +115,9 @@ def _span(context, length):
 
 
 class LongBenchLayout:
-    """{"input": "…", "context": "…", "answers": ["…"], "dataset": "…", …}: prompt by template, first answer.
+    """{"input": "…", "context": "…", "answers": ["…"], "dataset": "…", …}: prompt from the template, first answer.
 
-    `prompts` are None only where the layout is asked what it matches.
+    `prompts` may be None where only `matches` is called.
     """
 
     name = "longbench"
@@ -130,7 +130,7 @@ class LongBenchLayout:
         return all(field in record for field in self.fields)
 
     def sample(self, record: dict) -> Sample:
-        """InputError (without the location) when a field is missing or wrong."""
+        """The record as a sample; InputError, without file and line, where a field is missing or wrong."""
         hint = "LongBench's fields are " + ", ".join(self.fields)
         text_field(record, "context", hint, may_be_empty=True)
         text_field(record, "dataset", hint)
@@ -144,7 +144,7 @@ class LongBenchLayout:
         return Sample(prompt, answer, context)
 
     def unused(self, record: dict) -> list[str]:
-        """None: what LongBench's template leaves out of a record is meant to be left out."""
+        """Always empty: fields that LongBench's template does not use are left out on purpose."""
         return []
 
 
@@ -158,22 +158,22 @@ class TextLayout:
         return "text" in record
 
     def sample(self, record: dict) -> Text:
-        """InputError (without the location) when the field is missing, empty or no text."""
+        """The record as a sample; InputError, without file and line, where the field is missing, blank or no text."""
         return Text(text_field(record, "text", "plain text stands in the field 'text'"))
 
     def unused(self, record: dict) -> list[str]:
         return unread(record, self.fields)
 
 
-BESIDE = ("system", "history", "tools")  # fields beside one question with its answer
+BESIDE = ("system", "history", "tools")  # optional fields beside a question and its answer
 TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:"
 
 
 class QuestionLayout:
-    """{"query": "…", "response": "…", "system": "…", "history": [["…", "…"], …]}, the last two where they are given.
+    """{"query": "…", "response": "…", "system": "…", "history": [["…", "…"], …]}, the last two optional.
 
-    Sources: the custom-dataset pages of LLaMA-Factory, ms-swift and ChatGLM2; every answer of `history` is learnt, as
-    all three do.
+    Sources: the custom-dataset pages of LLaMA-Factory, ms-swift and ChatGLM2; every answer of `history` is in the loss,
+    as in all three.
 
     Args:
         name: of the layout.
@@ -190,7 +190,7 @@ class QuestionLayout:
         return all(field in record for field in self.fields)
 
     def sample(self, record: dict) -> Sample | Chat:
-        """InputError (without the location) when a field is missing or no text."""
+        """The record as a sample; InputError, without file and line, where a field is missing or no text."""
         asked = (self.question, *(field for field in self.details if record.get(field) is not None))
         texts = [text_field(record, field, RENAME, may_be_empty=True) for field in asked]
         prompt = "\n".join(text for text in texts if carries_text(text))
@@ -200,7 +200,7 @@ class QuestionLayout:
         return after_history(record, Sample(prompt, answer, (0, len(prompt))))
 
     def unused(self, record: dict) -> list[str]:
-        """Names of the fields that carry text which no sample has."""
+        """Names of the fields with text that the sample leaves out."""
         return unread(record, (*self.fields, *self.details, *BESIDE))
 
 
@@ -216,8 +216,8 @@ QUESTION_LAYOUTS = (
 
 
 def after_history(record: dict, sample: Sample) -> Sample | Chat:
-    """A sample behind the `system` prompt, the `tools` and the turns of `history` ([question, answer] pairs, or
-    messages) of its record; InputError where they are something else.
+    """The sample, after its record's `system` prompt, `tools` and turns of `history` ([question, answer] pairs or
+    messages); InputError where one of these has another form.
     """
     if record.keys().isdisjoint(BESIDE):
         return sample
@@ -251,8 +251,8 @@ def has_tools(tools: Any) -> bool:
 
 
 def with_tools(turns: list[Turn], tools: Any, is_own_message: bool) -> list[Turn]:
-    """The turns with tools in front: in a system message of their own, as ChatGLM3's own preprocessing puts those of
-    `conversations`, or in the system message that is there, as its prompt format has them.
+    """The turns with tools in front: in a system message of their own, as in ChatGLM3's preprocessing of
+    `conversations`, or in the existing system message, as in its prompt format.
 
     Raises:
         InputError: no JSON list of tools.
@@ -264,10 +264,10 @@ def with_tools(turns: list[Turn], tools: Any, is_own_message: bool) -> list[Turn
 
 
 def json_value(value: Any) -> Any:
-    """What a text says where it is a JSON list or object; any other value as it is.
+    """The list or object that a JSON text holds; any other value unchanged.
 
     Raises:
-        InputError: an object in it gives a key twice.
+        InputError: an object in it has a key twice.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -280,7 +280,7 @@ def json_value(value: Any) -> Any:
 
 
 def carries_text(value: Any) -> bool:
-    """Whether there are letters in a value or in the values inside it."""
+    """Whether a value, or one nested inside it, is a text that is not blank."""
     if isinstance(value, str):
         return not value.isspace() and value != ""
     if isinstance(value, dict):
@@ -320,7 +320,7 @@ def text_field(record: dict, field: str, hint: str, may_be_empty: bool = False) 
     """The text in a record's field.
 
     Args:
-        record: of a file.
+        record: one record of a data file.
         field: its name.
         hint: what to do when it is missing or no text.
         may_be_empty: whether blank text is fine.

@@ -1,4 +1,4 @@
-"""JSON-lines files: records read at random through the index of their lines, and checked."""
+"""JSON-lines files: random access to checked records through an index of the lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mindformers_glm32k.files import require_file
 
 MAX_PROBLEMS = 5  # lines named in one message
 MAX_LINE_BYTES = 64 << 20  # some 16 million tokens; a longer line is no record, and is not read into memory
-CHECKED_BYTES = 16 << 20  # checked before a run starts, in a tenth of a second; what follows, when it is read
+CHECKED_BYTES = 16 << 20  # checked before a run starts, in 0.1 s; records beyond are checked when read
 RAISE, SKIP = "raise", "skip"
 ON_ERROR = (RAISE, SKIP)
 _LOOKED_AT = 1000  # lines, to find out what a file holds where the first ones are damaged
@@ -35,10 +35,10 @@ class JsonLines:
     """The records of one JSON-lines file by index.
 
     The constructor checks the lines of the first CHECKED_BYTES and the last one (a file that was cut off ends in a
-    broken one), so that a small file is known to be sound before a training run starts; a line behind that is checked
-    when it is read. Where damaged lines are to be skipped, the whole file is read and checked, so that the number of
-    records is known. Where the lines are is in a LineIndex; a record is read and parsed when it is asked for. Reading
-    is safe from several threads and from forked or spawned processes.
+    broken one), so that a small file is known to be sound before a training run starts; lines beyond are checked when
+    they are read. With on_error "skip" the whole file is read and checked, so that the number of records is known. A
+    LineIndex has the offsets of the lines; a record is read and parsed on access. Reading is safe from several threads
+    and from forked or spawned processes.
 
     Args:
         path: the file, UTF-8, one JSON object per line. Empty lines at the end are ignored.
@@ -46,18 +46,18 @@ class JsonLines:
             not fit for use.
         cache_dir: where the index of a big file is kept; see `cache_folder`.
         on_error: what happens to damaged lines: "raise" an InputError, or "skip" them.
-        shown: the file that `path` was made of, for messages; its records are what `path` has as lines.
+        shown: the file that `path` was converted from, for messages; each of its records is a line of `path`.
         keep_open: False where there are more files than a process may have open.
 
     Attributes:
-        path: the file, or the one that it was made of.
+        path: the file, or `shown` where that is given.
         unit: what `line` counts, "line" or "record".
-        check: that of the constructor.
+        check: the constructor's argument.
         problems: the damaged lines that were skipped.
 
     Raises:
-        InputError: no such file, an empty one, or one without a single sound line; where they are not to be skipped,
-            lines that are empty, broken, too long or refused by `check`, of which up to MAX_PROBLEMS are named.
+        InputError: no such file, an empty one, or one without a single sound line; with on_error "raise" also lines
+            that are empty, broken, too long or refused by `check`, of which up to MAX_PROBLEMS are named.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class JsonLines:
         self.unit = "record" if shown else "line"
         self._keep_open = keep_open
         self._descriptor = None
-        self._checked = 0  # so many records, from the first on, have been found sound
-        self._kept = None  # numbers of the sound lines, where some are skipped
+        self._checked = 0  # number of records, from the first on, that are known to be sound
+        self._kept = None  # int64, positions of the sound lines in the index, where some are skipped
         self.problems = Problems(self.path, self.unit)
         if on_error == SKIP:
             self._skip_damaged_lines()
@@ -120,7 +120,7 @@ class JsonLines:
         return tqdm(total=size, unit="B", unit_scale=True, desc=f"checking {self.path}", disable=size < _PROGRESS_FROM)
 
     def _is_sound(self, record):
-        """Whether line `record` of the index can be used; if not, it is among the problems."""
+        """Whether line `record` of the index can be used; if not, adds it to the problems."""
         start, stop = self._index[record]
         raw = None if stop - start > MAX_LINE_BYTES else self._read(record)
         try:
@@ -200,13 +200,13 @@ def first_record(
     on_error: str = RAISE,
     shown: Path | None = None,
 ) -> dict:
-    """One line read alone, the first one or the first sound one, to find out what a file holds.
+    """Reads only the first record, or the first sound one, to find out what a file holds.
 
     Args:
         path: the file.
         check: as for JsonLines.
         shown: as for JsonLines.
-        on_error: "raise", or "skip" to look on where the first lines are damaged.
+        on_error: "raise", or "skip" to go on where the first lines are damaged.
 
     Raises:
         InputError: no such file, an empty one, or a first line that is damaged (when skipping: all of the first 1000
@@ -241,7 +241,7 @@ class Problems:
             self._first.append((line, str(problem)))
 
     def text(self, all_counted: bool = True) -> str:
-        """The lines named in one sentence; without `all_counted` the search ended before the file did."""
+        """The lines named in one sentence; `all_counted` is False where the search ended before the file did."""
         more = self.count - len(self._first)
         named = "; ".join(f"{self.unit} {line}: {problem}" for line, problem in sorted(self._first))
         rest = f"; and {more} more" if all_counted else "; and more"
@@ -249,7 +249,7 @@ class Problems:
 
 
 def raw_lines(file: BinaryIO, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, bytes | None]]:
-    """Reads a binary file line by line; what is longer than `limit` bytes is passed over in pieces.
+    """Reads a binary file line by line; skips lines longer than `limit` bytes without holding them in memory.
 
     Yields:
         the line's number from 1, and the line with its end; None for one that is too long.
@@ -276,7 +276,7 @@ def parse_line(raw: bytes | None, first: bool = False) -> dict:
         first: whether it is the file's first one, which may have a byte order mark.
 
     Raises:
-        InputError: says what is wrong with the line, but not where it stands.
+        InputError: says what is wrong with the line, but not its location.
     """
     if raw is None:
         raise InputError(
@@ -295,7 +295,7 @@ def parse_line(raw: bytes | None, first: bool = False) -> dict:
         raise
     except ValueError as error:
         plain = raw.strip().removeprefix(codecs.BOM_UTF8).rstrip(b",") if hasattr(raw, "removeprefix") else raw
-        if plain != raw.strip():  # files put one behind the other, or lines taken out of an array
+        if plain != raw.strip():  # a BOM between joined files, or the comma of a line from a JSON array
             return parse_line(plain)
         raise BrokenJSON(f"broken JSON ({error}): {_shorten(raw)}; {_remedy(raw.strip())}") from error
     if not isinstance(record, dict):

@@ -1,9 +1,9 @@
-"""Where the lines of a big file begin, kept on disk: random access without reading the file.
+"""Byte offsets of the lines of a big file, kept on disk: random access without reading the file.
 
-The index is one int64 array in NumPy's own format, memory-mapped, so that of a 10 GB file costs no more memory than the
-pages that are looked at: n, the number of lines that are not empty; their n starts, and the end of the last one behind
-them; numbers (from 1, ascending) of the empty lines that stand before a line; CRC-32 of all that. The file's name has
-size and time of the data file.
+The index is one int64 array in NumPy's own format, memory-mapped, so that the index of a 10 GB file takes only the
+memory of the pages in use. It holds n, the number of lines that are not empty; their n starts and the end of the last
+one; the numbers (from 1, ascending) of empty lines; CRC-32 of all these. The file's name has the data file's size and
+modification time, so that an index of an earlier state is never used.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.files import atomic_path, require_file
 
 CACHE_FOLDER = ".glm32k_cache"
-_BLOCK = 1 << 20  # bytes read at a time, into memory that stays in the processor's cache
+_BLOCK = 1 << 20  # bytes read at a time, into a buffer that stays in the CPU cache
 _STORED_FROM = 64 << 20  # bytes of data; a smaller file is indexed anew in a few hundredths of a second
-_PROGRESS_FROM = 1 << 30
+_PROGRESS_FROM = 1 << 30  # bytes
 _NEWLINE = 10
 _WHITESPACE = np.zeros(256, bool)
 _WHITESPACE[list(b" \t\r\n\v\f")] = True
@@ -32,18 +32,18 @@ _WHITESPACE[list(b" \t\r\n\v\f")] = True
 class LineIndex:
     """Starts of the lines of one file, empty ones left out.
 
-    A line is what ends in a line feed or with the file; a carriage return before the line feed belongs to it, and so
-    does a byte order mark. Lines of white space alone are empty.
+    A line ends at a line feed or at the end of the file; a carriage return before the line feed and a byte order mark
+    belong to the line. Lines of white space alone are empty.
 
     Args:
         path: the data file.
         cache_dir: see `cache_folder`.
-        stored_from: files from this size (bytes) on have their index on disk; smaller ones in memory.
+        stored_from: files from this size (bytes) on have their index on disk, smaller ones in memory.
 
     Attributes:
         path: the data file.
         stored: the index's file, or None.
-        blank: int64, numbers (from 1) of the empty lines that stand before the last line with text.
+        blank: int64, numbers (from 1) of the empty lines before the last line with text.
 
     Raises:
         InputError: no such file, an empty one, or one with empty lines only.
@@ -74,7 +74,7 @@ class LineIndex:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        """Where line `index` (0 <= index < len(self)) starts and where the next one does, in bytes."""
+        """Offsets in bytes of the starts of line `index` (0 <= index < len(self)) and of the next one."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
         return int(self._starts[index]), int(self._starts[index + 1])
@@ -95,7 +95,7 @@ class LineIndex:
 
     def _store(self, outdated, size):
         """Writes the index and maps it."""
-        for old in outdated:  # of another state of the data file
+        for old in outdated:  # of an earlier state of the data file
             old.unlink(missing_ok=True)
         with atomic_path(self.stored) as temporary:
             np.save(temporary, _index(self.path, size))
@@ -121,7 +121,7 @@ class LineIndex:
 
 
 def _index(path, size):
-    """The array; the module's docstring says what is in it."""
+    """The array that the module's docstring describes."""
     starts, blank = [], []
     with tqdm(
         total=size, unit="B", unit_scale=True, desc=f"index of {path.name}", disable=size < _PROGRESS_FROM
@@ -139,11 +139,11 @@ def _starts(numbers):
 
 
 def _load(path):
-    """The kept array, mapped; None where there is none or a damaged one."""
+    """The stored array, memory-mapped; None where it is missing or damaged."""
     try:
         numbers = np.load(path, mmap_mode="r")
         whole = path.stat().st_size == numbers.offset + numbers.nbytes
-    except (OSError, ValueError, EOFError, SyntaxError):  # the last: a header that is no Python
+    except (OSError, ValueError, EOFError, SyntaxError):  # SyntaxError: a damaged header
         return None
     if not whole or numbers.ndim != 1 or numbers.dtype != np.int64 or len(numbers) < 3:
         return None
@@ -151,18 +151,18 @@ def _load(path):
 
 
 def _scan(path, size, progress):
-    """Yields (starts, numbers of empty lines), int64 both, block by block; at last the end of the last line."""
+    """Yields (starts, numbers of empty lines), int64 both, block by block; finally the end of the last line."""
     with open(path, "rb", buffering=0) as file:
         buffer = bytearray(min(_BLOCK, size))
-        line, start, end = 1, 0, 0  # number and start of the line that is being read; end of the last one with text
-        open_blank = True  # whether only white space of it has been seen
+        line, start, end = 1, 0, 0  # number and start of the current line; end of the last line with text
+        open_blank = True  # whether the current line has been white space so far
         position = 0
         while position < size:
             read = file.readinto(memoryview(buffer)[: size - position])
             if not read:
-                break  # the file has become shorter: what is there is indexed, and stale by its size the next time
+                break  # the file has shrunk: the next run finds another size and indexes it again
             block, newlines = np.frombuffer(buffer, np.uint8, read), _newlines(buffer, read)
-            # the lines that begin in this block, and whether their first byte is white space (rare in JSON lines)
+            # the lines that begin in this block; only those with white space first (rare in JSON lines) are read whole
             first = np.concatenate(([0], newlines + 1))
             last = np.concatenate((newlines, [len(block)]))
             empty = first == last
@@ -188,7 +188,7 @@ def _scan(path, size, progress):
 
 
 def _newlines(buffer, size):
-    """int64 places of the line feeds in the first `size` bytes of a bytearray."""
+    """Offsets (int64) of the line feeds in the first `size` bytes of a bytearray."""
     looked_at = min(size, 1 << 14)
     if buffer.count(b"\n", 0, looked_at) * 500 > looked_at:
         return np.flatnonzero(np.frombuffer(buffer, np.uint8, size) == _NEWLINE)
@@ -200,9 +200,9 @@ def _newlines(buffer, size):
 
 
 def cache_folder(data_file: str | os.PathLike, configured: str | os.PathLike | None = None) -> Path:
-    """The folder for what is derived from a data file; it is made when it is not there.
+    """The folder for files derived from a data file, created if missing.
 
-    By default `.glm32k_cache` beside the file where that can be written, else `temporary/glm32k_cache` in MindFormers'
+    By default `.glm32k_cache` beside the file where that is writable, else `temporary/glm32k_cache` in MindFormers'
     output folder (LOCAL_DEFAULT_PATH, ./output when unset). Data files with the same name do not collide in it: see
     `cache_name`.
     """
@@ -215,12 +215,12 @@ def cache_folder(data_file: str | os.PathLike, configured: str | os.PathLike | N
         folder = Path(os.environ.get("LOCAL_DEFAULT_PATH") or "output") / "temporary" / "glm32k_cache"
     folder.mkdir(parents=True, exist_ok=True)
     if folder.name == CACHE_FOLDER and not (folder / ".gitignore").exists():
-        (folder / ".gitignore").write_text("*\n", encoding="utf-8")  # nothing to commit beside the user's data
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")  # the cache stays out of the user's commits
     return folder
 
 
 def cache_name(data_file: str | os.PathLike, *parts: str) -> str:
-    """The file's name and ten hex digits that stand for its path and whatever else the content depends on."""
+    """The file's name and ten hex digits, a hash of its path and of `parts`, on which the content depends as well."""
     path = Path(data_file).resolve()
     digest = hashlib.sha256("\0".join((str(path), *parts)).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{path.name}-{digest[:10]}"

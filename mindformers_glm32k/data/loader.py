@@ -13,7 +13,7 @@ from mindformers_glm32k.data.jsonl import ON_ERROR, RAISE
 from mindformers_glm32k.data.sources import AUTO, LAYOUTS, SampleSource, contamination_warning
 from mindformers_glm32k.errors import InputError
 
-# column name -> what it holds of sample `index`
+# column name -> its value for sample `index`
 COLUMNS = {
     "prompt": lambda source, index: np.array(source[index].prompt),
     "answer": lambda source, index: np.array(source[index].answer),
@@ -24,11 +24,11 @@ _KEYS = (
     "column_names phase version num_parallel_workers python_multiprocessing on_error cache_dir"
 ).split()
 WINDOW = 50  # batches within which samples are sorted by size
-_TEXTS = {"prompt", "answer"}  # columns that only a single question has
+_TEXTS = {"prompt", "answer"}  # columns of layouts with one question and its answer
 
 
 class GLM32KDataLoader:
-    """Questions with answers from JSON lines, as a MindSpore dataset.
+    """The samples of data files, as a MindSpore dataset.
 
     Calling it returns a `GeneratorDataset`, as MindFormers' own loaders do; `samples_of` returns the `SampleSource`
     behind it, which maps indices to samples.
@@ -39,25 +39,25 @@ class GLM32KDataLoader:
         origin_columns: the fields of AdGen lines. Default ["content", "summary"].
         layout: one of sources.LAYOUTS; "auto" (default): by the fields of each file's first record.
         prompt_config_file: LongBench's dataset2prompt.json; needed for its layout.
-        num_samples: read only the first samples, this many, >= 1.
+        num_samples: read only this many samples, the first ones, >= 1.
         num_shards: number of ranks that share the samples, >= 1. Default: not shared.
         shard_id: this rank, 0 <= shard_id < num_shards.
         seed: determines the shuffled orders, >= 0. Default 0.
         column_names: any of "prompt", "answer" (texts, the default) and "sample" (the index);
             chats and plain text have the index only.
-        phase: "train" or "eval", as MindFormers' YAMLs say it; both are read alike. Without it, what is
-            shuffled is for training, and LongBench's test sets in it are warned of.
-        version: MindFormers' choice of a record format; taken and not used, there is one format.
+        phase: "train" or "eval", as in MindFormers' YAMLs; decides which files of a folder are read (sources.py).
+            Without it, shuffled data counts as training data, in which LongBench's test sets cause a warning.
+        version: MindFormers' choice of a record format; accepted without effect, there is only one format.
         num_parallel_workers: threads or processes that read, >= 1, at most the number of cores. Default 1.
         python_multiprocessing: processes instead of threads. Default False.
-        on_error: damaged lines (bad UTF-8, broken JSON, missing fields, wrong types, more than 64 MB) are
-            fatal, "raise" (default), or left out, "skip". They are reported with file and line either way; to skip
-            them, all lines are read once before the first batch.
+        on_error: "raise" (default) or "skip" for damaged lines (bad UTF-8, broken JSON, missing fields, wrong
+            types, more than 64 MB). Both report them with file and line; "skip" reads all lines once before the first
+            batch.
         cache_dir: where the index of a big file's lines is kept; by default `.glm32k_cache` beside it,
-            or in the output folder where that cannot be written.
+            or in the output folder where that is not writable.
 
     Raises:
-        InputError: unknown keys, wrong values, files missing or empty, lines not fit for use.
+        InputError: unknown keys, wrong values, files missing or empty, unusable lines.
     """
 
     def __new__(
@@ -162,7 +162,7 @@ def samples_of(dataset: Any) -> SampleSource | None:
 
 
 class _Columns:
-    """What GeneratorDataset draws from: the chosen columns of one sample."""
+    """The source of the GeneratorDataset: the chosen columns of each sample."""
 
     def __init__(self, samples, names):
         self.samples, self._names = samples, names
@@ -179,21 +179,21 @@ def _names(value):
 
 
 class EpochSampler(Sampler):
-    """Samples of one rank, epoch by epoch.
+    """Sample indices of one rank, epoch by epoch.
 
-    Each epoch has one order of all samples; rank r of n takes its positions r, r + n, r + 2n, … The global batch of n
-    ranks with b samples each is therefore the batch of one process with n * b. What does not divide by n is left out
-    (when shuffled, other samples in each epoch), so that all ranks make equally many steps. MindSpore asks for every
-    epoch's order, skipped ones included, so a resumed run continues where it stopped: the order is the same for one
-    process and for many, on any number of workers.
+    Each epoch has one order of all samples; rank r of n takes positions r, r + n, r + 2n, … of it. The global batch of
+    n ranks with b samples each is therefore the batch of one process with n * b. The remainder modulo n is left out
+    (when shuffled, other samples in each epoch), so that all ranks make equally many steps. MindSpore asks for the
+    order of every epoch, skipped ones included, so a resumed run continues where it stopped. The order does not depend
+    on the number of processes or workers.
 
-    MindSpore's own samplers do not do: the shuffled order with shards differs from the one without, and num_samples
-    with shuffle draws with replacement.
+    MindSpore's own samplers do not qualify: their shuffled order differs with and without shards, and num_samples with
+    shuffle draws with replacement.
 
     Args:
         size: number of samples.
         shuffle: a new order in each epoch, or the files' order.
-        seed: with the epoch's number it determines the order.
+        seed: determines the order, together with the epoch's number.
         num_shards: number of ranks that share the samples.
         shard_id: this rank, 0 <= shard_id < num_shards.
     """
@@ -207,11 +207,11 @@ class EpochSampler(Sampler):
         super().__init__(num_samples=size // num_shards)
 
     def sort_by(self, sizes: np.ndarray, batch: int) -> None:
-        """Lets samples of about the same size (in any unit) come together; `batch` counts those of all ranks."""
+        """Puts samples of about the same size (in any unit) into one batch; `batch`: samples of all ranks together."""
         self._sizes, self._batch = sizes, batch
 
     def keep_all(self) -> None:
-        """Leaves nothing out: some ranks get a sample more. For evaluation, in which ranks do not wait for others."""
+        """Keeps the remainder: some ranks get one sample more. For evaluation, where no rank waits for another."""
         self._used = self._size
         self.num_samples = len(range(self._shard_id, self._size, self._num_shards))
 
@@ -233,7 +233,8 @@ class EpochSampler(Sampler):
 
 
 class StreamSampler(Sampler):
-    """Indices of an endless stream, epoch by epoch: 0 … n - 1, then n … 2 n - 1, with n sequences an epoch and rank."""
+    """Indices of an endless stream, epoch by epoch: 0 … n - 1, then n … 2 n - 1, with n sequences per epoch and
+    rank."""
 
     def __init__(self, sequences_per_epoch: int):
         self._sequences, self._epoch = sequences_per_epoch, 0

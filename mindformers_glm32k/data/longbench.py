@@ -1,5 +1,5 @@
-"""What training data has to do with LongBench: its prompts, which are templates by data set, splits by document, and
-what keeps its scores honest: the test sets in a model's training data."""
+"""LongBench in training data: prompt templates by data set, splits by document, and the manifest that
+tells which test samples a model was trained on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOUD = (
 
 
 def plain_name(dataset: str) -> str:
-    """The data set's name without LongBench-E's ending `_e`; both have the same prompt and metric."""
+    """The data set's name without LongBench-E's suffix `_e`; both have the same prompt and metric."""
     return dataset[:-2] if dataset.endswith("_e") else dataset
 
 
@@ -37,7 +37,7 @@ class PromptTemplate:
 
     Args:
         text: the template.
-        what: what it is, for messages ("the prompt of 'trec'").
+        what: its name in messages ("the prompt of 'trec'").
 
     Raises:
         InputError: no text, an unbalanced brace, or a field without a plain name.
@@ -65,7 +65,7 @@ class PromptTemplate:
         """Fills the fields in, as `template.format(**record)` does; InputError for one that is missing or no text.
 
         Returns:
-            the prompt and where in it, in characters, the context stands (all of it where the template has no
+            the prompt, and the span of the context in it, in characters (the whole prompt where the template has no
             {context}).
         """
         text, span = "", None
@@ -84,7 +84,7 @@ class PromptTemplate:
 
 
 class PromptTemplates:
-    """The prompts of a JSON file by data set; InputError where there is none, or a wrong template in it."""
+    """Prompt templates by data set, from a JSON file; InputError where it is missing or a template is wrong."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = require_file(path, "prompt file", _HINT)
@@ -100,11 +100,11 @@ class PromptTemplates:
         }
 
     def render(self, record: dict) -> tuple[str, tuple[int, int]]:
-        """The prompt of one LongBench record and where its context stands; see `PromptTemplate.render`."""
+        """The prompt of one LongBench record and the span of its context; see `PromptTemplate.render`."""
         return self.template(record["dataset"]).render(record)
 
     def template(self, dataset: str) -> PromptTemplate:
-        """That of a data set; InputError, with the names there are, for one without."""
+        """The template of a data set; InputError, with the known names, where it has none."""
         # LongBench-E names its files hotpotqa_e; the prompts are those of hotpotqa.
         for name in (dataset, plain_name(dataset)):
             if name in self._templates:
@@ -115,8 +115,8 @@ class PromptTemplates:
 
 
 def document_key(context: str, seed: int = 0) -> bytes:
-    """16 bytes that stand for a document: the same for the same text (blank space at its ends apart) and seed. Other
-    seeds give other, unrelated keys.
+    """A hash of a document, 16 bytes: the same for the same seed and text (white space at its ends aside). Other seeds
+    give unrelated keys.
     """
     return hashlib.blake2b(
         context.strip().encode("utf-8", "surrogatepass"), digest_size=16, key=str(seed).encode("ascii")
@@ -126,8 +126,8 @@ def document_key(context: str, seed: int = 0) -> bytes:
 def is_held_out(context: str, fraction: float, seed: int = 0) -> bool:
     """Whether a document belongs to the held-out `fraction` (0 to 1, met on average) of all documents.
 
-    It depends on the text and the seed alone, so that records of one document fall on the same side whatever file they
-    are in, and however the files change around them.
+    It depends on the text and the seed alone, so that records of one document fall on the same side in every
+    file, also after other records change.
     """
     return int.from_bytes(document_key(context, seed)[:8], "big") < fraction * 2**64
 
@@ -138,7 +138,7 @@ def is_test_set(dataset: Any) -> bool:
 
 
 def manifest_path(records: str | os.PathLike) -> Path:
-    """Where the manifest of a file of records is."""
+    """The path of the manifest of a file of records."""
     records = Path(records)
     return records.with_name(f"{records.stem}.manifest.json")
 
@@ -149,12 +149,12 @@ class Manifest:
         {"version": 1, "holdout": 0.1, "seed": 0,
          "trained": {data set: [_id, …]}, "held_out": {data set: [_id, …]}, "trained_documents": ["32 hex digits", …]}
 
-    The documents are there because LongBench and LongBench-E, and some data sets among each other, share texts under
-    different `_id`s: a score is contaminated by the text, whatever its number.
+    Documents are listed because LongBench, LongBench-E and some of their data sets share texts under different `_id`s:
+    the text contaminates a score, whatever its `_id`.
 
     Args:
-        holdout: the part of the documents that was held out.
-        seed: that chose it.
+        holdout: fraction of the documents that is held out.
+        seed: of the choice of documents.
     """
 
     def __init__(self, holdout: float = 0.0, seed: int = 0):
@@ -172,9 +172,9 @@ class Manifest:
             self._documents.add(document_key(record["context"]))
 
     def is_contaminated(self, record: dict) -> bool:
-        """Whether a LongBench record (with context, and `_id` where it has one) was trained on: under its
-        `_id` in whatever data set, or under another one with the same document. A prediction has, in place of the
-        context, `document`: its `document_key` in hex digits."""
+        """Whether a LongBench record was trained on: its `_id` in any data set, or its document under another `_id`.
+
+        A record has `context` and may have `_id`; a prediction has `document`, the hex `document_key`, in its place."""
         if self._ids is None:
             self._ids = {identifier for ids in self.trained.values() for identifier in ids}
         if record.get("_id") in self._ids:
@@ -198,7 +198,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Manifest:
-        """What `write` wrote; InputError where there is no such file, or no manifest."""
+        """Reads what `write` wrote; InputError where the file is missing or no manifest."""
         path = require_file(path, "manifest", "`glm32k preprocess` writes one beside its records.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -12,10 +12,10 @@ so the loss is
 
     (1 / samples) * sum over samples of (1 / n) * sum over its tokens in the loss of l
 
-the mean over the samples of the step: a sample counts alike whether its answer is long or short, in whichever sequence
-and on whichever device it lies, and whatever lies beside it. LongAlign (Bai et al. 2024) makes samples count alike by
-weights that hold the number of packs and of samples in the batch, which a data worker would have to know of all
-devices; here the denominator that the model computes does that. A constant factor in w would cancel.
+the mean over the samples of the step: a sample counts alike whether its answer is long or short, whichever sequence and
+device it is on, and whatever it is packed with. LongAlign (Bai et al. 2024) makes samples count alike by weights that
+contain the numbers of packs and samples in the batch, which a data worker would have to know for all devices; here the
+model's denominator replaces them. A constant factor in w cancels.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from mindformers_glm32k.data.tokens import TokenizedSamples, in_order
 from mindformers_glm32k.errors import InputError
 
 COLUMNS = ["input_ids", "labels", "input_mask", "position_ids", "document_ids"]  # the model's own order of inputs
-FIRST_WINDOW = 2  # sequences; the first ones are there soon
-_HELD_BACK = 8  # the emptiest of so many sequences of a window waits for the next one's short documents
+FIRST_WINDOW = 2  # sequences; small, so that the first ones are ready soon
+_HELD_BACK = 8  # one in so many sequences of a window, the emptiest ones, is packed again with the next window
 _TOGETHER = 4  # documents of a stream that one call tokenizes
-_AHEAD = 2  # calls that are begun before their documents are asked for
+_AHEAD = 2  # calls submitted before their documents are needed
 
 
 def first_fit(lengths: Sequence[int], capacity: int, max_documents: int | None = None) -> list[list[int]]:
-    """Puts documents into sequences, longest first, each into the first sequence that has room.
+    """First-fit decreasing: documents, longest first, each go into the first sequence that has room.
 
     Args:
         lengths: tokens of each document; ValueError where one does not lie between 1 and `capacity`.
         capacity: tokens of a sequence.
-        max_documents: of a sequence; None: as many as it has room for.
+        max_documents: most documents of a sequence; None: no limit.
 
     Returns:
         indices of `lengths`, sequence by sequence.
@@ -70,18 +70,18 @@ def first_fit(lengths: Sequence[int], capacity: int, max_documents: int | None =
 def pack(
     documents: Iterable[tuple[int, int]], capacity: int, window: int, seed: Any = None, max_documents: int | None = None
 ) -> Iterator[list[int]]:
-    """Packs a stream of documents, a window of them at a time; each is in one sequence and in one only.
+    """Packs a stream of documents, a window of them at a time; each is in exactly one sequence.
 
     Windows grow from FIRST_WINDOW sequences' worth of documents to `window` sequences'. The emptiest eighth of a
     window's sequences is taken apart again and packed with the next window.
 
     Args:
-        documents: sample and length of each, 0 <= length <= capacity; those of length 0 (left out by the truncation)
-            are in no sequence.
+        documents: (sample, length) of each, 0 <= length <= capacity tokens; those of length 0 (dropped by the
+            truncation) are in no sequence.
         capacity: tokens of a sequence.
-        window: the documents of so many full sequences are sorted at once, >= 1; the more, the fuller the sequences.
-        seed: sequences leave a window in an order that depends on it; None: those with the earliest documents first.
-        max_documents: of a sequence; None: as many as it has room for.
+        window: documents worth this many full sequences are sorted at once, >= 1; more of them leave less padding.
+        seed: shuffles the sequences of each window; None: those with the earliest documents come first.
+        max_documents: most documents of a sequence; None: no limit.
 
     Yields:
         the samples of a sequence, in the stream's order.
@@ -118,8 +118,8 @@ def pack(
 
 
 def split_to_multiple(sequences: list[list[int]], multiple: int) -> list[list[int]]:
-    """Splits sequences with several documents until there are a multiple of so many, so that no rank goes without one;
-    empty ones at the end where there are too few documents.
+    """Splits sequences with several documents until their number is a multiple of `multiple`, so that all ranks get
+    equally many; adds empty sequences at the end where there are too few documents.
     """
     sequences = list(sequences)
     fullest = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index]), index))
@@ -140,13 +140,13 @@ def split_to_multiple(sequences: list[list[int]], multiple: int) -> list[list[in
 def packed_sequence(
     documents: Sequence[EncodedSample], capacity: int, pad_id: int, equal_samples: bool = True
 ) -> tuple[np.ndarray, ...]:
-    """COLUMNS of one sequence, each (capacity,), int32, and input_mask float32.
+    """COLUMNS of one sequence, each (capacity,): input_mask float32, the others int32.
 
     Args:
-        documents: what lies in it.
-        capacity: at least the tokens of the documents together.
-        pad_id: the token behind the last document.
-        equal_samples: weights that make samples count alike; False: tokens.
+        documents: those of the sequence, in order.
+        capacity: tokens of the sequence, >= those of all documents.
+        pad_id: id of the padding token.
+        equal_samples: whether the weights make samples count alike in the loss; else tokens do.
     """
     input_ids = np.full(capacity, pad_id, np.int32)
     labels = np.full(capacity, IGNORED, np.int32)
@@ -167,14 +167,14 @@ def packed_sequence(
 
 
 class PackedSequences:
-    """Sequences of several documents by index, or without an end; what `GeneratorDataset` draws from.
+    """Packed sequences by index, planned or as an endless stream: the source of a `GeneratorDataset`.
 
     Args:
-        tokens: the documents.
+        tokens: the encoded documents.
         capacity: tokens of a sequence.
-        pad_id: the token of padding.
-        equal_samples: whether samples count alike in the loss, or tokens.
-        truncations, padding: the TruncationCounter and PaddingCounter that are told of each sequence.
+        pad_id: id of the padding token.
+        equal_samples: whether samples count alike in the loss; else tokens do.
+        truncations, padding: the TruncationCounter and PaddingCounter to add each sequence to.
     """
 
     def __init__(
@@ -200,11 +200,11 @@ class PackedSequences:
 
 
 class PlannedSequences(PackedSequences):
-    """Sequences whose documents are known beforehand.
+    """Sequences that are planned before the first step, from the lengths of all samples.
 
     Args:
         plan: samples of each sequence.
-        lengths: tokens of each sample, as they were planned.
+        lengths: tokens of each sample, int32 (samples,), as in the plan.
         others: as PackedSequences.
     """
 
@@ -232,17 +232,17 @@ class PlannedSequences(PackedSequences):
 
 
 class StreamedSequences(PackedSequences):
-    """Sequences packed while they are asked for: pass after pass over this rank's share of the documents.
+    """Sequences packed on demand: pass after pass over this rank's share of the documents.
 
-    In pass p rank r of n has the positions r, r + n, r + 2n, … of the order that seed and p make: each document is in
-    one sequence of one rank, once in each pass. Sequences are asked for by index, from 0 on; going back begins anew.
-    When a resumed run skips sequences, the documents in them are tokenized again.
+    In pass p, rank r of n takes positions r, r + n, r + 2n, … of the order given by seed and p: each document is in one
+    sequence of one rank per pass. Indices must ascend from 0; a smaller one restarts the stream. When a resumed run
+    skips sequences, the documents in them are tokenized again.
 
     Args:
-        window: the documents of so many full sequences are packed together.
-        max_documents: of a sequence; None: as many as it has room for.
+        window: see `pack`.
+        max_documents: most documents of a sequence; None: no limit.
         order: shuffle, seed, num_shards, shard_id.
-        threads: that tokenize ahead of what is asked for.
+        threads: number of threads that tokenize ahead.
         others: as PackedSequences.
     """
 
@@ -253,11 +253,11 @@ class StreamedSequences(PackedSequences):
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return 1 << 40  # MindSpore compares indices with it; there is no end
+        return 1 << 40  # endless; MindSpore checks that indices are below it
 
     def documents(self, index: int) -> tuple[list[int], list[EncodedSample]]:
         with self._lock:
-            if index < self._next or self._process != os.getpid():  # a forked worker has no threads of its parent
+            if index < self._next or self._process != os.getpid():  # a forked worker does not inherit threads
                 self._sequences, self._next, self._process = self._stream(), 0, os.getpid()
             while self._next < index:
                 next(self._sequences)
@@ -278,7 +278,8 @@ class StreamedSequences(PackedSequences):
                 raise InputError("packing: every sample was left out by the truncation; see the log")
 
     def _documents(self, samples, held):
-        """(sample, tokens) in order, for `pack`; the documents that it waits with lie in `held`."""
+        """Yields (sample, number of tokens) in order, for `pack`; `held` keeps the documents that are not packed
+        yet."""
         parts = (samples[start : start + _TOGETHER].tolist() for start in range(0, len(samples), _TOGETHER))
         for found in in_order(
             lambda part: [(sample, self.tokens[sample]) for sample in part], parts, self._threads, ahead=_AHEAD
@@ -294,15 +295,15 @@ class StreamedSequences(PackedSequences):
 def plan_sequences(
     lengths: np.ndarray, capacity: int, window: int, order: dict, batch: int, max_documents: int | None = None
 ) -> list[list[int]]:
-    """Packs all documents of an epoch; returns the samples of each sequence.
+    """Packs all documents of an epoch; returns the samples of each sequence. InputError where every sample is dropped.
 
     Args:
-        lengths: tokens of each sample, 0 where it is left out.
+        lengths: tokens of each sample, int32 (samples,); 0 where it is dropped.
         capacity: tokens of a sequence.
-        window: the documents of so many full sequences are packed together.
+        window: see `pack`.
         order: shuffle, seed, num_shards, shard_id.
-        batch: sequences of a batch of one rank; their number is made a multiple of those of all ranks.
-        max_documents: of a sequence; None: as many as it has room for.
+        batch: sequences of one rank's batch; the plan has a multiple of the global batch.
+        max_documents: most documents of a sequence; None: no limit.
     """
     samples = sample_order(len(lengths), order["shuffle"], order["seed"], 0)
     documents = zip(samples.tolist(), lengths[samples].tolist())

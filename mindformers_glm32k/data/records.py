@@ -1,8 +1,8 @@
-"""Data files that are not JSON lines: what is certain is written as JSON lines into the cache, and read from there.
+"""Data files that are not JSON lines: known formats are converted to JSON lines in the cache, and read from there.
 
-Read are gzip, bzip2, xz, zstd and lz4; parquet and Arrow; one JSON array; one object that holds the array of records;
-objects over several lines or several in a line; UTF-16 and UTF-32 with a byte order mark; line ends of a carriage
-return alone. Whatever else is known by its first bytes is named, with what to do.
+Supported: gzip, bzip2, xz, zstd and lz4; parquet and Arrow; one JSON array; one object that holds the array of records;
+objects over several lines or several in a line; UTF-16 and UTF-32 with a byte order mark; carriage returns alone as
+line ends. Other formats that are known by their first bytes are refused with a hint.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mindformers_glm32k.files import atomic_path, require_file
 
 
 def _by_pyarrow(codec):
-    """Opens what the standard library has no decompressor for."""
+    """An opener for codecs that the standard library does not have."""
 
     def opener(path, mode):
         pyarrow = _pyarrow(path, f"compressed by {codec}")
@@ -79,7 +79,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _WHOLE = 2 << 30  # bytes; a larger file is not read into memory
-_FREELY, _MOST_TIMES = 64 << 20, 100  # bytes that any packed file may hold, and of larger ones how many times its own
+_FREELY, _MOST_TIMES = 64 << 20, 100  # against zip bombs: bytes that are always fine; above, the largest ratio
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -89,16 +89,16 @@ def json_lines(
     cache_dir: str | os.PathLike | None = None,
     beside: Callable[[list[str]], Any] = lambda fields: None,
 ) -> Path | None:
-    """The JSON-lines file of what a data file holds, written when it is not there; None where it is one itself.
+    """The data file converted to JSON lines, in the cache, written if missing; None where it is JSON lines itself.
 
     Args:
         path: the data file.
-        is_record: whether an object has the fields of a record; what has not may hold the array of them.
+        is_record: whether an object has the fields of a record; if not, it may hold an array of records.
         cache_dir: see `cache_folder`.
-        beside: called with the names of fields that carry text beside that array, and that no record has.
+        beside: called with the names of the fields with text beside that array, which are in no record.
 
     Raises:
-        InputError: no such file, or one that is known to be something else.
+        InputError: no such file, a damaged one, or one of a format that is not supported.
     """
     path = Path(require_file(path, "data file", "Give a file with one JSON object per line."))
     with open(path, "rb") as file:
@@ -132,18 +132,18 @@ def json_lines(
 
 
 def _is_line(raw, is_record):
-    """Whether the file's first line is a record, or damaged in a way that its text does not explain."""
+    """Whether the file's first line is one of JSON lines: a record, or an object without an array of records."""
     try:
         value = parse_json(raw.decode("utf-8-sig").rstrip().rstrip(","))
     except UnusableJSON:
-        return raw.lstrip()[:1] == b"{"  # named by line
+        return raw.lstrip()[:1] == b"{"  # JsonLines names the line
     except ValueError:
         return False
     return isinstance(value, dict) and (is_record(value) or not _arrays_inside(value))
 
 
 def _array_inside(value):
-    """The one list of objects that an object holds, or None."""
+    """The only list of objects in an object; None where there are none or several."""
     lists = _arrays_inside(value)
     return next(iter(lists.values())) if len(lists) == 1 else None
 
@@ -161,7 +161,7 @@ def _rewritten(path, open_file, encoding, is_record, cache_dir, beside):
         raw = b"".join(_pieces(path, file))
     try:
         text = raw.decode(encoding)
-    except UnicodeDecodeError:  # named by line
+    except UnicodeDecodeError:  # JsonLines names the line
         return None if open_file is open else _kept(path, cache_dir, lambda: iter([raw]))
     try:
         values = list(_values(text))
@@ -176,7 +176,7 @@ def _rewritten(path, open_file, encoding, is_record, cache_dir, beside):
                 "line"
             ) from error
         values = None
-    if not values:  # damaged: named by line
+    if not values:  # damaged: JsonLines names the line
         plain = open_file is open and encoding == "utf-8-sig" and ("\n" in text if values is None else True)
         return None if plain else _kept(path, cache_dir, lambda: iter([text.replace("\r", "\n").encode()]))
     if len(values) == 1 and isinstance(values[0], dict) and not is_record(values[0]):
@@ -205,7 +205,7 @@ def _is_message(entry: Any) -> bool:
 
 
 def _values(text):
-    """The JSON values of a text, one behind the other; ValueError where it is something else."""
+    """Yields the consecutive JSON objects and arrays of a text; ValueError where it has anything else."""
     decoder, place, blank = json.JSONDecoder(object_pairs_hook=unique_keys), 0, " \t\r\n,\ufeff"
     while True:
         while place < len(text) and text[place] in blank:
@@ -246,7 +246,7 @@ def _unpacked(path, open_file) -> Iterator[bytes]:
 
 
 def _pieces(path, file) -> Iterator[bytes]:
-    """The bytes of an open file, piece by piece; InputError where a packed one holds far more than records take."""
+    """Yields the bytes of an open file in chunks; InputError where it unpacks to far more than records would."""
     size, total = os.path.getsize(path), 0
     while True:
         piece = file.read(1 << 20)
@@ -269,10 +269,10 @@ def _pyarrow(path, what):
 
 
 def _table(path, file, head) -> Iterator[bytes]:
-    """The records of a parquet or Arrow file, as datasets' save_to_disk writes the latter, too.
+    """Yields the records of a parquet or Arrow file (also of save_to_disk of `datasets`) as lines of JSON.
 
-    A struct has all fields that any record has: those without a value inside a field are left out, as the record that
-    was stored did not have them.
+    A struct column has the fields of all records: null fields inside it are left out, because the record had none
+    when it was stored.
     """
     pyarrow = _pyarrow(path, "a parquet file" if head.startswith(_PARQUET) else "an Arrow file")
     try:
@@ -280,7 +280,7 @@ def _table(path, file, head) -> Iterator[bytes]:
             names = batch.schema.names
             if len(set(names)) < len(names):
                 raise InputError(f"{path}: two columns have one name, {max(names, key=names.count)!r}; rename one")
-            batch.validate(full=True)  # of offsets that lie outside, reading the values would end the process
+            batch.validate(full=True)  # reading values at offsets out of bounds would crash the process
             if batch.num_rows > 8 * batch.nbytes + 1000:  # columns of nulls have no bytes, however many
                 raise ValueError(f"{batch.num_rows} records in {batch.nbytes} bytes")
             for start in range(0, batch.num_rows, 1000):
@@ -313,7 +313,7 @@ def _batches(pyarrow, file, head):
 
 
 def _without_nulls(value):
-    """A column's value without the fields of structs that have none."""
+    """A column's value without the null fields of its structs."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items() if one is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
@@ -324,7 +324,7 @@ def _line(record):
 
 
 def _as_text(value):
-    """What JSON has no form for: dates and the like as they are printed; bytes where they are text."""
+    """Values that JSON does not have: dates and the like as str gives them; bytes decoded where they are UTF-8."""
     if not isinstance(value, bytes):
         return str(value)
     try:
@@ -334,7 +334,7 @@ def _as_text(value):
 
 
 def _kept(path, cache_dir, pieces):
-    """The file in the cache; those of other states of the data file are removed."""
+    """The file in the cache, written if missing; files of earlier states of the data file are removed."""
     folder, name, state = cache_folder(path, cache_dir), cache_name(path), os.stat(path)
     target = folder / f"{name}-{state.st_size}-{state.st_mtime_ns}.records.jsonl"
     if target.exists():

@@ -1,4 +1,4 @@
-"""A training sequence as text for people: what is in the loss and how much it weighs, where documents begin, what was
+"""A training sequence as readable text: what is in the loss and with which weight, where documents begin, what was
 truncated, and whether its prompts are those that prediction feeds."""
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _WEIGHTS = ("\x1b[38;5;28m", "\x1b[38;5;34m", "\x1b[38;5;40m", "\x1b[1;38;5;46m"
 
 
 class TokenText:
-    """Writes tokens.
+    """Renders tokens as text.
 
     Args:
         vocabulary: the Vocabulary of the tokens.
         color: colours for a terminal; False: [weight|text] around what is in the loss.
-        whole: every token; False: of a long stretch that is not in the loss, the first and last SHOWN.
+        whole: every token; False: of a long stretch outside the loss only the first and last SHOWN.
     """
 
     def __init__(self, vocabulary: Any, color: bool, whole: bool = False):
@@ -50,10 +50,10 @@ class TokenText:
 
         Args:
             ids, labels, weights: (length,), its part of the columns; labels are one position ahead.
-            encoded: what was truncated of it.
+            encoded: the sample, for its cut points.
             heaviest: the largest weight of the whole sequence.
         """
-        targets = np.concatenate(([IGNORED], labels[:-1]))  # what each token was to be when the one before was read
+        targets = np.concatenate(([IGNORED], labels[:-1]))  # the previous position's label: the expected token
         weight = np.where(targets == IGNORED, 0, np.concatenate(([0], weights[:-1])))
         special = np.isin(ids, list(self._roles)) | (ids == self._vocabulary.eos_id)
         changes = np.flatnonzero((np.diff(weight) != 0) | (np.diff(special) != 0)) + 1
@@ -87,7 +87,7 @@ class TokenText:
         return self._paint((_SPECIAL if special else "") + code, text)
 
     def text(self, ids: Iterable[int]) -> str:
-        """What the ids spell, spaces and line breaks (marked ⏎) included; bytes that are no text as �."""
+        """What the ids spell, spaces and line breaks (marked ⏎) included; bytes that are no UTF-8 as �."""
         vocabulary, spelt = self._vocabulary, []
         for index in map(int, ids):
             if index in self._roles or index >= len(vocabulary):
@@ -103,14 +103,14 @@ class TokenText:
 
 
 class SequenceText:
-    """Writes sequences with their documents.
+    """Renders sequences, document by document.
 
     Args:
         samples: all samples.
-        tokens: writes tokens.
+        tokens: renders the tokens.
         tokenizer: the data set's GLM32KTokenizer.
-        fed: the ids that prediction feeds for a prompt.
-        longest_prompt: tokens that prediction takes, and `seq_length`, which they have to fit into with an answer.
+        fed: prompt text -> the ids that prediction feeds.
+        longest_prompt, seq_length: most tokens of a prompt in prediction, and of a prompt with its answer.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class SequenceText:
             number: from 1.
             indices: of the samples in it.
             documents: their tokens.
-            columns: the sequence as the model gets it.
+            columns: name -> array of the sequence, as the model gets it.
         """
         ids, labels, border = columns["input_ids"], columns["labels"], self._tokens.border
         length, used = len(ids), sum(len(document.input_ids) for document in documents)
@@ -169,7 +169,7 @@ class SequenceText:
         return "\n".join(lines)
 
     def _against_prediction(self, sample: Sample | Chat | Text, document: EncodedSample) -> str:
-        """What prediction would feed for the last answer of a sample, against the tokens before it in training."""
+        """Compares what prediction would feed for a sample's last answer with the tokens before it in training."""
         if isinstance(sample, Text):
             return "plain text, which no prompt asks for"
         answer = self._tokenizer.vocabulary.special["<|assistant|>"]
@@ -208,10 +208,10 @@ def comparison(
     """One sentence that compares a prompt in training with what prediction feeds, token by token.
 
     Args:
-        training: ids of the sequence up to the first one that is to be learned.
-        prediction: ids that the model would be fed.
-        cut_points: positions in `training` before which tokens were cut out.
-        describe: ids as text.
+        training: ids of the sequence up to the <|assistant|> before the answer.
+        prediction: ids that prediction feeds.
+        cut_points: positions in `training` before which tokens were removed.
+        describe: ids -> text.
     """
     if training == prediction:
         return f"the prompt's {len(training)} tokens are those that prediction feeds"

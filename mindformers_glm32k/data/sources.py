@@ -1,4 +1,4 @@
-"""All samples of a file or a folder, by number; which files of a folder are data, and what is passed over."""
+"""All samples of a file or a folder, by index; which files of a folder are data, and which are passed over."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ LAYOUTS = (
 _LINES = (".jsonl", ".ndjson", ".jl")  # one record a line
 ENDINGS = (*_LINES, ".json", ".parquet", ".arrow")
 PACKED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4")
-_HELD_OUT = "heldout"  # where `glm32k preprocess` puts what no training may see
+_HELD_OUT = "heldout"  # folder that `glm32k preprocess` writes held-out records to
 _TRAIN, _EVAL = {"train", "training"}, {"dev", "test", "val", "valid", "validation", "eval", "evaluation"}
-_OPEN_FILES = 64  # of more files none is kept open
+_OPEN_FILES = 64  # with more files than this, none is kept open
 _BEHIND = "messages behind the last answer"
 _HOW_TO_GIVE = "Set data_loader.dataset_dir or --train_dataset_dir / --eval_dataset_dir to a file or folder of .jsonl."
 
@@ -57,19 +57,19 @@ class SampleSource:
         dataset_dir: a file (records.py has the kinds), or a folder whose data files are read in the order of their
             names, those of sub-folders too.
         columns: the two fields of the AdGen layout.
-        layout: one of LAYOUTS; "auto" looks at the first record of each file, and takes the first layout in LAYOUTS'
-            order whose fields it has.
+        layout: one of LAYOUTS; "auto" takes, for each file, the first layout in LAYOUTS' order that its
+            first record matches.
         prompt_config_file: the templates of the LongBench layout.
-        num_samples: read only the first samples, this many.
+        num_samples: read only this many samples, the first ones.
         cache_dir: where indexes of big files are kept; see `cache_folder`.
         on_error: "raise" or "skip", for damaged lines; see JsonLines.
-        for_evaluation: of a folder with files named train… and dev…, the latter are read.
+        for_evaluation: whether, of a folder with files named train… and dev…, the latter are read.
 
     Attributes:
         passed_over: files of the folder that are not read, each with the reason.
 
     Raises:
-        InputError: files missing, empty or with lines that are not fit for use, or no templates where needed.
+        InputError: files missing, empty or with unusable lines, or no templates where needed.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SampleSource:
         for_evaluation: bool = False,
     ):
         prompts = PromptTemplates(prompt_config_file) if prompt_config_file else None
-        # fields that are a known layout's too have its other fields with them
+        # columns of a known layout, such as Alpaca's, are read with its other fields, such as `input`
         named = [one for one in QUESTION_LAYOUTS if one.fields == tuple(columns)]
         candidates = [*named, AdGenLayout(columns), LongBenchLayout(prompts), ShareGPTLayout(), OpenAILayout()]
         candidates += [ChatLayout(), *QUESTION_LAYOUTS, TextLayout()]
@@ -92,7 +92,7 @@ class SampleSource:
             candidates = [candidate for candidate in candidates if candidate.name == layout]
         self.passed_over: list[tuple[Path, str]] = []
         self._files = self._open(dataset_dir, candidates, cache_dir, on_error, for_evaluation)
-        # sample i lies in the first file whose end is beyond i
+        # cumulative number of samples: sample i is in the first file with an end above i
         self._ends = np.cumsum([len(lines) for lines, _ in self._files])
         self._size = min(int(self._ends[-1]), num_samples or int(self._ends[-1]))
 
@@ -100,7 +100,7 @@ class SampleSource:
         if not dataset_dir:
             raise InputError(f"data_loader.dataset_dir: no path given. {_HOW_TO_GIVE}")
         path = Path(dataset_dir)
-        if not os.path.isdir(path):  # unlike Path's, False for a name that is too long
+        if not os.path.isdir(path):  # Path.is_dir raises where the name is too long
             return [_open(path, candidates, cache_dir, on_error)]
         paths, self.passed_over = data_files(path, for_evaluation)
         files = []
@@ -146,7 +146,7 @@ class SampleSource:
         return [(str(lines.path), layout.name, len(lines)) for lines, layout in self._files]
 
     def left_out(self) -> list[str]:
-        """One sentence for the files of the folder that are not read, where there are any."""
+        """One sentence that names the files of the folder that are not read; empty where all are."""
         named = ", ".join(f"{path} ({reason})" for path, reason in self.passed_over)
         return [f"{len(self.passed_over)} files are passed over: {named}"] if named else []
 
@@ -167,8 +167,8 @@ class SampleSource:
         ]
 
     def longbench_files(self) -> list[tuple[str, str]]:
-        """Path and data set of each file with LongBench's samples, in its own layout or as records of `glm32k
-        preprocess`, by its first record.
+        """(path, data set) of each file with LongBench's samples, judged by its first record: in LongBench's own layout
+        or as `glm32k preprocess` writes them.
         """
         found = []
         for lines, layout in self._files:
@@ -188,8 +188,8 @@ class SampleSource:
 
 
 def contamination_warning(source: SampleSource) -> list[str]:
-    """One loud sentence where LongBench's samples are read for training, from its own files or from records of which
-    nothing was held out; else nothing.
+    """One warning where LongBench's test samples are read for training, from its own files or from records without
+    held-out ones; else an empty list.
     """
     names = [
         path
@@ -235,11 +235,11 @@ def _open(path, candidates, cache_dir, on_error, keep_open=True):
 
 
 class _Check:
-    """Makes a sample of each record, and counts, in the records that are looked at before a run, what is not used."""
+    """Turns each record into a sample; counts the unused fields of the records that are checked before a run."""
 
     def __init__(self, layout, around=()):
         self._layout, self.records, self.unused, self.counting = layout, 0, Counter(), True
-        self.around = around  # fields with text of the object that held the records
+        self.around = around  # fields with text in the object around the records
 
     def __call__(self, record):
         sample = self._layout.sample(record)
@@ -252,11 +252,11 @@ class _Check:
 
 
 def data_files(folder: Path, for_evaluation: bool = False) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """The data files below a folder in the order of their names, and the others with the reason.
+    """The data files below a folder in the order of their names, and (path, reason) of those passed over.
 
-    Hidden files are what interrupted programs leave behind, hidden folders caches: neither is looked at. Links to
-    folders are followed, each folder is read once. Where files or sub-folders named train… and dev…, test… or valid…
-    lie side by side, only those of the purpose are taken.
+    Hidden files (left by interrupted programs) and hidden folders (caches) are ignored. Links to folders are followed,
+    each folder is read once. Where files or sub-folders named train… and dev…, test… or valid… are side by side, only
+    those for the purpose are taken.
 
     Raises:
         InputError: a folder that cannot be listed.
@@ -286,7 +286,7 @@ def data_files(folder: Path, for_evaluation: bool = False) -> tuple[list[Path], 
 
 
 def _packed_twins(names):
-    """Compressed files that lie beside what came out of them."""
+    """Compressed files with their uncompressed file beside them, and why they are passed over."""
     return {
         name: f"compressed, and {name[: -len(ending)]} lies beside it"
         for name in names
@@ -302,18 +302,18 @@ def _unreadable(error):
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether a file says by its name that it holds one record a line, and nothing but records."""
+    """Whether a file's name promises one record a line, and nothing but records."""
     return _plain(path.name).endswith(_LINES)
 
 
 def _plain(name):
-    """The name in lower case, without the ending of a packed file."""
+    """The name in lower case, without the suffix of a compressed file."""
     name = name.lower()
     return next((name[: -len(ending)] for ending in PACKED if name.endswith(ending)), name)
 
 
 def _split(name):
-    """True for data to evaluate with, False for training, None for what does not say."""
+    """By the file's name: True for evaluation, False for training, None where it does not say."""
     words = re.findall(r"[a-z]+", re.sub(r"(\.[a-z0-9]+)+$", "", name.lower()))
     for word in words[:1] + words[-1:]:  # test.jsonl, news_test.jsonl
         if word in _EVAL or word in _TRAIN:

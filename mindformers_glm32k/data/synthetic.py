@@ -1,12 +1,12 @@
 """A long-context task that a tiny model can learn: find the value of a key among many sentences.
 
-A context states a few facts ("The city is Oslo."), each several times, between sentences that matter to nobody.
-The question names one key, the answer states its fact again. Keys and values are single words out of small sets, so
-that a few hundred steps of a tiny model show: first the form of the answers, then values of the right key, then those
-that the context states. The answer names the key before the value because that is learnt much sooner than the bare
-value: with eight keys 35 of 40 held-out answers were right after 500 steps, against 14.
+A context states a few facts ("The city is Oslo."), each several times, between irrelevant sentences.
+The question names one key, the answer states its fact again. Keys and values are single words from small sets, so that
+a few hundred steps of a tiny model show progress: first the form of the answers, then values of the right key, then the
+value that the context states. The answer names the key before the value because a model learns that much sooner than
+the bare value: with eight keys 35 of 40 held-out answers were right after 500 steps, against 14.
 
-`write_task` makes a folder of it with a vocabulary of its own, built like the published one.
+`write_task` writes a folder with the task and a vocabulary trained on it, built like the published one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ DATASET = "kv_retrieval"
 TEMPLATE = "{context}\n\nQuestion: {input}"
 PIECES = 1000  # with the nine special tokens below 1024, the padded_vocab_size of the tiny configurations
 MAX_TARGET_LENGTH = 15  # tokens of the answer in finetune_glm32k_tiny_cpu.yaml; the end token comes on top
-_ATTEMPTS = 1000  # to make a record that is not there yet
+_ATTEMPTS = 1000  # to draw a record that differs from all before
 
-# key -> its values; no word stands twice, here or below
+# key -> its values; no word occurs twice, here or below
 FACTS = {
     "city": ("Oslo", "Paris", "Cairo", "Lima"),
     "animal": ("fox", "owl", "horse", "whale"),
@@ -94,11 +94,11 @@ class RetrievalTask:
     """Makes records of the task with contexts of a given length.
 
     Args:
-        count: tokens of a text that starts a line or follows a space; must be additive over sentences, as it is for
-            sentencepiece models that do not merge over spaces.
+        count: text -> its tokens at the start of a line or after a space; must be additive over sentences, as it is
+            for sentencepiece models that do not merge across spaces.
         prompt_tokens: tokens that the prompt's text may have at most.
-        facts: most facts in a context, 1 to len(FACTS); each context states 1 to that many, of the first so many
-            keys: few keys have few values, which are learned sooner.
+        facts: most facts in a context, 1 to len(FACTS); each context states 1 to that many, about the first `facts`
+            keys. Fewer keys are learned sooner.
         filler_share: part of the context that is filler, 0 <= share < 1.
 
     Raises:
@@ -108,7 +108,7 @@ class RetrievalTask:
     def __init__(self, count: Callable[[str], int], prompt_tokens: int, facts: int = 4, filler_share: float = 0.5):
         self._keys, self._filler_share = tuple(FACTS)[:facts], filler_share
         self._sizes = {fact(key, value): count(fact(key, value)) for key, values in FACTS.items() for value in values}
-        # tokens of what stands behind the context, which begins with a line break and not with a space
+        # tokens after the context; counted behind a fact, because they begin with a line break and not with a space
         anchor = fact("city", "Oslo")
         self._tails = {
             key: count(TEMPLATE.format(context=anchor, input=question(key))) - count(anchor) for key in FACTS
@@ -140,12 +140,12 @@ class RetrievalTask:
                 break
             chosen.append(sentence)
             fillers -= size
-        chosen += self._repeat(lines, left + fillers)[0]  # what no filler fits into
+        chosen += self._repeat(lines, left + fillers)[0]  # into room that no filler fits
         rng.shuffle(chosen)
         return {"input": question(key), "context": " ".join(chosen), "answers": [fact(key, stated[key])]}
 
     def _repeat(self, lines, room):
-        """The sentences again and again while they fit; the room that is left."""
+        """Repeats the sentences in turn while they fit; returns them and the room that is left, in tokens."""
         chosen = []
         while self._sizes[lines[len(chosen) % len(lines)]] <= room:
             chosen.append(lines[len(chosen) % len(lines)])
@@ -154,11 +154,11 @@ class RetrievalTask:
 
 
 def train_vocabulary(text: Iterable[str], path: str | os.PathLike, pieces: int = PIECES) -> None:
-    """Writes a sentencepiece vocabulary with at most `pieces` pieces (> 256 + the letters of the text); the same text
-    gives the same file.
+    """Writes a sentencepiece vocabulary with at most `pieces` pieces (> 256 + the characters of the text). The same
+    text gives the same file.
 
-    As in the published vocabulary, any byte can be spelled, digits stand alone, nothing is normalised, and
-    <unk>, <s>, </s> have the ids 0, 1, 2.
+    As in the published vocabulary: byte fallback, single digits, no normalization, and the ids 0, 1, 2 for <unk>, <s>,
+    </s>.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -186,13 +186,13 @@ def write_task(
     """Writes tokenizer.model, dataset2prompt.json, train.jsonl and eval.jsonl into a folder, all or none.
 
     Records come close to `seq_length` tokens: prompt, answer (MAX_TARGET_LENGTH at most) and end token.
-    No record is written twice, and none that is held out is trained on. The same arguments give the same files.
+    No record is written twice, so none of eval.jsonl is in train.jsonl. The same arguments give the same files.
 
     Returns:
-        ids of the vocabulary, special tokens included.
+        size of the vocabulary, special tokens included.
 
     Raises:
-        InputError: not even one fact fits into `seq_length`, or there are not so many different records.
+        InputError: not even one fact fits into `seq_length`, or fewer different records than asked for.
     """
     from mindformers_glm32k.tokenizer.vocabulary import Vocabulary
 
@@ -233,7 +233,7 @@ def _task(vocabulary, seq_length, facts, filler_share):
 
 
 def _new_record(task, rng, seen):
-    """A record with the fields of LongBench and AdGen whose digest is not among `seen`."""
+    """A record with the fields of LongBench and AdGen, its digest not yet in `seen`; the digest is added."""
     for _ in range(_ATTEMPTS):
         record = task.record(rng)
         content = TEMPLATE.format(**record)

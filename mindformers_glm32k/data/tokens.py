@@ -1,4 +1,4 @@
-"""Samples as tokens, by number; and how many each has, which is kept on disk from run to run."""
+"""Tokenized samples by index, and their token counts, which are kept on disk across runs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mindformers_glm32k.data.line_index import cache_folder, cache_name
 from mindformers_glm32k.data.sources import SampleSource
 from mindformers_glm32k.errors import InputError
 
-KEPT_FROM = 8 << 20  # bytes of data; the lengths of less are counted in a few seconds
+KEPT_FROM = 8 << 20  # bytes of data; less is counted in a few seconds
 CHECKED_LONG = 1 << 30  # bytes of long records whose answers are checked before a run, in some five seconds
 _CHUNK = 64  # samples between two looks at what other ranks have done
-# What decides, beside data and options, how many tokens a sample has: with another version all are counted again.
+# Code that determines a sample's token count, besides data and options: a change makes stored counts outdated.
 _CODE = (
     "tokenizer/chat_format.py",
     "tokenizer/vocabulary.py",
@@ -37,7 +37,7 @@ _CODE = (
     "data/sources.py",
     "data/truncation.py",
 )
-# Keys of the data_loader section on which tokens do not depend.
+# Keys of the data_loader section that do not affect the tokens.
 _WITHOUT_EFFECT = frozenset(
     "dataset_dir shuffle seed num_shards shard_id column_names phase version num_parallel_workers "
     "python_multiprocessing cache_dir prompt_config_file".split()
@@ -45,7 +45,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 class TokenizedSamples:
-    """Unpadded samples by index; InputError, with file and line, where none can be made.
+    """Encoded samples by index, without padding; InputError, with file and line, where one cannot be encoded.
 
     Attributes:
         samples: the samples.
@@ -68,16 +68,16 @@ class TokenizedSamples:
             raise InputError(f"{location}: {error}") from error
 
     def check_answers(self, log: Any) -> None:
-        """Raises InputError for the first sample whose answers a sequence cannot hold, before a run starts.
+        """Raises InputError, before a run starts, for the first sample with answers that do not fit a sequence.
 
-        Only long records are parsed, up to CHECKED_LONG bytes of them, and only those are tokenized that may have too
-        many tokens; of a larger data set the rest is checked when it is read.
+        Only long records are parsed, up to CHECKED_LONG bytes of them, and only those that may have too many tokens are
+        tokenized; the rest of a larger data set is checked when it is read.
 
         Args:
             log: has info(format, …).
         """
         sizes = self.samples.sizes()
-        long = np.flatnonzero(2 * sizes > self._encoder.sequence_length)  # listed tools are longer than their JSON
+        long = np.flatnonzero(2 * sizes > self._encoder.sequence_length)  # 2: tools grow as indented JSON
         looked_at = long[np.cumsum(sizes[long]) <= CHECKED_LONG]
         if len(looked_at) < len(long):
             log.info(
@@ -93,11 +93,11 @@ class TokenizedSamples:
 
 
 def all_lengths(tokens: TokenizedSamples, threads: int, start: int = 0, kept: np.ndarray | None = None) -> np.ndarray:
-    """Tokens of every sample, int32 (samples,); 0 where the truncation leaves it out.
+    """Tokens of every sample, int32 (samples,); 0 where the truncation drops it.
 
     Args:
         tokens: the samples; those that `kept` does not have are tokenized, with a progress bar.
-        threads: that tokenize at once.
+        threads: number of threads that tokenize.
         start: the sample to begin with. Ranks that begin at different ones share the work through `kept`.
         kept: what `kept_lengths` returns.
     """
@@ -127,18 +127,18 @@ def kept_lengths(
     cache_dir: str | os.PathLike | None,
     log: Any,
 ) -> np.ndarray | None:
-    """The file of a data set's lengths, mapped for reading and writing; None where none is kept.
+    """The stored token counts of a data set, memory-mapped for reading and writing; None where none are kept.
 
-    It is an array in NumPy's format, int32 (samples,): 0, or the sample's tokens + 1. Each entry is right or 0 at any
-    time, so any number of processes may read and write it, and one that is interrupted leaves what it has counted.
-    Its name depends on all that the lengths do; that of another state of the same data is removed.
+    The file is a NumPy array, int32 (samples,): 0 (not counted yet), or the sample's tokens + 1. Each entry is right or
+    0 at any time, so any number of processes may read and write it, and an interrupted one leaves what it has counted.
+    The file's name is a hash of all that determines the counts; a file of an earlier state of the data is removed.
 
     Args:
         samples: the samples.
-        tokenizer: the GLM32KTokenizer that makes tokens of them.
-        settings: JSON-able; how samples are encoded, with `sequence_length`.
-        section: the data_loader section, for the options that decide what a sample is; None where there is only a
-            finished loader, whose options are not known: then nothing is kept.
+        tokenizer: the GLM32KTokenizer that encodes them.
+        settings: options of the encoding, JSON-serializable, with `sequence_length`.
+        section: the data_loader section, for the options that determine samples; None where only a built loader is
+            given, of unknown options: then nothing is kept.
         configured: whether to keep lengths; None: from KEPT_FROM bytes of data on.
         cache_dir: see `cache_folder`.
         log: has info and warning(format, …).
@@ -179,7 +179,7 @@ def kept_lengths(
 
 
 def _mapped(path, size, longest):
-    """The array; None where there is none or a damaged one, which is removed."""
+    """The memory-mapped array; None where it is missing, or damaged and removed."""
     try:
         kept = np.load(path, mmap_mode="r+")
     except FileNotFoundError:
@@ -198,11 +198,11 @@ def _mapped(path, size, longest):
 
 
 def _make(path, size):
-    """Writes zeros, whole: then a full disk is noticed here and not in the mapped memory."""
+    """Writes all zeros to disk: a full disk raises here and does not crash writes to the memory map."""
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.npy")
     try:
         np.save(draft, np.zeros(size, np.int32))
-        os.link(draft, path)  # unlike a rename, it leaves alone what another process has made meanwhile
+        os.link(draft, path)  # unlike a rename, does not replace another process's file
     except FileExistsError:
         pass
     finally:
@@ -219,11 +219,11 @@ def _digest(content):
 
 
 def in_order(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
-    """Yields function(item) of each item, in order; up to `ahead` that come next are computed meanwhile."""
+    """Yields function(item) for each item, in order; up to `ahead` later ones are computed meanwhile."""
 
     def call(item):
         if not threading.main_thread().is_alive():
-            raise CancelledError  # the program ends, and would wait for all that has been begun
+            raise CancelledError  # the program exits, and would wait for all submitted calls
         return function(item)
 
     pool, waiting = ThreadPoolExecutor(threads), deque()
@@ -235,6 +235,6 @@ def in_order(function: Callable, items: Iterable, threads: int, ahead: int) -> I
         while waiting:
             yield waiting.popleft().result()
     finally:
-        # The threads are not waited for. A generator that is left behind is closed by the garbage collector, which may
-        # run in any thread, also where that holds threading's own locks: waiting there is for ever.
+        # No wait: an abandoned generator is closed by the garbage collector, which may run in a thread that holds
+        # threading's own locks; waiting there would deadlock.
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,15 +1,15 @@
-"""How a conversation that is too long is truncated, by the names of the YAML's `truncation`.
+"""How a conversation that is too long is truncated: the modes of the YAML's `truncation`.
 
-Only what users say and tools return ever loses tokens (in plain text: the text itself); role tokens, system messages
-and answers stay. First the room is shared among these messages, then each message is truncated to its share.
+Only user messages and tool results lose tokens (in plain text: the text itself); role tokens, system messages and
+answers stay. First the room is shared among the messages that may lose tokens, then each is truncated to its share.
 
     middle     the longest messages give way first, down to one common length; the cut falls inside the context
                where that is known (LongBench's {context}), else in the middle, so that the question stays
     left       the oldest text goes first
     right      the newest text goes first; in a long prompt that is usually the question
-    longbench  as middle, and of each message its first and its last half are decoded and tokenized again, as
-               LongBench's pred.py does before it asks the model
-    drop       nothing is cut; what is too long is left out
+    longbench  as middle, but the two kept ends of a message are decoded, joined and tokenized again, as in LongBench's
+               pred.py
+    drop       nothing is truncated; a sample that is too long is dropped
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LEAST = 2  # tokens that stay of any message
 
 
 def middle(length: int, room: int, context: tuple[int, int]) -> tuple[int, int]:
-    """Cuts in the middle of the context; instructions before it and the question behind it stay.
+    """Removes the middle of the context; instructions before it and the question after it stay.
 
-    Where they alone are longer than the room, the context goes and then the text before the question, of which at
-    most half the room is left to a long beginning; the last words stay in any case.
+    Where these alone exceed the room, the whole context goes and the longer of the two is shortened as well; where both
+    exceed half the room, the first one keeps half of it, rounded down, and the last one the rest.
 
     Args:
         length: tokens of the message's text, > room.
@@ -63,7 +63,7 @@ def level(lengths: list[int], room: int) -> list[int]:
         room: tokens that may stay in all, at least LEAST (or the length, where that is less) for each message.
 
     Returns:
-        tokens that may stay of each message, <= its length; their sum is the smaller of room and all.
+        tokens that may stay of each message, <= its length; their sum is min(room, sum(lengths)).
     """
     shares, left_over = [0] * len(lengths), room
     for done, index in enumerate(sorted(range(len(lengths)), key=lambda index: lengths[index])):
@@ -89,8 +89,8 @@ def oldest_first(lengths: list[int], room: int) -> list[int]:
 
 
 def halves(ids: list[int], half: int, decode: Callable[[list[int]], str]) -> str:
-    """LongBench's truncation: the text of the first and the last `half` >= 1 tokens. Letters may break at its two
-    inner ends.
+    """LongBench's truncation: the text of the first and the last `half` >= 1 tokens. A character may be split at
+    the two inner ends.
 
     Source: pred.py of LongBench. Tokenizing the text again may give a few tokens more or less than 2 * half.
     """
@@ -102,7 +102,7 @@ class Truncation:
     """One mode.
 
     Attributes:
-        share: (lengths, room) -> tokens that may stay of each message; None where nothing is cut.
+        share: (lengths, room) -> tokens that may stay of each message; None where nothing is truncated.
         keep: (length, room, context) -> tokens kept at the start and at the end of a message.
         tokenize_again: whether the ends of a message are decoded, joined and tokenized again.
     """

@@ -25,8 +25,8 @@ def write_report(runs: dict[str, RunScores], folder: Path) -> tuple[Path, Path]:
     """Writes report.html and report.md, and returns their paths.
 
     Args:
-        runs: by name; the first is the one that the report is about, the others are shown beside it.
-        folder: where to; made when it is not there.
+        runs: by name; the report is on the first, the others are shown for comparison.
+        folder: the folder to write to, created if missing.
     """
     from mindformers_glm32k.files import atomic_path
     from mindformers_glm32k.longbench import html, markdown, report

@@ -1,5 +1,5 @@
-"""Who answers prompts: this plugin's generator or an OpenAI-compatible server, which gets many requests at a
-time, and patience; both behind one interface."""
+"""Engines that answer prompts, behind one interface: this plugin's generator, and an OpenAI-compatible server with
+concurrent requests and retries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Request:
         text: the same, before the chat format; for servers that take no ids.
         chat: whether the chat format is put around the text.
         max_new_tokens: the longest answer.
-        min_new_tokens: the shortest, in which no stop id counts.
+        min_new_tokens: the shortest answer; stop ids have no effect before it.
         stop_ids: what ends an answer.
     """
 
@@ -47,7 +47,7 @@ class Request:
 
 
 class Engine(Protocol):
-    """What predict needs.
+    """The interface that `predict` needs.
 
     Attributes:
         identity: what determines the answers, for the stamp: `engine`, `model` and the engine's options.
@@ -62,7 +62,7 @@ class Engine(Protocol):
     writes: bool
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[tuple[str, str], str]]:
-        """Yields (key, answer) of each request, in whatever order they are done."""
+        """Yields (key, answer) of each request, in the order of completion."""
 
 
 class LocalEngine:
@@ -118,11 +118,11 @@ class LocalEngine:
 
 def _alike(one, other):
     same = ("max_new_tokens", "min_new_tokens", "stop_ids")
-    # a least length counts from the longest prompt of a batch, upstream
+    # upstream counts a minimum length from the longest prompt of a batch, so such requests are not batched
     return not one.min_new_tokens and all(getattr(one, name) == getattr(other, name) for name in same)
 
 
-_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP statuses that a later attempt may not meet
+_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP statuses that are worth a retry
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds; each pause is twice the one before
 _MESSAGE = 300  # characters shown of a server's answer
 
@@ -135,12 +135,12 @@ class EndpointEngine:
         model: the served name; None: the first that the server lists.
         send: "ids": the prompt's token ids. "text": the text, which the server tokenizes; chats go to
             /chat/completions, where the server's template is put around them.
-        standard: leave out what OpenAI's interface does not have: stop ids and least lengths (vLLM and SGLang do).
+        standard: leave out what OpenAI's interface does not have: stop ids and minimum lengths (as vLLM has).
         concurrency: requests at a time.
         timeout: seconds without an answer after which a request is given up.
         retries: attempts after the first.
-        vocabulary: decodes the answer's ids as pred.py does, where the server returns them (vLLM does). Its own text
-            begins with a space more, and counts broken characters otherwise.
+        vocabulary: decodes the answer's ids as pred.py does, where the server returns them (vLLM does). The server's
+            text has an extra leading space and another number of replacement characters (U+FFFD).
 
     Raises:
         InputError: no such server or model.
@@ -176,11 +176,11 @@ class EndpointEngine:
             self.differs.append("no stop ids and no least length; samsum stops at a line break in the text")
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[tuple[str, str], str]]:
-        """Yields (key, answer) as answers come; no more requests are prepared than are sent soon.
+        """Yields (key, answer) as answers arrive; at most 2 * concurrency requests are prepared at a time.
 
         Raises:
             InputError: the server refuses a request.
-            CommandFailed: it does not answer in all attempts.
+            CommandFailed: no attempt got an answer.
         """
         self._stopped.clear()
         todo: queue.SimpleQueue = queue.SimpleQueue()
@@ -227,7 +227,7 @@ class EndpointEngine:
             if request.min_new_tokens:
                 body["min_tokens"] = request.min_new_tokens
         elif request.min_new_tokens:
-            body["stop"] = ["\n"]  # the data set with a least length is the one that stops at line breaks
+            body["stop"] = ["\n"]  # samsum, which alone has a minimum length and stops at line breaks
         if self._send == "text" and request.chat:
             path, body["messages"] = "/chat/completions", [{"role": "user", "content": request.text}]
         else:
@@ -262,7 +262,7 @@ class EndpointEngine:
                 problem, pause = f"{type(error).__name__}: {error}", None
             if attempt == self._retries:
                 break
-            # half to all of the pause, so that requests do not come back all at once
+            # jitter: half to all of the pause, so that retries do not come all at once
             longest = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
             self._say(f"{self._url}{path}: {problem}; trying again")
             if self._stopped.wait(longest * random.uniform(0.5, 1.0) if pause is None else pause):
@@ -281,7 +281,7 @@ class EndpointEngine:
             return json.loads(reply.read())
 
     def _http_problem(self, path, error):
-        """What to say, and the pause that the server asks for; InputError where no attempt will help."""
+        """(message, seconds of pause that the server asks for, or None); InputError where no retry will help."""
         text = error.read().decode("utf-8", errors="replace")[:_MESSAGE]
         problem = f"HTTP {error.code}: {' '.join(text.split())}"
         if error.code in _TRANSIENT:

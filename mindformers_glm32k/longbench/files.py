@@ -17,7 +17,7 @@ from mindformers_glm32k.errors import InputError
 
 OUTPUTS = {True: "longbench_e.jsonl", False: "longbench.jsonl"}  # by is_longbench_e; upstream's names, too
 _HINT = "Give the folder of LongBench's .jsonl files, or its data.zip, in --data_path."
-_ZIP_ERRORS = (  # RuntimeError: encrypted; the others: bytes that zipfile takes for names, places and streams
+_ZIP_ERRORS = (  # RuntimeError: encrypted; the others: damaged names, offsets and streams
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError),
     *(OSError, ValueError, LookupError, OverflowError, struct.error),
 )
@@ -57,7 +57,7 @@ class DataFile:
 
 
 def find(data_path: str | os.PathLike, is_longbench_e: bool) -> tuple[list[DataFile], list[str]]:
-    """The files to read, in the order of their names, and what was not taken, with reasons.
+    """The files to read, in the order of their names, and those passed over, with reasons.
 
     Args:
         data_path: a folder, a zip file, or one .jsonl file.

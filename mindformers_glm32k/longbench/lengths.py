@@ -1,4 +1,4 @@
-"""How long records are, by data set: a table and a picture."""
+"""Lengths of records by data set: a table and a histogram."""
 
 from __future__ import annotations
 

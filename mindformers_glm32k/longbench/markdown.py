@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mindformers_glm32k.longbench.report import Answers, HeatMap, Report, Table, Track
 
-_TEXT = 300  # characters of a text
+_TEXT = 300  # characters shown of a text
 
 
 def render(report: Report) -> str:

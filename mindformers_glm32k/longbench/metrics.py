@@ -1,4 +1,4 @@
-"""What an answer is worth: the metrics of LongBench's metrics.py, from 0 to 1, its quirks included.
+"""The metrics of LongBench's metrics.py, from 0 to 1, its quirks included.
 
 Two quirks come from libraries. `rouge` recurses once a token of the longest common subsequence, so that two long texts
 without a full stop (Chinese ones) end in a RecursionError, which LongBench counts as 0. `fuzzywuzzy.fuzz.ratio` is
@@ -76,7 +76,7 @@ def classification(prediction: str, answer: str, classes: list | None) -> float:
     """1 over the number of class names in the prediction, if the right one is among them.
 
     Names that are part of the right one do not count; as in LongBench the list shrinks while it is iterated, so that
-    the name behind each one that is removed is passed over.
+    the name after each removed one is skipped.
     """
     if not classes:
         raise InputError("field 'all_classes' is empty; LongBench's classification needs the names of the classes")
@@ -155,7 +155,7 @@ def metric_of(dataset: str, language: str | None = None) -> Callable[[str, str, 
 
 
 def score_row(dataset: str, row: dict, classes: list | None) -> float:
-    """The best of one prediction over all right answers, from 0 to 1.
+    """The best score of one prediction over all reference answers, from 0 to 1.
 
     Args:
         dataset: its name.
@@ -163,7 +163,7 @@ def score_row(dataset: str, row: dict, classes: list | None) -> float:
         classes: names of the classes, for classification.
 
     Raises:
-        InputError: a field that the metric needs is missing, or a library is.
+        InputError: a field or a library that the metric needs is missing.
     """
     metric, prediction = metric_of(dataset, row.get("language")), row["pred"]
     if plain_name(dataset) in FIRST_LINE_ONLY:
@@ -187,4 +187,4 @@ def _segmenter():
     except ImportError as error:
         raise InputError(f"the package jieba is needed for Chinese ({error}); {EXTRA}") from error
     jieba.setLogLevel("WARNING")
-    return functools.partial(jieba.Tokenizer().cut, cut_all=False)  # words that others add to jieba's own do not count
+    return functools.partial(jieba.Tokenizer().cut, cut_all=False)  # unaffected by words added to jieba's global one

@@ -45,7 +45,7 @@ MAX_NEW_TOKENS = {
     "lcc": 64,
     "repobench-p": 64,
 }
-_ROWS = "{content}"  # rows of `glm32k preprocess`, which hold whole prompts
+_ROWS = "{content}"  # for records of `glm32k preprocess`, which hold whole prompts
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Options:
     """What determines the predictions, beside the model.
 
     Attributes:
-        max_length: tokens of a prompt before the chat format, above which its middle is left out.
+        max_length: tokens of a prompt without the chat format; a longer one loses its middle.
         max_new_tokens: longest answer of data sets that LongBench does not have.
         stop_at_roles: whether `<|user|>` and `<|observation|>` end an answer, too, as in a chat; not in pred.py.
     """
@@ -64,7 +64,7 @@ class Options:
 
 
 class Prompts:
-    """Requests of samples.
+    """Builds the requests for samples.
 
     Args:
         vocabulary: of the model.
@@ -100,7 +100,7 @@ class Prompts:
         return build_prompt_ids(record, self.template(record), self._tokenizer, self._options.max_length)
 
     def template(self, record: dict) -> str:
-        """The template's text: that of the data set, or of a record that holds its whole prompt, `{content}`."""
+        """The template of a record: the data set's, or `{content}` where the record holds its whole prompt."""
         if CONTEXT in record and self._templates is not None:
             return self._templates.template(record["dataset"]).text
         if "content" in record:
@@ -124,13 +124,13 @@ class Prompts:
 
 
 def fitted(options: Options, room: int | None, vocabulary: Vocabulary, datasets: Iterable[str]) -> Options:
-    """The options with their max_length: what is asked for, by default pred.py's or what fits into the model.
+    """The options with max_length set: as asked for; by default pred.py's, or less where the model has less room.
 
     Args:
         options: max_length may be None.
         room: tokens of prompt and answer together; None where it is not known.
         vocabulary: of the model.
-        datasets: names, of which the longest answer counts.
+        datasets: names; the longest answer among them has to fit.
 
     Raises:
         InputError: what is asked for does not fit.
@@ -178,7 +178,7 @@ def predict(
     Args:
         entries: the samples of this process.
         expected: samples of each data set in all.
-        engine: who answers.
+        engine: answers the requests.
         prompts: makes the requests.
         output_dir: made when it is not there.
         stamp: what determines the predictions; a digest of the template comes on top for each data set.
@@ -187,10 +187,10 @@ def predict(
         How many samples of each data set are predicted now, by all processes.
 
     Raises:
-        InputError: a record that lacks a field, or lines of other predictions in a file.
+        InputError: a record that lacks a field, or a file with lines of another stamp.
     """
     files, first = {}, {}
-    for entry in entries:  # before anything is computed: are the files of the same predictions?
+    for entry in entries:  # a file with another stamp is refused before anything is computed
         first.setdefault(entry.dataset, entry)
     for entry, record in samples.read(list(first.values())):
         template = prompts.template(record).encode()
@@ -248,8 +248,8 @@ def row_of(record: dict, prompt_tokens: int) -> dict:
 
 
 def answer_depth(document: str, answers: list[str]) -> float | None:
-    """Where in the document, from 0 to 1, an answer stands first, word for word; None where none does."""
-    # "Paragraph 1" is not in "Paragraph 12", and two letters are everywhere
+    """Relative position, 0 to 1, of the first verbatim answer in the document; None where there is none."""
+    # "Paragraph 1" must not match "Paragraph 12"; one or two characters match everywhere
     places = [re.search(re.escape(answer) + r"(?!\d)", document) for answer in answers if len(answer) > 2]
     found = [place.start() for place in places if place]
     return round(min(found) / len(document), 4) if found else None

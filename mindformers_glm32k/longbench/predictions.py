@@ -1,4 +1,4 @@
-"""Files of predictions, DATASET.jsonl: read whole, and appended to."""
+"""Files of predictions, DATASET.jsonl: reading one, and appending to one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mindformers_glm32k.generation.journal import Journal, first_difference
 
 
 def check_prediction(row: dict, what: str) -> None:
-    """Raises InputError, which begins with `what`, where a row lacks what scores need."""
+    """Raises InputError, which begins with `what`, where a record lacks a field that scoring needs."""
     wanted = {"pred": str, "answers": list, "all_classes": (list, type(None)), "length": int}
     for name, kind in wanted.items():
         if name not in row or not isinstance(row[name], kind) or isinstance(row[name], bool):
@@ -22,15 +22,15 @@ def read_predictions(path: Path) -> tuple[list[dict], int, bool]:
     """Reads one file of predictions.
 
     Returns:
-        The rows, how many lines repeat an `_id` (they are left out), and whether the last line is half a line.
+        The records, the number of lines that repeat an `_id` (left out), and whether the last line is incomplete.
 
     Raises:
         InputError: a line that is no prediction.
     """
     rows, ids, doubles = [], set(), 0
     lines = path.read_bytes().split(b"\n")
-    rest = lines.pop()  # behind the last line break there is nothing, or half a line
-    if rest and _is_whole(rest):  # a last line without its end, as other programs may write it
+    rest = lines.pop()  # after the last line break: nothing, or an incomplete line
+    if rest and _is_whole(rest):  # a complete last line without a line break, as other programs may write it
         lines.append(rest)
         rest = b""
     for number, raw in enumerate(lines, 1):

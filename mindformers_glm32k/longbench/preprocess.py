@@ -27,14 +27,14 @@ _MOST_HELD_OUT = 0.9
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """What has been written.
+    """The files written, and what was found on the way.
 
     Attributes:
         paths: "train" and "manifest", and "heldout" and "picture" where they were asked for.
         lengths: of all records.
         problems: of each file with lines that were skipped.
         manifest: the samples of both sides.
-        outdated: records that an earlier run held out, which are trained on now.
+        outdated: file of records held out by an earlier run, now in the training data; None without one.
     """
 
     paths: dict[str, Path]
@@ -44,7 +44,7 @@ class Preprocessed:
     outdated: Path | None
 
     def warnings(self) -> list[str]:
-        """What is wrong with the split for whoever scores the model on LongBench."""
+        """What makes LongBench scores of a model trained on this split unreliable."""
         holdout = self.manifest.holdout
         if not holdout and any(map(is_test_set, self.manifest.trained)):
             return [f"{LOUD}Pass --holdout 0.1 to keep a tenth of the documents for them."]
@@ -74,10 +74,10 @@ def preprocess(
         output_path: the folder to write to: longbench_e.jsonl (longbench.jsonl), its manifest, with `holdout`
             heldout/longbench_e.jsonl, with `tokenizer` a picture of the lengths.
         prompt_config_file: LongBench's dataset2prompt.json.
-        is_longbench_e: for the files' names.
+        is_longbench_e: determines the names of the output files.
         all_answers: a record for each answer that is not blank; else the first answer alone.
-        holdout: part of the documents that is held out, 0.0 to 0.9.
-        seed: chooses them, >= 0.
+        holdout: fraction of the documents that is held out, 0.0 to 0.9.
+        seed: of the choice of documents, >= 0.
         tokenizer: tokenizer.model, or its folder, to count tokens with.
         on_error: "raise", or "skip" for damaged lines, which are reported then.
 
@@ -130,7 +130,7 @@ def _write_records(files, layout, all_answers, on_error, outputs, manifest, leng
     """Streams all records into the open `outputs`; returns the Problems of each file with lines that were skipped."""
     from tqdm import tqdm
 
-    for file in files:  # before hours of work: is there a prompt for each file's data set?
+    for file in files:  # a data set without a prompt is refused before hours of work
         for number, raw, _ in file.lines():
             with contextlib.suppress(_Damaged):
                 layout.prompts.template(_parsed(raw, number)["dataset"])
@@ -138,7 +138,7 @@ def _write_records(files, layout, all_answers, on_error, outputs, manifest, leng
     all_problems = []
     with tqdm(
         total=sum(file.size for file in files), unit="B", unit_scale=True, desc="records", disable=None
-    ) as progress:  # None: none where the output is no terminal
+    ) as progress:  # disable=None: no bar where the output is no terminal
         for file in files:
             problems, before = Problems(file), 0
             for number, raw, position in file.lines():
@@ -165,7 +165,7 @@ def _write_records(files, layout, all_answers, on_error, outputs, manifest, leng
 
 
 class _Damaged(InputError):
-    """A line that is no record with a data set's name."""
+    """A line that is no record, or names no data set."""
 
 
 def _parsed(raw, number):
@@ -178,7 +178,7 @@ def _parsed(raw, number):
 
 
 def _training_records(record, layout, all_answers):
-    """The records for training that one of LongBench's gives, checked."""
+    """The training records of one LongBench record; InputError where a field is unusable."""
     sample = layout.sample(record)
     if not isinstance(record.get("_id"), (str, int, type(None))):
         raise InputError(f"field '_id' is {type(record['_id']).__name__}; a text or number is needed")
@@ -186,7 +186,7 @@ def _training_records(record, layout, all_answers):
     if all_answers:
         texts = {f"answers[{index}]": answer for index, answer in enumerate(record["answers"])}
         answers = [text_field(texts, name, "answers are texts", may_be_empty=True) for name in texts]
-        answers = [answer for answer in answers if answer.strip()]  # nothing can be learned of a blank one
+        answers = [answer for answer in answers if answer.strip()]  # nothing to learn in a blank one
     kept = {key: record[key] for key in KEPT_FIELDS if key in record}
     return [
         {"content": sample.prompt, "summary": answer, "context_span": list(sample.context), **kept}

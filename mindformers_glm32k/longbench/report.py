@@ -1,5 +1,5 @@
-"""What a report says: the first run's scores beside the published ones and beside other runs, as blocks that
-html.py and markdown.py write."""
+"""The content of a report: the first run's scores beside the published ones and those of other runs, as blocks that
+html.py and markdown.py render."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are texts, or a `Track`, which plain text leaves out; rows of `strong` stand out."""
+    """Cells are texts or a `Track` (left out in Markdown); `strong`: indices of the rows in bold."""
 
     head: list[str]
     rows: list[list[str | Track]]
@@ -68,7 +68,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it; `runs` are the names in the order of the legend, the first is the one that it is about."""
+    """The whole report; `runs`: names in the order of the legend, the first is the one reported on."""
 
     title: str
     lead: list[str]
@@ -78,7 +78,7 @@ class Report:
 
 
 def build(runs: dict[str, RunScores]) -> Report:
-    """The report of these runs, by name; the first is the one that it is about, the others are shown beside it."""
+    """The report on the first of these runs, by name; the others are shown for comparison."""
     mine, run = next(iter(runs.items()))
     kinds = summary.kinds(run)
     sections = [_score_section(kind, names, runs) for kind, names in kinds.items()]
@@ -93,7 +93,7 @@ def build(runs: dict[str, RunScores]) -> Report:
 
 
 def _lead(runs):
-    """The answer to the question that the report is opened for, in a sentence for each other run."""
+    """The headline: how the first run compares, one sentence for each other run and for published means."""
     mine, run = next(iter(runs.items()))
     lines = []
     for name, other in list(runs.items())[1:]:
@@ -138,7 +138,7 @@ def _range(pair):
 
 
 def _against(figure, wanted):
-    """A published score has no interval of its own: what counts is whether it lies in that of the run."""
+    """A published score has no interval of its own: it is compared with the run's interval."""
     beyond = not figure.interval[0] <= wanted <= figure.interval[1]
     return f"{_signed(figure.score - wanted)}{' *' if beyond else ''}"
 

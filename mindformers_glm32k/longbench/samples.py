@@ -1,5 +1,5 @@
-"""The samples to predict: which there are in a folder or zip file, which of them this process does, and the ids
-of their prompts, as LongBench's pred.py feeds them to chatglm3-6b-32k."""
+"""The samples to predict: finding them in a folder or zip file, this process's share of them, and the ids of their
+prompts, as LongBench's pred.py feeds them to chatglm3-6b-32k."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Entry:
     """One sample, not yet read.
 
     Attributes:
-        file: where it stands.
+        file: the file that has it.
         line: its number in the file, from 1.
         dataset: its data set, in LongBench-E with `_e`: the name of the file of predictions.
         key: its `_id` as text, or a digest where it has none.
@@ -40,7 +40,7 @@ class Entry:
 
 
 def scan(path: str | Path, datasets: list[str] | None = None) -> list[Entry]:
-    """Finds all samples in the order of files and lines; a sample that stands twice is one.
+    """Finds all samples in the order of files and lines; duplicates are left out.
 
     Args:
         path: a folder of .jsonl files, LongBench's data.zip, or one .jsonl file.
@@ -84,8 +84,8 @@ def counts(entries: list[Entry]) -> dict[str, int]:
 def limited(entries: list[Entry], limit: int | None) -> list[Entry]:
     """At most `limit` samples, the same number of each data set as far as it has them.
 
-    Which ones depends on their keys alone, and a smaller limit takes a part of those of a larger one: predictions go
-    on when the limit is raised.
+    The choice depends on the keys alone, and a smaller limit gives a subset of a larger one's: predictions continue
+    when the limit is raised.
     """
     if limit is None or limit >= len(entries):
         return entries
@@ -113,7 +113,7 @@ def sample_key(record: dict) -> str:
 
 
 def dataset_name(file: longbench_files.DataFile, number: int, record: dict) -> str:
-    """The data set of a record; LongBench-E's files end in `_e`, their records say `trec`."""
+    """The data set of a record, with `_e` for LongBench-E, where only the file's name has it."""
     name = record.get("dataset")
     if not isinstance(name, str) or not name or name.startswith(".") or {"/", "\0"} & {*name} or len(name) > 80:
         raise InputError(f"{file}: line {number}: field 'dataset' is {name!r}; the name of a data set is needed")
@@ -134,7 +134,7 @@ def _records(file):
 
 
 def _find(path):
-    """All files of both kinds."""
+    """All files of LongBench and LongBench-E."""
     if path.is_file() and path.suffix != ".zip":
         return [longbench_files.DataFile(path, None, path.stat().st_size)]
     found, errors = [], []
@@ -152,7 +152,7 @@ def build_prompt_ids(sample: dict, prompt_template: str, tokenizer: Any, max_len
     """The prompt of one LongBench sample, which generation continues.
 
     The order of the steps matters and is pred.py's: the prompt is formatted and tokenized without special tokens;
-    above `max_length` its first and its last half are decoded, joined and tokenized again (which may give a few
+    above `max_length` tokens, the first and last max_length // 2 are decoded, joined and tokenized again (to a few
     tokens more or less); the chat format, or for WITHOUT_CHAT_FORMAT only `[gMASK] sop`, comes after the truncation.
 
     Args:

@@ -1,5 +1,5 @@
-"""Scores of predictions as LongBench's eval.py computes them, with what it does not say: how sure they are, what is
-missing, what was trained on."""
+"""Scores of predictions as LongBench's eval.py computes them, with what it omits: confidence intervals, missing
+predictions, and samples that were trained on."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def score_rows(dataset: str, rows: list[dict]) -> dict:
         eval.py does; None for an empty bucket.
 
     Raises:
-        InputError: no rows, or a row without what the metric needs.
+        InputError: no rows, or a row without a field that the metric needs.
     """
     return rounded(row_scores(dataset, rows), [row["length"] for row in rows])
 
 
 def rounded(scores: list[float], lengths: list[int]) -> dict:
-    """The figures of `score_rows` from scores of rows (0 to 1) and their lengths."""
+    """The result of `score_rows`, from the rows' scores (0 to 1) and lengths."""
     by_bucket = {name: [score for score, length in zip(scores, lengths) if bucket(length) == name] for name in BUCKETS}
     return {
         "score": round(100 * sum(scores, 0.0) / len(scores), 2),
@@ -77,7 +77,7 @@ def row_scores(dataset: str, rows: list[dict]) -> list[float]:
 
 
 def _with_a_stack_of_its_own(work: Callable[[], list]) -> list:
-    """Calls `work` in a thread, near the bottom of a stack: where ROUGE-L's recursion ends must not depend on the
+    """Calls `work` in a new thread with an empty stack: where ROUGE-L hits the recursion limit must not depend on the
     caller's depth or on a limit that a library has raised."""
     results, limit = [], sys.getrecursionlimit()
 
@@ -109,7 +109,7 @@ def loops(text: str) -> bool:
 
 
 def interval(samples: np.ndarray) -> list[float]:
-    """The middle 95 % of bootstrap samples, in percent."""
+    """95 % interval (2.5th and 97.5th percentile) of bootstrap samples (0 to 1), in percent."""
     return [float(round(value, 2)) for value in np.percentile(100 * samples, [2.5, 97.5])]
 
 
@@ -125,8 +125,8 @@ class DatasetScores:
     """Scores of one data set's predictions.
 
     Attributes:
-        rows: those that are scored; `scores` (0 to 1) belong to them.
-        expected: rows of the data set, as far as known.
+        rows: the scored predictions; `scores`: float (len(rows),), 0 to 1.
+        expected: number of rows of the data set; None where unknown.
         trained: how many rows the manifest says were trained on, left out or not.
         left_out: how many of them are not scored.
         unknown: rows that cannot be looked up in the manifest.
@@ -173,7 +173,7 @@ class DatasetScores:
         return None if self.expected is None else len(self.rows) + self.left_out >= self.expected
 
     def summary(self) -> dict:
-        """What scores.json says of the data set."""
+        """The entry of the data set in scores.json."""
         predictions = [row["pred"] for row in self.rows]
         return {
             **rounded(self.scores.tolist(), self.lengths),
@@ -246,7 +246,7 @@ def score_folder(
 
     Args:
         folder: has a file DATASET.jsonl for each data set, of `glm32k longbench predict` or of LongBench's pred.py.
-        expected: rows by data set, of the data; else what the lines' stamps say.
+        expected: number of rows by data set; where missing, that of the lines' stamps.
         manifest: says which rows were trained on.
         exclude: whether these are left out.
 

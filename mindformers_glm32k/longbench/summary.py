@@ -47,7 +47,7 @@ _BINS = 5  # columns of it, and bars by length
 
 @dataclass(frozen=True)
 class Figure:
-    """A score in percent with the middle 95 % of its bootstrap samples; `rows` are behind it."""
+    """A score and its 95 % bootstrap interval, in percent; `rows`: number of predictions behind it."""
 
     score: float
     interval: tuple[float, float]
@@ -56,9 +56,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Difference:
-    """This run minus another, in percent; `beyond` says whether the 95 % interval leaves 0 out.
+    """This run minus another, in percent; `beyond` says whether the 95 % interval excludes 0.
 
-    Where both runs have the same rows, the differences of rows are drawn: pairs say more than two separate intervals.
+    Where both runs have the same rows, the bootstrap draws paired differences, which are less noisy than two means.
     """
 
     value: float
@@ -100,10 +100,10 @@ def figure(scores: DatasetScores) -> Figure:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean that the leaderboard shows: of the means of groups of data sets.
+    """A mean of the leaderboard: the mean over groups of each group's mean over its data sets.
 
     Attributes:
-        title: with how many of the data sets there are, where some are missing.
+        title: says how many data sets there are, where some are missing.
         overall: whether it is that of all categories.
     """
 
@@ -158,7 +158,7 @@ def mean(run: RunScores, groups: list[list[str]]) -> Figure | None:
 
 
 def _samples(run, name):
-    """Samples of one data set, in an order of their own: those of all data sets start from the same random numbers."""
+    """Bootstrap samples of one data set, shuffled by its name: drawn with one seed, all would be correlated."""
     seed = sum(name.encode())
     return np.random.default_rng(seed).permutation(run.datasets[name].samples)
 
@@ -186,7 +186,7 @@ def difference(run: RunScores, other: RunScores, groups: list[list[str]]) -> Dif
 
 
 def _dataset_difference(mine, other):
-    """Mean difference (0 to 1), its samples, and whether it is of the same rows."""
+    """(mean difference, -1 to 1; its bootstrap samples; whether it is over paired rows)."""
     by_key = {row.get("_id"): score for row, score in zip(other.rows, other.scores)}
     keys = [row.get("_id") for row in mine.rows]
     common = [index for index, key in enumerate(keys) if key is not None and key in by_key]
@@ -199,8 +199,8 @@ def _dataset_difference(mine, other):
 
 
 def length_bins(lengths: list[int]) -> list[tuple[int, int]]:
-    """At most five bins [low, high) that hold all lengths: powers of two where they span much, equal ones where they
-    span little, one where they are about the same."""
+    """At most five bins [low, high) that hold all lengths: powers of two over a wide range, equal ones over a
+    narrow range, a single one where all are about the same."""
     low, high = min(lengths), max(lengths) + 1
     if high - low <= max(low // 10, 1):
         return [(low, high)]
@@ -232,7 +232,7 @@ def by_length(run: RunScores, names: list[str], bins: list[tuple[int, int]]) -> 
 def retrieval_map(run: RunScores, bins: list[tuple[int, int]]) -> list[list[Figure | None]] | None:
     """DEPTHS rows by depth of the answer in the document (0 to 20 %, …), a column for each bin of length.
 
-    Of the retrieval data sets, LongBench-E's too. None without a row of which the depth is known.
+    Of the retrieval data sets, LongBench-E's too. None where no row has a known depth.
     """
     cells: dict[tuple[int, int], list[float]] = {}
     for name, scores in run.datasets.items():
@@ -294,7 +294,7 @@ def table(run: RunScores) -> str:
 
 
 def rows_text(found: dict) -> str:
-    """The number of rows, with `of` how many where some are missing; `?` where that is not known."""
+    """The number of rows, as `N of M` where some are missing; M is `?` where it is not known."""
     if found["complete"]:
         return str(found["rows"])
     return f"{found['rows']} of {'?' if found['expected'] is None else found['expected']}"

@@ -70,7 +70,7 @@ def conversation_ids(
         add_generation_prompt: whether <|assistant|> follows, to ask for an answer.
 
     Raises:
-        InputError: a message that is not so built, counted from 1.
+        InputError: a malformed message, named by its number from 1.
     """
     ids = prefix_ids(vocabulary)
     for count, message in enumerate(messages, start=1):
@@ -103,8 +103,8 @@ def listed_tools(tools: Any) -> str:
     """Tools as ChatGLM3 reads them, indented JSON.
 
     Args:
-        tools: a list or an object, or the JSON text of one; an entry may be a JSON text, too, and OpenAI's
-            {"type": "function", "function": {…}}, which stands for the function.
+        tools: a list or an object, or the JSON text of one; an entry may also be JSON text, or OpenAI's
+            {"type": "function", "function": {…}}, of which the function is taken.
 
     Raises:
         InputError: a text that is no JSON list or object.
@@ -123,7 +123,7 @@ def listed_tools(tools: Any) -> str:
 
 
 def _parsed(text):
-    """The list or object that a JSON text says; any other text as it is."""
+    """The list or object that a JSON text holds; any other text unchanged."""
     try:
         value = parse_json(text)
     except UnusableJSON as error:
@@ -256,7 +256,7 @@ class ChatInput:
         return_dict: bool = False,
         tools: list | str | None = None,
     ) -> list | str | np.ndarray | Tensor | BatchEncoding:
-        """Turns a whole conversation into ids, with no way through text: role tokens cannot be forged.
+        """Encodes a conversation without rendering it as text first, so that messages cannot forge role tokens.
 
         Args:
             conversation: messages with role and content, optionally metadata and (system) tools; or a batch of such
@@ -268,7 +268,7 @@ class ChatInput:
             padding, max_length: as in transformers; padding goes to `padding_side`.
             return_tensors: "np" or "ms" for shape (batch, length).
             return_dict: whether a BatchEncoding with mask and positions is returned.
-            tools: to write into the system message, which must be there and have none; a list or its JSON text.
+            tools: a list or its JSON text for the system message, which must exist and have none yet.
 
         Returns:
             ids, or a list of them for a batch; array, BatchEncoding or text as asked for.

@@ -28,7 +28,7 @@ from mindformers_glm32k.errors import InputError
 from mindformers_glm32k.tokenizer import chat_format as chat
 from mindformers_glm32k.tokenizer.vocabulary import SPECIAL_TOKENS, Vocabulary
 
-# Names that the YAMLs of ChatGLM2 and 3 give these tokens. Their ids are fixed by the vocabulary all the same.
+# Names of these tokens in YAMLs of ChatGLM2 and 3, accepted as aliases: the vocabulary fixes the ids.
 _TOKEN_NAMES = {
     "bos_token": ("<s>", "<sop>", "sop"),
     "eos_token": ("</s>", "<eop>", "eop"),
@@ -42,7 +42,7 @@ _OWN = ("vocab_file", "encode_special_tokens", "padding_side", "clean_up_tokeniz
 _PASSED_ON = tuple(
     "name_or_path model_max_length max_len truncation_side model_input_names processor_class verbose".split()
 )
-# What tokenizer_config.json files and MindFormers' loaders hold besides; without effect here.
+# Other keys of tokenizer_config.json files and MindFormers' loaders; without effect here.
 _WITHOUT_EFFECT = tuple(
     "additional_special_tokens added_tokens_decoder auto_map chat_template do_lower_case remove_space "
     "special_tokens_map_file split_special_tokens tokenizer_class tokenizer_file type".split()
@@ -105,8 +105,8 @@ class GLM32KTokenizer(chat.ChatInput, PreTrainedTokenizer):
 
     @classmethod
     def _from_experimental_pretrained(cls, resolved_vocab_files, *args, **kwargs) -> GLM32KTokenizer:
-        """Upstream's reader of a folder, spared what other programs say of special tokens in forms that it does not
-        know (lists of dictionaries, as newer transformers write them): the vocabulary fixes them."""
+        """Upstream's loader of a folder, without other programs' files of special tokens: newer transformers write
+        lists of dictionaries there, which upstream cannot read, and the vocabulary fixes these tokens anyway."""
         files = dict(resolved_vocab_files)
         for key in ("special_tokens_map_file", "added_tokens_file", "tokenizer_file"):
             files.pop(key, None)
@@ -256,8 +256,8 @@ class GLM32KTokenizer(chat.ChatInput, PreTrainedTokenizer):
         )
 
     def _text_ids(self, text, text_pair, is_split_into_words, encode_special_tokens):
-        """Ids of a text and of its pair (None without one). Straight from text to ids: by way of pieces, a piece of
-        a small vocabulary that is called `sop` would become the special token."""
+        """Ids of a text and of its pair (None without one). Encoded directly, not via pieces: a piece named
+        `sop` in a small vocabulary would become the special token."""
         parse = self.encode_special_tokens if encode_special_tokens is None else encode_special_tokens
 
         def ids_of(item):
@@ -332,12 +332,12 @@ class GLM32KTokenizer(chat.ChatInput, PreTrainedTokenizer):
 
 
 class GLM32KProcessor(GLMProcessor):
-    """The `processor` section of the YAML, which MindFormers builds around a tokenizer: upstream's GLMProcessor for
-    GLM32KTokenizer, which upstream's own refuses (it names two tokenizers).
+    """The `processor` section of the YAML, which MindFormers builds around a tokenizer: upstream's GLMProcessor, which
+    accepts two other tokenizer classes only, for GLM32KTokenizer.
 
     Args:
         tokenizer: a GLM32KTokenizer.
-        max_length: texts are padded to so many tokens. Default 128.
+        max_length: tokens that texts are padded to. Default 128.
         padding: "max_length" (default), "longest" or "do_not_pad".
         return_tensors: "ms" (default), "np", or None for lists.
     """
@@ -361,7 +361,7 @@ def _check_arguments(kwargs):
 
 
 def _read_tokenizer_config(path):
-    """What of a tokenizer_config.json has an effect here; special tokens by their names, however they are written."""
+    """The keys of a tokenizer_config.json that have an effect here; special tokens by name, also from dictionaries."""
     try:
         config = parse_json(Path(path).read_text(encoding="utf-8"))
         names = {key: config[key] for key in _TOKEN_NAMES if config.get(key) is not None}

@@ -1,7 +1,8 @@
-"""What the model answered: the messages in its ids, and the tool call in a message.
+"""Parses the model's answer: generated ids into messages, and a message into a tool call.
 
-Source: `process_response` and `chat` of the model published with THUDM/chatglm3-6b-32k. There the answer goes through
-text, in which `<|assistant|>` may also be characters, and the call through `eval`; here neither.
+Source: `process_response` and `chat` of the model published with THUDM/chatglm3-6b-32k. There the answer is parsed as
+text, in which `<|assistant|>` may be plain characters, and the call is run by `eval`; here ids are split, and nothing
+is executed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Response:
     Attributes:
         messages: for the history, each with role, metadata and content; one, or several where the model spoke before
             it called a tool.
-        ended: whether the model ended it, and not the limit of tokens.
+        ended: whether a stop token ended it, and not the limit of tokens.
     """
 
     messages: tuple[dict[str, str], ...]
@@ -62,7 +63,7 @@ class Response:
 
 
 def read_response(vocabulary: Vocabulary, ids: Sequence[int]) -> Response:
-    """The answer in generated ids, prompt left out: up to the first stop token, `<|assistant|>` between messages."""
+    """Reads generated ids, without the prompt, up to the first stop token; `<|assistant|>` separates messages."""
     kept = answer_ids(vocabulary, ids)
     again = vocabulary.special["<|assistant|>"]
     parts: list[list[int]] = [[]]
@@ -81,8 +82,8 @@ def read_response(vocabulary: Vocabulary, ids: Sequence[int]) -> Response:
 def read_message(text: str) -> dict[str, str]:
     """One assistant message for the history; text without a line break has no metadata.
 
-    Of a call the space in front goes, which the tokenizer puts there: in the history it becomes the same ids again.
-    The published model keeps it, and so feeds two.
+    A call loses its leading space, which the tokenizer adds again when it encodes the history. The published model
+    keeps the space, and so feeds two.
     """
     metadata, newline, content = text.partition("\n")
     if not newline:

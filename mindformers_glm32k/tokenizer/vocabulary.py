@@ -109,7 +109,7 @@ class Vocabulary:
         """
         ids = [int(index) for index in ids]
         if skip_special_tokens:
-            size = self.model.vocab_size()  # special tokens are behind it, as is a model's padding
+            size = self.model.vocab_size()  # special tokens and a padded vocabulary come after it
             ids = [index for index in ids if 0 <= index < size and index not in self._silent]
         if ids and min(ids) >= 0 and max(ids) < self.model.vocab_size() and self._silent.isdisjoint(ids):
             return self.model.decode(ids)  # pieces alone, as in long prompts: four times as fast, the same text
@@ -155,7 +155,7 @@ def _load(path):
         )
     try:
         return SentencePieceProcessor(model_proto=proto)
-    except (RuntimeError, OSError, ValueError, TypeError) as error:  # its versions disagree on the class
+    except (RuntimeError, OSError, ValueError, TypeError) as error:  # the class differs between its versions
         raise InputError(
             f"vocabulary file {path}: is corrupt or no sentencepiece model ({len(proto)} bytes). {WHERE_TO_GET_IT}"
         ) from error
@@ -173,9 +173,9 @@ def _require_text(text):
         )
 
 
-WORDS = 100_000  # remembered; some 25 MB
-LONGEST = 40  # letters of a word that is remembered
-_STRANGE = re.compile("[\u2581\ud800-\udfff]")  # a `▁` of the text's own, a space to sentencepiece; half a letter
+WORDS = 100_000  # words in the cache; some 25 MB
+LONGEST = 40  # characters of a word in the cache, at most
+_STRANGE = re.compile("[\u2581\ud800-\udfff]")  # `▁` in a text, a space to sentencepiece; lone surrogates
 _PROBES = (
     "a",
     "the old man",
@@ -198,20 +198,19 @@ _PROBES = (
 
 
 class WordEncoder:
-    """A vocabulary with a faster `encode`, which puts the ids of a text together from those of its words, as they
-    repeat; all else is the vocabulary's.
+    """A vocabulary with a faster `encode`, which joins the cached ids of a text's words, because
+    words repeat; all else is the vocabulary's.
 
-    Sentencepiece writes a space as the letter `▁` in front of the word behind it, and puts one in front of the whole
-    text. Where no piece of the vocabulary goes on over such a border (a `▁` behind another letter), no merge does
-    either, and
+    Sentencepiece writes a space as `▁` before the next word, and adds one before the whole text. Where no piece of the
+    vocabulary crosses such a border (has `▁` after another character), no merge does either, and
 
         encode("the old man")  =  encode("the") + encode("old") + encode("man")
 
-    Only a single space between two words is such a border; more of them belong to the word behind them. Texts without
-    spaces (Chinese) are one word, and cost what they did before.
+    Only a single space between two words is such a border; further ones belong to the next word. Texts without
+    spaces (Chinese) are one word, and gain nothing.
 
     Attributes:
-        by_words: whether it is one whose pieces end at spaces; if not, `encode` is the vocabulary's own.
+        by_words: whether no piece crosses a space; if one does, `encode` is the vocabulary's own.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -233,7 +232,7 @@ class WordEncoder:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
-            raise AttributeError(name)  # while it is being unpickled there is no vocabulary to ask
+            raise AttributeError(name)  # during unpickling `_vocabulary` is not set yet
         return getattr(self._vocabulary, name)
 
     def __reduce__(self):
@@ -275,6 +274,6 @@ def _words_with_spaces(text):
 
 
 def _ends_at_spaces(model):
-    """Whether no piece has a space behind another letter."""
+    """Whether no piece has a space after another character."""
     pieces = model.id_to_piece(list(range(model.vocab_size())))
     return not any("\u2581" in piece[1:] and re.search("[^\u2581]\u2581", piece) for piece in pieces)

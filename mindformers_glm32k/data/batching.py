@@ -170,12 +170,6 @@ class TruncationReport:
         self._keep_worst([(before, after, sample)])
         return True
 
-    def merge(self, other: TruncationReport) -> None:
-        """Adds the counts of another report."""
-        for name in _COUNTS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self._keep_worst(other.worst)
-
     def _keep_worst(self, entries):
         # a set: samples of the next epoch may arrive before all of this one are counted
         by_loss = sorted({*self.worst, *entries}, key=lambda entry: (entry[1] - entry[0], entry[2]))

@@ -19,6 +19,7 @@ from mindformers.core.callback import CheckpointMonitor
 from mindformers.tools.logger import logger
 from mindspore import nn
 from mindspore.train.callback import RunContext
+from safetensors import SafetensorError
 
 from mindformers_glm32k.checks import whole_number
 from mindformers_glm32k.errors import CommandFailed, InputError
@@ -145,8 +146,11 @@ class GLM32KCheckpointMonitor(CheckpointMonitor):
         error = None
         self._meta = None
         try:
+            for callback in getattr(arguments, "list_callback", None) or ():
+                if hasattr(callback, "save_curve"):
+                    callback.save_curve()
             super()._save_ckpt(arguments, force_to_save)
-        except (OSError, RuntimeError, InputError, CommandFailed) as caught:  # safetensors has an error of its own
+        except (OSError, RuntimeError, SafetensorError, InputError, CommandFailed) as caught:
             error = caught
         finally:
             for folder in self._folders():
@@ -159,9 +163,6 @@ class GLM32KCheckpointMonitor(CheckpointMonitor):
         if failed:
             raise CommandFailed(f"step {step}: another process could not save its checkpoint; {self._kept()}")
         try:
-            for callback in getattr(arguments, "list_callback", None) or ():
-                if hasattr(callback, "save_curve"):
-                    callback.save_curve()
             if self._meta:
                 runs = {"steps_per_epoch": arguments.batch_num, "epochs": getattr(arguments, "epoch_num", None)}
                 write_meta(self.meta_json, *self._meta, step, {**runs, "global_batch_size": self.global_batch_size})
@@ -227,7 +228,8 @@ class GLM32KCheckpointMonitor(CheckpointMonitor):
         folder = self._directory
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(folder if os.path.isdir(folder) else ".").free
-            full = getattr(error, "errno", None) in _NO_SPACE or "os error 28" in str(error) or free < 1 << 20
+            told = any(f"(os error {number})" in str(error) for number in _NO_SPACE)  # by safetensors
+            full = told or getattr(error, "errno", None) in _NO_SPACE or free < 1 << 20
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             todo = "free some space" if full else "make the folder writable"
             return InputError(

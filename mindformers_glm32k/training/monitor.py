@@ -41,6 +41,7 @@ class GLM32KMonitor(Callback):
         self.rows = []
         self.started = None
         self.step_before = 0
+        self.unrecorded = None  # the run's context, while a step has no row yet
 
     def on_train_begin(self, run_context: RunContext) -> None:
         arguments = run_context.original_args()
@@ -55,11 +56,17 @@ class GLM32KMonitor(Callback):
         self.written = 0  # rows of this run in the file
 
     def on_train_step_begin(self, run_context: RunContext) -> None:
-        self.started = time.perf_counter()
+        self.started, self.unrecorded = time.perf_counter(), run_context
 
     def on_train_step_end(self, run_context: RunContext) -> None:
+        self._record()
+
+    def _record(self):
+        """Adds the row of the step that has just ended, once."""
+        if self.unrecorded is None:
+            return
+        arguments, self.unrecorded = self.unrecorded.original_args(), None
         seconds = time.perf_counter() - self.started
-        arguments = run_context.original_args()
         steps = max(1, arguments.cur_step_num - self.step_before)  # a data sink runs several steps per call
         self.step_before = arguments.cur_step_num
         loss, overflow, scale, rate, norm = (_number(value) for value in _five(arguments.net_outputs))
@@ -104,7 +111,9 @@ class GLM32KMonitor(Callback):
         return [row for row, before in zip(rows, skipped) if row["step"] - before <= step]
 
     def save_curve(self) -> None:
-        """Writes the table anew and in full, together with a checkpoint."""
+        """Writes the table anew and in full, with the step that has just ended. A checkpoint callback calls it
+        before it saves: a run killed right after a save resumes behind that step, whose row would be missing."""
+        self._record()
         if self.writes and self.rows:
             self._save_table()
 

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import pickle
 import random
 
 import numpy as np
@@ -363,18 +362,13 @@ def test_forked_workers_count_together():
     assert "of 9 samples 8 were truncated" in log.lines[0] and "a.jsonl, line 8: 27 to 10" in log.lines[0]
 
 
-def test_reports_of_parts_make_the_report_of_the_whole():
-    rng = random.Random(0)
-    whole, parts = TruncationReport(), [TruncationReport() for _ in range(3)]
+def test_the_worst_of_many_samples_are_kept():
+    rng, whole = random.Random(0), TruncationReport()
     for sample in range(200):
         before = rng.randint(5, 50)
         after = rng.choice([before, 0, 5])
         assert whole.add(sample, before, after) == (after != before)
-        parts[sample % 3].add(sample, before, after)
-    merged = TruncationReport()
-    for part in parts:
-        merged.merge(pickle.loads(pickle.dumps(part)))
-    assert vars(merged) == vars(whole) and len(whole.worst) == WORST
+    assert len(whole.worst) == WORST
     assert [before - after for before, after, _ in whole.worst] == sorted(
         [before - after for before, after, _ in whole.worst], reverse=True
     )

@@ -20,6 +20,7 @@ from mindformers_glm32k.errors import CommandFailed, InputError
 from mindformers_glm32k.files import Busy
 from mindformers_glm32k.training import checkpoints, stop
 from mindformers_glm32k.training.checkpoints import GLM32KCheckpointMonitor
+from mindformers_glm32k.training.monitor import GLM32KMonitor
 from mindformers_glm32k.training.saved import prefix_for, saved_files
 from mindformers_glm32k.training.stop import SkippedSteps, hold_output_folder
 from mindformers_glm32k.weights.checkpoint import first_bad_tensor
@@ -53,7 +54,7 @@ class WithWeight(nn.Cell):
         return self.layer(x).mean()
 
 
-def train(steps, before=0, width=2, callbacks=(), rate=0.1, **options):
+def train(steps, before=0, width=2, callbacks=(), behind=(), rate=0.1, **options):
     """Trains for some steps and returns the callback; `before` as after loading a checkpoint of that step."""
     network = WithWeight(width)
     optimizer = nn.Momentum(network.trainable_params(), rate, 0.9)
@@ -69,7 +70,7 @@ def train(steps, before=0, width=2, callbacks=(), rate=0.1, **options):
     end.on_train_step_end = lambda context: context.original_args().cur_step_num >= steps and context.request_stop()
     ms.set_context(mode=ms.PYNATIVE_MODE)
     cell = nn.TrainOneStepCell(network, optimizer)
-    Model(cell).train(epochs, data.batch(1), callbacks=[*callbacks, monitor, end], dataset_sink_mode=False)
+    Model(cell).train(epochs, data.batch(1), callbacks=[*callbacks, monitor, *behind, end], dataset_sink_mode=False)
     return monitor
 
 
@@ -97,6 +98,19 @@ def test_names_and_meta_follow_the_steps_of_the_whole_training():
     assert names() == ["tiny_rank_0-2_4.ckpt", "tiny_rank_0-3_1.ckpt"]  # steps 9 and 11
     assert meta()["global_step"] == 11 and (meta()["last_epoch"], meta()["last_step"]) == (3, 1)
     assert int(ms.load_checkpoint(str(RANK / "tiny_rank_0-3_1.ckpt"))["step_num"].asnumpy()) == 11
+
+
+def test_no_checkpoint_is_ahead_of_the_curve(monkeypatch):
+    steps, save = [], GLM32KCheckpointMonitor.remove_redundancy
+
+    def saved(self, *arguments):
+        with open("loss_curve.csv", encoding="utf-8") as file:
+            steps.append(int(file.readlines()[-1].split(",")[0]))
+        save(self, *arguments)
+
+    monkeypatch.setattr(GLM32KCheckpointMonitor, "remove_redundancy", saved)
+    train(4, behind=[GLM32KMonitor(".")], save_checkpoint_steps=1)
+    assert steps == [1, 2, 3, 4]
 
 
 def test_three_resumes_keep_two_in_all():
@@ -148,8 +162,8 @@ def test_the_old_file_goes_when_the_new_one_is_complete(monkeypatch):
     assert names() == ["tiny_rank_0-1_4.ckpt"]
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_disk_that_fills_leaves_the_last_checkpoint(keep):
+@pytest.mark.parametrize("keep, kind", [(1, "ckpt"), (2, "ckpt"), (2, "safetensors")])
+def test_a_disk_that_fills_leaves_the_last_checkpoint(keep, kind):
     """The file system's limit of a file's size stands for a full disk; a real one is in test_surviving_runs.py."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -159,13 +173,13 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(keep):
 
     try:
         with pytest.raises(InputError) as caught:
-            train(6, width=256, keep_checkpoint_max=keep, callbacks=[At(3, fill)])
+            train(6, width=256, keep_checkpoint_max=keep, checkpoint_format=kind, callbacks=[At(3, fill)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    text = str(caught.value)
-    assert "\n" not in text and str(RANK) in text and "bytes are free" in text and "tiny_rank_0-1_2.ckpt" in text
-    assert names() == ["tiny_rank_0-1_2.ckpt"] and first_bad_tensor(RANK / names()[0]) is None
-    assert meta()["last_ckpt_file"] == "tiny_rank_0-1_2.ckpt"
+    text, saved = str(caught.value), f"tiny_rank_0-1_2.{kind}"
+    assert "\n" not in text and str(RANK) in text and "bytes are free" in text and saved in text
+    assert names() == [saved] and first_bad_tensor(RANK / names()[0]) is None
+    assert meta()["last_ckpt_file"] == saved
     assert not [path for path in Path("output").rglob("*") if "tmp" in path.name or ".saving" in path.name]
 
 

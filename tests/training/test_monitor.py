@@ -308,6 +308,24 @@ def test_a_run_without_steps_leaves_the_file_alone():
     assert len(table()) == 2
 
 
+def test_a_checkpoint_that_is_saved_first_finds_the_row_of_its_step():
+    run = Run(GLM32KMonitor("."))
+    written = []
+
+    end = run.callback.on_train_step_end
+
+    def saved_first(context):
+        run.callback.save_curve()
+        written.append([row["loss"] for row in table()])
+        end(context)
+
+    run.callback.on_train_step_end = saved_first
+    run.step(6.0)
+    run.step(5.0)
+    assert written == [["6.0"], ["6.0", "5.0"]]
+    assert [row["step"] for row in table()] == ["1", "2"]
+
+
 def test_outputs_of_other_train_steps():
     """A plain cell returns the loss alone, some return no norm."""
     run = Run(GLM32KMonitor("."))

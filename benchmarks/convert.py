@@ -35,6 +35,8 @@ REAL = {
     "multi_query_group_num": 2,
     "ffn_hidden_size": 13696,
     "padded_vocab_size": 65024,
+    "seq_length": 32768,
+    "rope_ratio": 50,
 }
 _COPY = (
     "import os, sys, shutil, subprocess; source, target = sys.argv[1:]; "

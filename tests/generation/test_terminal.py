@@ -102,6 +102,15 @@ def test_a_tool_is_called_and_its_result_typed_in(vocabulary):
     assert len(chat.conversation.exchanges[1]) == 2, "no observation was given"
 
 
+@pytest.fixture
+def pythons_handler():
+    """SIGINT as at a terminal: it is ignored where the tests are a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_handler")
 def test_ctrl_c_stops_the_answer_and_not_the_program(vocabulary):
     printed, chat, _ = talk(vocabulary, ["a", "b"], "\none two three four", "\nwhole", interrupt=5)
     assert "(stopping)" in printed and "[stopped, " in printed

@@ -18,7 +18,7 @@ def test_figures_have_sources():
 
 def test_the_documents_say_how_many_figures_there_are():
     text = " ".join((ROOT / "docs" / "dryrun.md").read_text(encoding="utf-8").split())
-    assert f"by least squares to {FIGURES} figures" in text and f"a fit to the {FIGURES - 1} others" in text
+    assert f"a least-squares fit to {FIGURES} figures" in text and f"a fit to the {FIGURES - 1} others" in text
     changes = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
     assert f"fitted to {FIGURES} published figures" in changes
 
